@@ -1,0 +1,114 @@
+"""Every field of a run, with its unit and default. Other configs start from this one and override.
+
+    python -m ctxjax.main --config=configs/tiny.py --config.train.steps=50 --workdir=/tmp/run
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # root of all randomness of the run: sampling, data order
+    config.task = "qa_jsonl"  # which task's rows and grader: "rules" or "qa_jsonl"
+
+    # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
+    config.compile_cache = "~/.cache/ctxjax/xla"
+
+    config.model = ConfigDict()
+    config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher
+    config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
+    config.model.param_dtype = "float32"  # of the weights that are trained
+    config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
+
+    # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
+    config.base = ConfigDict()
+    config.base.seed = config.get_ref("seed")  # of its initial weights and training text
+    config.base.cache = "~/.cache/ctxjax"  # folder; bases are kept here under a hash of their configuration
+    config.base.steps = 0  # optimiser steps; 0: there is no base to train
+    config.base.batch_size = 64  # rows per step
+    config.base.lr = 2e-3  # peak learning rate; warm-up and cosine to 0
+    config.base.warmup_steps = 100
+    config.base.weight_decay = 0.05
+    config.base.width = 128  # model width D
+    config.base.layers = 4
+    config.base.query_heads = 4
+    config.base.kv_heads = 2
+    config.base.head_dim = 32
+    config.base.mlp_width = 352
+    config.base.rope_theta = 10000.0
+
+    config.mesh = ConfigDict()  # devices along each axis; -1, in at most one place: all that remain
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
+
+    config.prompt = ConfigDict()
+    config.prompt.placement = "system"  # of the context: "system" message, or ahead of the question in the "user" turn
+    config.prompt.max_bare_tokens = 0  # tokens of a prompt without context; 0: as long as the longest row
+    config.prompt.max_context_tokens = 0  # tokens of a prompt with context; 0: likewise
+    config.prompt.overlong = "error"  # a longer row: "error", or "drop" (counted). Never cut.
+
+    config.rollout = ConfigDict()
+    config.rollout.max_tokens = 512  # tokens of a response, end token included
+    config.rollout.temperature = 1.0  # also divides the logits in the losses
+    config.rollout.top_k = 0  # 0: off
+    config.rollout.top_p = 1.0  # 1: off
+
+    config.loss = ConfigDict()
+    config.loss.divergence = "reverse_kl"  # of L_distill: "reverse_kl" or "forward_kl"
+    config.loss.beta = 0.0  # weight of the anchor, nats per nat
+    config.loss.mu = 0.0  # weight of retention, nats per nat
+    config.loss.averaging = "token_mean"  # or "sequence_mean"
+    config.loss.chunk = 128  # response columns that have logits at one time
+
+    config.optim = ConfigDict()
+    config.optim.lr = 5e-6
+    config.optim.schedule = "constant"  # or "cosine", to 0 at the last step
+    config.optim.warmup_steps = 0
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.weight_decay = 0.01
+    config.optim.clip = 1.0  # global norm of the gradient
+
+    config.train = ConfigDict()
+    config.train.steps = 50  # optimiser steps, one rollout batch each
+    config.train.batch_size = 128  # questions of a global batch, one response each
+    config.train.retention_rows = 0  # rows under other contexts in a batch, where mu > 0; 0: batch_size
+    config.train.save_every = 50  # steps between checkpoints; the last step is always saved
+    config.train.keep = 2  # checkpoints kept
+    config.train.log_every = 1  # steps between rows of metrics.jsonl
+
+    config.eval = ConfigDict()
+    config.eval.every = 10  # steps between evaluations on the dev split; 0: never
+    config.eval.batch_size = 256  # questions decoded at a time
+    config.eval.temperature = 0.0  # 0: greedy
+    config.eval.top_k = 0
+    config.eval.top_p = 1.0
+    config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval
+
+    # The arms: name -> what it changes in config.loss. All start from the same base, seed and data order.
+    config.arms = ConfigDict()
+    config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
+    config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
+    config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
+    config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # which of them to run, in this order
+
+    config.rules = ConfigDict()  # the built-in world of substitution tables
+    config.rules.seed = config.get_ref("seed")  # of the world: tables, questions, splits
+    config.rules.context_index = 0  # which table is internalized, 0 to 7
+    config.rules.train_questions = 4096
+    config.rules.dev_questions = 128
+    config.rules.test_questions = 512
+
+    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl or .parquet file
+    config.qa_jsonl.path = ""  # the file
+    config.qa_jsonl.question = "question"  # column
+    config.qa_jsonl.reference = "answer"  # column
+    config.qa_jsonl.grading = "numeric"  # "numeric": last number; "exact": same text, white space and case aside
+    config.qa_jsonl.limit = 0  # first rows read; 0: all
+    config.qa_jsonl.context = ""  # the context to internalize, inline
+    config.qa_jsonl.context_file = ""  # or a text file that holds it
+    config.qa_jsonl.other_contexts_file = ""  # .jsonl of strings: contexts to keep obeying (retention, obedience)
+    config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
+    config.qa_jsonl.test_questions = 64
+    return config

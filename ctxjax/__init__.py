@@ -1,0 +1,15 @@
+"""ctxjax: on-policy context distillation with removable contexts, in JAX, on TPU, GPU and CPU.
+
+The names below are the API for notebooks and scripts. They are imported when first used, so that the numerical
+core (``ctxjax.types`` to ``ctxjax.train_step``) can be imported where tokenizers and data loaders are not installed.
+"""
+
+import importlib
+
+__all__ = ["generate", "load_model", "logits"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module 'ctxjax' has no attribute {name!r}; it exports {', '.join(__all__)}")
+    return getattr(importlib.import_module("ctxjax.api"), name)

@@ -1,0 +1,89 @@
+"""The package from Python: open a model folder, take its logits, let it answer. The same core as the commands.
+
+    model = ctxjax.load_model("~/.cache/ctxjax/rules-base-...")
+    ctxjax.generate(model, ["#2:fac"], context="f>b;a>e;c>d;b>a;e>f;d>c;", max_tokens=19)   # ["s1 bed s2 afc"]
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.sharding import Mesh
+
+from ctxjax import rng, sharding
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.data.task import Row
+from ctxjax.evaluation import views
+from ctxjax.folder import ModelFolder, open_folder
+from ctxjax.models import transformer
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.sampling import SamplingConfig
+from ctxjax.types import Params
+
+
+def load_model(folder: str, mesh: Mesh | None = None, dtype: str = "float32", param_dtype: str = "float32") -> ModelFolder:
+    """Opens a local Hugging Face folder: ``.config``, ``.params`` (nested dict of arrays), ``.tokenizer``.
+
+    ``mesh`` defaults to all devices along "fsdp". Raises FileNotFoundError or ValueError with the remedy.
+    """
+    mesh = sharding.make_mesh(fsdp=jax.device_count()) if mesh is None else mesh
+    return open_folder(folder, mesh, dtype, param_dtype)
+
+
+def mesh_of(params: Params) -> Mesh:
+    """The mesh that a parameter tree lives on."""
+    return jax.tree.leaves(params)[0].sharding.mesh
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params, config, tokens_BxL, mask_BxL):
+    hidden_BxLxD = transformer.forward(params, config, tokens_BxL, mask_BxL)
+    return transformer.apply_head(hidden_BxLxD, transformer.head_weights(params, config))
+
+
+def logits(params: Params, config: ModelConfig, tokens_BxL, mask_BxL) -> jax.Array:
+    """Next-token logits, float32 [B, L, V]; column l predicts token l+1.
+
+    ``tokens_BxL`` int and ``mask_BxL`` bool (True: a real token) are array-likes; padding stands on the left.
+    Raises ValueError where B is not divisible by the mesh's data * fsdp.
+    """
+    mesh = mesh_of(params)
+    with jax.set_mesh(mesh):
+        return _logits(params, config, *sharding.put_batch((tokens_BxL, mask_BxL), mesh))
+
+
+def generate(
+    model: ModelFolder,
+    questions: list[str],
+    context: str | None = None,
+    *,
+    params: Params | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    placement: str = "system",
+    batch_size: int = 64,
+) -> list[str]:
+    """The responses to ``questions``, under ``context`` or, where it is None, without one.
+
+    ``params`` replace the folder's own, for example by a trained student's. Greedy at temperature 0. Row i's
+    randomness depends on (seed, i) alone.
+    """
+    rows = [Row(str(place), question, context, "") for place, question in enumerate(questions)]
+    if not rows:
+        return []
+    params = model.params if params is None else params
+    tokens = prompts_lib.encode(model.tokenizer, rows, placement)
+    prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id)
+    sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)
+    mesh = mesh_of(params)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = -(-min(batch_size, len(rows)) // ways) * ways
+    with jax.set_mesh(mesh):
+        key = rng.key_for(jax.random.key(seed), 0, "evaluation")
+        rollout = views.decode(params, model.config, sampling, prompts, key, batch_size, mesh)
+    kept = [ids[mask] for ids, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
+    return model.tokenizer.batch_decode(kept, skip_special_tokens=True)

@@ -1,0 +1,250 @@
+"""The door: a ConfigDict goes in, frozen dataclasses come out, and every cross-field rule is checked here, once.
+
+Behind this module nothing sees a ConfigDict. Each part's dataclass is declared beside the code it
+configures; the ones that configure the run itself are declared here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ctxjax.data.prompts import PLACEMENTS, PromptConfig
+from ctxjax.data.tasks import TASKS
+from ctxjax.data.tasks.qa_jsonl import GRADINGS
+from ctxjax.divergences import DIVERGENCES
+from ctxjax.losses import LossConfig
+from ctxjax.optim import SCHEDULES, OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """The folder of the model and the arithmetic it runs in."""
+
+    path: str
+    dtype: str
+    param_dtype: str
+    remat: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """A base model to train from scratch; see configs/base.py, ``config.base``."""
+
+    seed: int
+    cache: str
+    steps: int
+    batch_size: int
+    lr: float
+    warmup_steps: int
+    weight_decay: float
+    width: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How responses are drawn, before the model's end tokens are known; see sampling.SamplingConfig."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """See configs/base.py, ``config.train``; ``retention_rows`` is resolved to a number of rows."""
+
+    steps: int
+    batch_size: int
+    retention_rows: int
+    save_every: int
+    keep: int
+    log_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """See configs/base.py, ``config.eval``; ``decode`` carries its temperature, top_k and top_p."""
+
+    every: int
+    batch_size: int
+    bootstrap: int
+    decode: DecodeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A whole run. ``arms`` maps each arm's name to its loss, in the order in which they run."""
+
+    seed: int
+    task: str
+    task_config: Any
+    model: ModelSource
+    base: BaseConfig
+    mesh: MeshConfig
+    prompt: PromptConfig
+    rollout: DecodeConfig
+    optim: OptimConfig
+    train: TrainConfig
+    eval: EvalConfig
+    arms: dict[str, LossConfig]
+
+
+def experiment(config: ConfigDict, device_count: int) -> Experiment:
+    """Checks a run's configuration and turns it into an Experiment.
+
+    Raises ValueError whose message names the field, its value, and what would be right.
+    """
+    _check_numbers(config, "")
+    _one_of("task", config.task, TASKS)
+    task_class, _ = TASKS[config.task]
+    rollout = DecodeConfig(**config.rollout)
+    _check_decoding("rollout", rollout)
+    _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
+    evaluation = config.eval.to_dict()
+    decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
+    _check_decoding("eval", decode)
+    optim = OptimConfig(steps=config.train.steps, **config.optim)
+    _one_of("optim.schedule", optim.schedule, SCHEDULES)
+    train = TrainConfig(**config.train)
+    train = dataclasses.replace(train, retention_rows=train.retention_rows or train.batch_size)
+    if train.retention_rows > train.batch_size:
+        raise ValueError(
+            f"train.retention_rows = {train.retention_rows} is more than train.batch_size = {train.batch_size}"
+        )
+    prompt = PromptConfig(**config.prompt)
+    _one_of("prompt.placement", prompt.placement, PLACEMENTS)
+    _one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
+    if config.task == "qa_jsonl":
+        _one_of("qa_jsonl.grading", config.qa_jsonl.grading, GRADINGS)
+    result = Experiment(
+        seed=config.seed,
+        task=config.task,
+        task_config=task_class(**config[config.task]),
+        model=ModelSource(**config.model),
+        base=BaseConfig(**config.base),
+        mesh=_mesh(config.mesh, device_count),
+        prompt=prompt,
+        rollout=rollout,
+        optim=optim,
+        train=train,
+        eval=EvalConfig(decode=decode, **evaluation),
+        arms=_arms(config, rollout.temperature),
+    )
+    _check_model(result)
+    ways = result.mesh.data * result.mesh.fsdp
+    rows = {"train.batch_size": train.batch_size, "eval.batch_size": result.eval.batch_size}
+    rows["train.retention_rows"] = train.retention_rows
+    rows |= {"base.batch_size": result.base.batch_size} if result.base.steps else {}
+    for name, value in rows.items():
+        if value % ways:
+            near = " or ".join(str(n) for n in (value // ways * ways, (value // ways + 1) * ways) if n)
+            raise ValueError(f"{name} = {value} is not divisible by mesh data*fsdp = {ways}; use {near}")
+    return result
+
+
+def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
+    if not config.run_arms:
+        raise ValueError(f"run_arms is empty; name at least one of {sorted(config.arms)}")
+    arms = {}
+    for name in config.run_arms:
+        _one_of("run_arms", name, config.arms)
+        unknown = set(config.arms[name]) - set(config.loss)
+        if unknown:
+            raise ValueError(f"arms.{name} sets {sorted(unknown)}; config.loss has {sorted(config.loss)}")
+        arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
+        _one_of("loss.divergence", arms[name].divergence, DIVERGENCES)
+        _one_of("loss.averaging", arms[name].averaging, ("token_mean", "sequence_mean"))
+    if "base" in arms:
+        raise ValueError('run_arms: "base" is the name of the untrained model in the results; rename the arm')
+    return arms
+
+
+def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
+    sizes = config.to_dict()
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh = {sizes}: sizes are positive, and -1 (all that remain) stands at most once")
+    if open_axes:
+        sizes[open_axes[0]] = max(device_count // fixed, 1)
+    if math.prod(sizes.values()) != device_count:
+        raise ValueError(
+            f"mesh = {sizes} needs {math.prod(sizes.values())} devices, and there are {device_count}; "
+            f"mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"
+        )
+    return MeshConfig(**sizes)
+
+
+def _check_model(config: Experiment) -> None:
+    for name in ("dtype", "param_dtype"):
+        _one_of(f"model.{name}", getattr(config.model, name), ("float32", "bfloat16"))
+    if config.model.path and config.base.steps:
+        raise ValueError(
+            f"model.path = {config.model.path!r} and base.steps = {config.base.steps}: either load a model, or train "
+            "a base from scratch; set base.steps=0 or leave model.path empty"
+        )
+    if not config.model.path and not config.base.steps:
+        raise ValueError("model.path is empty; give the folder of a Hugging Face model")
+    if config.base.steps and config.task != "rules":
+        raise ValueError(
+            f"base.steps = {config.base.steps}: only the rules world can train its own base, and task = "
+            f"{config.task!r}; set model.path and base.steps=0"
+        )
+    if config.base.query_heads % config.base.kv_heads:
+        raise ValueError(
+            f"base.query_heads = {config.base.query_heads} is not a multiple of base.kv_heads = {config.base.kv_heads}"
+        )
+
+
+# Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
+_MAY_BE_ZERO = {
+    "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay", "prompt.max_bare_tokens",
+    "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta", "loss.mu", "optim.warmup_steps",
+    "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows", "eval.every", "eval.temperature",
+    "eval.top_k", "rules.seed", "rules.context_index", "qa_jsonl.limit", "optim.lr",
+}  # fmt: skip
+
+
+def _check_numbers(config: ConfigDict, prefix: str) -> None:
+    for name, value in config.items():
+        field = f"{prefix}{name}"
+        if isinstance(value, ConfigDict):
+            _check_numbers(value, f"{field}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not field.startswith("mesh."):
+            zero = field in _MAY_BE_ZERO or field.startswith("arms.")
+            _require(math.isfinite(value), field, value, "finite")
+            _require(value > 0 or (zero and value == 0), field, value, "0 or more" if zero else "above 0")
+
+
+def _check_decoding(section: str, decode: DecodeConfig) -> None:
+    _require(decode.top_p <= 1, f"{section}.top_p", decode.top_p, "at most 1")
+
+
+def _require(good: bool, field: str, value, rule: str) -> None:
+    if not good:
+        raise ValueError(f"{field} = {value} must be {rule}")
+
+
+def _one_of(field: str, value: str, known) -> None:
+    if value not in known:
+        raise ValueError(f"{field} = {value!r} is not known; choose from {', '.join(sorted(known))}")

@@ -1,0 +1,110 @@
+"""Order and prefetch of training batches, by grain.
+
+Row i of step s is a pure function of (seed, s): the position in the data is one integer, and starting at
+any step costs nothing. Each epoch is a fresh permutation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Iterator
+
+import grain
+import numpy as np
+
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.task import Row, Task
+from ctxjax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRows:
+    """The rows of a split that fit, their token lists in both views, and the length of each view's prompts."""
+
+    rows: list[Row]
+    bare: list[list[int]]
+    context: list[list[int]]
+    lengths: dict[str, int]
+    dropped: int
+
+
+def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows:
+    """Renders and tokenizes both views of every row; over-long rows are an error or are dropped, as configured."""
+    views = {
+        "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config.placement),
+        "context": prompts_lib.encode(tokenizer, rows, config.placement),
+    }
+    kept, lengths = prompts_lib.keep_fitting(rows, views, config)
+    chosen = {view: [tokens[place] for place in kept] for view, tokens in views.items()}
+    return EncodedRows([rows[place] for place in kept], **chosen, lengths=lengths, dropped=len(rows) - len(kept))
+
+
+@dataclasses.dataclass(frozen=True)
+class RetentionRows:
+    """Questions under other contexts, (c', x'), drawn anew for every row of every step from the task's pool.
+
+    ``length`` is the prompts' common length: no prompt of a pool's context and a training question is longer.
+    """
+
+    tokenizer: object
+    task: Task
+    rows: list[Row]
+    contexts: list[str]
+    placement: str
+    length: int
+
+    @classmethod
+    def of(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
+        """Raises ValueError where the task has no other contexts to train on."""
+        contexts = task.other_contexts("train")
+        if not contexts:
+            raise ValueError(
+                "loss.mu > 0 needs other contexts to retain, and this task has none; give a file of them "
+                "(qa_jsonl.other_contexts_file), or leave out the arms with retention (run_arms)"
+            )
+        longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
+        trials = [longest._replace(context=context) for context in contexts]
+        length = max(len(tokens) for tokens in prompts_lib.encode(tokenizer, trials, config.placement))
+        # Tokens may merge differently around another question: leave a little room.
+        return cls(tokenizer, task, encoded.rows, contexts, config.placement, length + 4 * (length > 64))
+
+    def draw(self, seed: int, index: int) -> list[int]:
+        """The tokens of retention row ``index`` of the run."""
+        rng = np.random.default_rng([seed, index])
+        row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
+        return prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.placement)[0]
+
+
+def training_batches(
+    encoded: EncodedRows,
+    retention: RetentionRows | None,
+    *,
+    seed: int,
+    batch_size: int,
+    retention_rows: int,
+    pad_id: int,
+    first_step: int = 0,
+) -> Iterator[Batch]:
+    """Endless host batches (numpy) from step ``first_step`` on, prefetched by a thread."""
+
+    def element(index: int, place: int):
+        other = None
+        if retention is not None and index % batch_size < retention_rows:
+            other = retention.draw(seed, index)
+        return encoded.bare[place], encoded.context[place], other, index
+
+    def collate(elements) -> Batch:
+        bare, context, other, index = zip(*elements)
+        others = [tokens for tokens in other if tokens is not None]
+        return Batch(
+            bare=prompts_lib.left_pad(bare, encoded.lengths["bare"], pad_id),
+            context=prompts_lib.left_pad(context, encoded.lengths["context"], pad_id),
+            other=prompts_lib.left_pad(others, retention.length, pad_id) if others else None,
+            example_id_B=np.asarray([i % 2**31 for i in index], np.int32),
+        )
+
+    order = grain.MapDataset.range(len(encoded.rows)).seed(seed).shuffle().repeat()
+    batches = order.map_with_index(element).batch(batch_size, batch_fn=collate)
+    batches = batches.slice(slice(first_step, None))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,0 +1,67 @@
+"""What a task is: rows (question, context, reference) and a grader. The tasks themselves are in data/tasks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+SPLITS = ("train", "dev", "test")
+
+
+class Row(NamedTuple):
+    """A question as one view shows it. ``context`` None: no context block at all; "": an empty one.
+    ``default`` is the answer that the base gives when nobody tells it otherwise, where a task knows it."""
+
+    id: str
+    question: str
+    context: str | None
+    reference: str
+    default: str | None = None
+
+
+class Grade(NamedTuple):
+    """``parsed`` is the answer read from a response, None where none was readable."""
+
+    parsed: str | None
+    correct: bool
+
+
+class Task(Protocol):
+    def rows(self, split: str) -> list[Row]:
+        """The rows of "train", "dev" or "test", each with the context to internalize. Splits are disjoint."""
+
+    def grade(self, response: str, reference: str) -> Grade:
+        """Reads the answer from a response and compares it with a row's reference."""
+
+    def other_contexts(self, split: str) -> list[str]:
+        """Contexts that the student should keep obeying, none of them the one to internalize, disjoint between
+        splits; may be empty."""
+
+    def under(self, row: Row, context: str) -> Row:
+        """The same question under another context, with the reference that holds there."""
+
+    def paraphrase(self, row: Row, rng: np.random.Generator) -> str | None:
+        """The row's context in other words, or None where the task cannot tell."""
+
+
+def evaluation_views(task: Task, rows: list[Row], split: str) -> dict[str, list[Row]]:
+    """The views in which a split is evaluated, each a list parallel to ``rows``.
+
+    bare: no context; context: the one internalized; empty: a context block without content; other: another
+    context of this split, with the reference that holds under it (obedience); paraphrase: the context in
+    other words. A view that a task cannot give is left out. Which other context a row gets depends on its
+    place alone, so all arms and all steps are asked the same.
+    """
+    views = {
+        "bare": [row._replace(context=None) for row in rows],
+        "context": list(rows),
+        "empty": [row._replace(context="") for row in rows],
+    }
+    others = task.other_contexts(split)
+    if others:
+        views["other"] = [task.under(row, others[place % len(others)]) for place, row in enumerate(rows)]
+    paraphrases = [task.paraphrase(row, np.random.default_rng(place)) for place, row in enumerate(rows)]
+    if rows and all(text is not None for text in paraphrases):
+        views["paraphrase"] = [row._replace(context=text) for row, text in zip(rows, paraphrases)]
+    return views

@@ -1,0 +1,7 @@
+"""The tasks, one file each. To add one: a module with a frozen config dataclass and a class with the methods of
+``data.task.Task``, a section of the dataclass's fields in configs/base.py, and a line here."""
+
+from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
+from ctxjax.data.tasks.rules import Rules, RulesConfig
+
+TASKS = {"rules": (RulesConfig, Rules), "qa_jsonl": (QaConfig, QaJsonl)}

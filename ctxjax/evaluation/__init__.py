@@ -1,0 +1,1 @@
+"""Removability: the views decoded and compared, the metrics, and their statistics."""

@@ -1,0 +1,102 @@
+"""The metrics of removability, from per-question outcomes in several views.
+
+    Acc_x, Acc_xc   accuracy without and with the context      Gap = Acc_xc - Acc_x
+    Harm            P(wrong with c | right without c)
+    Benefit         P(right with c | wrong without c)
+    BothCorrect     P(right in both views)
+    dLen            relative change of the mean response length when c is added
+
+Harm alone would reward a model that ignores every prompt; read it beside obedience.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ctxjax.evaluation import statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What happened to n questions in one view: arrays [n]; ``length`` in tokens, end token included."""
+
+    correct: np.ndarray
+    parsed: np.ndarray
+    truncated: np.ndarray
+    length: np.ndarray
+
+
+def harm_rate(right_x: np.ndarray, right_xc: np.ndarray, axis: int = -1) -> np.ndarray:
+    """P(wrong with c | right without c) along ``axis``; NaN where nothing was right without c."""
+    right = np.sum(right_x, axis=axis)
+    harmed = np.sum(right_x & ~right_xc, axis=axis)
+    return np.where(right > 0, harmed / np.maximum(right, 1), np.nan)
+
+
+def rate(name: str, successes: np.ndarray, among: np.ndarray | None = None) -> dict:
+    """{name, name_ci}: a share with its Wilson interval, None where there is nothing to take a share of."""
+    chosen = successes if among is None else successes[among]
+    n = len(chosen)
+    return {name: float(np.mean(chosen)) if n else None, f"{name}_ci": statistics.wilson(int(np.sum(chosen)), n)}
+
+
+def regime(right_x: np.ndarray, right_xc: np.ndarray) -> str:
+    """"perturbation" where the context significantly lowers accuracy, "scaffold" where it raises it (McNemar, 5 %),
+    else "agreement"."""
+    if statistics.mcnemar(right_x, right_xc) >= 0.05:
+        return "agreement"
+    return "perturbation" if np.mean(right_xc) < np.mean(right_x) else "scaffold"
+
+
+def removability(bare: Outcomes, context: Outcomes) -> dict:
+    """The metrics of the two views on the same questions."""
+    x, xc = bare.correct, context.correct
+    result = {"n": len(x)} | rate("acc_x", x) | rate("acc_xc", xc)
+    result["gap"] = float(np.mean(xc) - np.mean(x))
+    result |= rate("harm", ~xc, among=x) | rate("benefit", xc, among=~x) | rate("both_correct", x & xc)
+    result["dlen"] = float(np.mean(context.length) / np.mean(bare.length) - 1)
+    for view, outcomes in (("x", bare), ("xc", context)):
+        result[f"length_{view}"] = float(np.mean(outcomes.length))
+        result[f"truncated_{view}"] = float(np.mean(outcomes.truncated))
+        result[f"parse_{view}"] = float(np.mean(outcomes.parsed))
+    result["flips"] = {
+        "right_right": int(np.sum(x & xc)),
+        "right_wrong": int(np.sum(x & ~xc)),
+        "wrong_right": int(np.sum(~x & xc)),
+        "wrong_wrong": int(np.sum(~x & ~xc)),
+    }
+    return result | {"mcnemar_p": statistics.mcnemar(x, xc), "regime": regime(x, xc)}
+
+
+def view_distance(kl_nxT: np.ndarray, mask_nxT: np.ndarray) -> dict:
+    """View KL in nats per token, overall and by response position (None where no response reaches it)."""
+    kl = np.where(mask_nxT, kl_nxT, 0.0)
+    reached_T = mask_nxT.sum(axis=0)
+    by_position = [float(total / count) if count else None for total, count in zip(kl.sum(axis=0), reached_T)]
+    return {"view_kl": float(kl.sum() / max(mask_nxT.sum(), 1)), "view_kl_by_position": by_position}
+
+
+def layer_cosines(cosines: dict[str, np.ndarray], mask_nxT: np.ndarray) -> dict:
+    """Mean cosines by layer, index 0 the embedding's output, and the 5th percentile of the first kind."""
+    tokens = {name: values[:, mask_nxT] for name, values in cosines.items()}
+    return {
+        "cosine_by_layer": tokens["cosine"].mean(axis=1).tolist(),
+        "cosine_p5_by_layer": np.percentile(tokens["cosine"], 5, axis=1).tolist(),
+        "cosine_control_by_layer": tokens["control"].mean(axis=1).tolist(),
+        "cosine_centred_by_layer": tokens["centred"].mean(axis=1).tolist(),
+    }
+
+
+def harm_difference(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], resamples: int) -> list | None:
+    """[harm(a) - harm(b), low, high] for two arms, each (right_x, right_xc), by paired bootstrap over questions.
+
+    The arms' denominators differ, since each is right without context on its own set of questions.
+    """
+
+    def difference(a_x, a_xc, b_x, b_xc, axis=-1):
+        return harm_rate(a_x, a_xc, axis) - harm_rate(b_x, b_xc, axis)
+
+    interval = statistics.paired_bootstrap(difference, (*a, *b), resamples)
+    return None if interval is None else list(interval)

@@ -1,0 +1,140 @@
+"""Decoding a split in one view, and comparing two views token by token. Compiled; arrays in, arrays out."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+
+from ctxjax import divergences, losses, masks, rng, scoring, sharding
+from ctxjax.losses import LossConfig
+from ctxjax.models import transformer
+from ctxjax.models.transformer import ModelConfig, apply_head, head_weights
+from ctxjax.sampling import SamplingConfig, sample
+from ctxjax.types import Batch, Params, Prompts, Rollout
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"))
+def _decode(params, model: ModelConfig, sampling: SamplingConfig, prompts: Prompts, key, example_id_B) -> Rollout:
+    return sample(params, model, sampling, prompts, rng.row_keys(key, example_id_B))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, control: Prompts, rollout: Rollout):
+    """View KL [B, T] and cosines by layer [N+1, B, T] of the same response tokens in different views."""
+
+    def window(prompts, x_BxLxD):
+        return masks.response_window(x_BxLxD, prompts.tokens_BxP.shape[1])
+
+    def centred(x_BxTxD):
+        mask = rollout.mask_BxT[..., None]
+        mean_D = jnp.sum(jnp.where(mask, x_BxTxD, 0.0), axis=(0, 1)) / jnp.maximum(jnp.sum(mask), 1)
+        return x_BxTxD - mean_D
+
+    def cosines(x_bare, x_context, x_control):
+        states = ((bare, x_bare), (context, x_context), (control, x_control))
+        x, c, other = (window(prompts, state).astype(jnp.float32) for prompts, state in states)
+        return {"cosine": _cosine(x, c), "control": _cosine(x, other), "centred": _cosine(centred(x), centred(c))}
+
+    views = tuple(masks.joined(prompts, rollout) for prompts in (bare, context, control))
+    (h_x, h_c, _), by_layer = transformer.summarise_layers(params, model, views, cosines)
+    head = head_weights(params, model)
+
+    def view_kl(h_x, h_c):
+        return divergences.kl(apply_head(h_x, head), apply_head(h_c, head))
+
+    kl_BxT = scoring.over_token_chunks(view_kl, 64, window(bare, h_x), window(context, h_c))
+    return kl_BxT, by_layer
+
+
+@functools.partial(jax.jit, static_argnames=("model", "teacher_model", "loss"))
+def _distillation(params, frozen, model, teacher_model, loss: LossConfig, batch: Batch, rollout: Rollout):
+    terms, _ = losses.bare_and_context_terms(params, frozen, model, teacher_model, loss, batch, rollout)
+    return terms["distill"]
+
+
+def _cosine(a, b):
+    product = jnp.sum(a * b, axis=-1)
+    return product / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12)
+
+
+def _in_batches(tree, batch_size: int, mesh: Mesh):
+    """(rows that count, device batch) over the leading axis of a tree of host arrays; the last batch is filled up
+    with copies of its last row, so that one compiled program serves all."""
+    count = jax.tree.leaves(tree)[0].shape[0]
+    for start in range(0, count, batch_size):
+        places = np.minimum(np.arange(start, start + batch_size), count - 1)
+        real = min(batch_size, count - start)
+        yield real, sharding.put_batch(jax.tree.map(lambda array: np.asarray(array)[places], tree), mesh)
+
+
+def _joined(parts: list, axis: int = 0):
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=axis), *parts)
+
+
+def decode(
+    params: Params,
+    model: ModelConfig,
+    sampling: SamplingConfig,
+    prompts: Prompts,
+    key: jax.Array,
+    batch_size: int,
+    mesh: Mesh,
+) -> Rollout:
+    """Responses to all n prompts (host arrays [n, P]) as host arrays [n, T]; row i's randomness is (key, i)."""
+    rows = np.arange(prompts.tokens_BxP.shape[0], dtype=np.int32)
+    parts = []
+    for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):
+        rollout = jax.device_get(_decode(params, model, sampling, batch, key, ids))
+        parts.append(jax.tree.map(lambda array: array[:real], rollout))
+    return _joined(parts)
+
+
+def compare(
+    params: Params,
+    model: ModelConfig,
+    bare: Prompts,
+    context: Prompts,
+    control: Prompts,
+    rollout: Rollout,
+    batch_size: int,
+    mesh: Mesh,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """KL(q_x || q_c) in nats, [n, T], and hidden-state cosines, each [N+1, n, T], along the same responses.
+
+    "cosine" is between the bare and the context view, "control" between the bare view and one under an unrelated
+    context, "centred" the first after subtracting each view's mean state: raw cosines are high everywhere.
+    """
+    kls, cosines = [], []
+    for real, batch in _in_batches((bare, context, control, rollout), batch_size, mesh):
+        kl, by_layer = jax.device_get(_compare(params, model, *batch))
+        kls.append(kl[:real])
+        cosines.append({name: values[:, :real] for name, values in by_layer.items()})
+    return np.concatenate(kls), _joined(cosines, axis=1)
+
+
+def distillation_kl(
+    params: Params,
+    frozen: Params,
+    model: ModelConfig,
+    teacher_model: ModelConfig,
+    loss: LossConfig,
+    bare: Prompts,
+    context: Prompts,
+    rollout: Rollout,
+    batch_size: int,
+    mesh: Mesh,
+) -> float:
+    """L_distill, nats per token, on given responses."""
+    rows = np.arange(bare.tokens_BxP.shape[0], dtype=np.int32)
+    total, count = 0.0, 0.0
+    for real, (bare_b, context_b, rollout_b, ids) in _in_batches((bare, context, rollout, rows), batch_size, mesh):
+        keep = jnp.arange(batch_size)[:, None] < real
+        rollout_b = rollout_b.replace(mask_BxT=rollout_b.mask_BxT & jax.reshard(keep, sharding.batch_spec(None)))
+        batch = Batch(bare=bare_b, context=context_b, other=None, example_id_B=ids)
+        mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))
+        total, count = total + float(mean.total), count + float(mean.count)
+    return total / max(count, 1.0)

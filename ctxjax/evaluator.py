@@ -1,0 +1,133 @@
+"""Evaluates parameters on a split: every view decoded, graded, compared and summed up."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from ctxjax import rng
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.data.pipeline import encode_rows
+from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.task import Row, Task, evaluation_views
+from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
+from ctxjax.evaluation.metrics import Outcomes
+from ctxjax.folder import ModelFolder
+from ctxjax.losses import LossConfig
+from ctxjax.sampling import SamplingConfig
+from ctxjax.types import Params, Prompts, Rollout
+
+# The metric that a view's accuracy is reported as; the first two are reported by metrics.removability.
+ACCURACY_OF_VIEW = {"empty": "acc_empty", "other": "obedience", "paraphrase": "acc_paraphrase"}
+
+
+class Evaluation(NamedTuple):
+    """Numbers of one model on one split, one dict per question and view, and the outcomes by view."""
+
+    metrics: dict
+    items: list[dict]
+    outcomes: dict[str, Outcomes]
+
+
+class Evaluator:
+    """A split in all its views, tokenized once; call it with parameters.
+
+    ``greedy`` is how responses are judged (temperature 0 unless the config says otherwise), ``rollout`` how
+    training samples: the held-out distillation loss is taken on such samples.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        split: str,
+        folder: ModelFolder,
+        frozen: Params,
+        prompt: PromptConfig,
+        judged: SamplingConfig,
+        rollout: SamplingConfig,
+        batch_size: int,
+        seed: int,
+        mesh: Mesh,
+    ):
+        self._task, self._folder, self._frozen, self._mesh = task, folder, frozen, mesh
+        self._judged, self._rollout = judged, rollout
+        encoded = encode_rows(folder.tokenizer, task.rows(split), prompt)
+        self.dropped = encoded.dropped
+        self._rows = evaluation_views(task, encoded.rows, split)
+        tokens = {v: prompts_lib.encode(folder.tokenizer, rows, prompt.placement) for v, rows in self._rows.items()}
+        # Two lengths, so that decoding is compiled twice and not once for every view.
+        longest = max(len(ids) for view, lists in tokens.items() if view != "bare" for ids in lists)
+        lengths = dict.fromkeys(tokens, max(longest, encoded.lengths["context"])) | {"bare": encoded.lengths["bare"]}
+        self._prompts = {v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id) for v, lists in tokens.items()}
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch = min(batch_size, -(-len(encoded.rows) // ways) * ways)
+        self._key = rng.key_for(jax.random.key(seed), 0, "evaluation")
+
+    def __call__(self, params: Params) -> Evaluation:
+        """Decodes every view; the hidden states and the view KL are taken along the bare view's responses."""
+        model = self._folder.config
+        rollouts = {v: self._decode(params, prompts, self._judged) for v, prompts in self._prompts.items()}
+        items, outcomes = [], {}
+        for view, rollout in rollouts.items():
+            view_items = self._grade(view, rollout)
+            items += view_items
+            outcomes[view] = Outcomes(
+                correct=np.array([item["correct"] for item in view_items]),
+                parsed=np.array([item["parsed"] is not None for item in view_items]),
+                truncated=np.array([item["truncated"] for item in view_items]),
+                length=np.array([item["length"] for item in view_items]),
+            )
+        result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
+        for view, name in ACCURACY_OF_VIEW.items():
+            if view in outcomes:
+                result |= metrics_lib.rate(name, outcomes[view].correct)
+        result |= self._default_rate(items)
+        bare, context = self._prompts["bare"], self._prompts["context"]
+        control = self._prompts.get("other", self._prompts["empty"])
+        kl, cosines = views_lib.compare(
+            params, model, bare, context, control, rollouts["bare"], self._batch, self._mesh
+        )
+        mask = rollouts["bare"].mask_BxT
+        result |= metrics_lib.view_distance(kl, mask) | metrics_lib.layer_cosines(cosines, mask)
+        result["distill"] = self._distillation(params)
+        return Evaluation(result, items, outcomes)
+
+    def _decode(self, params: Params, prompts: Prompts, sampling: SamplingConfig) -> Rollout:
+        return views_lib.decode(
+            params, self._folder.config, sampling, prompts, self._key, self._batch, self._mesh
+        )
+
+    def _grade(self, view: str, rollout: Rollout) -> list[dict]:
+        tokenizer, items = self._folder.tokenizer, []
+        kept = [tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        for row, ids, text in zip(self._rows[view], kept, texts):
+            grade = self._task.grade(text, row.reference)
+            items.append({
+                "id": row.id, "view": view, "question": row.question, "context": row.context,
+                "reference": row.reference, "text": text, "parsed": grade.parsed, "correct": grade.correct,
+                "length": len(ids), "truncated": int(ids[-1]) not in self._folder.stop_ids,
+            })  # fmt: skip
+        return items
+
+    def _default_rate(self, items: list[dict]) -> dict:
+        """How often the bare view still answers as the base does by default, where the task knows that."""
+        rows: list[Row] = self._rows["bare"]
+        if not rows or rows[0].default is None:
+            return {}
+        bare = (item for item in items if item["view"] == "bare")
+        same = [self._task.grade(item["text"], row.default).correct for item, row in zip(bare, rows)]
+        return metrics_lib.rate("acc_default", np.array(same))
+
+    def _distillation(self, params: Params) -> float:
+        """Held-out KL(q_x || f) in nats per token, on the student's own samples, as in training."""
+        model, bare = self._folder.config, self._prompts["bare"]
+        rollout = self._decode(params, bare, self._rollout)
+        loss = LossConfig(temperature=self._rollout.temperature)
+        return views_lib.distillation_kl(
+            params, self._frozen, model, model, loss, bare, self._prompts["context"], rollout, self._batch, self._mesh
+        )

@@ -1,0 +1,74 @@
+"""A model folder opened whole: architecture, weights, tokenizer, stop ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from jax.sharding import Mesh
+from transformers import AutoTokenizer
+
+from ctxjax.models import hf
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """What a run needs of a Hugging Face folder. ``params`` is a nested dict of arrays on the mesh."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: object
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def load_tokenizer(path: Path):
+    """The folder's tokenizer. Raises where there is none, or where it has no chat template."""
+    path = Path(path)
+    if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
+        raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer in {path} has no chat template; put one into its tokenizer_config.json (chat_template), "
+            "or use the instruct model's folder"
+        )
+    return tokenizer
+
+
+def stop_ids(path: Path, tokenizer) -> tuple[int, ...]:
+    """The ids that end a response: generation_config.json's and the tokenizer's together, sorted."""
+    ids = {tokenizer.eos_token_id} - {None}
+    generation = Path(path) / "generation_config.json"
+    if generation.exists():
+        try:
+            named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ValueError(f"{generation} is not a valid JSON object: {error}") from None
+        ids |= set(named if isinstance(named, list) else [named]) - {None}
+    if not ids:
+        raise ValueError(f"{path} names no end token, neither in generation_config.json nor in its tokenizer")
+    return tuple(sorted(ids))
+
+
+def open_folder(
+    path: str | Path, mesh: Mesh, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
+) -> ModelFolder:
+    """Loads a local Hugging Face folder onto ``mesh``.
+
+    Raises FileNotFoundError or ValueError with one message that names the folder, what is wrong, and the remedy.
+    """
+    path = Path(path).expanduser()
+    config = hf.read_config(path, dtype, remat)
+    tokenizer = load_tokenizer(path)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} ids, the head only {config.vocab_size} rows")
+    ends = stop_ids(path, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    return ModelFolder(config, hf.load(path, config, mesh, param_dtype), tokenizer, ends, pad)

@@ -1,0 +1,60 @@
+"""Trains and evaluates: ``python -m ctxjax.main --config=configs/tiny.py --workdir=DIR [--config.field=value ...]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import sys
+
+from absl import app, flags, logging
+import jax
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
+
+
+def main(_) -> None:
+    if _WORKDIR.value is None:
+        raise ValueError("--workdir is missing; name a folder for results, report, metrics and checkpoints")
+    if _CONFIG.value is None:
+        raise ValueError("--config is missing; for example --config=configs/tiny.py")
+    # Imported here, so that a mistyped flag is answered at once.
+    from ctxjax import config, trainer, workdir
+
+    _quiet()
+    experiment = config.experiment(_CONFIG.value, jax.device_count())
+    if _CONFIG.value.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
+    folder = Path(_WORKDIR.value).expanduser()
+    workdir.prepare(folder, _CONFIG.value)
+    trainer.run(experiment, folder, workdir.facts(_CONFIG.value))
+
+
+def _quiet() -> None:
+    """Leaves warnings, and drops the libraries' accounts of what they are doing, which would bury the bar."""
+    logging.set_verbosity(logging.WARNING)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except FileNotFoundError as error:
+        raise ValueError(f"config file {error.filename} does not exist") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"bad command line: {error}") from None
+    if len(rest) > 1:
+        raise ValueError(f"unexpected argument {rest[1]!r}; options are written --config.field=value")
+    return rest
+
+
+def command_line() -> None:
+    """Runs the command; bad input ends with one readable message and exit code 2, without a traceback."""
+    try:
+        app.run(main, flags_parser=_parse)
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    command_line()

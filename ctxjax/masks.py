@@ -1,0 +1,62 @@
+"""Positions, attention masks and the response window: the only places where tokens are shifted or hidden."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ctxjax.types import Prompts, Rollout
+
+
+def positions(mask_BxL: jax.Array) -> jax.Array:
+    """Rotary positions [B, L]: real tokens count 0, 1, 2, ... whatever the padding beside them.
+
+    >>> positions([[F, F, T, T, T]])  ->  [[0, 0, 0, 1, 2]]
+    """
+    return jnp.maximum(jnp.cumsum(mask_BxL, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def causal(mask_BxL: jax.Array) -> jax.Array:
+    """Attention mask [B, L, L], True where query l may read key m: m <= l and m is a real token.
+
+    A padding query reads itself, so that no softmax row is empty; nothing reads a padding query.
+    """
+    length = mask_BxL.shape[1]
+    lower_LxL = jnp.tril(jnp.ones((length, length), bool))
+    return (lower_LxL[None] & mask_BxL[:, None, :]) | jnp.eye(length, dtype=bool)[None]
+
+
+def joined(prompts: Prompts, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+    """The sequence that a scoring pass reads, (tokens, mask), each [B, P + T - 1].
+
+    The last response token is left out: it is predicted, and predicts nothing.
+    """
+    tokens = jnp.concatenate([prompts.tokens_BxP, rollout.tokens_BxT[:, :-1]], axis=1)
+    mask = jnp.concatenate([prompts.mask_BxP, rollout.mask_BxT[:, :-1]], axis=1)
+    return tokens, mask
+
+
+def response_window(values_BxL: jax.Array, prompt_length: int) -> jax.Array:
+    """The columns whose outputs predict the response: the project's only next-token shift.
+
+    With P = 3 prompt columns and T = 2 response tokens, ``joined`` gives 4 columns::
+
+        read      p0  p1  p2  y0
+        predicts  p1  p2  y0  y1      -> columns 2 and 3, that is, P-1 onwards
+    """
+    return values_BxL[:, prompt_length - 1 :]
+
+
+def until_eos(tokens_BxT: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    """Response mask [B, T]: True up to and including the first end token; all True where there is none."""
+    is_eos_BxT = is_any(tokens_BxT, eos_ids)
+    ended_before_BxT = jnp.cumsum(is_eos_BxT, axis=1) - is_eos_BxT > 0
+    return ~ended_before_BxT
+
+
+def is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """True where a token is one of ``ids`` (static; may be empty)."""
+    found = jnp.zeros(tokens.shape, bool)
+    for token in ids:
+        found |= tokens == token
+    return found

@@ -1,0 +1,1 @@
+"""The decoder, its parameters, and Hugging Face folders in and out."""

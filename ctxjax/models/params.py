@@ -1,0 +1,67 @@
+"""Parameters as plain nested dicts, declared once as a tree of ParamSpec.
+
+Abstract shapes (``eval_shape`` of a 70B model on a laptop), shardings and initial values are three
+maps over the same declaration, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+
+from ctxjax import sharding
+from ctxjax.types import Params
+
+
+class ParamSpec(NamedTuple):
+    """One array: its shape, the logical name of every axis, and the standard deviation of its initial
+    values (0: zeros, None: ones)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    stddev: float | None
+
+
+def _is_spec(node) -> bool:
+    return isinstance(node, ParamSpec)
+
+
+def shardings(specs, mesh: Mesh):
+    """The tree of NamedShardings in which the parameters live on ``mesh``."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, sharding.weight_spec(s.axes)), specs, is_leaf=_is_spec)
+
+
+def abstract(specs, mesh: Mesh, dtype=jnp.float32):
+    """The tree of ShapeDtypeStructs, with shardings; nothing is allocated."""
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=NamedSharding(mesh, sharding.weight_spec(s.axes))),
+        specs,
+        is_leaf=_is_spec,
+    )
+
+
+def init(specs, key: jax.Array, mesh: Mesh, dtype=jnp.float32) -> Params:
+    """Initial values: normal with each spec's stddev. Each leaf's key is its index in the tree's order."""
+    leaves, tree = jax.tree.flatten(specs, is_leaf=_is_spec)
+
+    def make(key):
+        values = []
+        for index, spec in enumerate(leaves):
+            if spec.stddev is None:
+                value = jnp.ones(spec.shape, dtype)
+            else:
+                value = spec.stddev * jax.random.normal(jax.random.fold_in(key, index), spec.shape, dtype)
+            values.append(jax.reshard(value, sharding.weight_spec(spec.axes)))
+        return jax.tree.unflatten(tree, values)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(make)(key)
+
+
+def count(specs) -> int:
+    """The number of scalars."""
+    return sum(int(np.prod(s.shape)) for s in jax.tree.leaves(specs, is_leaf=_is_spec))

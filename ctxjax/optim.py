@@ -1,0 +1,46 @@
+"""AdamW with gradient clipping and a learning-rate schedule, from optax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """``schedule`` is "constant" or "cosine" (to 0 at ``steps``); both start with ``warmup_steps`` of linear
+    warm-up. ``clip`` bounds the gradient's global norm."""
+
+    lr: float
+    steps: int
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+
+def _constant(config: OptimConfig) -> optax.Schedule:
+    return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
+
+
+def _cosine(config: OptimConfig) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup_steps, max(config.steps, config.warmup_steps + 1))
+
+
+SCHEDULES = {"constant": _constant, "cosine": _cosine}
+
+
+def schedule(config: OptimConfig) -> optax.Schedule:
+    """Step number -> learning rate."""
+    return SCHEDULES[config.schedule](config)
+
+
+def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )

@@ -1,0 +1,118 @@
+"""A base model from scratch, for worlds that fit on a laptop, as an ordinary Hugging Face folder.
+
+The run that follows loads the folder exactly as it would load Llama. Folders are cached under a hash of
+everything that shapes them, and trained again only when that changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import grain
+import jax
+from jax.sharding import Mesh
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from ctxjax import losses, optim, rng, sharding
+from ctxjax.config import BaseConfig
+from ctxjax.data import prompts as prompts_lib, word_tokenizer
+from ctxjax.data.task import Row
+from ctxjax.data.tasks import rules
+from ctxjax.models import hf, params as params_lib, transformer
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.optim import OptimConfig
+from ctxjax.types import Prompts, Rollout
+
+# Part of the hash: raise it when the training text or the procedure changes.
+RECIPE = 1
+
+
+def base_folder(config: BaseConfig, world: rules.RulesConfig) -> Path:
+    """Where the base of this configuration lives, whether it exists already or not."""
+    facts = dataclasses.asdict(config) | {"world_seed": world.seed, "recipe": RECIPE}
+    facts |= {"vocabulary": rules.vocabulary(), "weights": repr(transformer.param_specs(_model(config, 1)))}
+    del facts["cache"]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.cache).expanduser() / f"rules-base-{digest}"
+
+
+def ensure_base(config: BaseConfig, world: rules.RulesConfig, mesh: Mesh) -> Path:
+    """The base's folder; trains it first where it is not in the cache."""
+    folder = base_folder(config, world)
+    if not folder.exists():
+        train_base(config, world, mesh, folder)
+    return folder
+
+
+def _model(config: BaseConfig, vocab_size: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=config.width,
+        layers=config.layers,
+        query_heads=config.query_heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        mlp_width=config.mlp_width,
+        rope_theta=config.rope_theta,
+    )
+
+
+def train_base(config: BaseConfig, world: rules.RulesConfig, mesh: Mesh, folder: Path) -> None:
+    """Next-token training on the world's text, responses only, then a Hugging Face folder."""
+    tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+    model = _model(config, len(tokenizer))
+    optimizer = OptimConfig(
+        lr=config.lr, steps=config.steps, schedule="cosine", warmup_steps=config.warmup_steps, b2=0.98,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    key = rng.key_for(jax.random.key(config.seed), 0, "init")
+    params = params_lib.init(transformer.param_specs(model), key, mesh)
+    opt_state = jax.jit(optim.optimizer(optimizer).init)(params)
+    bar = tqdm(_batches(config, world, tokenizer), total=config.steps, desc="base model from scratch", unit="step")
+    for prompts, responses in bar:
+        prompts, responses = sharding.put_batch((prompts, responses), mesh)
+        params, opt_state, loss = _base_step(params, opt_state, prompts, responses, model, optimizer)
+        if bar.n % 50 == 0:
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+    hf.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("params", "opt_state"))
+def _base_step(params, opt_state, prompts: Prompts, responses: Rollout, model: ModelConfig, optimizer: OptimConfig):
+    def loss_of(params):
+        return losses.next_token_loss(params, model, prompts, responses, chunk=128).value
+
+    loss, grads = jax.value_and_grad(loss_of)(params)
+    updates, opt_state = optim.optimizer(optimizer).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+def _batches(config: BaseConfig, world: rules.RulesConfig, tokenizer):
+    """Host batches (Prompts, responses as a Rollout), rows a pure function of (seed, place)."""
+    task = rules.Rules(world)
+    columns = len(tokenizer.apply_chat_template(
+        prompts_lib.messages(Row("", f"#1:{'a' * max(rules.LENGTHS)}", task.context, ""), "system"),
+        add_generation_prompt=True, return_dict=False,
+    ))  # fmt: skip
+
+    def collate(places) -> tuple[Prompts, Rollout]:
+        drawn = [task.pretraining_row(np.random.default_rng([config.seed, 3, int(place)])) for place in places]
+        rows = [Row("", question, context, "") for question, context, _ in drawn]
+        prompts = prompts_lib.left_pad(prompts_lib.encode(tokenizer, rows, "system"), columns, tokenizer.pad_token_id)
+        answers = tokenizer([text for _, _, text in drawn], add_special_tokens=False)["input_ids"]
+        tokens = np.full((len(drawn), rules.LONGEST_RESPONSE), tokenizer.pad_token_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, ids in enumerate(answers):
+            tokens[row, : len(ids) + 1] = [*ids, tokenizer.eos_token_id]
+            mask[row, : len(ids) + 1] = True
+        return prompts, Rollout(tokens, mask, np.zeros(tokens.shape, np.float32))
+
+    places = grain.MapDataset.range(config.steps * config.batch_size)
+    batches = places.batch(config.batch_size, batch_fn=collate)
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))

@@ -1,0 +1,37 @@
+"""Rebuilds the page of a finished or running run: `python -m ctxjax.report --workdir=DIR`."""
+
+import argparse
+import pathlib
+import sys
+
+from ctxjax.report import results_table, write_report
+from ctxjax.report.run_files import read_results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table and the path of the page.
+
+    Args:
+        arguments: command line without the program's name; None takes `sys.argv`.
+
+    Returns:
+        0, or 2 after one line on stderr when the run's files are missing or unreadable.
+    """
+    parser = argparse.ArgumentParser(prog="python -m ctxjax.report", description=__doc__)
+    parser.add_argument(
+        "--workdir", required=True, type=pathlib.Path, metavar="DIR", help="folder that holds results.json"
+    )
+    workdir = parser.parse_args(arguments).workdir
+    try:
+        results = read_results(workdir)
+        path = write_report(workdir)
+    except (OSError, ValueError) as error:
+        print(f"ctxjax.report: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(results_table(results))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Randomness as a pure function of (root key, step, stream, row, position): the only fold_in calls.
+
+Nothing here depends on the batch's size or order, the number of devices or hosts, or on how often the
+run was restarted; so neither do the sampled tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+
+STREAMS = {"init": 0, "rollout": 1, "retention": 2, "evaluation": 3, "pretraining": 4}
+
+
+def key_for(root: jax.Array, step: jax.Array | int, stream: str) -> jax.Array:
+    """The key of one named stream at one step."""
+    return jax.random.fold_in(jax.random.fold_in(root, STREAMS[stream]), step)
+
+
+def row_keys(key: jax.Array, example_id_B: jax.Array) -> jax.Array:
+    """One key for each row, [B], by the row's identity and not by its place in the batch."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, example_id_B)
+
+
+def token_uniform(row_keys_B: jax.Array, position: jax.Array) -> jax.Array:
+    """One uniform number in [0, 1) for each row at response position ``position``, float32 [B]."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(row_keys_B)

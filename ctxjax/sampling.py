@@ -1,0 +1,149 @@
+"""The sampler: prompts in, a Rollout out, one compiled program.
+
+The prompts are read once (the head is applied to their last column only), then a ``while_loop`` decodes
+a token per row until every row has ended or the length is reached. Each token costs one uniform number
+per row, turned into a token through the inverse of the cumulative distribution: a Gumbel-max sampler
+would draw V numbers per row and token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from ctxjax import masks, rng
+from ctxjax.models import transformer
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.sharding import batch_spec
+from ctxjax.types import KVCache, Params, Prompts, Rollout
+
+NEG_INF = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters
+    off; as in transformers, top-k comes first and top-p renormalises what it left. A response ends at any of
+    ``eos_ids`` or after ``max_tokens`` tokens. ``pad_id`` fills the columns behind the end."""
+
+    max_tokens: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+class SamplerState(NamedTuple):
+    """``column`` tokens of every row are drawn; the token in column-1 has not been read yet."""
+
+    column: jax.Array
+    token_B: jax.Array
+    has_ended_B: jax.Array
+    tokens_BxT: jax.Array
+    logprobs_BxT: jax.Array
+    cache: KVCache
+
+
+def filtered(logits_BxV: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Logits after temperature, top-k and top-p; excluded tokens are -1e30. Ties at a threshold stay in."""
+    logits_BxV = logits_BxV / config.temperature
+    if 0 < config.top_k < logits_BxV.shape[-1]:
+        kth_Bx1 = lax.top_k(logits_BxV, config.top_k)[0][:, -1:]
+        logits_BxV = jnp.where(logits_BxV < kth_Bx1, NEG_INF, logits_BxV)
+    if config.top_p < 1.0:
+        probs_BxV = jax.nn.softmax(logits_BxV, axis=-1)
+        sorted_BxV = jnp.sort(probs_BxV, axis=-1, descending=True)
+        mass_before_BxV = jnp.cumsum(sorted_BxV, axis=-1) - sorted_BxV
+        # The smallest probability among those needed to reach top_p; the first is always needed.
+        least_Bx1 = jnp.min(jnp.where(mass_before_BxV < config.top_p, sorted_BxV, jnp.inf), axis=-1, keepdims=True)
+        logits_BxV = jnp.where(probs_BxV < least_Bx1, NEG_INF, logits_BxV)
+    return logits_BxV
+
+
+def inverse_cdf(probs_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """The token whose interval of the cumulative distribution holds ``uniform_B``, int32 [B].
+
+    Two levels, blocks of about sqrt(V) tokens and then tokens within the block, keep the running sums
+    short, hence exact and cheap for a vocabulary of any size. A token of probability 0 is never drawn.
+    """
+    B, V = probs_BxV.shape
+    block = max(8, 1 << (V - 1).bit_length() // 2)
+    blocks = -(-V // block)
+    probs = jnp.pad(probs_BxV, [(0, 0), (0, blocks * block - V)]).reshape(B, blocks, block)
+    mass_BxN = jnp.cumsum(jnp.sum(probs, axis=-1), axis=-1)
+    target_B = uniform_B * mass_BxN[:, -1]
+    which_B = jnp.minimum(jnp.sum(mass_BxN <= target_B[:, None], axis=-1), blocks - 1)
+    chosen = jax.nn.one_hot(which_B, blocks, dtype=probs.dtype)
+    before_B = jnp.sum(jnp.where(jnp.arange(blocks) < which_B[:, None], jnp.sum(probs, axis=-1), 0.0), axis=-1)
+    inner_BxK = jnp.cumsum(jnp.sum(probs * chosen[..., None], axis=1), axis=-1)
+    # Rounding must not point behind the block's last token of positive probability.
+    target_B = jnp.minimum(target_B - before_B, inner_BxK[:, -1] * (1 - 1e-6))
+    return which_B * block + jnp.sum(inner_BxK <= target_B[:, None], axis=-1)
+
+
+def draw(logits_BxV: jax.Array, config: SamplingConfig, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token per row and its log-probability under the distribution it was drawn from.
+
+    Greedy decoding reports the log-probability at temperature 1.
+    """
+    if config.temperature == 0:
+        token_B = jnp.argmax(logits_BxV, axis=-1)
+    else:
+        logits_BxV = filtered(logits_BxV, config)
+        token_B = inverse_cdf(jax.nn.softmax(logits_BxV, axis=-1), uniform_B)
+    chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=-1)[:, 0]
+    return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BxV, axis=-1)
+
+
+def sample(
+    params: Params, model: ModelConfig, config: SamplingConfig, prompts: Prompts, row_keys_B: jax.Array
+) -> Rollout:
+    """Samples a response for every prompt.
+
+    ``row_keys_B``: one key per row (rng.row_keys); the token at column t of a row depends on its own
+    prompt, key and t alone, so splitting a batch does not change what is drawn.
+    """
+    B, P = prompts.tokens_BxP.shape
+    T = config.max_tokens
+    head_DxV = transformer.head_weights(params, model)
+
+    def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:
+        logits_BxV = transformer.apply_head(hidden_BxD, head_DxV)
+        logits_BxV = jax.reshard(logits_BxV, batch_spec(None))  # sampled with the vocabulary whole
+        token_B, logprob_B = draw(logits_BxV, config, rng.token_uniform(row_keys_B, state.column))
+        token_B = jnp.where(state.has_ended_B, config.pad_id, token_B)
+        logprob_B = jnp.where(state.has_ended_B, 0.0, logprob_B)
+        place = (0, state.column)
+        return SamplerState(
+            column=state.column + 1,
+            token_B=token_B,
+            has_ended_B=state.has_ended_B | masks.is_any(token_B, config.eos_ids),
+            tokens_BxT=lax.dynamic_update_slice(state.tokens_BxT, token_B[:, None], place),
+            logprobs_BxT=lax.dynamic_update_slice(state.logprobs_BxT, logprob_B[:, None], place),
+            cache=cache,
+        )
+
+    def unfinished(state: SamplerState) -> jax.Array:
+        return (state.column < T) & ~jnp.all(state.has_ended_B)
+
+    def step(state: SamplerState) -> SamplerState:
+        hidden_BxD, cache = transformer.decode_step(params, model, state.token_B, ~state.has_ended_B, state.cache)
+        return add_token(state, hidden_BxD, cache)
+
+    hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, slots=P + T - 1)
+    rows, columns = batch_spec(), batch_spec(None)
+    empty = SamplerState(
+        column=jnp.int32(0),
+        token_B=jnp.zeros((B,), jnp.int32, out_sharding=rows),
+        has_ended_B=jnp.zeros((B,), bool, out_sharding=rows),
+        tokens_BxT=jnp.full((B, T), config.pad_id, jnp.int32, out_sharding=columns),
+        logprobs_BxT=jnp.zeros((B, T), jnp.float32, out_sharding=columns),
+        cache=cache,
+    )
+    state = lax.while_loop(unfinished, step, add_token(empty, hidden_BxD, cache))
+    return Rollout(state.tokens_BxT, masks.until_eos(state.tokens_BxT, config.eos_ids), state.logprobs_BxT)

@@ -1,0 +1,79 @@
+"""The device mesh and the rules that map the model's logical axes onto it.
+
+A mesh always exists and always has the axes ("data", "fsdp", "tensor"), on one CPU as on a pod, in
+*explicit* mode: every array's type carries its sharding, so a wrong layout fails while tracing, by
+name, instead of running slowly.
+
+    data    rows of the batch; weights replicated
+    fsdp    rows of the batch, and the storage of weights along their ``embed`` axis
+    tensor  heads, mlp and vocabulary
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# How weights are stored. At their use the "embed" axis is gathered (see ``gathered``).
+WEIGHT_RULES = {"layers": None, "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of data x fsdp x tensor devices, in explicit mode.
+
+    Raises ValueError where the product is not the number of devices, naming sizes that work.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"mesh data*fsdp*tensor = {data}*{fsdp}*{tensor} = {data * fsdp * tensor}, but there are {len(devices)} "
+            f"devices; for example data=1, fsdp={len(devices)}, tensor=1 uses all of them"
+        )
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def weight_spec(axes: tuple[str | None, ...]) -> P:
+    """Where a weight with these logical axes is stored."""
+    return P(*(None if axis is None else WEIGHT_RULES[axis] for axis in axes))
+
+
+def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
+    """A weight as a matrix product wants it: the shards along ``embed`` collected, the rest in place.
+
+    Called on one layer's weights inside the scan over layers, so that at most one layer is whole.
+    """
+    return jax.reshard(weight, P(*(None if axis in (None, "embed") else WEIGHT_RULES[axis] for axis in axes)))
+
+
+def batch_spec(*rest: str | None) -> P:
+    """Spec of an activation: rows over data and fsdp, the other axes as named."""
+    return P(BATCH, *(None if axis is None else WEIGHT_RULES[axis] for axis in rest))
+
+
+def put_batch(tree, mesh: Mesh):
+    """Places host arrays [B, ...] on the mesh, rows over data and fsdp.
+
+    Every process holds the same global batch and places only its own rows. Raises ValueError where B is
+    not divisible by data * fsdp.
+    """
+    sharding = NamedSharding(mesh, P(BATCH))
+
+    def put(array):
+        array = np.asarray(array)
+        check_divisible(array.shape[0], mesh, "batch")
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree)
+
+
+def check_divisible(rows: int, mesh: Mesh, name: str) -> None:
+    """Raises ValueError, with sizes that work, where ``rows`` cannot be spread over data * fsdp."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        below = rows // ways * ways
+        near = f"{below} or {below + ways}" if below else str(ways)
+        raise ValueError(f"{name} = {rows} is not divisible by the mesh's data*fsdp = {ways}; use {near}")

@@ -1,0 +1,210 @@
+"""A run, from top to bottom: base, arms, evaluation, table."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+import time
+
+import jax
+
+from ctxjax import pretrain, sharding
+from ctxjax.checkpoint import Checkpoints
+from ctxjax.config import DecodeConfig, Experiment
+from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows, training_batches
+from ctxjax.data.task import Task
+from ctxjax.data.tasks import TASKS
+from ctxjax.evaluation import metrics as metrics_lib
+from ctxjax.evaluator import Evaluation, Evaluator
+from ctxjax.folder import ModelFolder, open_folder
+from ctxjax.losses import LossConfig
+from ctxjax.metrics import Writer
+from ctxjax.report import results_table, write_report
+from ctxjax.sampling import SamplingConfig
+from ctxjax.train_step import StepConfig, init_state, train_step
+from ctxjax.types import Params
+
+
+def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
+    """Trains and evaluates every arm and writes results.json, report.html and a folder for each arm.
+
+    ``facts`` (configuration, command, versions) go into run.json. Returns the results by arm.
+    """
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    with jax.set_mesh(mesh):
+        task = TASKS[config.task][1](config.task_config)
+        folder = _open_model(config, mesh, seconds)
+        train_rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
+        retention = None
+        if any(loss.mu > 0 for loss in config.arms.values()):
+            retention = RetentionRows.of(folder.tokenizer, task, train_rows, config.prompt)
+        dev, test = (_evaluator(config, task, split, folder, mesh) for split in ("dev", "test"))
+        print(
+            f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
+            f"dev {dev.dropped}, test {test.dropped}",
+            flush=True,
+        )
+        clock = time.monotonic()
+        base = test(folder.params)
+        base_on_dev = dev(folder.params)
+        seconds["evaluate base"] = time.monotonic() - clock
+        _save_items(workdir / "base", base)
+        finished = {"base": base}
+        for name, loss in config.arms.items():
+            clock = time.monotonic()
+            arm = _Arm(config, name, loss, folder, train_rows, retention if loss.mu > 0 else None, mesh, workdir / name)
+            params = arm.train(dev, base_on_dev, started, seconds)
+            finished[name] = test(params)
+            _save_items(workdir / name, finished[name])
+            seconds[name] = time.monotonic() - clock
+    results = _results(finished, config)
+    seconds["total"] = time.monotonic() - started
+    _write_json(workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}})
+    _write_json(workdir / "results.json", results)
+    page = write_report(workdir)
+    print(f"\n{results_table(results)}\n")
+    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    print(f"report: {page}")
+    return results
+
+
+def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFolder:
+    clock = time.monotonic()
+    path = config.model.path
+    if not path:
+        path = pretrain.ensure_base(config.base, config.task_config, mesh)
+        seconds["base from scratch"] = time.monotonic() - clock
+        clock = time.monotonic()
+    folder = open_folder(path, mesh, config.model.dtype, config.model.param_dtype, config.model.remat)
+    seconds["load"] = time.monotonic() - clock
+    print(f"model: {path}", flush=True)
+    return folder
+
+
+def _sampling(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
+    return SamplingConfig(
+        max_tokens=decode.max_tokens,
+        eos_ids=folder.stop_ids,
+        pad_id=folder.pad_id,
+        temperature=decode.temperature,
+        top_k=decode.top_k,
+        top_p=decode.top_p,
+    )
+
+
+def _evaluator(config: Experiment, task: Task, split: str, folder: ModelFolder, mesh) -> Evaluator:
+    return Evaluator(
+        task,
+        split,
+        folder,
+        folder.params,
+        config.prompt,
+        judged=_sampling(config.eval.decode, folder),
+        rollout=_sampling(config.rollout, folder),
+        batch_size=config.eval.batch_size,
+        seed=config.seed,
+        mesh=mesh,
+    )
+
+
+class _Arm:
+    """One arm: the same base, seed and data order as the others, its own loss."""
+
+    def __init__(
+        self,
+        config: Experiment,
+        name: str,
+        loss: LossConfig,
+        folder: ModelFolder,
+        rows: EncodedRows,
+        retention: RetentionRows | None,
+        mesh,
+        workdir: Path,
+    ):
+        self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
+        self.mesh, self.workdir = mesh, workdir
+        sampling = _sampling(config.rollout, folder)
+        self.step_config = StepConfig(folder.config, folder.config, sampling, loss, config.optim)
+
+    def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
+        """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters."""
+        config, train = self.config, self.config.train
+        state = init_state(self.folder.params, self.step_config, jax.random.key(config.seed))
+        checkpoints = Checkpoints(self.workdir / "checkpoints", train.keep, train.save_every)
+        first = checkpoints.latest_step or 0
+        if first:
+            state = checkpoints.restore(state)
+            print(f"{self.name}: continues from the checkpoint of step {first}", flush=True)
+        writer = Writer(self.workdir, self.name, train.steps, first, train.log_every)
+        if not first:
+            writer.write(0, _prefixed(base_on_dev))
+        batches = training_batches(
+            self.rows,
+            self.retention,
+            seed=config.seed,
+            batch_size=train.batch_size,
+            retention_rows=train.retention_rows,
+            pad_id=self.folder.pad_id,
+            first_step=first,
+        )
+        compiled = None
+        for step in range(first + 1, train.steps + 1):
+            batch = sharding.put_batch(next(batches), self.mesh)
+            if compiled is None:
+                clock = time.monotonic()
+                compiled = train_step.lower(state, self.folder.params, batch, config=self.step_config).compile()
+                seconds[f"{self.name} compile"] = time.monotonic() - clock
+                writer.pause()
+            with jax.transfer_guard("disallow"):
+                state, metrics = compiled(state, self.folder.params, batch)
+            writer.step(step, metrics)
+            if "first step done" not in seconds:
+                jax.block_until_ready(metrics)
+                seconds["first step done"] = time.monotonic() - started
+            if config.eval.every and step % config.eval.every == 0:
+                writer.flush()
+                writer.write(step, _prefixed(dev(state.params)))
+                writer.pause()
+            checkpoints.save(state, step, last=step == train.steps)
+        writer.close()
+        checkpoints.close()
+        return state.params
+
+
+def _prefixed(evaluation: Evaluation) -> dict[str, float]:
+    return {f"dev/{name}": value for name, value in evaluation.metrics.items() if isinstance(value, float)}
+
+
+def _results(finished: dict[str, Evaluation], config: Experiment) -> dict[str, dict]:
+    """results.json: the metrics by arm; each arm's harm beside that of the first one, usually plain OPCD."""
+    results = {name: dict(evaluation.metrics) for name, evaluation in finished.items()}
+    reference, *others = config.arms
+    plain = finished[reference].outcomes
+    for name in config.arms:
+        results[name]["step"] = config.train.steps
+    for name in others:
+        arm = finished[name].outcomes
+        results[name][f"harm_minus_{reference}"] = metrics_lib.harm_difference(
+            (arm["bare"].correct, arm["context"].correct),
+            (plain["bare"].correct, plain["context"].correct),
+            config.eval.bootstrap,
+        )
+    return results
+
+
+def _save_items(folder: Path, evaluation: Evaluation) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in evaluation.items))
+
+
+def _write_json(path: Path, value) -> None:
+    _write(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,111 @@
+"""The PyTrees that cross function boundaries, and the letters that name their axes.
+
+    B batch        P prompt        T response     L any sequence    M cache slots
+    V vocabulary   D width         F mlp width    N layers          C contexts
+    H query heads  K key/value heads               Dh head dim
+
+A name such as ``tokens_BxT`` says: shape [B, T]. Masks are boolean and True where a token is real;
+they are data, and are never inferred from token ids, because in several model families the padding
+token *is* the end-of-turn token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+Params = Any  # a nested dict of arrays, declared by models.transformer.param_specs
+
+
+@struct.dataclass
+class Prompts:
+    """One view of a batch of questions, left-padded so that every row ends at column P-1.
+
+    ``tokens_BxP`` int32 and ``mask_BxP`` bool; a row of three tokens with P = 5::
+
+        tokens  0   0   17  4   9
+        mask    F   F   T   T   T
+    """
+
+    tokens_BxP: jax.Array
+    mask_BxP: jax.Array
+
+
+@struct.dataclass
+class Batch:
+    """A global batch: the same questions in several views.
+
+    ``bare`` is x, ``context`` is (c, x), and ``other`` is (c', x') under a different context c', the
+    rows on which the student is held to its old obedience, or None where no retention is wanted.
+    ``example_id_B`` int32 names each row; sampling keys derive from it, not from the row's place.
+    """
+
+    bare: Prompts
+    context: Prompts
+    other: Prompts | None
+    example_id_B: jax.Array
+
+
+@struct.dataclass
+class Rollout:
+    """Sampled responses y. ``mask_BxT`` is True up to and including the first end token;
+    ``logprobs_BxT`` (nats, float32) are under the distribution sampled from, 0 where the mask is False."""
+
+    tokens_BxT: jax.Array
+    mask_BxT: jax.Array
+    logprobs_BxT: jax.Array
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of all layers, [N, B, K, M, Dh], and one write cursor for all rows.
+
+    Left padding makes one scalar cursor enough: every row writes the same column at the same time.
+    ``mask_BxM`` is True where a cached slot holds a real token.
+    """
+
+    k_NxBxKxMxDh: jax.Array
+    v_NxBxKxMxDh: jax.Array
+    mask_BxM: jax.Array
+    length: jax.Array
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step replaces.
+
+    ``params`` are what is trained; the teacher's frozen weights stay outside, since a step neither writes nor
+    saves them. ``key`` is the root key and never changes: the randomness of a step is a pure function of
+    (key, step, stream, row, position).
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    key: jax.Array
+
+
+@struct.dataclass
+class Mean:
+    """A mean kept as (total, count), so that micro-batches, devices and hosts can be added up first
+    and divided once. An empty mean is 0, not NaN."""
+
+    total: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, values: jax.Array, mask: jax.Array) -> Mean:
+        """The masked mean of ``values``; a masked value may be NaN or infinite without harm, in value
+        and in gradient."""
+        mask = jnp.broadcast_to(mask, values.shape)
+        return cls(jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32))
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> jax.Array:
+        return self.total / jnp.maximum(self.count, 1.0)

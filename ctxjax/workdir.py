@@ -1,0 +1,67 @@
+"""The folder of a run: made, or recognised as the same run's, before anything is computed."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+from pathlib import Path
+import shlex
+import sys
+
+import jax
+from ml_collections import ConfigDict
+
+PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def prepare(workdir: Path, config: ConfigDict) -> None:
+    """Makes the folder and writes config.json into it.
+
+    A folder that holds a run with the same configuration is taken up again. Raises ValueError, with the
+    fields that differ, where it holds another, and where it holds anything else.
+    """
+    stored = workdir / "config.json"
+    fields = json.loads(config.to_json())
+    if stored.exists():
+        try:
+            before = json.loads(stored.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{stored} is not valid JSON ({error}); choose another --workdir") from None
+        different = _differences(before, fields)
+        if different:
+            raise ValueError(
+                f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
+                + "\n  ".join(different)
+            )
+        return
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ValueError(f"{workdir} exists and is not a run's folder; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _differences(before, now, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [line for k in keys for line in _differences(before.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
+    return [] if before == now else [f"{name}: {before!r} -> {now!r}"]
+
+
+def facts(config: ConfigDict) -> dict:
+    """What run.json says of a run: configuration, command line, versions, device, time of the start."""
+    device = jax.devices()[0]
+    return {
+        "config": json.loads(config.to_json()),
+        "command": shlex.join(["python", "-m", "ctxjax.main", *sys.argv[1:]]),
+        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,36 @@
+"""Packaging. Lower bounds are the versions that the tests ran with."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ctxjax",
+    version="0.1.0",
+    description="On-policy context distillation with removable contexts, in JAX, on TPU, GPU and CPU",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ctxjax", "ctxjax.*"]),
+    package_data={"ctxjax.report": ["*.j2"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",  # flax.struct PyTrees
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "transformers>=5.23",  # tokenizers and chat templates; its models are never used
+        "ml-collections>=1.1.0",
+        "safetensors>=0.8.0",  # the weights' file format
+        "pyarrow>=26.0.1",  # questions in Parquet files
+        "scipy>=1.17",  # exact tests and intervals
+        "tensorboardX>=2.6.5",  # event files without TensorFlow
+        "matplotlib>=3.11",  # the report's plots
+        "jinja2>=3.1.6",  # the report's page; chat templates need it too
+        "tqdm>=4.67",  # progress bar
+    ],
+    extras_require={
+        "test": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.15"],
+        "parity": ["torch>=2.13", "peft>=0.19"],  # the other side of parity tests
+        "games": ["textarena>=0.7"],  # text games
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+    },
+)

@@ -1,0 +1,336 @@
+"""Tests of the report: a small synthetic run goes in, a table and a page come out."""
+
+import html.parser
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from ctxjax.report import results_table, write_report
+from ctxjax.report.__main__ import main
+from ctxjax.report.assessment import levels, share_closed, verdict
+from ctxjax.report.samples import sample_responses
+from ctxjax.report.tables import mean_layer_cosine
+
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class PageParser(html.parser.HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parse(path: pathlib.Path) -> PageParser:
+    parser = PageParser()
+    parser.feed(path.read_text(encoding="utf-8"))
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def metrics_of(acc_x: float, acc_xc: float, harm: float | None, obedience: float, **more: object) -> dict:
+    right = round(100 * acc_x)
+    return {
+        "n": 100,
+        "acc_x": acc_x,
+        "acc_x_ci": [max(0.0, acc_x - 0.03), min(1.0, acc_x + 0.03)],
+        "acc_xc": acc_xc,
+        "gap": acc_xc - acc_x,
+        "harm": harm,
+        "harm_ci": None if harm is None else [max(0.0, harm - 0.01), harm + 0.01],
+        "benefit": None,
+        "both_correct": min(acc_x, acc_xc),
+        "acc_empty": 0.5,
+        "obedience": obedience,
+        "dlen": -0.01,
+        "view_kl": 0.25,
+        "view_kl_by_position": [0.1, None, 0.3, float("nan")],
+        "cosine_by_layer": [1.0, 0.9, 0.8],
+        "cosine_p5_by_layer": [1.0, 0.7, 0.6],
+        "cosine_control_by_layer": [1.0, 0.8, 0.7],
+        "cosine_centred_by_layer": [None, 0.5, 0.4],
+        "flips": {
+            "right_right": right - round(right * (harm or 0)),
+            "right_wrong": round(right * (harm or 0)),
+            "wrong_right": 100 - right,
+            "wrong_wrong": 0,
+        },
+        "mcnemar_p": 1e-9,
+        "regime": "agreement",
+        "step": 50,
+        **more,
+    }
+
+
+RESULTS = {
+    "base": metrics_of(0.0, 0.99, None, 0.98),
+    "opcd": metrics_of(1.0, 0.75, 0.25, 0.30),
+    "opcd_anchored": metrics_of(1.0, 1.0, 0.0, 0.02, harm_minus_opcd=[-0.25, -0.33, -0.17]),
+    "opcd_retained": metrics_of(1.0, 1.0, 0.0, 0.97, harm_minus_opcd=[-0.25, -0.33, -0.17]),
+}
+
+
+def write_rows(path: pathlib.Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def items_of(arm: str) -> list[dict]:
+    rows = []
+    for number in range(8):
+        for view in ("bare", "context", "empty"):
+            correct = view == "bare" or arm != "opcd" or number < 6
+            rows.append(
+                {
+                    "id": f"q{number}",
+                    "view": view,
+                    "question": f"question {number} {ATTACK}",
+                    "context": f"rules {ATTACK}" if view == "context" else None,
+                    "reference": "yes",
+                    "text": f"{arm} {ATTACK}",
+                    "parsed": None,
+                    "correct": correct,
+                    "length": 5 + number,
+                    "truncated": False,
+                }
+            )
+    return rows
+
+
+@pytest.fixture
+def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(RESULTS))
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "config": {"model": {"width": 128}, "note": ATTACK},
+                "versions": {"jax": "0.7"},
+                "device": "cpu",
+                "started": "2025-01-01T00:00:00",
+                "command": "train",
+                "seconds": {"base": 12.3},
+            }
+        )
+    )
+    for arm in RESULTS:
+        write_rows(folder / arm / "items.jsonl", items_of(arm))
+        if arm != "base":
+            rows: list[dict] = [{"step": s, "loss": 2.0 / s, "distill": 1.0 / s} for s in range(1, 51)]
+            rows += [{"step": s, "dev/acc_x": s / 50, "dev/acc_xc": 0.9} for s in (0, 25, 50)]
+            write_rows(folder / arm / "metrics.jsonl", rows)
+    return folder
+
+
+def test_page_holds_every_part(workdir: pathlib.Path) -> None:
+    page = parse(write_report(workdir))
+    for heading in (
+        "Results",
+        "Harm and obedience",
+        "Both views during training",
+        "What the context does to each answer",
+        "Response lengths",
+        "Hidden states of both views",
+        "Where the two views part",
+        "Training losses",
+        "Sample responses",
+        "Glossary",
+        "Settings",
+    ):
+        assert heading in page.text, heading
+    assert "Figure 7." in page.text
+    assert "model.width" in page.text
+
+
+def test_model_text_is_shown_and_never_run(workdir: pathlib.Path) -> None:
+    hostile = {**RESULTS, f"arm {ATTACK} $x_1$": RESULTS["opcd"]}
+    (workdir / "results.json").write_text(json.dumps(hostile))
+    page = parse(write_report(workdir))
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count(f"opcd {ATTACK}") == 10  # five samples, two views
+
+
+def test_page_loads_nothing_from_outside(workdir: pathlib.Path) -> None:
+    path = write_report(workdir)
+    text = path.read_text(encoding="utf-8")
+    page = parse(path)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    for name, value in page.attributes:
+        if name in {"src", "href", "xlink:href", "srcset", "data", "action"}:
+            assert value.startswith(("#", "data:")), (name, value)
+        if value and "url(" in value:
+            assert "url(#" in value
+    assert "http://" not in text and "https://" not in text
+    assert "@import" not in text
+    assert len(text) < 1_500_000
+
+
+def test_ids_are_unique_and_references_resolve(workdir: pathlib.Path) -> None:
+    page = parse(write_report(workdir))
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    references = {value[1:] for name, value in page.attributes if name == "href"}
+    references |= {v[5:-1] for n, v in page.attributes if n == "clip-path"}
+    assert references and references <= set(ids)
+
+
+def test_only_results_are_required(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"opcd": {"acc_x": 0.5}}))
+    page = parse(write_report(tmp_path))
+    assert "50.0" in page.text
+    assert "Sample responses" not in page.text and "Training losses" not in page.text
+
+
+@pytest.mark.parametrize("missing", ["run.json", "opcd/items.jsonl", "opcd/metrics.jsonl", "opcd_retained"])
+def test_missing_parts_are_left_out(workdir: pathlib.Path, missing: str) -> None:
+    target = workdir / missing
+    for file in sorted(target.rglob("*"), reverse=True) if target.is_dir() else [target]:
+        file.unlink()
+    parse(write_report(workdir))
+
+
+def test_nulls_everywhere(workdir: pathlib.Path) -> None:
+    empty = {arm: dict.fromkeys(row) for arm, row in RESULTS.items()}
+    (workdir / "results.json").write_text(json.dumps(empty))
+    parse(write_report(workdir))
+    assert "nan" not in results_table(empty).lower()
+
+
+def test_table_is_aligned_markdown() -> None:
+    table = results_table({**RESULTS, "a|b": {"acc_x": None, "harm": float("nan"), "view_kl": True}})
+    lines = table.split("\n")
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 2 + len(RESULTS) + 2  # header, rule, arms, teacher, the odd arm
+    bars = [[i for i, c in enumerate(line.replace("\\|", "__")) if c == "|"] for line in lines]
+    assert all(places == bars[0] for places in bars)
+    cells = {line.split(" |")[0].strip("| "): line for line in lines}
+    assert cells["opcd"].split("|")[2:6] == [
+        text.rjust(len(field))
+        for text, field in zip(
+            ["100.0 ", "75.0 ", "-25.0 ", "25.0 [24.0, 26.0] "], cells["opcd"].split("|")[2:6], strict=True
+        )
+    ]
+    assert [field.strip() for field in cells["base with context = teacher"].split("|")[2:5]] == [
+        "99.0",
+        "99.0",
+        "-",
+    ]
+    assert [field.strip() for field in lines[-1].replace("\\|", "__").split("|")[2:-1]] == ["-"] * 11
+
+
+def test_mean_cosine_leaves_the_embedding_out() -> None:
+    assert mean_layer_cosine({"cosine_by_layer": [1.0, 0.9, None, 0.7]}) == pytest.approx(0.8)
+    assert mean_layer_cosine({"cosine_by_layer": []}) is None
+
+
+def test_missing_results_name_the_path_and_the_remedy(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match="evaluate") as caught:
+        write_report(tmp_path)
+    assert str(tmp_path / "results.json") in str(caught.value)
+
+
+def test_broken_files_are_named(workdir: pathlib.Path) -> None:
+    path = workdir / "opcd" / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 5')  # half a line at the end: a job that was stopped
+    write_report(workdir)
+    path.write_text('{"step": 5\n' + whole)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
+        write_report(workdir)
+    (workdir / "results.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"results\.json"):
+        write_report(workdir)
+
+
+def test_writing_is_atomic(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name for path in workdir.iterdir()}
+    path = write_report(workdir)
+    assert path == workdir / "report.html"
+    assert {file.name for file in workdir.iterdir()} == before | {"report.html"}
+    old = path.read_bytes()
+
+    def fail(source: str, destination: str) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(workdir)
+    assert path.read_bytes() == old
+    assert {file.name for file in workdir.iterdir()} == before | {"report.html"}
+
+
+def test_same_run_gives_same_bytes(workdir: pathlib.Path) -> None:
+    first = write_report(workdir).read_bytes()
+    assert write_report(workdir).read_bytes() == first
+
+
+def test_verdict_tells_the_arms_apart() -> None:
+    text = verdict(RESULTS).striptags()
+    assert "opcd has internalized the context (100.0 % without it)" in text
+    assert "The returning context harms it (25.0 % [24.0, 26.0]" in text
+    assert "25.0 points fewer than opcd), but it no longer obeys other contexts (2.0 %" in text
+    assert "Only opcd_retained is at once internalized, unharmed and still obedient." in text
+
+
+def test_no_harm_in_a_small_sample_is_not_called_safe() -> None:
+    base = RESULTS["base"]
+    assert levels({"harm": 0.0, "harm_ci": [0.0, 0.16]}, base)["harm"] == "mid"
+    assert levels({"harm": 0.0, "harm_ci": [0.0, 0.01]}, base)["harm"] == "good"
+    assert levels({"harm": 0.05, "harm_ci": [0.02, 0.09]}, base)["harm"] == "bad"
+
+
+def test_internalization_is_the_share_of_the_way_to_the_teacher() -> None:
+    base = {"acc_x": 0.75, "acc_xc": 0.79}
+    assert share_closed({"acc_x": 0.75}, base) == pytest.approx(0.0)
+    assert share_closed({"acc_x": 0.77}, base) == pytest.approx(0.5)
+    assert share_closed({"acc_x": 0.77}, {"acc_x": 0.75, "acc_xc": 0.76}) is None
+
+
+def test_samples_prefer_harmed_items() -> None:
+    samples = sample_responses({arm: items_of(arm) for arm in RESULTS})
+    assert [item["id"] for item in samples["items"]] == ["q6", "q7", "q0", "q1", "q2"]
+    assert samples["harmed"] == 2
+    assert [arm["arm"] for arm in samples["items"][0]["arms"]] == list(RESULTS)
+    assert samples["context"] == f"rules {ATTACK}"
+
+
+def test_command_line(workdir: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([f"--workdir={workdir}"]) == 0
+    out = capsys.readouterr().out
+    assert "| opcd_retained" in out and str(workdir / "report.html") in out
+    assert main([f"--workdir={workdir / 'absent'}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and "results.json" in captured.err
+
+
+def test_import_leaves_matplotlib_alone() -> None:
+    code = "import sys, ctxjax.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
