@@ -1,6 +1,6 @@
 """Every field of a run, with its unit and default. Other configs start from this one and override.
 
-    python -m ctxjax.main --config=configs/tiny.py --config.train.steps=50 --workdir=/tmp/run
+python -m ctxjax.main --config=configs/tiny.py --config.train.steps=50 --workdir=/tmp/run
 """
 
 from ml_collections import ConfigDict

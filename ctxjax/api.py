@@ -1,7 +1,7 @@
 """The package from Python: open a model folder, take its logits, let it answer. The same core as the commands.
 
-    model = ctxjax.load_model("~/.cache/ctxjax/rules-base-...")
-    ctxjax.generate(model, ["#2:fac"], context="f>b;a>e;c>d;b>a;e>f;d>c;", max_tokens=19)   # ["s1 bed s2 afc"]
+model = ctxjax.load_model("~/.cache/ctxjax/rules-base-...")
+ctxjax.generate(model, ["#2:fac"], context="f>b;a>e;c>d;b>a;e>f;d>c;", max_tokens=19)   # ["s1 bed s2 afc"]
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from ctxjax.sampling import SamplingConfig
 from ctxjax.types import Params
 
 
-def load_model(folder: str, mesh: Mesh | None = None, dtype: str = "float32", param_dtype: str = "float32") -> ModelFolder:
+def load_model(
+    folder: str, mesh: Mesh | None = None, dtype: str = "float32", param_dtype: str = "float32"
+) -> ModelFolder:
     """Opens a local Hugging Face folder: ``.config``, ``.params`` (nested dict of arrays), ``.tokenizer``.
 
     ``mesh`` defaults to all devices along "fsdp". Raises FileNotFoundError or ValueError with the remedy.

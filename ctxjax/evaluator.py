@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,8 @@ from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, Task, evaluation_views
-from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
+from ctxjax.evaluation import metrics as metrics_lib
+from ctxjax.evaluation import views as views_lib
 from ctxjax.evaluation.metrics import Outcomes
 from ctxjax.folder import ModelFolder
 from ctxjax.losses import LossConfig
@@ -97,9 +97,7 @@ class Evaluator:
         return Evaluation(result, items, outcomes)
 
     def _decode(self, params: Params, prompts: Prompts, sampling: SamplingConfig) -> Rollout:
-        return views_lib.decode(
-            params, self._folder.config, sampling, prompts, self._key, self._batch, self._mesh
-        )
+        return views_lib.decode(params, self._folder.config, sampling, prompts, self._key, self._batch, self._mesh)
 
     def _grade(self, view: str, rollout: Rollout) -> list[dict]:
         tokenizer, items = self._folder.tokenizer, []
@@ -129,5 +127,14 @@ class Evaluator:
         rollout = self._decode(params, bare, self._rollout)
         loss = LossConfig(temperature=self._rollout.temperature)
         return views_lib.distillation_kl(
-            params, self._frozen, model, model, loss, bare, self._prompts["context"], rollout, self._batch, self._mesh
+            params,
+            self._frozen,
+            model,
+            model,
+            loss,
+            bare,
+            self._prompts["context"],
+            rollout,
+            self._batch,
+            self._mesh,
         )

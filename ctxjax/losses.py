@@ -150,6 +150,4 @@ def next_token_loss(params: Params, model: ModelConfig, prompts: Prompts, respon
     def token_values(tokens_Bxt, hidden_BxtxD):
         return -divergences.token_logprob(apply_head(hidden_BxtxD, head), tokens_Bxt)
 
-    return Mean.of(
-        scoring.over_token_chunks(token_values, chunk, responses.tokens_BxT, hidden), responses.mask_BxT
-    )
+    return Mean.of(scoring.over_token_chunks(token_values, chunk, responses.tokens_BxT, hidden), responses.mask_BxT)

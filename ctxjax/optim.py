@@ -27,7 +27,9 @@ def _constant(config: OptimConfig) -> optax.Schedule:
 
 
 def _cosine(config: OptimConfig) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup_steps, max(config.steps, config.warmup_steps + 1))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.lr, config.warmup_steps, max(config.steps, config.warmup_steps + 1)
+    )
 
 
 SCHEDULES = {"constant": _constant, "cosine": _cosine}

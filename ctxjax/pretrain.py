@@ -21,10 +21,12 @@ from tqdm import tqdm
 
 from ctxjax import losses, optim, rng, sharding
 from ctxjax.config import BaseConfig
-from ctxjax.data import prompts as prompts_lib, word_tokenizer
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import word_tokenizer
 from ctxjax.data.task import Row
 from ctxjax.data.tasks import rules
-from ctxjax.models import hf, params as params_lib, transformer
+from ctxjax.models import hf, transformer
+from ctxjax.models import params as params_lib
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.types import Prompts, Rollout

@@ -7,7 +7,7 @@ they only ever exist for one chunk of tokens, and are computed again in the back
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 from jax import lax
@@ -33,7 +33,7 @@ def over_token_chunks(function: Callable, chunk: int, *arrays_BxTx_: jax.Array):
     pass nor ever present for two chunks at once. A last, shorter chunk is padded and cut off again.
     """
     T = arrays_BxTx_[0].shape[1]
-    if T <= chunk:
+    if chunk >= T:
         return jax.checkpoint(function)(*arrays_BxTx_)
     count = -(-T // chunk)
 

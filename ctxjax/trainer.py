@@ -55,7 +55,16 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         finished = {"base": base}
         for name, loss in config.arms.items():
             clock = time.monotonic()
-            arm = _Arm(config, name, loss, folder, train_rows, retention if loss.mu > 0 else None, mesh, workdir / name)
+            arm = _Arm(
+                config,
+                name,
+                loss,
+                folder,
+                train_rows,
+                retention if loss.mu > 0 else None,
+                mesh,
+                workdir / name,
+            )
             params = arm.train(dev, base_on_dev, started, seconds)
             finished[name] = test(params)
             _save_items(workdir / name, finished[name])

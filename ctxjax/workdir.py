@@ -56,7 +56,7 @@ def facts(config: ConfigDict) -> dict:
         "command": shlex.join(["python", "-m", "ctxjax.main", *sys.argv[1:]]),
         "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -6,8 +6,8 @@ any step costs nothing. Each epoch is a fresh permutation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import dataclasses
-from typing import Iterator
 
 import grain
 import numpy as np
@@ -72,7 +72,10 @@ class RetentionRows:
     def draw(self, seed: int, index: int) -> list[int]:
         """The tokens of retention row ``index`` of the run."""
         rng = np.random.default_rng([seed, index])
-        row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
+        row, context = (
+            self.rows[rng.integers(len(self.rows))],
+            self.contexts[rng.integers(len(self.contexts))],
+        )
         return prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.placement)[0]
 
 

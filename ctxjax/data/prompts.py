@@ -73,7 +73,9 @@ def keep_fitting(
     limits = {"bare": config.max_bare_tokens, "context": config.max_context_tokens}
     kept = []
     for place, row in enumerate(rows):
-        long = [(view, len(views[view][place])) for view, limit in limits.items() if 0 < limit < len(views[view][place])]
+        long = [
+            (view, len(views[view][place])) for view, limit in limits.items() if 0 < limit < len(views[view][place])
+        ]
         if not long:
             kept.append(place)
         elif config.overlong == "error":

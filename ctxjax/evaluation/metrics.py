@@ -39,11 +39,14 @@ def rate(name: str, successes: np.ndarray, among: np.ndarray | None = None) -> d
     """{name, name_ci}: a share with its Wilson interval, None where there is nothing to take a share of."""
     chosen = successes if among is None else successes[among]
     n = len(chosen)
-    return {name: float(np.mean(chosen)) if n else None, f"{name}_ci": statistics.wilson(int(np.sum(chosen)), n)}
+    return {
+        name: float(np.mean(chosen)) if n else None,
+        f"{name}_ci": statistics.wilson(int(np.sum(chosen)), n),
+    }
 
 
 def regime(right_x: np.ndarray, right_xc: np.ndarray) -> str:
-    """"perturbation" where the context significantly lowers accuracy, "scaffold" where it raises it (McNemar, 5 %),
+    """ "perturbation" where the context significantly lowers accuracy, "scaffold" where it raises it (McNemar, 5 %),
     else "agreement"."""
     if statistics.mcnemar(right_x, right_xc) >= 0.05:
         return "agreement"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import divergences, losses, masks, rng, scoring, sharding
@@ -37,7 +37,11 @@ def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, contro
     def cosines(x_bare, x_context, x_control):
         states = ((bare, x_bare), (context, x_context), (control, x_control))
         x, c, other = (window(prompts, state).astype(jnp.float32) for prompts, state in states)
-        return {"cosine": _cosine(x, c), "control": _cosine(x, other), "centred": _cosine(centred(x), centred(c))}
+        return {
+            "cosine": _cosine(x, c),
+            "control": _cosine(x, other),
+            "centred": _cosine(centred(x), centred(c)),
+        }
 
     views = tuple(masks.joined(prompts, rollout) for prompts in (bare, context, control))
     (h_x, h_c, _), by_layer = transformer.summarise_layers(params, model, views, cosines)
@@ -68,7 +72,11 @@ def _in_batches(tree, batch_size: int, mesh: Mesh):
     for start in range(0, count, batch_size):
         places = np.minimum(np.arange(start, start + batch_size), count - 1)
         real = min(batch_size, count - start)
-        yield real, sharding.put_batch(jax.tree.map(lambda array: np.asarray(array)[places], tree), mesh)
+        yield real, sharding.put_batch(_take(tree, places), mesh)
+
+
+def _take(tree, index):
+    return jax.tree.map(lambda array: np.asarray(array)[index], tree)
 
 
 def _joined(parts: list, axis: int = 0):
@@ -89,7 +97,7 @@ def decode(
     parts = []
     for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):
         rollout = jax.device_get(_decode(params, model, sampling, batch, key, ids))
-        parts.append(jax.tree.map(lambda array: array[:real], rollout))
+        parts.append(_take(rollout, slice(real)))
     return _joined(parts)
 
 

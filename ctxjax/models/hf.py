@@ -18,7 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ctxjax.models import llama, params as params_lib, transformer
+from ctxjax.models import llama, transformer
+from ctxjax.models import params as params_lib
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
@@ -70,11 +71,15 @@ def _files_of(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if not single.exists():
         found = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; it has {', '.join(found)}, but pickled weights are not read: convert them to safetensors" if found else ""
+        hint = (
+            f"; it has {', '.join(found)}, but pickled weights are not read: convert them to safetensors"
+            if found
+            else ""
+        )
         raise FileNotFoundError(f"{folder} has neither model.safetensors nor its index{hint}")
     try:
         with safe_open(single, framework="np") as file:
-            return {name: single for name in file.keys()}
+            return dict.fromkeys(file.keys(), single)
     except SafetensorError as error:
         raise ValueError(f"{single} is not a readable safetensors file: {error}") from None
 
@@ -151,7 +156,9 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     return params
 
 
-def save(folder: Path, params: Params, config: ModelConfig, tokenizer, stop_ids: tuple[int, ...], model_type: str) -> None:
+def save(
+    folder: Path, params: Params, config: ModelConfig, tokenizer, stop_ids: tuple[int, ...], model_type: str
+) -> None:
     """Writes a folder that transformers opens: weights, config, tokenizer with chat template, generation config.
 
     The folder must not exist yet; it appears under its name only when it is complete.

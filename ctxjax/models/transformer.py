@@ -13,9 +13,9 @@ Weights are two-dimensional ([D, H*Dh] and not [D, H, Dh]): on CPUs such product
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import math
-from typing import Callable
 
 import jax
 from jax import lax
@@ -270,7 +270,10 @@ def prefill(
     prompt = tokens_BxP.shape[1]
     room = [(0, 0), (0, 0), (0, 0), (0, slots - prompt), (0, 0)]
     cache = KVCache(
-        jnp.pad(k, room), jnp.pad(v, room), jnp.pad(mask_BxP, [(0, 0), (0, slots - prompt)]), jnp.int32(prompt)
+        jnp.pad(k, room),
+        jnp.pad(v, room),
+        jnp.pad(mask_BxP, [(0, 0), (0, slots - prompt)]),
+        jnp.int32(prompt),
     )
     return rms_norm(x[:, -1], params["final_norm"], config.norm_eps), cache
 

@@ -1,7 +1,7 @@
 """Numbers as the report prints them. Missing, null and non-finite values all become a dash."""
 
-import math
 from collections.abc import Sequence
+import math
 
 DASH = "-"
 

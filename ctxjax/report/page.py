@@ -1,9 +1,9 @@
 """Builds the report: one self-contained HTML page from the files of a run."""
 
+from collections.abc import Callable, Iterable, Mapping
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
 
 import jinja2
 from markupsafe import Markup
@@ -112,9 +112,7 @@ def render(files: RunFiles, name: str) -> str:
             plots,
         ),
         positions=_position_plot(positions, plots),
-        positions_legend=_legend(
-            {arm: plots.arm_style(i) for i, arm in enumerate(positions) if positions[arm]}, plots
-        ),
+        positions_legend=_legend({arm: plots.arm_style(i) for i, arm in enumerate(positions) if positions[arm]}, plots),
         losses=_panels(losses, lambda arm, series: plots.loss_curves(series, f"Training losses of {arm}")),
         losses_legend=_legend(
             {key: styles[key] for key in LOSSES if any(key in series for series in losses.values())}, plots
@@ -170,14 +168,9 @@ def _bars(results: dict, plots) -> list[tuple[str, Markup]]:
         ("harm", "context", "Harm: right without the context, wrong with it"),
         ("obedience", "obedience", "Obedience: right under other contexts"),
     ):
-        rows = [
-            (arm, finite(row.get(key)), pair(row.get(f"{key}_ci")), "not measured")
-            for arm, row in results.items()
-        ]
+        rows = [(arm, finite(row.get(key)), pair(row.get(f"{key}_ci")), "not measured") for arm, row in results.items()]
         if key == "harm":
-            rows = [
-                _base_harm(results[arm]) if arm == assessment.BASE else (arm, *rest) for arm, *rest in rows
-            ]
+            rows = [_base_harm(results[arm]) if arm == assessment.BASE else (arm, *rest) for arm, *rest in rows]
         if any(rate is not None for _, rate, _, _ in rows):
             label = f"{title}, by arm, with 95 % intervals"
             found.append((title, Markup(plots.rate_bars(rows, style, label))))
@@ -206,9 +199,7 @@ def _flips(results: dict) -> list[dict]:
 def _length_panels(items: dict[str, list[dict]], plots) -> Panels:
     lengths = {}
     for arm, rows in items.items():
-        by_view = {
-            view: [finite(row.get("length")) for row in rows if row.get("view") == view] for view in VIEWS
-        }
+        by_view = {view: [finite(row.get("length")) for row in rows if row.get("view") == view] for view in VIEWS}
         known = {view: [n for n in values if n is not None] for view, values in by_view.items()}
         lengths[arm] = {view: values for view, values in known.items() if values}
     every = [n for by_view in lengths.values() for values in by_view.values() for n in values]
@@ -266,7 +257,5 @@ def _flatten(config: object, prefix: str = "") -> list[tuple[str, str]]:
     if not isinstance(config, dict):
         return [(prefix, str(config))] if prefix else []
     return [
-        entry
-        for key, value in config.items()
-        for entry in _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        entry for key, value in config.items() for entry in _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     ]

@@ -4,12 +4,12 @@ Each function returns one `<svg>` element that scales to the width of its contai
 outside itself. Labels stay text, so the page's font applies and a reader can select them.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import hashlib
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -88,9 +88,7 @@ def accuracy_curves(
         return _svg(figure, label)
 
 
-def rate_bars(
-    rows: Sequence[tuple[str, float | None, tuple[float, float] | None, str]], style: str, label: str
-) -> str:
+def rate_bars(rows: Sequence[tuple[str, float | None, tuple[float, float] | None, str]], style: str, label: str) -> str:
     """Draws one horizontal bar per arm with its interval.
 
     Args:
@@ -100,9 +98,7 @@ def rate_bars(
         label: what the picture shows.
     """
     with _figure((4.2, 0.55 + 0.34 * len(rows))) as (figure, axes):
-        tops = [
-            100 * max(rate, spread[1] if spread else 0) for _, rate, spread, _ in rows if rate is not None
-        ]
+        tops = [100 * max(rate, spread[1] if spread else 0) for _, rate, spread, _ in rows if rate is not None]
         top = max([*tops, 4.0])
         for place, (_, rate, spread, absent) in enumerate(rows):
             if rate is None:
@@ -142,9 +138,7 @@ def length_histogram(lengths: Mapping[str, Sequence[float]], limits: tuple[float
             shares = [100 / len(values)] * len(values)
             if view == "bare":
                 axes.hist(values, edges, weights=shares, color=colour, alpha=0.25, linewidth=0)
-            axes.hist(
-                values, edges, weights=shares, histtype="step", color=colour, linestyle=dash, linewidth=1.3
-            )
+            axes.hist(values, edges, weights=shares, histtype="step", color=colour, linestyle=dash, linewidth=1.3)
         axes.set(xlim=(edges[0], edges[-1]), xlabel="response tokens", ylabel="% of responses")
         axes.xaxis.set_major_locator(_whole_numbers(5))
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -289,9 +283,7 @@ def _svg(figure: Figure, label: str) -> str:
     used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", text))
     used = {name for pair in used for name in pair if name}
     prefix = "f" + hashlib.sha1((label + text).encode()).hexdigest()[:8] + "-"
-    text = re.sub(
-        r' id="([^"]*)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", text
-    )
+    text = re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", text)
     text = text.replace("url(#", f"url(#{prefix}").replace('xlink:href="#', f'href="#{prefix}')
     view_box = re.search(r'viewBox="([^"]+)"', text)[1]
     body = text[text.index(">") + 1 :]

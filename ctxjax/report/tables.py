@@ -1,7 +1,7 @@
 """The table of results: plain text for the console, cells for the page."""
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 
 from ctxjax.report import assessment
 from ctxjax.report.assessment import BASE

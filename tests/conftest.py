@@ -1,0 +1,105 @@
+"""Fixtures of all tests. The suite runs on the CPU, which stands in for eight devices."""
+
+import os
+
+# Before the first import of jax. Tests run programs once and compile them often: unoptimised code halves the time.
+os.environ["JAX_PLATFORMS"] = "cpu"
+for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from ctxjax.models import params as params_lib  # noqa: E402
+from ctxjax.models.transformer import ModelConfig, param_specs  # noqa: E402
+from ctxjax.sharding import make_mesh  # noqa: E402
+from ctxjax.types import Prompts, Rollout  # noqa: E402
+
+
+@pytest.fixture
+def mesh():
+    """The mesh of one device, current during the test."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture
+def mesh8():
+    """Two devices along each mesh axis, current during the test."""
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelConfig:
+    """A decoder of every kind of part, with sizes that two devices can share."""
+    return ModelConfig(
+        vocab_size=40, width=32, layers=2, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48, rope_theta=1000.0
+    )
+
+
+@pytest.fixture(scope="session")
+def make_params():
+    """make_params(model, seed, mesh): parameters large enough for peaked, position-dependent outputs.
+
+    Values of an untrained model (stddev 0.02) give nearly uniform distributions, on which errors hide.
+    """
+
+    def make(model, seed, mesh):
+        specs = param_specs(model)
+        rng = np.random.default_rng(seed)
+
+        def values(spec, sharding):
+            noise = rng.normal(size=spec.shape).astype(np.float32)
+            return jax.device_put(1 + 0.2 * noise if spec.stddev is None else 0.3 * noise, sharding)
+
+        is_spec = lambda node: isinstance(node, params_lib.ParamSpec)  # noqa: E731
+        return jax.tree.map(values, specs, params_lib.shardings(specs, mesh), is_leaf=is_spec)
+
+    return make
+
+
+@pytest.fixture
+def params(make_params, tiny_model, mesh):
+    """The student's parameters on one device."""
+    return make_params(tiny_model, 0, mesh)
+
+
+@pytest.fixture
+def frozen(make_params, tiny_model, mesh):
+    """The teacher's parameters on one device."""
+    return make_params(tiny_model, 1, mesh)
+
+
+@pytest.fixture(scope="session")
+def make_prompts():
+    """make_prompts(seed, rows, columns): host Prompts of random lengths, the first row full.
+
+    Ids are random under the padding too: whatever reads them must show.
+    """
+
+    def make(seed, rows, columns, vocab=40):
+        rng = np.random.default_rng(seed)
+        lengths = np.concatenate([[columns], rng.integers(2, columns + 1, rows - 1)])
+        mask = np.arange(columns) >= columns - lengths[:, None]
+        return Prompts(rng.integers(0, vocab, (rows, columns), dtype=np.int32), mask)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_rollout():
+    """make_rollout(seed, rows, columns): a host Rollout of random tokens and lengths, the first row full."""
+
+    def make(seed, rows, columns, vocab=40):
+        rng = np.random.default_rng(seed)
+        lengths = np.concatenate([[columns], rng.integers(1, columns, rows - 1)])
+        mask = np.arange(columns) < lengths[:, None]
+        tokens = rng.integers(0, vocab, (rows, columns), dtype=np.int32)
+        return Rollout(tokens, mask, np.where(mask, -1.0, 0.0).astype(np.float32))
+
+    return make
