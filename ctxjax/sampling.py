@@ -111,6 +111,7 @@ def sample(
     B, P = prompts.tokens_BxP.shape
     T = config.max_tokens
     head_DxV = transformer.head_weights(params, model)
+    decoding_params = transformer.for_decoding(params, model)
 
     def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:
         logits_BxV = transformer.apply_head(hidden_BxD, head_DxV)
@@ -132,7 +133,9 @@ def sample(
         return (state.column < T) & ~jnp.all(state.has_ended_B)
 
     def step(state: SamplerState) -> SamplerState:
-        hidden_BxD, cache = transformer.decode_step(params, model, state.token_B, ~state.has_ended_B, state.cache)
+        hidden_BxD, cache = transformer.decode_step(
+            decoding_params, model, state.token_B, ~state.has_ended_B, state.cache
+        )
         return add_token(state, hidden_BxD, cache)
 
     hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, slots=P + T - 1)

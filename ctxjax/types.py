@@ -61,14 +61,15 @@ class Rollout:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all layers, [N, B, K, M, Dh], and one write cursor for all rows.
+    """Keys and values of all layers, and one write cursor for all rows.
 
     Left padding makes one scalar cursor enough: every row writes the same column at the same time.
-    ``mask_BxM`` is True where a cached slot holds a real token.
+    ``keys`` and ``values`` are [N, B, K, M, Dh], or in shallow models a tuple of N arrays [B, K, M, Dh];
+    ``mask_BxM`` is True where a slot holds a real token.
     """
 
-    k_NxBxKxMxDh: jax.Array
-    v_NxBxKxMxDh: jax.Array
+    keys: jax.Array | tuple[jax.Array, ...]
+    values: jax.Array | tuple[jax.Array, ...]
     mask_BxM: jax.Array
     length: jax.Array
 

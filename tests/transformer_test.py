@@ -87,7 +87,9 @@ def test_a_row_that_has_ended_leaves_no_trace_in_the_cache(params, tiny_model, p
     real = np.array([True, False, True])
     _, written = decode(params, tiny_model, np.array([5, 6, 7]), real, cache)
     _, other = decode(params, tiny_model, np.array([5, 30, 7]), real, cache)
-    logits, other_logits = (decode(params, tiny_model, np.array([8, 8, 8]), real | True, c)[0] for c in (written, other))
+    logits, other_logits = (
+        decode(params, tiny_model, np.array([8, 8, 8]), real | True, c)[0] for c in (written, other)
+    )
     np.testing.assert_array_equal(logits, other_logits)
     expected, _ = decode(params, tiny_model, np.array([8, 8, 8]), real | True, cache)
     np.testing.assert_allclose(logits[1], expected[1], **CLOSE)
@@ -173,17 +175,20 @@ def test_recomputing_layers_gives_the_same_gradient(params, tiny_model, prompts)
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_summaries_of_layers_start_with_the_embedding_and_end_with_what_forward_norms(params, tiny_model, prompts):
+def test_summaries_of_layers_start_with_the_embedding_and_end_with_the_states_of_forward(params, tiny_model, prompts):
     views = ((prompts.tokens_BxP, prompts.mask_BxP), wider(prompts, 3))
     summarise = jax.jit(lambda p: transformer.summarise_layers(p, tiny_model, views, lambda a, b: (a, b[:, 3:])))
-    one, two = (np.asarray(x) for x in summarise(params))
+    hidden, by_layer = summarise(params)
+    one, two = (np.asarray(x) for x in by_layer)
     assert one.shape == (tiny_model.layers + 1, 3, 9, 32)
     real = prompts.mask_BxP
     np.testing.assert_array_equal(one[0], np.asarray(params["embedding"])[prompts.tokens_BxP])
     np.testing.assert_allclose(one[:, real], two[:, real], **CLOSE)
-    normed = np.asarray(transformer.rms_norm(jnp.asarray(one[-1]), params["final_norm"], tiny_model.norm_eps))
-    logits = logits_of(params, tiny_model, *views[0])
-    np.testing.assert_allclose((normed @ np.asarray(params["head"]))[real], logits[real], **CLOSE)
+    for state, view in zip(hidden, views):
+        logits = np.asarray(apply_head(state, params["head"]))
+        np.testing.assert_allclose(logits[view[1]], logits_of(params, tiny_model, *view)[view[1]], **CLOSE)
+    normed = transformer.rms_norm(one[-1], params["final_norm"], tiny_model.norm_eps)
+    np.testing.assert_allclose(np.asarray(normed)[real], np.asarray(hidden[0])[real], **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ def test_a_long_sum_of_half_precision_values_is_exact():
 
 
 def test_shares_of_booleans_are_means():
-    assert Mean.of(jnp.array([True, False, True, True]), jnp.array([True, True, True, False])).value == pytest.approx(2 / 3)
+    assert Mean.of(jnp.array([True, False, True, True]), jnp.array([True, True, True, False])).value == pytest.approx(
+        2 / 3
+    )
 
 
 def test_a_mean_passes_through_jit_as_a_tree():

@@ -267,15 +267,27 @@ def prefill(
         return _block(config, weights, x, rope, lambda q, k, v: (attention(q, k, v, mask), (k, v)))
 
     x, (k, v) = lax.scan(layer, x, params["layers"])
-    prompt = tokens_BxP.shape[1]
-    room = [(0, 0), (0, 0), (0, 0), (0, slots - prompt), (0, 0)]
-    cache = KVCache(
-        jnp.pad(k, room),
-        jnp.pad(v, room),
-        jnp.pad(mask_BxP, [(0, 0), (0, slots - prompt)]),
-        jnp.int32(prompt),
-    )
+    more = slots - tokens_BxP.shape[1]
+    k, v = (jnp.pad(kept, [(0, 0)] * 3 + [(0, more), (0, 0)]) for kept in (k, v))
+    if _is_shallow(config):
+        k, v = tuple(k), tuple(v)
+    cache = KVCache(k, v, jnp.pad(mask_BxP, [(0, 0), (0, more)]), jnp.int32(tokens_BxP.shape[1]))
     return rms_norm(x[:, -1], params["final_norm"], config.norm_eps), cache
+
+
+def _is_shallow(config: ModelConfig) -> bool:
+    """Whether decoding unrolls its layers. Scanning picks each layer's cache out of one array, which copies it
+    on CPUs: 19.0 ms per token against 8.4 ms (6 layers, 64 rows, 4 heads of 32, 191 slots, one core).
+    Unrolled programs take longer to compile by the layer, so deep models scan."""
+    return config.layers <= 8
+
+
+def for_decoding(params: Params, config: ModelConfig) -> Params:
+    """The weights as ``decode_step`` wants them. Call it before the loop: in there it would be done per token."""
+    cast = jax.tree.map(lambda w: w.astype(config.dtype), params["layers"])
+    if not _is_shallow(config):
+        return params | {"layers": cast}
+    return params | {"layers": tuple(jax.tree.map(lambda w: w[i], cast) for i in range(config.layers))}  # noqa: B023
 
 
 def decode_step(
@@ -283,8 +295,8 @@ def decode_step(
 ) -> tuple[jax.Array, KVCache]:
     """Reads one token per row; returns its hidden state [B, D] and the cache, one column longer.
 
-    ``real_B`` False marks rows that have ended: their token is written but never read by another.
-    The cache travels through the layers as a loop carry, updated in place at one column.
+    ``params`` come from ``for_decoding``. ``real_B`` False marks rows that have ended: their token is written
+    but never read by another. The cache is a loop carry, updated in place at one column.
     """
     position_Bx1 = jnp.sum(cache.mask_BxM, axis=1, dtype=jnp.int32)[:, None]
     x, rope = _embed(params, config, token_B[:, None]), _rope(config, position_Bx1)
@@ -292,21 +304,37 @@ def decode_step(
     # An ended row reads itself too, so that its softmax is not empty.
     mask_Bx1xM = (mask_BxM | (jnp.arange(mask_BxM.shape[1]) == cache.length))[:, None, :]
 
-    def layer(carry, weights_and_index):
-        x, k_cache, v_cache = carry
+    def one_layer(x, weights, keys, values):
+        def attend(q, k, v):
+            new_keys = lax.dynamic_update_slice(keys, k, (0, 0, cache.length, 0))
+            new_values = lax.dynamic_update_slice(values, v, (0, 0, cache.length, 0))
+            return attention(q, new_keys, new_values, mask_Bx1xM), (new_keys, new_values)
+
+        return _block(config, weights, x, rope, attend)
+
+    def scanned_layer(carry, weights_and_index):
+        x, keys, values = carry
         weights, index = weights_and_index
 
         def attend(q, k, v):
             place = (index, 0, 0, cache.length, 0)
-            k_all = lax.dynamic_update_slice(k_cache, k[None], place)
-            v_all = lax.dynamic_update_slice(v_cache, v[None], place)
-            k_layer = lax.dynamic_index_in_dim(k_all, index, keepdims=False)
-            v_layer = lax.dynamic_index_in_dim(v_all, index, keepdims=False)
-            return attention(q, k_layer, v_layer, mask_Bx1xM), (k_all, v_all)
+            new_keys = lax.dynamic_update_slice(keys, k[None], place)
+            new_values = lax.dynamic_update_slice(values, v[None], place)
+            k_layer = lax.dynamic_index_in_dim(new_keys, index, keepdims=False)
+            v_layer = lax.dynamic_index_in_dim(new_values, index, keepdims=False)
+            return attention(q, k_layer, v_layer, mask_Bx1xM), (new_keys, new_values)
 
-        x, (k_cache, v_cache) = _block(config, weights, x, rope, attend)
-        return (x, k_cache, v_cache), None
+        x, (keys, values) = _block(config, weights, x, rope, attend)
+        return (x, keys, values), None
 
-    start = (x, cache.k_NxBxKxMxDh, cache.v_NxBxKxMxDh)
-    (x, k, v), _ = lax.scan(layer, start, (params["layers"], jnp.arange(config.layers)))
-    return rms_norm(x[:, 0], params["final_norm"], config.norm_eps), KVCache(k, v, mask_BxM, cache.length + 1)
+    if _is_shallow(config):
+        kept = []
+        for weights, layer_keys, layer_values in zip(params["layers"], cache.keys, cache.values):
+            x, layer_cache = one_layer(x, weights, layer_keys, layer_values)
+            kept.append(layer_cache)
+        keys, values = zip(*kept)
+    else:
+        start = (x, cache.keys, cache.values)
+        (x, keys, values), _ = lax.scan(scanned_layer, start, (params["layers"], jnp.arange(config.layers)))
+    hidden_BxD = rms_norm(x[:, 0], params["final_norm"], config.norm_eps)
+    return hidden_BxD, KVCache(keys, values, mask_BxM, cache.length + 1)
