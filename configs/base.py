@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
     config.rules.train_questions = 4096
     config.rules.dev_questions = 128
     config.rules.test_questions = 512
+    config.rules.empty_share = 0.0  # of the base's training rows without a table: with an empty context block, not none
 
     config.qa_jsonl = ConfigDict()  # questions in a local .jsonl or .parquet file
     config.qa_jsonl.path = ""  # the file

@@ -154,7 +154,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     ways = result.mesh.data * result.mesh.fsdp
     rows = {"train.batch_size": train.batch_size, "eval.batch_size": result.eval.batch_size}
     rows["train.retention_rows"] = train.retention_rows
-    rows |= {"base.batch_size": result.base.batch_size} if result.base.steps else {}
+    rows |= {} if config.model.path else {"base.batch_size": result.base.batch_size}
     for name, value in rows.items():
         if value % ways:
             near = " or ".join(str(n) for n in (value // ways * ways, (value // ways + 1) * ways) if n)
@@ -198,17 +198,12 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
 def _check_model(config: Experiment) -> None:
     for name in ("dtype", "param_dtype"):
         _one_of(f"model.{name}", getattr(config.model, name), ("float32", "bfloat16"))
-    if config.model.path and config.base.steps:
+    if config.model.path:
+        return
+    if not config.base.steps or config.task != "rules":
         raise ValueError(
-            f"model.path = {config.model.path!r} and base.steps = {config.base.steps}: either load a model, or train "
-            "a base from scratch; set base.steps=0 or leave model.path empty"
-        )
-    if not config.model.path and not config.base.steps:
-        raise ValueError("model.path is empty; give the folder of a Hugging Face model")
-    if config.base.steps and config.task != "rules":
-        raise ValueError(
-            f"base.steps = {config.base.steps}: only the rules world can train its own base, and task = "
-            f"{config.task!r}; set model.path and base.steps=0"
+            f"model.path is empty; give the folder of a Hugging Face model (only task = 'rules' can train its own "
+            f"base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
         )
     if config.base.query_heads % config.base.kv_heads:
         raise ValueError(
@@ -221,7 +216,7 @@ _MAY_BE_ZERO = {
     "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay", "prompt.max_bare_tokens",
     "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta", "loss.mu", "optim.warmup_steps",
     "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows", "eval.every", "eval.temperature",
-    "eval.top_k", "rules.seed", "rules.context_index", "qa_jsonl.limit", "optim.lr",
+    "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share", "qa_jsonl.limit", "optim.lr",
 }  # fmt: skip
 
 

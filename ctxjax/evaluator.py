@@ -13,8 +13,7 @@ from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, Task, evaluation_views
-from ctxjax.evaluation import metrics as metrics_lib
-from ctxjax.evaluation import views as views_lib
+from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
 from ctxjax.evaluation.metrics import Outcomes
 from ctxjax.folder import ModelFolder
 from ctxjax.losses import LossConfig

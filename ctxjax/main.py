@@ -26,8 +26,9 @@ def main(_) -> None:
     if _CONFIG.value.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
     folder = Path(_WORKDIR.value).expanduser()
-    workdir.prepare(folder, _CONFIG.value)
-    trainer.run(experiment, folder, workdir.facts(_CONFIG.value))
+    facts = workdir.facts(_CONFIG.value)
+    workdir.check(folder, facts["config"])
+    trainer.run(experiment, folder, facts)
 
 
 def _quiet() -> None:
@@ -38,9 +39,15 @@ def _quiet() -> None:
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except FileNotFoundError as error:
-        raise ValueError(f"config file {error.filename} does not exist") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # A config file that could not be loaded says so only when something is asked of it.
+        getattr(_CONFIG.value, "seed", None)
+    except AttributeError as error:
+        inner = error.args[0]
+        name = inner.args[0] if isinstance(inner, KeyError) else inner
+        raise ValueError(f"the configuration has no field {name}; configs/base.py lists them all") from None
+    except OSError as error:
+        raise ValueError(f"the config file cannot be loaded: {error.__cause__ or error}") from None
+    except (flags.Error, TypeError, ValueError) as error:
         raise ValueError(f"bad command line: {error}") from None
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; options are written --config.field=value")

@@ -21,12 +21,10 @@ from tqdm import tqdm
 
 from ctxjax import losses, optim, rng, sharding
 from ctxjax.config import BaseConfig
-from ctxjax.data import prompts as prompts_lib
-from ctxjax.data import word_tokenizer
+from ctxjax.data import prompts as prompts_lib, word_tokenizer
 from ctxjax.data.task import Row
 from ctxjax.data.tasks import rules
-from ctxjax.models import hf, transformer
-from ctxjax.models import params as params_lib
+from ctxjax.models import hf, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.types import Prompts, Rollout
@@ -37,7 +35,7 @@ RECIPE = 1
 
 def base_folder(config: BaseConfig, world: rules.RulesConfig) -> Path:
     """Where the base of this configuration lives, whether it exists already or not."""
-    facts = dataclasses.asdict(config) | {"world_seed": world.seed, "recipe": RECIPE}
+    facts = dataclasses.asdict(config) | {"world_seed": world.seed, "empty_share": world.empty_share, "recipe": RECIPE}
     facts |= {"vocabulary": rules.vocabulary(), "weights": repr(transformer.param_specs(_model(config, 1)))}
     del facts["cache"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

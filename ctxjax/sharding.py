@@ -12,8 +12,7 @@ name, instead of running slowly.
 from __future__ import annotations
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 MESH_AXES = ("data", "fsdp", "tensor")

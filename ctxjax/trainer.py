@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+import resource
 import time
 
 import jax
 
-from ctxjax import pretrain, sharding
+from ctxjax import pretrain, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows, training_batches
@@ -47,6 +47,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             f"dev {dev.dropped}, test {test.dropped}",
             flush=True,
         )
+        workdir_lib.claim(workdir, facts["config"])
         clock = time.monotonic()
         base = test(folder.params)
         base_on_dev = dev(folder.params)
@@ -71,11 +72,14 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             seconds[name] = time.monotonic() - clock
     results = _results(finished, config)
     seconds["total"] = time.monotonic() - started
-    _write_json(workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}})
-    _write_json(workdir / "results.json", results)
+    workdir_lib.write_json(
+        workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
+    )
+    workdir_lib.write_json(workdir / "results.json", results)
     page = write_report(workdir)
     print(f"\n{results_table(results)}\n")
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    print(f"peak memory of the host process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     print(f"report: {page}")
     return results
 
@@ -206,14 +210,4 @@ def _results(finished: dict[str, Evaluation], config: Experiment) -> dict[str, d
 
 def _save_items(folder: Path, evaluation: Evaluation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in evaluation.items))
-
-
-def _write_json(path: Path, value) -> None:
-    _write(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    workdir_lib.write_text(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in evaluation.items))

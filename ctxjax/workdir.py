@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 import shlex
 import sys
@@ -15,30 +16,43 @@ from ml_collections import ConfigDict
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
-def prepare(workdir: Path, config: ConfigDict) -> None:
-    """Makes the folder and writes config.json into it.
-
-    A folder that holds a run with the same configuration is taken up again. Raises ValueError, with the
-    fields that differ, where it holds another, and where it holds anything else.
-    """
+def check(workdir: Path, config: dict) -> None:
+    """Raises ValueError where the folder holds a run with another configuration, with the fields that differ, or
+    anything that is not a run. A run with the same configuration is taken up again."""
     stored = workdir / "config.json"
-    fields = json.loads(config.to_json())
-    if stored.exists():
-        try:
-            before = json.loads(stored.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{stored} is not valid JSON ({error}); choose another --workdir") from None
-        different = _differences(before, fields)
-        if different:
-            raise ValueError(
-                f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
-                + "\n  ".join(different)
-            )
+    if not stored.exists():
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise ValueError(f"{workdir} exists and is not a run's folder; choose another --workdir")
         return
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise ValueError(f"{workdir} exists and is not a run's folder; choose another --workdir")
+    try:
+        before = json.loads(stored.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{stored} is not valid JSON ({error}); choose another --workdir") from None
+    different = _differences(before, config)
+    if different:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
+            + "\n  ".join(different)
+        )
+
+
+def claim(workdir: Path, config: dict) -> None:
+    """Makes the folder and puts the run's name plate, config.json, on it. Call it when all input has been read:
+    a run that could not start leaves nothing behind."""
     workdir.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_json(workdir / "config.json", config)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a file that appears under its name only when it is complete."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise, for text."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _differences(before, now, name: str = "") -> list[str]:

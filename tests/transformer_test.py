@@ -22,6 +22,7 @@ LLAMA31_70B = dataclasses.replace(LLAMA31_8B, width=8192, layers=80, query_heads
 VARIANTS = {
     "plain": {},
     "one_kv_head": {"kv_heads": 1},
+    "nine_layers": {"layers": 9},  # deep models decode in a scan
     "all_options": {
         "tied_embeddings": True,
         "qkv_bias": True,
@@ -48,7 +49,7 @@ def prefill(params, model, tokens, mask, slots):
 
 @functools.partial(jax.jit, static_argnums=1)
 def decode(params, model, token, real, cache):
-    hidden, cache = transformer.decode_step(params, model, token, real, cache)
+    hidden, cache = transformer.decode_step(transformer.for_decoding(params, model), model, token, real, cache)
     return apply_head(hidden, head_weights(params, model)), cache
 
 

@@ -18,8 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ctxjax.models import llama, transformer
-from ctxjax.models import params as params_lib
+from ctxjax.models import llama, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 

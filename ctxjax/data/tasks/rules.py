@@ -38,13 +38,15 @@ TOKEN_PATTERN = r"#\d:|[a-f]>[a-f];| ?s\d |[a-f]"
 @dataclasses.dataclass(frozen=True)
 class RulesConfig:
     """``seed`` makes the world: its tables, questions and splits. ``context_index`` chooses which of the set-aside
-    tables is internalized; the counts are questions."""
+    tables is internalized; the counts are questions. ``empty_share``: of the base's training rows without a
+    table, how many have an empty context block instead of none."""
 
     seed: int
     context_index: int
     train_questions: int
     dev_questions: int
     test_questions: int
+    empty_share: float
 
 
 def vocabulary() -> list[str]:
@@ -149,8 +151,7 @@ class Rules:
         """(question, context, response) of the base's training text.
 
         70 % under a random table of the train pool, 15 % without one and copied, 15 % without one but
-        answered by a random table, so that the base is unsure when not told. A third of the rows without a
-        table have an empty context block instead of none.
+        answered by a random table, so that the base is unsure when not told.
         """
         strata = self.strata["train"]
         stratum = strata[rng.integers(len(strata))]
@@ -160,7 +161,7 @@ class Rules:
         kind = rng.random()
         if kind < 0.7:
             return question, context, answer(question, parse_table(context))
-        nothing = "" if rng.random() < 1 / 3 else None
+        nothing = "" if rng.random() < self.config.empty_share else None
         if kind < 0.85:
             return question, nothing, answer(question, {letter: letter for letter in LETTERS})
         return question, nothing, answer(question, parse_table(context))

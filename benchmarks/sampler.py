@@ -1,0 +1,141 @@
+"""Tokens per second of the sampler, beside transformers' ``generate`` and beside the machine's own limits.
+
+    python benchmarks/sampler.py [--quick]
+
+Both sample at temperature 1 from the same random folder, the same batch of full-length prompts, to the same length
+(end tokens off), in float32 on the CPU; runs alternate and the best of each counts, since the machine may be shared.
+The floor of a decode step is the larger of
+
+    FLOPs   2 * parameters * batch + 4 * layers * query heads * head_dim * mean cache length * batch
+    bytes   weights once, and the filled part of the cache of every row once
+
+over this machine's own matrix-product and copy rates, which are measured in the same run. torch is optional (extra
+"parity"); without it its columns are missing. Prints one JSON object as the last line; the numbers of record stand
+in benchmarks/README.md.
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctxjax import rng, sharding
+from ctxjax.data import word_tokenizer
+from ctxjax.models import hf, params as params_lib, transformer
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.sampling import SamplingConfig, sample
+from ctxjax.types import Prompts
+
+BATCH = 64
+SHAPES = {
+    "tiny": (ModelConfig(55, 128, 4, 4, 2, 32, 352), 18, 19),
+    "w256_l6_v4096": (ModelConfig(4096, 256, 6, 4, 2, 64, 704), 64, 128),
+}
+
+
+def best_of(runs: int, functions: dict) -> dict[str, float]:
+    """Seconds of the fastest run of each, the functions taking turns; one run of each goes before, uncounted."""
+    for function in functions.values():
+        function()
+    times = {name: [] for name in functions}
+    for _ in range(runs):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: min(values) for name, values in times.items()}
+
+
+def machine_rates() -> tuple[float, float]:
+    """(FLOP/s of a float32 matrix product, bytes/s read and written by a copy)."""
+    a = jnp.ones((2048, 2048), jnp.float32)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+    big = jnp.ones((64 * 2**20,), jnp.float32)
+    times = best_of(
+        3, {"product": lambda: product(a, a).block_until_ready(), "copy": lambda: copy(big).block_until_ready()}
+    )
+    return 2 * 2048**3 / times["product"], 2 * big.nbytes / times["copy"]
+
+
+def floor_seconds(model: ModelConfig, prompt: int, new: int, rates: tuple[float, float]) -> float:
+    """The least time that the arithmetic and the traffic of ``new`` decode steps need."""
+    parameters = params_lib.count(transformer.param_specs(model)) - model.vocab_size * model.width
+    filled = prompt + new / 2
+    flops = 2 * parameters * BATCH + 4 * model.layers * model.query_heads * model.head_dim * filled * BATCH
+    cache = 2 * model.layers * model.kv_heads * model.head_dim * filled * BATCH * 4
+    return new * max(flops / rates[0], (4 * parameters + cache) / rates[1])
+
+
+def measure(model: ModelConfig, prompt: int, new: int, runs: int, rates: tuple[float, float]) -> dict:
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    words = [f"w{i}" for i in range(model.vocab_size - len(word_tokenizer.SPECIAL))]
+    tokenizer = word_tokenizer.build(words, r"\S+")
+    params = params_lib.init(transformer.param_specs(model), jax.random.key(0), mesh)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (BATCH, prompt), dtype=np.int32)
+    with jax.set_mesh(mesh):
+        prompts = sharding.put_batch(Prompts(tokens, np.ones(tokens.shape, bool)), mesh)
+        rows = sharding.put_batch(np.arange(BATCH, dtype=np.int32), mesh)
+        config = SamplingConfig(new, eos_ids=(), pad_id=0)
+        program = jax.jit(
+            lambda params, prompts, rows: sample(params, model, config, prompts, rng.row_keys(jax.random.key(0), rows))
+        )
+        functions = {"ctxjax": lambda: jax.block_until_ready(program(params, prompts, rows))}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model"
+            hf.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+            if importlib.util.find_spec("torch"):
+                functions["transformers"] = transformers_generate(path, tokens, new)
+            seconds = best_of(runs, functions)
+    result = {f"{name}_tokens_per_second": round(BATCH * new / value) for name, value in seconds.items()}
+    if "transformers" in seconds:
+        result["times_transformers"] = round(seconds["transformers"] / seconds["ctxjax"], 2)
+    result["share_of_floor"] = round(floor_seconds(model, prompt, new, rates) / seconds["ctxjax"], 3)
+    return result | {"batch": BATCH, "prompt_tokens": prompt, "new_tokens": new}
+
+
+def transformers_generate(path: Path, tokens: np.ndarray, new: int):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = torch.tensor(tokens, dtype=torch.long)
+
+    def run():
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                min_new_tokens=new, max_new_tokens=new,
+            )  # fmt: skip
+        if out.shape[1] != tokens.shape[1] + new:
+            raise RuntimeError(f"transformers made {out.shape[1] - tokens.shape[1]} tokens instead of {new}")
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one counted run of each")
+    options = parser.parse_args()
+    rates = machine_rates()
+    results = {
+        name: measure(model, prompt, new, 1 if options.quick else 5, rates)
+        for name, (model, prompt, new) in SHAPES.items()
+    }
+    versions = {"jax": jax.__version__}
+    if importlib.util.find_spec("torch"):
+        import torch
+        import transformers
+
+        versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    machine = {"gflops": round(rates[0] / 1e9, 1), "copy_gb_per_second": round(rates[1] / 1e9, 1)}
+    print(json.dumps({"benchmark": "sampler", **results, "machine": machine, "versions": versions}))
+
+
+if __name__ == "__main__":
+    main()

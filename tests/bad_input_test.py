@@ -1,0 +1,212 @@
+"""Bad input ends with one message that names the thing, the value and the remedy, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configs import tiny
+from ctxjax import config as config_lib, folder as folder_lib, sharding
+from ctxjax.data import prompts, word_tokenizer
+from ctxjax.data.pipeline import RetentionRows, encode_rows
+from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.tasks import rules
+from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "ctxjax.main", *arguments]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/tiny.py", "--config.train.stepps=3"], "no field 'stepps'"),
+        (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
+        (["--config=configs/tiny.py", "--config.model.path=missing"], "model folder missing does not exist"),
+        (["--config=configs/tiny.py", "--config.train.steps=many"], "invalid literal"),
+    ],
+)
+def test_the_command_ends_with_one_message_and_leaves_nothing(arguments, message, tmp_path):
+    result = command(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = command("--config=configs/tiny.py", f"--workdir={tmp_path}")
+    assert result.returncode == 2 and "is not a run's folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("task", "chess", "task = 'chess' is not known; choose from qa_jsonl, rules"),
+        ("train.batch_size", 12, r"train.batch_size = 12 is not divisible by mesh data\*fsdp = 8; use 8 or 16"),
+        ("train.batch_size", -3, "train.batch_size = -3 must be above 0"),
+        ("train.retention_rows", 64, "train.retention_rows = 64 is more than train.batch_size = 32"),
+        ("rollout.temperature", 0.0, "rollout.temperature = 0.0 must be above 0"),
+        ("rollout.top_p", 1.5, "rollout.top_p = 1.5 must be at most 1"),
+        ("optim.lr", float("nan"), "optim.lr = nan must be finite"),
+        ("optim.schedule", "linear", "optim.schedule = 'linear' is not known; choose from constant, cosine"),
+        ("loss.divergence", "js", "loss.divergence = 'js' is not known"),
+        ("loss.averaging", "mean", "loss.averaging = 'mean' is not known"),
+        ("prompt.placement", "prefix", "prompt.placement = 'prefix' is not known"),
+        ("mesh.tensor", 3, "needs 6 devices, and there are 8"),
+        ("run_arms", ("nca",), "run_arms = 'nca' is not known"),
+        ("model.dtype", "float16", "model.dtype = 'float16' is not known"),
+        ("base.steps", 0, "model.path is empty"),
+        ("base.kv_heads", 3, "base.query_heads = 4 is not a multiple of base.kv_heads = 3"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_be_right(field, value, message):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=message):
+        config_lib.experiment(config, device_count=8)
+
+
+def test_a_mesh_takes_all_devices_that_remain():
+    config = tiny.get_config()
+    config.mesh.tensor = 2
+    assert config_lib.experiment(config, device_count=8).mesh == config_lib.MeshConfig(data=1, fsdp=4, tensor=2)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh):
+    with pytest.raises(ValueError, match=r"3\*1\*1 = 3, but there are 8 devices"):
+        sharding.make_mesh(3, 1, 1)
+
+
+def qa(path, **changes) -> QaJsonl:
+    settings = {
+        "path": str(path), "question": "question", "reference": "answer", "grading": "numeric", "limit": 0,
+        "context": "Think.", "context_file": "", "other_contexts_file": "", "dev_questions": 1, "test_questions": 1,
+    }  # fmt: skip
+    return QaJsonl(QaConfig(**(settings | changes)))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(9)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"question": "prompt"}, r"row 0: no text in column 'prompt'; its columns are \['answer', 'question'\]"),
+        ({"context": ""}, "qa_jsonl has no context"),
+        ({"context": "", "context_file": "missing.txt"}, "context file missing.txt does not exist"),
+        ({"context_file": "both.txt"}, "are both set"),
+        ({"other_contexts_file": "missing.jsonl"}, "missing.jsonl does not exist"),
+        ({"dev_questions": 8}, "has 9 different questions, and .* = 9 of them are to be held out"),
+    ],
+)
+def test_questions_that_cannot_be_used_are_refused(questions, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        qa(questions, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"question": "x", "answer": "1"}\n{"question": \n', "line 2: not valid JSON"),
+        ("a.jsonl", b"", "has no rows"),
+        ("a.jsonl", b'{"question": "\xff", "answer": "1"}\n', "cannot be read"),
+        ("a.jsonl", b"[1, 2]\n", "row 0: no text in column 'question'; it is not an object"),
+        ("a.jsonl", b'{"question": null, "answer": "1"}\n', "row 0: no text in column 'question'"),
+        ("a.parquet", b"not parquet", "cannot be read"),
+    ],
+)
+def test_a_broken_data_file_is_refused_with_the_place(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        qa(path)
+
+
+def test_a_missing_data_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.jsonl' does not exist; set qa_jsonl.path"):
+        qa(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("content", ["", "  \n"])
+def test_an_empty_context_file_is_refused(questions, tmp_path, content):
+    path = tmp_path / "context.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is empty; the teacher would see no context"):
+        qa(questions, context="", context_file=str(path))
+
+
+def test_parquet_and_jsonl_give_the_same_rows(questions, tmp_path):
+    records = [json.loads(line) for line in questions.read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "questions.parquet")
+    assert qa(tmp_path / "questions.parquet").splits == qa(questions).splits
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return rules.Rules(rules.RulesConfig(0, 0, 64, 16, 16, 0.0))
+
+
+def test_a_prompt_over_the_limit_is_an_error_that_names_the_row(tokenizer, world):
+    rows = world.rows("train")
+    with pytest.raises(ValueError, match=r"row '#1:\w{5}': its bare prompt has 10 tokens, .*max_bare_tokens = 9"):
+        encode_rows(tokenizer, rows, PromptConfig(max_bare_tokens=9))
+
+
+def test_or_it_is_dropped_and_counted_but_never_cut(tokenizer, world):
+    rows = world.rows("train")
+    encoded = encode_rows(tokenizer, rows, PromptConfig(max_bare_tokens=9, overlong="drop"))
+    assert encoded.dropped == sum(len(row.question) == 8 for row in rows) > 0
+    assert all(tokens in prompts.encode(tokenizer, [r._replace(context=None) for r in rows], "system")
+               for tokens in encoded.bare)  # fmt: skip
+    with pytest.raises(ValueError, match="none of 64 rows fits"):
+        encode_rows(tokenizer, rows, PromptConfig(max_bare_tokens=3, overlong="drop"))
+
+
+def test_retention_without_other_contexts_is_refused(tokenizer, questions):
+    task = qa(questions)
+    encoded = encode_rows(tokenizer, task.rows("train"), PromptConfig())
+    with pytest.raises(ValueError, match="needs other contexts to retain"):
+        RetentionRows.of(tokenizer, task, encoded, PromptConfig())
+
+
+def test_a_context_index_outside_the_world_is_refused():
+    with pytest.raises(ValueError, match="rules.context_index = 8; this world has tables 0 to 7"):
+        rules.Rules(rules.RulesConfig(0, 8, 64, 16, 16, 0.0))
+
+
+def test_more_questions_than_the_world_has_are_refused():
+    with pytest.raises(ValueError, match="rules.dev_questions = 99999"):
+        rules.Rules(rules.RulesConfig(0, 0, 64, 99999, 16, 0.0)).rows("dev")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        folder_lib.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, tokenizer):
+    bare = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no chat template; put one into"):
+        folder_lib.load_tokenizer(tmp_path)

@@ -1,0 +1,225 @@
+"""Removability: metrics and statistics by hand, and the views decoded and compared."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ctxjax.evaluation import metrics, statistics, views
+from ctxjax.evaluation.metrics import Outcomes
+from ctxjax.losses import LossConfig
+from ctxjax.sampling import SamplingConfig
+from ctxjax.types import Prompts, Rollout
+
+
+def outcomes(correct, length=None, truncated=None, parsed=None) -> Outcomes:
+    correct = np.array(correct, bool)
+    ones = np.ones(len(correct))
+    return Outcomes(
+        correct=correct,
+        parsed=ones.astype(bool) if parsed is None else np.array(parsed, bool),
+        truncated=~ones.astype(bool) if truncated is None else np.array(truncated, bool),
+        length=ones if length is None else np.array(length),
+    )
+
+
+def paired(right_right, right_wrong, wrong_right, wrong_wrong):
+    """(right without context, right with context) of so many questions each."""
+    counts = (right_right, right_wrong, wrong_right, wrong_wrong)
+    return np.repeat([1, 1, 0, 0], counts).astype(bool), np.repeat([1, 0, 1, 0], counts).astype(bool)
+
+
+# --- Metrics ---
+
+
+def test_removability_of_ten_questions_by_hand():
+    x, xc = paired(3, 2, 4, 1)
+    bare = outcomes(x, length=[2, 4, 6] * 3 + [4], truncated=[1] + [0] * 9)
+    context = outcomes(xc, length=[5] * 10, truncated=[1, 1] + [0] * 8, parsed=[0] * 3 + [1] * 7)
+    result = metrics.removability(bare, context)
+    expected = {
+        "n": 10, "acc_x": 0.5, "acc_xc": 0.7, "gap": 0.2, "harm": 0.4, "benefit": 0.8, "both_correct": 0.3,
+        "dlen": 0.25, "length_x": 4.0, "length_xc": 5.0, "truncated_x": 0.1, "truncated_xc": 0.2, "parse_x": 1.0,
+        "parse_xc": 0.7, "mcnemar_p": 0.6875,
+    }  # fmt: skip
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
+    assert result["flips"] == {"right_right": 3, "right_wrong": 2, "wrong_right": 4, "wrong_wrong": 1}
+    assert result["regime"] == "agreement"
+    assert result["harm_ci"] == pytest.approx((0.1176, 0.7693), abs=1e-4)  # of 2 in 5
+    assert result["acc_x_ci"] == pytest.approx((0.2366, 0.7634), abs=1e-4)  # of 5 in 10
+
+
+def test_a_share_of_nothing_is_none():
+    all_wrong = metrics.removability(outcomes([0, 0, 0]), outcomes([1, 0, 0]))
+    assert all_wrong["harm"] is None and all_wrong["harm_ci"] is None and all_wrong["benefit"] == pytest.approx(1 / 3)
+    all_right = metrics.removability(outcomes([1, 1, 1]), outcomes([1, 0, 0]))
+    assert all_right["benefit"] is None and all_right["benefit_ci"] is None
+    assert all_right["harm"] == pytest.approx(2 / 3)
+
+
+def test_results_are_plain_numbers_that_json_can_hold():
+    result = metrics.removability(outcomes([1, 0, 1]), outcomes([1, 1, 0]))
+    assert json.loads(json.dumps(result))["n"] == 3
+
+
+@pytest.mark.parametrize(
+    "counts, regime",
+    [
+        ((5, 9, 1, 5), "perturbation"),  # p = 22/1024
+        ((5, 1, 9, 5), "scaffold"),
+        ((5, 8, 2, 5), "agreement"),  # p = 112/1024
+        ((20, 0, 0, 0), "agreement"),
+    ],
+)
+def test_regimes_follow_the_sign_of_a_significant_change(counts, regime):
+    assert metrics.regime(*paired(*counts)) == regime
+
+
+def test_harm_is_among_the_questions_right_without_context_along_any_axis():
+    x = np.array([[1, 1, 1, 0], [0, 0, 0, 0]], bool)
+    xc = np.array([[1, 0, 0, 0], [1, 1, 1, 1]], bool)
+    np.testing.assert_allclose(metrics.harm_rate(x, xc), [2 / 3, np.nan])
+    np.testing.assert_allclose(metrics.harm_rate(x.T, xc.T, axis=0), [2 / 3, np.nan])
+
+
+def test_view_distance_counts_response_tokens_only():
+    kl = np.array([[1.0, 3.0, np.nan], [5.0, 99.0, np.nan]])
+    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
+    assert metrics.view_distance(kl, mask) == {"view_kl": 3.0, "view_kl_by_position": [3.0, 3.0, None]}
+
+
+def test_layer_cosines_are_means_over_response_tokens_by_layer():
+    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
+    cosine = np.array([[[0.5, 0.6, -9.0], [0.7, -9.0, -9.0]], [[0.1, 0.2, -9.0], [0.3, -9.0, -9.0]]])
+    result = metrics.layer_cosines({"cosine": cosine, "control": cosine / 2, "centred": cosine / 10}, mask)
+    assert result["cosine_by_layer"] == pytest.approx([0.6, 0.2])
+    assert result["cosine_control_by_layer"] == pytest.approx([0.3, 0.1])
+    assert result["cosine_centred_by_layer"] == pytest.approx([0.06, 0.02])
+    assert result["cosine_p5_by_layer"] == pytest.approx([0.51, 0.11])
+
+
+# --- Statistics ---
+
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_intervals_are_those_of_newcombe_1998_table_i(successes, n, low, high):
+    assert statistics.wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_interval_of_no_trials_is_none():
+    assert statistics.wilson(0, 0) is None
+
+
+@pytest.mark.parametrize(
+    "only_a, only_b, p", [(10, 2, 158 / 4096), (2, 10, 158 / 4096), (0, 5, 2 / 32), (0, 0, 1.0), (3, 3, 1.0)]
+)
+def test_mcnemar_is_exact_and_ignores_agreement(only_a, only_b, p):
+    for agreeing in (0, 7):
+        a, b = paired(agreeing, only_a, only_b, agreeing)
+        assert statistics.mcnemar(a, b) == pytest.approx(p, rel=1e-12)
+
+
+def arms(seed, n, harm_a, harm_b):
+    """(right_x, right_xc) of two arms, which harm their right answers with these probabilities."""
+    rng = np.random.default_rng(seed)
+    return tuple((right := rng.random(n) < 0.8, right & (rng.random(n) >= harm)) for harm in (harm_a, harm_b))
+
+
+def test_the_bootstrap_is_deterministic_and_encloses_its_estimate():
+    a, b = arms(0, 200, 0.3, 0.1)
+    estimate, low, high = metrics.harm_difference(a, b, 500)
+    assert metrics.harm_difference(a, b, 500) == [estimate, low, high]
+    assert estimate == pytest.approx(float(metrics.harm_rate(*a) - metrics.harm_rate(*b)))
+    assert 0 < low < estimate < high < 0.4
+
+
+def test_the_bootstrap_resamples_all_arrays_of_an_item_together():
+    a, _ = arms(0, 100, 0.3, 0.1)
+    assert metrics.harm_difference(a, a, 200) == [0.0, 0.0, 0.0]
+
+
+def test_the_bootstrap_covers_the_true_difference_about_as_often_as_it_says():
+    intervals = [metrics.harm_difference(*arms(seed, 120, 0.3, 0.1), 300) for seed in range(100)]
+    assert 88 <= sum(low <= 0.2 <= high for _, low, high in intervals) <= 100
+
+
+def test_a_difference_of_a_rate_that_does_not_exist_is_none():
+    never_right = (np.zeros(5, bool), np.ones(5, bool))
+    assert metrics.harm_difference(never_right, arms(0, 5, 0.5, 0.5)[0], 50) is None
+
+
+# --- Views ---
+
+SAMPLING = SamplingConfig(max_tokens=6, eos_ids=(2, 5, 11), pad_id=0)
+
+
+def rows(tree, index):
+    return jax.tree.map(lambda array: array[index], tree)
+
+
+def wider(prompts, columns):
+    return Prompts(*(np.pad(array, [(0, 0), (columns, 0)]) for array in (prompts.tokens_BxP, prompts.mask_BxP)))
+
+
+@pytest.fixture
+def prompts(make_prompts):
+    """Bare, context and control views of three questions."""
+    return make_prompts(0, 3, 5), make_prompts(1, 3, 8), make_prompts(2, 3, 8)
+
+
+@pytest.fixture
+def rollout(make_rollout) -> Rollout:
+    """Responses of 6, 2 and 3 tokens: a batch filled up with copies of the last row has another mean."""
+    rollout = make_rollout(3, 3, 6)
+    return rollout.replace(mask_BxT=np.arange(6) < np.array([6, 2, 3])[:, None])
+
+
+def test_decoding_does_not_depend_on_the_batch_size(params, tiny_model, make_prompts, mesh):
+    prompts, key = make_prompts(0, 5, 7), jax.random.key(0)
+    whole, parts = (views.decode(params, tiny_model, SAMPLING, prompts, key, size, mesh) for size in (5, 2))
+    assert whole.tokens_BxT.shape == (5, 6)
+    np.testing.assert_array_equal(parts.mask_BxT, whole.mask_BxT)
+    np.testing.assert_array_equal(parts.tokens_BxT, whole.tokens_BxT)
+    np.testing.assert_allclose(parts.logprobs_BxT, whole.logprobs_BxT, atol=1e-5)
+    again = views.decode(params, tiny_model, SAMPLING, prompts, jax.random.key(1), 2, mesh)
+    assert (again.tokens_BxT != whole.tokens_BxT).any()
+
+
+def test_identical_views_have_no_distance_and_cosine_one(params, tiny_model, prompts, rollout, mesh):
+    bare, _, control = prompts
+    kl, cosines = views.compare(params, tiny_model, bare, wider(bare, 3), control, rollout, 3, mesh)
+    mask = rollout.mask_BxT
+    assert kl.shape == (3, 6) and cosines["cosine"].shape == (tiny_model.layers + 1, 3, 6)
+    np.testing.assert_allclose(kl[mask], 0, atol=1e-5)
+    np.testing.assert_allclose(cosines["cosine"][:, mask], 1, atol=1e-5)
+    np.testing.assert_allclose(cosines["centred"][:, mask], 1, atol=1e-4)
+    # The embedding of a response token is the same in every view; the first window column is a prompt token.
+    np.testing.assert_allclose(cosines["control"][0][:, 1:][mask[:, 1:]], 1, atol=1e-5)
+    assert cosines["control"][-1][mask].max() < 0.999
+
+
+def test_copies_of_rows_that_fill_a_batch_do_not_change_the_comparison(params, tiny_model, prompts, rollout, mesh):
+    mask = rollout.mask_BxT
+    whole, filled = (views.compare(params, tiny_model, *prompts, rollout, size, mesh) for size in (3, 4))
+    assert whole[0][mask].min() > 1e-3
+    np.testing.assert_allclose(filled[0][mask], whole[0][mask], rtol=1e-4, atol=1e-5)
+    for name in ("cosine", "control", "centred"):
+        np.testing.assert_allclose(filled[1][name][:, mask], whole[1][name][:, mask], atol=1e-5, err_msg=name)
+
+
+def test_distillation_on_given_responses_counts_every_row_once(params, frozen, tiny_model, prompts, rollout, mesh):
+    bare, context, _ = prompts
+
+    def kl(index, batch_size):
+        data = rows((bare, context, rollout), index)
+        return views.distillation_kl(params, frozen, tiny_model, tiny_model, LossConfig(), *data, batch_size, mesh)
+
+    by_row = [kl(slice(row, row + 1), 2) for row in range(3)]
+    assert np.ptp(by_row) > 1e-2
+    expected = np.average(by_row, weights=[6, 2, 3])
+    assert kl(slice(3), 2) == pytest.approx(expected, rel=1e-4)
+    assert kl(slice(3), 4) == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,206 @@
+"""The step as one program: its halves, its keys, its mesh, and what it leaves alone.
+
+The program of the whole step runs on eight devices and its two halves on one, and both must agree.
+"""
+
+import logging
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from ctxjax import optim
+from ctxjax.losses import LossConfig
+from ctxjax.optim import OptimConfig
+from ctxjax.sampling import SamplingConfig
+from ctxjax.sharding import make_mesh, put_batch
+from ctxjax.train_step import StepConfig, init_state, rollout_step, train_step, update_step
+from ctxjax.types import Batch, Rollout, TrainState
+
+ROWS, RETAINED = 8, 4
+rollouts_of = jax.jit(rollout_step, static_argnames="config")
+update = jax.jit(update_step, static_argnames="config")
+
+
+class Halves(NamedTuple):
+    """What one device computes: two steps from the start, and a second update on the first rollouts."""
+
+    before: TrainState
+    rollouts: tuple[Rollout, Rollout]
+    after: TrainState
+    metrics: dict
+    next_rollouts: tuple[Rollout, Rollout]
+    metrics_again: dict
+
+
+class Whole(NamedTuple):
+    """What eight devices compute in one program, and the messages of the compiler during the second step."""
+
+    before: TrainState
+    state: TrainState
+    metrics: dict
+    compiled_again: list[str]
+    frozen: dict
+    frozen_after: dict
+    donated: list[bool]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model) -> StepConfig:
+    return StepConfig(
+        model=tiny_model,
+        teacher_model=tiny_model,
+        sampling=SamplingConfig(max_tokens=6, eos_ids=(2, 5, 11), pad_id=0, temperature=0.8),
+        loss=LossConfig(beta=0.5, mu=1.0, temperature=0.8, chunk=4),
+        optim=OptimConfig(lr=1e-3, steps=10, schedule="cosine"),
+    )
+
+
+@pytest.fixture(scope="module")
+def batch(make_prompts) -> Batch:
+    other = make_prompts(2, RETAINED, 7)
+    return Batch(make_prompts(0, ROWS, 5), make_prompts(1, ROWS, 9), other, np.arange(50, 50 + ROWS, dtype=np.int32))
+
+
+@pytest.fixture(scope="module")
+def halves(config, batch, make_params) -> Halves:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        frozen, data = make_params(config.model, 1, mesh), put_batch(batch, mesh)
+        before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
+        rollouts = rollouts_of(before, data, config)
+        after, metrics = update(before, frozen, data, *rollouts, config)
+        again = update(after, frozen, data, *rollouts, config)[1]
+        return Halves(*jax.device_get((before, rollouts, after, metrics, rollouts_of(after, data, config), again)))
+
+
+class Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def whole(config, batch, make_params) -> Whole:
+    mesh, log = make_mesh(2, 2, 2), Messages()
+    with jax.set_mesh(mesh):
+        frozen, data = make_params(config.model, 1, mesh), put_batch(batch, mesh)
+        before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
+        kept, frozen_values = jax.tree.map(np.array, (before.params, frozen))
+        first, metrics = train_step(before, frozen, data, config)
+        donated = [leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state))]
+        state, metrics = jax.tree.map(np.array, (first.params, metrics))
+        logging.getLogger("jax").addHandler(log)
+        with jax.log_compiles():
+            train_step(first, frozen, data, config)
+        logging.getLogger("jax").removeHandler(log)
+        again = [message for message in log.messages if message.startswith(("Compiling", "Finished XLA"))]
+        return Whole(kept, state, metrics, again, frozen_values, jax.tree.map(np.array, frozen), donated)
+
+
+def largest_difference(one, two) -> float:
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, two)))
+
+
+def test_the_whole_step_on_eight_devices_is_its_two_halves_on_one(halves, whole):
+    assert whole.metrics.keys() == halves.metrics.keys()
+    for name, value in halves.metrics.items():
+        assert whole.metrics[name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+    assert largest_difference(whole.before, halves.before.params) == 0
+    assert largest_difference(halves.before.params, halves.after.params) > 5e-4
+    assert largest_difference(whole.state, halves.after.params) < 1e-5
+
+
+def test_eight_devices_sample_the_tokens_of_one(halves, config, batch, make_params, mesh8):
+    data, key = put_batch(batch, mesh8), jax.random.key(2)
+    state = TrainState(step=np.int32(0), params=make_params(config.model, 0, mesh8), opt_state=(), key=key)
+    for ours, expected in zip(jax.device_get(rollouts_of(state, data, config)), halves.rollouts):
+        np.testing.assert_array_equal(ours.tokens_BxT, expected.tokens_BxT)
+        np.testing.assert_array_equal(ours.mask_BxT, expected.mask_BxT)
+        np.testing.assert_allclose(ours.logprobs_BxT, expected.logprobs_BxT, atol=1e-5)
+
+
+def test_a_second_step_compiles_nothing(whole):
+    assert not whole.compiled_again
+
+
+def test_the_state_is_donated_and_the_teacher_is_left_alone(whole):
+    assert all(whole.donated)
+    assert largest_difference(whole.frozen, whole.frozen_after) == 0
+
+
+def test_the_state_at_step_zero_is_a_copy_of_the_parameters(params, config):
+    state = init_state(params, config, jax.random.key(0))
+    assert largest_difference(jax.device_get(state.params), jax.device_get(params)) == 0
+    jax.tree.map(lambda leaf: leaf.delete(), state.params)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_fewer_rows_may_be_retained_than_are_distilled(halves):
+    rollout, other = halves.rollouts
+    assert rollout.tokens_BxT.shape == (ROWS, 6) and other.tokens_BxT.shape == (RETAINED, 6)
+    assert halves.metrics["retain"] > 0.01
+
+
+def test_each_step_draws_anew_and_each_stream_draws_for_itself(halves):
+    (first, first_other), (second, second_other) = halves.rollouts, halves.next_rollouts
+    assert (first.tokens_BxT != second.tokens_BxT).any(axis=1).sum() > ROWS / 2
+    assert (first_other.tokens_BxT != second_other.tokens_BxT).any()
+
+
+def test_a_step_advances_the_count_keeps_the_root_key_and_changes_every_parameter(halves):
+    before, after = halves.before, halves.after
+    assert (before.step, after.step) == (0, 1)
+    assert jax.random.key_data(before.key).tolist() == jax.random.key_data(after.key).tolist()
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before.params, after.params)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_a_step_lowers_the_loss_on_its_own_rollouts(halves):
+    assert halves.metrics_again["distill"] < halves.metrics["distill"] - 1e-3
+    assert halves.metrics_again["loss"] < halves.metrics["loss"] - 1e-3
+
+
+def test_metrics_describe_the_loss_and_the_responses(halves, config):
+    metrics, (rollout, _) = halves.metrics, halves.rollouts
+    total = metrics["distill"] + 0.5 * metrics["anchor"] + 1.0 * metrics["retain"]
+    assert metrics["loss"] == pytest.approx(float(total), rel=1e-5)
+    length = rollout.mask_BxT.sum(axis=1)
+    ended = np.isin(np.where(rollout.mask_BxT, rollout.tokens_BxT, -1), config.sampling.eos_ids).any(axis=1)
+    assert 0 < ended.sum() < ROWS
+    assert metrics["response_length"] == pytest.approx(length.mean())
+    assert metrics["response_tokens"] == length.sum()
+    assert metrics["truncated"] == pytest.approx(1 - ended.mean())
+    assert metrics["lr"] == pytest.approx(1e-3)
+    assert metrics["logprob_gap_max"] < 1e-5  # the rollout was on-policy
+
+
+# --- The learning rate ---
+
+
+@pytest.mark.parametrize("schedule", sorted(optim.SCHEDULES))
+def test_without_warm_up_the_first_step_has_the_full_rate(schedule):
+    assert optim.schedule(OptimConfig(lr=1e-3, steps=10, schedule=schedule))(0) == pytest.approx(1e-3)
+
+
+def test_the_constant_rate_rises_to_its_value_and_stays():
+    rate = optim.schedule(OptimConfig(lr=1e-3, steps=10, schedule="constant", warmup_steps=4))
+    np.testing.assert_allclose([rate(step) for step in (0, 2, 4, 50)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6)
+
+
+def test_the_cosine_rate_rises_and_falls_to_zero_at_the_last_step():
+    rate = optim.schedule(OptimConfig(lr=1e-3, steps=10, schedule="cosine", warmup_steps=4))
+    np.testing.assert_allclose([rate(step) for step in (0, 2, 4, 7, 10, 50)], [0, 5e-4, 1e-3, 5e-4, 0, 0], atol=1e-9)
+
+
+def test_the_gradient_is_clipped_by_its_norm_before_adam():
+    """Adam's first step does not show a gradient's scale; its moments do."""
+    optimizer = optim.optimizer(OptimConfig(lr=1e-3, steps=10, clip=1.0))
+    params = {"w": np.zeros(2, np.float32)}
+    _, state = optimizer.update({"w": np.array([30.0, 40.0], np.float32)}, optimizer.init(params), params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if np.shape(leaf) == (2,)]
+    np.testing.assert_allclose(moments[0], [0.06, 0.08], rtol=1e-5)  # (1 - b1) * gradient / norm
