@@ -9,11 +9,14 @@ row per run and arm, mean and range by arm, and one JSON object as the last line
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 from pathlib import Path
+import queue
 import subprocess
 import sys
+import threading
 
 METRICS = ("acc_x", "acc_xc", "harm", "both_correct", "obedience", "acc_empty", "view_kl", "dlen", "cosine")
 
@@ -55,16 +58,26 @@ def main() -> None:
         options.seeds = options.contexts = 1
         extra = ["--config.train.steps=4", "--config.base.steps=4", "--config.rules.test_questions=32"]
     options.workdir.mkdir(parents=True, exist_ok=True)
-    cores = sorted(os.sched_getaffinity(0))
-    # A world's base is trained by its first context's run, so the jobs go by seed.
-    by_core = {job: [s for s in range(options.seeds) if s % options.jobs == job] for job in range(options.jobs)}
+    cores: queue.Queue[int] = queue.Queue()
+    for job in range(options.jobs):
+        cores.put(sorted(os.sched_getaffinity(0))[job % len(os.sched_getaffinity(0))])
+    # A world's base is trained by the run of its first context; the others wait for it.
+    base_made = [threading.Event() for _ in range(options.seeds)]
 
-    def work(job: int) -> list:
-        pairs = [(s, c) for s in by_core[job] for c in range(options.contexts)]
-        return [(s, c, run(options.workdir, s, c, cores[job % len(cores)], extra)) for s, c in pairs]
+    def work(pair: tuple[int, int]) -> tuple[int, int, dict]:
+        context, seed = pair
+        if context:
+            base_made[seed].wait()
+        core = cores.get()
+        try:
+            return seed, context, run(options.workdir, seed, context, core, extra)
+        finally:
+            cores.put(core)
+            base_made[seed].set()
 
+    pairs = list(itertools.product(range(options.contexts), range(options.seeds)))
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        runs = sorted((r for part in pool.map(work, range(options.jobs)) for r in part), key=lambda r: r[:2])
+        runs = sorted(pool.map(work, pairs), key=lambda result: result[:2])
     print("| seed | context | arm | " + " | ".join(METRICS) + " |")
     print("|---" * (3 + len(METRICS)) + "|")
     collected: dict[str, dict[str, list[float]]] = {}

@@ -74,16 +74,25 @@ def inverse_cdf(probs_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     B, V = probs_BxV.shape
     block = max(8, 1 << (V - 1).bit_length() // 2)
     blocks = -(-V // block)
-    probs = jnp.pad(probs_BxV, [(0, 0), (0, blocks * block - V)]).reshape(B, blocks, block)
-    mass_BxN = jnp.cumsum(jnp.sum(probs, axis=-1), axis=-1)
-    target_B = uniform_B * mass_BxN[:, -1]
-    which_B = jnp.minimum(jnp.sum(mass_BxN <= target_B[:, None], axis=-1), blocks - 1)
-    chosen = jax.nn.one_hot(which_B, blocks, dtype=probs.dtype)
-    before_B = jnp.sum(jnp.where(jnp.arange(blocks) < which_B[:, None], jnp.sum(probs, axis=-1), 0.0), axis=-1)
-    inner_BxK = jnp.cumsum(jnp.sum(probs * chosen[..., None], axis=1), axis=-1)
-    # Rounding must not point behind the block's last token of positive probability.
-    target_B = jnp.minimum(target_B - before_B, inner_BxK[:, -1] * (1 - 1e-6))
-    return which_B * block + jnp.sum(inner_BxK <= target_B[:, None], axis=-1)
+    probs_BxNxK = jnp.pad(probs_BxV, [(0, 0), (0, blocks * block - V)]).reshape(B, blocks, block)
+    mass_BxN = jnp.sum(probs_BxNxK, axis=-1)
+    cumulative_BxN = jnp.cumsum(mass_BxN, axis=-1)
+    target_B = uniform_B * cumulative_BxN[:, -1]
+    block_B = _first_above(cumulative_BxN, mass_BxN, target_B)
+    places = jnp.arange(blocks)
+    before_B = jnp.sum(jnp.where(places < block_B[:, None], mass_BxN, 0.0), axis=-1)
+    within_BxK = jnp.sum(jnp.where((places == block_B[:, None])[..., None], probs_BxNxK, 0.0), axis=1)
+    return block_B * block + _first_above(jnp.cumsum(within_BxK, axis=-1), within_BxK, target_B - before_B)
+
+
+def _first_above(cumulative_BxN: jax.Array, weights_BxN: jax.Array, target_B: jax.Array) -> jax.Array:
+    """The first place of positive weight whose running sum exceeds the target, or the last of positive weight
+    where rounding leaves none. (Rounded running sums may even step up at a place of weight 0.)"""
+    places = jnp.arange(weights_BxN.shape[-1])
+    positive_BxN = weights_BxN > 0
+    above_BxN = positive_BxN & (cumulative_BxN > target_B[:, None])
+    first_B = jnp.min(jnp.where(above_BxN, places, places.size), axis=-1)
+    return jnp.minimum(first_B, jnp.max(jnp.where(positive_BxN, places, 0), axis=-1))
 
 
 def draw(logits_BxV: jax.Array, config: SamplingConfig, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
