@@ -41,11 +41,12 @@ def mesh_of(params: Params) -> Mesh:
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(params, config, tokens_BxL, mask_BxL):
     hidden_BxLxD = transformer.forward(params, config, tokens_BxL, mask_BxL)
-    return transformer.apply_head(hidden_BxLxD, transformer.head_weights(params, config))
+    logits_BxLxV = transformer.apply_head(hidden_BxLxD, transformer.head_weights(params, config))
+    return jax.reshard(logits_BxLxV, jax.P())
 
 
 def logits(params: Params, config: ModelConfig, tokens_BxL, mask_BxL) -> jax.Array:
-    """Next-token logits, float32 [B, L, V]; column l predicts token l+1.
+    """Next-token logits, float32 [B, L, V], the same on every device; column l predicts token l+1.
 
     ``tokens_BxL`` int and ``mask_BxL`` bool (True: a real token) are array-likes; padding stands on the left.
     Raises ValueError where B is not divisible by the mesh's data * fsdp.

@@ -123,6 +123,15 @@ def test_equal_prompts_draw_different_responses(params, tiny_model, prompts):
     assert len({row.tobytes() for row in tokens}) > 3
 
 
+def test_every_position_of_a_row_has_its_own_random_number(params, tiny_model, prompts):
+    """Under a model that finds all tokens equally likely, a response spells out its random numbers."""
+    indifferent = params | {"head": params["head"] * 0}
+    rollout = rollout_of(indifferent, tiny_model, CONFIG, prompts, IDS)
+    keys = rng.row_keys(rng.key_for(jax.random.key(5), 3, "rollout"), jnp.asarray(IDS))
+    numbers = np.stack([rng.token_uniform(keys, column) for column in range(CONFIG.max_tokens)], axis=1)
+    np.testing.assert_array_equal(rollout.tokens_BxT[rollout.mask_BxT], np.floor(numbers * 40)[rollout.mask_BxT])
+
+
 def test_greedy_decoding_takes_the_most_probable_token_of_forward(params, tiny_model, prompts):
     greedy = dataclasses.replace(CONFIG, temperature=0.0, eos_ids=(2,))
     rollout = rollout_of(params, tiny_model, greedy, prompts, IDS)

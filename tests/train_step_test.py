@@ -24,13 +24,13 @@ update = jax.jit(update_step, static_argnames="config")
 
 
 class Halves(NamedTuple):
-    """What one device computes: two steps from the start, and a second update on the first rollouts."""
+    """What one device computes: a step, a second update on its rollouts, and what the same parameters draw later."""
 
     before: TrainState
     rollouts: tuple[Rollout, Rollout]
     after: TrainState
     metrics: dict
-    next_rollouts: tuple[Rollout, Rollout]
+    later_rollouts: tuple[Rollout, Rollout]
     metrics_again: dict
 
 
@@ -72,7 +72,8 @@ def halves(config, batch, make_params) -> Halves:
         rollouts = rollouts_of(before, data, config)
         after, metrics = update(before, frozen, data, *rollouts, config)
         again = update(after, frozen, data, *rollouts, config)[1]
-        return Halves(*jax.device_get((before, rollouts, after, metrics, rollouts_of(after, data, config), again)))
+        later = rollouts_of(before.replace(step=before.step + 1), data, config)
+        return Halves(*jax.device_get((before, rollouts, after, metrics, later, again)))
 
 
 class Messages(logging.Handler):
@@ -146,8 +147,8 @@ def test_fewer_rows_may_be_retained_than_are_distilled(halves):
     assert halves.metrics["retain"] > 0.01
 
 
-def test_each_step_draws_anew_and_each_stream_draws_for_itself(halves):
-    (first, first_other), (second, second_other) = halves.rollouts, halves.next_rollouts
+def test_each_step_draws_anew_for_both_kinds_of_rollout(halves):
+    (first, first_other), (second, second_other) = halves.rollouts, halves.later_rollouts
     assert (first.tokens_BxT != second.tokens_BxT).any(axis=1).sum() > ROWS / 2
     assert (first_other.tokens_BxT != second_other.tokens_BxT).any()
 

@@ -44,7 +44,8 @@ def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows
 class RetentionRows:
     """Questions under other contexts, (c', x'), drawn anew for every row of every step from the task's pool.
 
-    ``length`` is the prompts' common length: no prompt of a pool's context and a training question is longer.
+    ``length`` is the prompts' common length: prompt.max_context_tokens, or what the longest question needs under the
+    longest context. The rare pair that is longer is drawn again.
     """
 
     tokenizer: object
@@ -56,7 +57,7 @@ class RetentionRows:
 
     @classmethod
     def of(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
-        """Raises ValueError where the task has no other contexts to train on."""
+        """Raises ValueError where the task has no other contexts to train on, or none that fits."""
         contexts = task.other_contexts("train")
         if not contexts:
             raise ValueError(
@@ -64,19 +65,24 @@ class RetentionRows:
                 "(qa_jsonl.other_contexts_file), or leave out the arms with retention (run_arms)"
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
-        trials = [longest._replace(context=context) for context in contexts]
-        length = max(len(tokens) for tokens in prompts_lib.encode(tokenizer, trials, config.placement))
-        # Tokens may merge differently around another question: leave a little room.
-        return cls(tokenizer, task, encoded.rows, contexts, config.placement, length + 4 * (length > 64))
+        trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config.placement)
+        length = config.max_context_tokens or max(len(tokens) for tokens in trials)
+        fitting = [context for context, tokens in zip(contexts, trials) if len(tokens) <= length]
+        if not fitting:
+            raise ValueError(
+                f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {length} beside the "
+                "longest question; raise the limit"
+            )
+        return cls(tokenizer, task, encoded.rows, fitting, config.placement, length)
 
     def draw(self, seed: int, index: int) -> list[int]:
         """The tokens of retention row ``index`` of the run."""
         rng = np.random.default_rng([seed, index])
-        row, context = (
-            self.rows[rng.integers(len(self.rows))],
-            self.contexts[rng.integers(len(self.contexts))],
-        )
-        return prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.placement)[0]
+        while True:
+            row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
+            tokens = prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.placement)[0]
+            if len(tokens) <= self.length:
+                return tokens
 
 
 def training_batches(
