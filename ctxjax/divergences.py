@@ -18,12 +18,13 @@ def log_softmax(logits: jax.Array) -> jax.Array:
 def kl(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), in nats.
 
-    A token that p excludes (logit -inf) contributes 0; its log-ratio is replaced before the product, so
-    that neither value nor gradient turns into NaN when both exclude it.
+    A token of probability 0 under p contributes 0; its log-ratio is replaced before the product, so that
+    neither value nor gradient turns into NaN when q excludes it too.
     """
     logp, logq = log_softmax(logits_p), log_softmax(logits_q)
-    ratio = jnp.where(logp > -jnp.inf, logp - logq, 0.0)
-    return jnp.sum(jnp.exp(logp) * ratio, axis=-1)
+    p = jnp.exp(logp)
+    ratio = jnp.where(p > 0, logp - logq, 0.0)
+    return jnp.sum(p * ratio, axis=-1)
 
 
 def reverse_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:

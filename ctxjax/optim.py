@@ -23,6 +23,8 @@ class OptimConfig:
 
 
 def _constant(config: OptimConfig) -> optax.Schedule:
+    if config.warmup_steps == 0:  # optax would stay at 0
+        return optax.constant_schedule(config.lr)
     return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
 
 

@@ -75,7 +75,7 @@ def update_step(
     metrics = {name: mean.value for name, mean in parts.items()} | response_metrics(rollout, config.sampling)
     metrics |= {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "lr": jnp.float32(optim.schedule(config.optim)(state.step)),
     }
     params = optax.apply_updates(state.params, updates)

@@ -108,3 +108,7 @@ def test_token_logprob_is_the_logarithm_of_softmax_and_minus_infinity_for_exclud
     logits = jnp.array([0.4, -1.0, -INF, 2.0])
     every = divergences.token_logprob(jnp.broadcast_to(logits, (4, 4)), jnp.arange(4))
     np.testing.assert_allclose(every, jnp.log(jax.nn.softmax(logits)), atol=1e-6)
+
+
+def test_a_token_too_rare_for_float32_may_be_excluded_by_the_other_side():
+    assert float(divergences.kl(jnp.array([0.0, -200.0]), jnp.array([0.0, -jnp.inf]))) == 0.0

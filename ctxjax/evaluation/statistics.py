@@ -26,10 +26,10 @@ def paired_bootstrap(statistic: Callable, arrays: tuple[np.ndarray, ...], resamp
     """(estimate, low, high): 95 % percentile interval, items resampled with all their arrays together.
 
     ``statistic(*arrays, axis)`` must work along ``axis``; resamples where it is not finite (a rate among no
-    items) are left out. None where the estimate itself is not finite.
+    items) are left out. None where the estimate itself is not finite, and for fewer than two items.
     """
     estimate = float(statistic(*arrays, axis=-1))
-    if not np.isfinite(estimate):
+    if not np.isfinite(estimate) or arrays[0].shape[-1] < 2:
         return None
     result = stats.bootstrap(
         arrays, statistic, paired=True, vectorized=True, n_resamples=resamples, method="percentile",

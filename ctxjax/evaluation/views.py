@@ -79,6 +79,12 @@ def _take(tree, index):
     return jax.tree.map(lambda array: np.asarray(array)[index], tree)
 
 
+def _only(rollout: Rollout, real: int) -> Rollout:
+    """The rollout with the masks of all but the first ``real`` rows cleared: copies that fill a batch do not count."""
+    keep = jnp.arange(rollout.mask_BxT.shape[0])[:, None] < real
+    return rollout.replace(mask_BxT=rollout.mask_BxT & jax.reshard(keep, sharding.batch_spec(None)))
+
+
 def _joined(parts: list, axis: int = 0):
     return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=axis), *parts)
 
@@ -118,7 +124,8 @@ def compare(
     """
     kls, cosines = [], []
     for real, batch in _in_batches((bare, context, control, rollout), batch_size, mesh):
-        kl, by_layer = jax.device_get(_compare(params, model, *batch))
+        *prompts, rollout_b = batch
+        kl, by_layer = jax.device_get(_compare(params, model, *prompts, _only(rollout_b, real)))
         kls.append(kl[:real])
         cosines.append({name: values[:, :real] for name, values in by_layer.items()})
     return np.concatenate(kls), _joined(cosines, axis=1)
@@ -140,8 +147,7 @@ def distillation_kl(
     rows = np.arange(bare.tokens_BxP.shape[0], dtype=np.int32)
     total, count = 0.0, 0.0
     for real, (bare_b, context_b, rollout_b, ids) in _in_batches((bare, context, rollout, rows), batch_size, mesh):
-        keep = jnp.arange(batch_size)[:, None] < real
-        rollout_b = rollout_b.replace(mask_BxT=rollout_b.mask_BxT & jax.reshard(keep, sharding.batch_spec(None)))
+        rollout_b = _only(rollout_b, real)
         batch = Batch(bare=bare_b, context=context_b, other=None, example_id_B=ids)
         mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))
         total, count = total + float(mean.total), count + float(mean.count)

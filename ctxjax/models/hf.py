@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-import tempfile
+import uuid
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,10 @@ def _files_of(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = {name: folder / file for name, file in _read_json(index).get("weight_map", {}).items()}
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map from tensor names to files")
+        files = {name: folder / file for name, file in weight_map.items()}
         missing = sorted({str(path) for path in files.values() if not path.exists()})
         if missing:
             raise FileNotFoundError(f"{index} names files that do not exist: {', '.join(missing)}")
@@ -76,11 +79,15 @@ def _files_of(folder: Path) -> dict[str, Path]:
             else ""
         )
         raise FileNotFoundError(f"{folder} has neither model.safetensors nor its index{hint}")
+    with _opened(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _opened(path: Path):
     try:
-        with safe_open(single, framework="np") as file:
-            return dict.fromkeys(file.keys(), single)
+        return safe_open(path, framework="np")
     except SafetensorError as error:
-        raise ValueError(f"{single} is not a readable safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
 
 
 def _names(family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
@@ -105,7 +112,7 @@ def _check(folder: Path, config: ModelConfig, names: dict, specs: dict, files: d
     problems = [f"missing: {name}" for name in expected if name not in files]
     problems += [f"unexpected: {name}" for name in files if name not in expected and name not in tied_copy]
     for file in sorted(set(files.values())):
-        with safe_open(file, framework="np") as tensors:
+        with _opened(file) as tensors:
             stored = set(tensors.keys())
             for name in (n for n, f in files.items() if f == file and n in expected):
                 if name not in stored:
@@ -135,7 +142,7 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     names, files = _names(family, config), _files_of(folder)
     _check(folder, config, names, specs, files)
     shardings = params_lib.shardings(specs, mesh)
-    opened = {file: safe_open(file, framework="np") for file in set(files.values())}
+    opened = {file: _opened(file) for file in set(files.values())}
 
     def read(name: str, index: tuple[slice, ...], flip: bool) -> np.ndarray:
         stored = opened[files[name]].get_slice(name)
@@ -166,7 +173,8 @@ def save(
     if folder.exists():
         raise FileExistsError(f"{folder} exists; nothing was written")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
     family = FAMILIES[model_type]
     tensors = {}
     for path, (names, flip, stacked) in _names(family, config).items():
