@@ -1,6 +1,6 @@
 """Tokens per second of the sampler, beside transformers' ``generate`` and beside the machine's own limits.
 
-    python benchmarks/sampler.py [--quick]
+    python benchmarks/sampler.py [--quick] [--devices=N]
 
 Both sample at temperature 1 from the same random folder, the same batch of full-length prompts, to the same length
 (end tokens off), in float32 on the CPU; runs alternate and the best of each counts, since the machine may be shared.
@@ -9,7 +9,9 @@ The floor of a decode step is the larger of
     FLOPs   2 * parameters * batch + 4 * layers * query heads * head_dim * mean cache length * batch
     bytes   weights once, and the filled part of the cache of every row once
 
-over this machine's own matrix-product and copy rates, which are measured in the same run. torch is optional (extra
+over this machine's own matrix-product and read rates, which are measured in the same run. ctxjax decodes rows in
+parallel on one CPU device per core (decoding is many small operations, which gain little from threads inside each);
+``--devices=1`` shows the difference. torch is optional (extra
 "parity"); without it its columns are missing. Prints one JSON object as the last line; the numbers of record stand
 in benchmarks/README.md.
 """
@@ -17,6 +19,7 @@ in benchmarks/README.md.
 import argparse
 import importlib.util
 import json
+import os
 from pathlib import Path
 import tempfile
 import time
@@ -53,14 +56,18 @@ def best_of(runs: int, functions: dict) -> dict[str, float]:
 
 
 def machine_rates() -> tuple[float, float]:
-    """(FLOP/s of a float32 matrix product, bytes/s read and written by a copy)."""
+    """(FLOP/s of a float32 matrix product, bytes/s read by the sums of one large array's parts on all devices)."""
     a = jnp.ones((2048, 2048), jnp.float32)
-    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
-    big = jnp.ones((64 * 2**20,), jnp.float32)
+    parts = [jax.device_put(jnp.ones((32 * 2**20,), jnp.float32), device) for device in jax.devices()]
+    product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
     times = best_of(
-        3, {"product": lambda: product(a, a).block_until_ready(), "copy": lambda: copy(big).block_until_ready()}
+        3,
+        {
+            "product": lambda: product(a, a).block_until_ready(),
+            "read": lambda: jax.block_until_ready([total(part) for part in parts]),
+        },
     )
-    return 2 * 2048**3 / times["product"], 2 * big.nbytes / times["copy"]
+    return 2 * 2048**3 / times["product"], sum(part.nbytes for part in parts) / times["read"]
 
 
 def floor_seconds(model: ModelConfig, prompt: int, new: int, rates: tuple[float, float]) -> float:
@@ -73,7 +80,7 @@ def floor_seconds(model: ModelConfig, prompt: int, new: int, rates: tuple[float,
 
 
 def measure(model: ModelConfig, prompt: int, new: int, runs: int, rates: tuple[float, float]) -> dict:
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(data=jax.device_count())
     words = [f"w{i}" for i in range(model.vocab_size - len(word_tokenizer.SPECIAL))]
     tokenizer = word_tokenizer.build(words, r"\S+")
     params = params_lib.init(transformer.param_specs(model), jax.random.key(0), mesh)
@@ -121,7 +128,9 @@ def transformers_generate(path: Path, tokens: np.ndarray, new: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one counted run of each")
+    parser.add_argument("--devices", type=int, default=len(os.sched_getaffinity(0)), help="CPU devices")
     options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", options.devices)
     rates = machine_rates()
     results = {
         name: measure(model, prompt, new, 1 if options.quick else 5, rates)
@@ -133,7 +142,8 @@ def main() -> None:
         import transformers
 
         versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    machine = {"gflops": round(rates[0] / 1e9, 1), "copy_gb_per_second": round(rates[1] / 1e9, 1)}
+    machine = {"gflops": round(rates[0] / 1e9, 1), "read_gb_per_second": round(rates[1] / 1e9, 1)}
+    machine["devices"] = options.devices
     print(json.dumps({"benchmark": "sampler", **results, "machine": machine, "versions": versions}))
 
 

@@ -75,6 +75,20 @@ def test_log_probabilities_while_decoding_are_those_that_scoring_finds(params, t
     assert expected[real].std() > 0.5, "nearly equal values would hide a shift"
 
 
+def test_a_response_that_outgrows_its_cache_goes_on_alike(params, tiny_model, prompts):
+    """70 tokens are decoded by three loops, each with a longer cache; a row ends in the second, others in the last."""
+    long = dataclasses.replace(CONFIG, max_tokens=70, eos_ids=())
+    tokens = rollout_of(params, tiny_model, long, prompts, IDS).tokens_BxT
+    ending = dataclasses.replace(long, eos_ids=(int(tokens[0, 40]),))
+    rollout = rollout_of(params, tiny_model, ending, prompts, IDS)
+    np.testing.assert_array_equal(rollout.tokens_BxT[rollout.mask_BxT], tokens[rollout.mask_BxT])
+    logits = window_logits(params, tiny_model, prompts, rollout) / long.temperature
+    expected = np.asarray(divergences.token_logprob(logits, rollout.tokens_BxT))
+    real = rollout.mask_BxT
+    np.testing.assert_allclose(rollout.logprobs_BxT[real], expected[real], rtol=0, atol=1e-4)
+    assert real[0].sum() <= 41 and real.sum() > 70
+
+
 def test_a_response_includes_its_first_end_token_whichever_it_is_and_nothing_behind_it(rollout):
     ends, cut = set(), 0
     for tokens, mask, logprobs in zip(rollout.tokens_BxT, rollout.mask_BxT, rollout.logprobs_BxT):

@@ -254,9 +254,9 @@ def summarise_layers(
 
 
 def prefill(
-    params: Params, config: ModelConfig, tokens_BxP: jax.Array, mask_BxP: jax.Array, slots: int
+    params: Params, config: ModelConfig, tokens_BxP: jax.Array, mask_BxP: jax.Array
 ) -> tuple[jax.Array, KVCache]:
-    """Reads the prompts; returns the last column's hidden state [B, D] and a cache of ``slots`` columns.
+    """Reads the prompts; returns the last column's hidden state [B, D] and a cache of P columns, all filled.
 
     The prompts must be left-padded: then one column predicts the first response token of every row, and
     the head is never applied to the rest of the prompt.
@@ -267,12 +267,19 @@ def prefill(
         return _block(config, weights, x, rope, lambda q, k, v: (attention(q, k, v, mask), (k, v)))
 
     x, (k, v) = lax.scan(layer, x, params["layers"])
-    more = slots - tokens_BxP.shape[1]
-    k, v = (jnp.pad(kept, [(0, 0)] * 3 + [(0, more), (0, 0)]) for kept in (k, v))
     if _is_shallow(config):
         k, v = tuple(k), tuple(v)
-    cache = KVCache(k, v, jnp.pad(mask_BxP, [(0, 0), (0, more)]), jnp.int32(tokens_BxP.shape[1]))
+    cache = KVCache(k, v, mask_BxP, jnp.int32(tokens_BxP.shape[1]))
     return rms_norm(x[:, -1], params["final_norm"], config.norm_eps), cache
+
+
+def grown(cache: KVCache, slots: int) -> KVCache:
+    """The cache with room for ``slots`` columns."""
+    more = slots - cache.mask_BxM.shape[1]
+    keys, values = jax.tree.map(
+        lambda kept: jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, more), (0, 0)]), (cache.keys, cache.values)
+    )
+    return cache.replace(keys=keys, values=values, mask_BxM=jnp.pad(cache.mask_BxM, [(0, 0), (0, more)]))
 
 
 def _is_shallow(config: ModelConfig) -> bool:
