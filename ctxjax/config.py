@@ -18,6 +18,7 @@ from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES
 from ctxjax.losses import LossConfig
 from ctxjax.optim import SCHEDULES, OptimConfig
+from ctxjax.sharding import check_divisible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +157,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     rows["train.retention_rows"] = train.retention_rows
     rows |= {} if config.model.path else {"base.batch_size": result.base.batch_size}
     for name, value in rows.items():
-        if value % ways:
-            near = " or ".join(str(n) for n in (value // ways * ways, (value // ways + 1) * ways) if n)
-            raise ValueError(f"{name} = {value} is not divisible by mesh data*fsdp = {ways}; use {near}")
+        check_divisible(name, value, ways)
     return result
 
 

@@ -68,19 +68,19 @@ def put_batch(tree, mesh: Mesh):
     not divisible by data * fsdp.
     """
     sharding = NamedSharding(mesh, P(BATCH))
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def put(array):
         array = np.asarray(array)
-        check_divisible(array.shape[0], mesh, "batch")
+        check_divisible("batch", array.shape[0], ways)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree)
 
 
-def check_divisible(rows: int, mesh: Mesh, name: str) -> None:
-    """Raises ValueError, with sizes that work, where ``rows`` cannot be spread over data * fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_divisible(name: str, rows: int, ways: int) -> None:
+    """Raises ValueError, with sizes that work, where ``rows`` cannot be spread over ``ways`` = data * fsdp."""
     if rows % ways:
         below = rows // ways * ways
         near = f"{below} or {below + ways}" if below else str(ways)
-        raise ValueError(f"{name} = {rows} is not divisible by the mesh's data*fsdp = {ways}; use {near}")
+        raise ValueError(f"{name} = {rows} is not divisible by mesh data*fsdp = {ways}; use {near}")

@@ -6,8 +6,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-SPLITS = ("train", "dev", "test")
-
 
 class Row(NamedTuple):
     """A question as one view shows it. ``context`` None: no context block at all; "": an empty one.
