@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
     config.compile_cache = "~/.cache/ctxjax/xla"
 
+    config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
+
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher
     config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"

@@ -212,10 +212,11 @@ def _check_model(config: Experiment) -> None:
 
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
-    "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay", "prompt.max_bare_tokens",
-    "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta", "loss.mu", "optim.warmup_steps",
-    "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows", "eval.every", "eval.temperature",
-    "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share", "qa_jsonl.limit", "optim.lr",
+    "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
+    "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
+    "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
+    "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
+    "qa_jsonl.limit", "optim.lr",
 }  # fmt: skip
 
 
