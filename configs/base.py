@@ -19,8 +19,13 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher
     config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
-    config.model.param_dtype = "float32"  # of the weights that are trained
+    config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
+
+    config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B, of which only A and B are trained
+    config.lora.rank = 0  # 0: all weights are trained
+    config.lora.alpha = 32.0
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices that have an adapter
 
     # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
     config.base = ConfigDict()

@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from ctxjax import pretrain, sharding, workdir as workdir_lib
+from ctxjax import optim, pretrain, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows, training_batches
@@ -20,10 +20,11 @@ from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import ModelFolder, open_folder
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
+from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
 from ctxjax.sampling import SamplingConfig
-from ctxjax.train_step import StepConfig, init_state, train_step
-from ctxjax.types import Params
+from ctxjax.train_step import StepConfig, init_state, student_params, train_step
+from ctxjax.types import Frozen, Params, TrainState
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
@@ -37,6 +38,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     with jax.set_mesh(mesh):
         task = TASKS[config.task][1](config.task_config)
         folder = _open_model(config, mesh, seconds)
+        print(_sizes(config, folder, mesh), flush=True)
         train_rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
         retention = None
         if any(loss.mu > 0 for loss in config.arms.values()):
@@ -97,6 +99,34 @@ def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFol
     return folder
 
 
+def _sizes(config: Experiment, folder: ModelFolder, mesh) -> str:
+    """What the weights and the optimiser hold, in scalars and in bytes of the whole mesh."""
+    trained = folder.params
+    if config.lora is not None:
+        trained = params_lib.abstract(lora_lib.specs(folder.config, config.lora), mesh)
+    optimiser = jax.eval_shape(optim.optimizer(config.optim).init, trained)
+
+    def count(tree) -> str:
+        return _short(sum(leaf.size for leaf in jax.tree.leaves(tree))).strip()
+
+    def size(tree) -> str:
+        return _short(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))) + "B"
+
+    weights = f"{count(trained)} trained ({size(trained)}), "
+    if config.lora is None:
+        weights += f"{count(folder.params)} frozen in the teacher ({size(folder.params)})"
+    else:
+        weights += f"{count(folder.params)} frozen, student's base and teacher in one ({size(folder.params)})"
+    return f"parameters: {weights}; optimiser: {size(optimiser)}"
+
+
+def _short(number: int) -> str:
+    """Three digits and a unit, ready for a "B" behind it: "8.03 G", "21 M", "512 "."""
+    rounded = float(f"{number:.3g}")
+    power = min((len(str(int(rounded))) - 1) // 3, 4)
+    return f"{rounded / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
+
+
 def _sampling(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
     return SamplingConfig(
         max_tokens=decode.max_tokens,
@@ -140,7 +170,8 @@ class _Arm:
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
         self.mesh, self.workdir = mesh, workdir
         sampling = _sampling(config.rollout, folder)
-        self.step_config = StepConfig(folder.config, folder.config, sampling, loss, config.optim)
+        self.step_config = StepConfig(folder.config, folder.config, sampling, loss, config.optim, config.lora)
+        self.frozen = Frozen(teacher=folder.params, base=folder.params if config.lora else None)
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
         """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters."""
@@ -168,23 +199,26 @@ class _Arm:
             batch = sharding.put_batch(next(batches), self.mesh)
             if compiled is None:
                 clock = time.monotonic()
-                compiled = train_step.lower(state, self.folder.params, batch, config=self.step_config).compile()
+                compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
                 seconds[f"{self.name} compile"] = time.monotonic() - clock
                 writer.pause()
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, self.folder.params, batch)
+                state, metrics = compiled(state, self.frozen, batch)
             writer.step(step, metrics)
             if "first step done" not in seconds:
                 jax.block_until_ready(metrics)
                 seconds["first step done"] = time.monotonic() - started
             if config.eval.every and step % config.eval.every == 0:
                 writer.flush()
-                writer.write(step, _prefixed(dev(state.params)))
+                writer.write(step, _prefixed(dev(self._student(state))))
                 writer.pause()
             checkpoints.save(state, step, last=step == train.steps)
         writer.close()
         checkpoints.close()
-        return state.params
+        return self._student(state)
+
+    def _student(self, state: TrainState) -> Params:
+        return student_params(state.params, self.frozen, self.step_config)
 
 
 def _prefixed(evaluation: Evaluation) -> dict[str, float]:
