@@ -41,8 +41,8 @@ def mesh_of(params: Params) -> Mesh:
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(params, config, tokens_BxL, mask_BxL):
     hidden_BxLxD = transformer.forward(params, config, tokens_BxL, mask_BxL)
-    logits_BxLxV = transformer.apply_head(hidden_BxLxD, transformer.head_weights(params, config))
-    return jax.reshard(logits_BxLxV, jax.P())
+    raw_BxLxV = transformer.apply_head(hidden_BxLxD, transformer.head_weights(params, config))
+    return jax.reshard(transformer.finished(raw_BxLxV, config), jax.P())
 
 
 def logits(params: Params, config: ModelConfig, tokens_BxL, mask_BxL) -> jax.Array:

@@ -1,13 +1,38 @@
 """Divergences between two next-token distributions: logits in, nats per token out.
 
-Every function takes student and teacher logits [..., V], any float dtype, and returns float32 [...].
-No masks, no means, no stop_gradient: those belong to the losses. Sums run over the whole vocabulary.
+``divergence`` takes student and teacher logits [..., V], any float dtype, and returns float32 [...]. No masks, no
+means, no stop_gradient: those belong to the losses. By default sums run over the whole vocabulary; a ``Support``
+restricts them to a few tokens, as codebases do that cannot hold all logits.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
+from jax.lax import stop_gradient
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """The tokens that a divergence sums over, and what becomes of the rest of the mass.
+
+    ``kind``: "full", or the ``k`` likeliest of the teacher ("teacher_top_k"), of the student ("student_top_k") or of
+    either ("union_top_k"). ``remainder``: both distributions are scaled up to the support ("renormalise"), keep
+    what they lack as one further outcome ("tail": a lower bound of the full divergence, by the data processing
+    inequality), or stay as they are ("raw", what OPCD's reference code does with the student's top 256). A raw sum
+    is no divergence: it can be negative, and its gradient pushes mass out of the support.
+    """
+
+    kind: str = "full"
+    k: int = 256
+    remainder: str = "renormalise"
+
+
+SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union_top_k")
+REMAINDERS = ("renormalise", "tail", "raw")
 
 
 def log_softmax(logits: jax.Array) -> jax.Array:
@@ -15,26 +40,102 @@ def log_softmax(logits: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
 
 
-def kl(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v), in nats.
+def _top_ids(logits: jax.Array, k: int) -> jax.Array:
+    return jax.lax.top_k(stop_gradient(logits), min(k, logits.shape[-1]))[1]
 
-    A token of probability 0 under p contributes 0; its log-ratio is replaced before the product, so that
-    neither value nor gradient turns into NaN when q excludes it too.
+
+def support_ids(student: jax.Array, teacher: jax.Array, support: Support) -> tuple[jax.Array, jax.Array]:
+    """(token ids, whether each counts), [..., k], or [..., 2k] for the union, where a token found twice counts once.
+
+    The choice of tokens is not differentiated.
     """
-    logp, logq = log_softmax(logits_p), log_softmax(logits_q)
+    if support.kind == "teacher_top_k":
+        ids = _top_ids(teacher, support.k)
+        return ids, ids >= 0
+    ids = _top_ids(student, support.k)
+    counts = ids >= 0
+    if support.kind == "union_top_k":
+        more = _top_ids(teacher, support.k)
+        is_new = jnp.all(more[..., :, None] != ids[..., None, :], axis=-1)
+        ids, counts = jnp.concatenate([ids, more], axis=-1), jnp.concatenate([counts, is_new], axis=-1)
+    return ids, counts
+
+
+def support_mass(logits: jax.Array, ids: jax.Array, counts: jax.Array) -> jax.Array:
+    """The probability that ``logits`` give to the support, in [0, 1]."""
+    logp = jnp.take_along_axis(log_softmax(logits), ids, axis=-1)
+    return jnp.sum(jnp.where(counts, jnp.exp(logp), 0.0), axis=-1)
+
+
+def _restricted(logits: jax.Array, ids: jax.Array, counts: jax.Array, remainder: str) -> jax.Array:
+    """Log-probabilities over the support (and the tail); -inf where an entry does not count."""
+    if remainder == "renormalise":
+        return log_softmax(jnp.where(counts, jnp.take_along_axis(logits, ids, axis=-1), -jnp.inf))
+    logp = jnp.where(counts, jnp.take_along_axis(log_softmax(logits), ids, axis=-1), -jnp.inf)
+    if remainder == "raw":
+        return logp
+    # The tail's mass as a sum of what lies outside, not as 1 - inside: that would be rounding noise when it is small.
+    inside_of = lambda row_V, ids_K: jnp.zeros_like(row_V, bool).at[ids_K].set(True)
+    for _ in logits.shape[:-1]:  # by vmap, since a scatter of several axes would not say how its result is sharded
+        inside_of = jax.vmap(inside_of)
+    is_inside = inside_of(logits, ids)
+    outside = jax.nn.logsumexp(jnp.where(is_inside, -jnp.inf, logits.astype(jnp.float32)), axis=-1, keepdims=True)
+    tail = outside - jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+    return jnp.concatenate([logp, tail], axis=-1)
+
+
+def _kl(logp: jax.Array, logq: jax.Array) -> jax.Array:
+    """sum_v p_v (log p_v - log q_v). An outcome of probability 0 under p contributes 0; its log-ratio is replaced
+    before the product, so that neither value nor gradient turns into NaN where q excludes it too."""
     p = jnp.exp(logp)
-    ratio = jnp.where(p > 0, logp - logq, 0.0)
+    present = p > 0
+    ratio = jnp.where(present, logp, 0.0) - jnp.where(present, logq, 0.0)
     return jnp.sum(p * ratio, axis=-1)
 
 
-def reverse_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """KL(student || teacher): mode-seeking; the OPCD objective (arXiv 2602.12275)."""
-    return kl(student, teacher)
+def _log_mixture(logp: jax.Array, logq: jax.Array, weight: float) -> jax.Array:
+    """log(weight p + (1 - weight) q); outcomes excluded by both stay excluded, with gradient 0."""
+    excluded = (logp == -jnp.inf) & (logq == -jnp.inf)
+    a = math.log(weight) + jnp.where(excluded, 0.0, logp)
+    b = math.log1p(-weight) + jnp.where(excluded, 0.0, logq)
+    return jnp.where(excluded, -jnp.inf, jnp.logaddexp(a, b))
 
 
-def forward_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """KL(teacher || student): mass-covering; classical distillation, and the form of the anchor."""
-    return kl(teacher, student)
+def _jensen_shannon(student, teacher, alpha):
+    mixture = _log_mixture(teacher, student, alpha)
+    return alpha * _kl(teacher, mixture) + (1 - alpha) * _kl(student, mixture)
+
+
+# Log-probabilities of student and teacher, and alpha in (0, 1) where the divergence has one.
+DIVERGENCES = {
+    # Mode-seeking; the OPCD objective, KL(student || teacher), arXiv 2602.12275.
+    "reverse_kl": lambda student, teacher, alpha: _kl(student, teacher),
+    # Mass-covering; classical distillation, and the form of the anchor: KL(teacher || student).
+    "forward_kl": lambda student, teacher, alpha: _kl(teacher, student),
+    # Jensen-Shannon of GKD, arXiv 2306.13649: alpha KL(t || m) + (1-alpha) KL(s || m), m = alpha t + (1-alpha) s.
+    "jsd": _jensen_shannon,
+    # DistiLLM, arXiv 2402.03898: KL(t || alpha t + (1-alpha) s), and KL(s || alpha s + (1-alpha) t).
+    "skewed_forward_kl": lambda student, teacher, alpha: _kl(teacher, _log_mixture(teacher, student, alpha)),
+    "skewed_reverse_kl": lambda student, teacher, alpha: _kl(student, _log_mixture(student, teacher, alpha)),
+}
+
+
+def divergence(
+    name: str, student: jax.Array, teacher: jax.Array, alpha: float = 0.5, support: Support = Support()
+) -> jax.Array:
+    """The divergence of that name in DIVERGENCES, nats, [...]."""
+    if support.kind == "full":
+        student, teacher = log_softmax(student), log_softmax(teacher)
+    else:
+        ids, counts = support_ids(student, teacher, support)
+        student = _restricted(student, ids, counts, support.remainder)
+        teacher = _restricted(teacher, ids, counts, support.remainder)
+    return DIVERGENCES[name](student, teacher, alpha)
+
+
+def kl(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v), over the whole vocabulary."""
+    return _kl(log_softmax(logits_p), log_softmax(logits_q))
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -48,6 +149,3 @@ def token_logprob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     is_token = jnp.arange(logits.shape[-1]) == tokens[..., None]
     chosen = jnp.sum(jnp.where(is_token, logits.astype(jnp.float32), 0.0), axis=-1)
     return chosen - jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
-
-
-DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}

@@ -1,4 +1,4 @@
-"""The objective: distillation, anchoring and retention. The only stop_gradient of the project is here.
+"""The losses per token: distillation, anchoring and retention; and which tokens count.
 
     L_distill = KL( q_x || sg f )                 on-policy context distillation, arXiv 2602.12275
     L_anchor  = KL( sg q_x || q_c )               No-Context Anchoring, arXiv 2606.11627
@@ -10,56 +10,135 @@
     f     teacher(. | c, x, y<t)       frozen, sees the context
     q_c', f'  student and teacher (. | c', x', y'<t), where y' was sampled by the student from (c', x')
 
-All in nats per response token, over the whole vocabulary, at the rollout's temperature. ``q_x`` receives
-gradient from the first term only and ``q_c`` from the second only. The first two share the response y and
-so one denominator, which makes beta portable between batch sizes.
+All in nats per response token, over the whole vocabulary, at the rollout's temperature. ``q_x`` receives gradient from
+the first term only and ``q_c`` from the second only. The first two share the response y and so one denominator, which
+makes beta portable between batch sizes. LossConfig has the variants that the literature compares; the other anchors
+are in anchors.py, the other divergences in divergences.py; objective.py runs the passes and adds up. Gradients are
+stopped in these files alone, and in head_scan.py, which lets none flow through metrics.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 from jax.lax import stop_gradient
 import jax.numpy as jnp
 
-from ctxjax import divergences, scoring
-from ctxjax.models.transformer import ModelConfig, apply_head, head_weights
-from ctxjax.types import Batch, Mean, Params, Prompts, Rollout
+from ctxjax import divergences, masks, sharding
+from ctxjax.anchors import ANCHORS
+from ctxjax.divergences import Support, divergence, kl
+from ctxjax.models.transformer import ModelConfig, finished
+from ctxjax.types import Mean, Rollout
+
+GATES = ("none", "token", "response")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """``divergence`` names the form of L_distill; ``beta`` = 0 and ``mu`` = 0 are plain OPCD, and then the passes
-    that those terms need are not run. ``temperature`` divides the logits of all models. ``averaging`` is
-    "token_mean" (over all response tokens of the global batch) or "sequence_mean" (within each response,
-    then over responses). ``chunk`` is how many response columns have logits at one time."""
+    """The objective and its variants. ``beta`` = 0 and ``mu`` = 0 are plain OPCD: the passes that a term of weight 0
+    needs are not run.
+
+    divergence, alpha   of L_distill: a name in divergences.DIVERGENCES, and its parameter where it has one
+    support, top_k, remainder   the tokens that L_distill sums over: divergences.Support
+    anchor              what L_anchor holds q_c to: a name in anchors.ANCHORS
+    gate, gate_threshold   anchor only where the student has internalized: "none" (everywhere), "token" (where q_x's
+                        likeliest token is f's), "response" (where that holds for this share of its tokens)
+    beta, beta_ramp     weight of L_anchor; it rises from 0 over the first ``beta_ramp`` steps
+    anchor_fraction     share of the rows that L_anchor is taken on, its weight divided by it
+    mu, mu_ramp         weight of L_retain, likewise
+    reference           weight of KL(q_x || teacher without context): a brake on drift
+    clip                L_distill per token is cut at this many nats (and has no gradient above); 0: not
+    skip_first          the first tokens of a response that are not trained on
+    masked_ids          token ids that are not trained on
+    drop_truncated      responses cut at the length limit are not trained on
+    teacher, ema_decay  "frozen", or "ema": the student's own moving average (decay per step) with context
+    on_policy_fraction  chance of a step to learn from the student's samples; else from the teacher's, with context
+    off_policy_steps    so many first steps are off-policy whatever the fraction
+    temperature         divides the logits of all models
+    averaging           "token_mean" (over all response tokens of the global batch) or "sequence_mean" (within each
+                        response, then over responses)
+    chunk               how many response columns have logits at one time
+    """
 
     divergence: str = "reverse_kl"
+    alpha: float = 0.5
+    support: str = "full"
+    top_k: int = 256
+    remainder: str = "renormalise"
+    anchor: str = "bare"
+    gate: str = "none"
+    gate_threshold: float = 0.9
     beta: float = 0.0
+    beta_ramp: int = 0
+    anchor_fraction: float = 1.0
     mu: float = 0.0
+    mu_ramp: int = 0
+    reference: float = 0.0
+    clip: float = 0.0
+    skip_first: int = 0
+    masked_ids: tuple[int, ...] = ()
+    drop_truncated: bool = False
+    teacher: str = "frozen"
+    ema_decay: float = 0.99
+    on_policy_fraction: float = 1.0
+    off_policy_steps: int = 0
     temperature: float = 1.0
     averaging: str = "token_mean"
     chunk: int = 128
 
+    @property
+    def needs_ema(self) -> bool:
+        return self.teacher == "ema" or (self.beta > 0 and self.anchor == "ema")
 
-def distillation(config: LossConfig, student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """L_distill per token, [...], from logits [..., V]: KL(q_x || f), or the divergence that config names."""
-    return divergences.DIVERGENCES[config.divergence](student, stop_gradient(teacher))
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether every step learns from the student's own samples."""
+        return self.on_policy_fraction == 1 and self.off_policy_steps == 0
 
 
-def anchoring(bare: jax.Array, context: jax.Array) -> jax.Array:
-    """L_anchor per token: KL(sg q_x || q_c). The student's bare output is the fixed target."""
-    return divergences.forward_kl(student=context, teacher=stop_gradient(bare))
+class Scales(NamedTuple):
+    """The weights of the terms at one step, float32 scalars."""
+
+    beta: jax.Array | float
+    mu: jax.Array | float
 
 
-def retention(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """L_retain per token: KL(sg f' || q_c'), both under the same other context."""
-    return divergences.forward_kl(student=student, teacher=stop_gradient(teacher))
+def scales(config: LossConfig, step: jax.Array) -> Scales:
+    """beta and mu at ``step`` (0 is the first), after their ramps."""
+
+    def ramped(weight: float, steps: int):
+        return weight * jnp.minimum((step + 1) / steps, 1.0) if steps else jnp.float32(weight)
+
+    return Scales(ramped(config.beta, config.beta_ramp), ramped(config.mu, config.mu_ramp))
+
+
+# --- Which tokens count, and how much ---
+
+
+def trained_tokens(config: LossConfig, rollout: Rollout, eos_ids: tuple[int, ...]) -> jax.Array:
+    """bool [B, T]: the response tokens that are trained on."""
+    mask_BxT = rollout.mask_BxT & (jnp.arange(rollout.mask_BxT.shape[1]) >= config.skip_first)
+    mask_BxT &= ~masks.is_any(rollout.tokens_BxT, config.masked_ids)
+    if config.drop_truncated:
+        ended_B = jnp.any(rollout.mask_BxT & masks.is_any(rollout.tokens_BxT, eos_ids), axis=1)
+        mask_BxT &= ended_B[:, None]
+    return mask_BxT
+
+
+def token_weights(mask_BxT: jax.Array, averaging: str) -> jax.Array:
+    """float32 [B, T], the share of each token in the mean that the objective takes; they sum to 1, or to 0 where
+    nothing counts."""
+    if averaging == "token_mean":
+        return mask_BxT / jnp.maximum(jnp.sum(mask_BxT), 1).astype(jnp.float32)
+    tokens_B = jnp.sum(mask_BxT, axis=1)
+    sequences = jnp.maximum(jnp.sum(tokens_B > 0), 1)
+    return mask_BxT / (jnp.maximum(tokens_B, 1) * sequences)[:, None].astype(jnp.float32)
 
 
 def average(values_BxT: jax.Array, mask_BxT: jax.Array, averaging: str) -> Mean:
-    """The mean that the objective uses, as (total, count): of tokens, or of sequences' means."""
+    """The same mean as (total, count), so that parts of a batch can be added up: of tokens, or of sequences' means."""
     if averaging == "token_mean":
         return Mean.of(values_BxT, mask_BxT)
     tokens_B = jnp.sum(mask_BxT, axis=1)
@@ -67,87 +146,80 @@ def average(values_BxT: jax.Array, mask_BxT: jax.Array, averaging: str) -> Mean:
     return Mean.of(total_B / jnp.maximum(tokens_B, 1), tokens_B > 0)
 
 
-def objective(
-    params: Params,
-    frozen: Params,
-    model: ModelConfig,
-    teacher_model: ModelConfig,
-    config: LossConfig,
-    batch: Batch,
-    rollout: Rollout,
-    other_rollout: Rollout | None,
-) -> tuple[jax.Array, dict[str, Mean]]:
-    """L (a scalar, nats per token) and its parts and companions as Means.
-
-    ``other_rollout`` holds y' for ``batch.other`` and must be given exactly when mu > 0.
-    """
-    terms, metrics = bare_and_context_terms(params, frozen, model, teacher_model, config, batch, rollout)
-    loss = terms["distill"].value
-    if config.beta > 0:
-        loss += config.beta * terms["anchor"].value
-    if config.mu > 0:
-        terms["retain"] = retention_term(params, frozen, model, teacher_model, config, batch.other, other_rollout)
-        loss += config.mu * terms["retain"].value
-    return loss, terms | metrics
+# --- The terms per token, from logits [..., V] ---
 
 
-def bare_and_context_terms(params, frozen, model, teacher_model, config, batch, rollout):
-    """L_distill, and L_anchor where beta > 0, on the rollout y; and what the same logits tell for free."""
-    hidden = {
-        "q_x": scoring.response_hidden(params, model, batch.bare, rollout),
-        "f": scoring.response_hidden(frozen, teacher_model, batch.context, rollout),
+def distillation(config: LossConfig, student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """L_distill per token, [...]: KL(q_x || f), or the divergence and support that config names; not yet clipped."""
+    support = Support(config.support, config.top_k, config.remainder)
+    return divergence(config.divergence, student, stop_gradient(teacher), config.alpha, support)
+
+
+def retention(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """L_retain per token: KL(sg f' || q_c'), both under the same other context."""
+    return kl(stop_gradient(teacher), student)
+
+
+def _agreement(logits: dict[str, jax.Array]) -> jax.Array:
+    return jnp.argmax(logits["q_x"], -1) == jnp.argmax(logits["f"], -1)
+
+
+def _prepared(config: LossConfig, models: tuple[ModelConfig, ModelConfig], raw: dict[str, jax.Array]):
+    """Logits as they are compared: by each model's own rule, at the temperature. Where ids must be picked out of the
+    vocabulary, or the models' heads are padded to different sizes, it is made whole on every device first."""
+    student, teacher = models
+    logits = {view: finished(x, teacher if view in ("f", "f_x") else student) for view, x in raw.items()}
+    sizes = {x.shape[-1] for x in logits.values()}
+    if len(sizes) > 1 or config.support != "full":
+        whole = sharding.batch_spec(None, None)
+        logits = {view: jax.reshard(x, whole)[..., : min(sizes)] for view, x in logits.items()}
+    return {view: x / config.temperature for view, x in logits.items()}
+
+
+def bare_values(config: LossConfig, models, raw, tokens_Bxt) -> dict[str, jax.Array]:
+    """L_distill, the reference term, and what the same logits tell for free."""
+    logits = _prepared(config, models, raw)
+    q_x, f = logits["q_x"], logits["f"]
+    values = {
+        "distill": distillation(config, q_x, f),
+        "entropy": divergences.entropy(stop_gradient(q_x)),
+        "teacher_entropy": divergences.entropy(stop_gradient(f)),
+        "top1_agreement": _agreement(logits).astype(jnp.float32),
+        "logprob": divergences.token_logprob(stop_gradient(q_x), tokens_Bxt),
     }
-    if config.beta > 0:
-        hidden["q_c"] = scoring.response_hidden(params, model, batch.context, rollout)
-    views = list(hidden)
-    head = {"f": head_weights(frozen, teacher_model)}
-    head["q_x"] = head["q_c"] = head_weights(params, model)
-
-    def token_values(tokens_Bxt, *slices):
-        logits = {v: apply_head(h, head[v]) / config.temperature for v, h in zip(views, slices)}
-        values = {
-            "distill": distillation(config, logits["q_x"], logits["f"]),
-            "entropy": divergences.entropy(stop_gradient(logits["q_x"])),
-            "teacher_entropy": divergences.entropy(stop_gradient(logits["f"])),
-            "top1_agreement": jnp.argmax(logits["q_x"], -1) == jnp.argmax(logits["f"], -1),
-            "logprob": divergences.token_logprob(stop_gradient(logits["q_x"]), tokens_Bxt),
-        }
-        if "q_c" in logits:
-            values["anchor"] = anchoring(bare=logits["q_x"], context=logits["q_c"])
-        return values
-
-    values = scoring.over_token_chunks(token_values, config.chunk, rollout.tokens_BxT, *(hidden[v] for v in views))
-    terms = {
-        name: average(values.pop(name), rollout.mask_BxT, config.averaging)
-        for name in ("distill", "anchor")
-        if name in values
-    }
-    # Decoding and scoring must agree on the log-probability of what was sampled, else the rollout was not on-policy.
-    gap_BxT = jnp.where(rollout.mask_BxT, jnp.abs(values.pop("logprob") - rollout.logprobs_BxT), 0.0)
-    metrics = {name: Mean.of(value, rollout.mask_BxT) for name, value in values.items()}
-    metrics["logprob_gap_max"] = Mean(jnp.max(gap_BxT), jnp.float32(1))
-    return terms, metrics
+    if config.clip:
+        values["clipped"] = (values["distill"] > config.clip).astype(jnp.float32)
+        values["distill"] = jnp.minimum(values["distill"], config.clip)
+    if config.reference:
+        values["reference"] = kl(q_x, stop_gradient(logits["f_x"]))
+    if config.support != "full":
+        ids, counts = divergences.support_ids(q_x, f, Support(config.support, config.top_k))
+        values["support_mass"] = divergences.support_mass(stop_gradient(q_x), ids, counts)
+        values["teacher_support_mass"] = divergences.support_mass(stop_gradient(f), ids, counts)
+    return values
 
 
-def retention_term(params, frozen, model, teacher_model, config, other: Prompts, rollout: Rollout) -> Mean:
-    """L_retain on rows under other contexts."""
-    hidden_q = scoring.response_hidden(params, model, other, rollout)
-    hidden_f = scoring.response_hidden(frozen, teacher_model, other, rollout)
-    head_q, head_f = head_weights(params, model), head_weights(frozen, teacher_model)
-
-    def token_values(q, f):
-        return retention(apply_head(q, head_q) / config.temperature, apply_head(f, head_f) / config.temperature)
-
-    values_BxT = scoring.over_token_chunks(token_values, config.chunk, hidden_q, hidden_f)
-    return average(values_BxT, rollout.mask_BxT, config.averaging)
+def anchor_values(config: LossConfig, models, raw) -> dict[str, jax.Array]:
+    logits = _prepared(dataclasses.replace(config, support="full"), models, raw)
+    value = ANCHORS[config.anchor].value(logits)
+    if config.gate != "token":
+        return {"anchor": value}
+    gate = _agreement(logits)
+    return {"anchor": jnp.where(gate, value, 0.0), "gate": gate.astype(jnp.float32)}
 
 
-def next_token_loss(params: Params, model: ModelConfig, prompts: Prompts, responses: Rollout, chunk: int) -> Mean:
-    """Cross-entropy of given responses, nats per token: what base models are trained with from scratch."""
-    hidden = scoring.response_hidden(params, model, prompts, responses)
-    head = head_weights(params, model)
+def bare_and_anchor_values(config, models, raw, tokens_Bxt):
+    return bare_values(config, models, raw, tokens_Bxt) | anchor_values(config, models, raw)
 
-    def token_values(tokens_Bxt, hidden_BxtxD):
-        return -divergences.token_logprob(apply_head(hidden_BxtxD, head), tokens_Bxt)
 
-    return Mean.of(scoring.over_token_chunks(token_values, chunk, responses.tokens_BxT, hidden), responses.mask_BxT)
+def agreement_values(config, models, raw):
+    return {"agreement": _agreement(_prepared(config, models, raw)).astype(jnp.float32)}
+
+
+def retention_values(config, models, raw):
+    logits = _prepared(dataclasses.replace(config, support="full"), models, raw)
+    return {"retain": retention(logits["q_c"], logits["f"])}
+
+
+def cross_entropy_values(model: ModelConfig, raw: dict[str, jax.Array], tokens_Bxt: jax.Array) -> dict[str, jax.Array]:
+    return {"cross_entropy": -divergences.token_logprob(finished(raw["q"], model), tokens_Bxt)}

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from ctxjax import losses, optim, rng, sharding
+from ctxjax import objective, optim, rng, sharding
 from ctxjax.config import BaseConfig
 from ctxjax.data import prompts as prompts_lib, word_tokenizer
 from ctxjax.data.task import Row
@@ -86,7 +86,7 @@ def train_base(config: BaseConfig, world: rules.RulesConfig, mesh: Mesh, folder:
 @functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("params", "opt_state"))
 def _base_step(params, opt_state, prompts: Prompts, responses: Rollout, model: ModelConfig, optimizer: OptimConfig):
     def loss_of(params):
-        return losses.next_token_loss(params, model, prompts, responses, chunk=128).value
+        return objective.next_token_loss(params, model, prompts, responses, chunk=128)
 
     loss, grads = jax.value_and_grad(loss_of)(params)
     updates, opt_state = optim.optimizer(optimizer).update(grads, opt_state, params)

@@ -133,7 +133,7 @@ def sample(
     decoding_params = transformer.for_decoding(params, model)
 
     def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:
-        logits_BxV = transformer.apply_head(hidden_BxD, head_DxV)
+        logits_BxV = transformer.finished(transformer.apply_head(hidden_BxD, head_DxV), model)
         logits_BxV = jax.reshard(logits_BxV, batch_spec(None))  # sampled with the vocabulary whole
         token_B, logprob_B = draw(logits_BxV, config, rng.token_uniform(row_keys_B, state.column))
         token_B = jnp.where(state.has_ended_B, config.pad_id, token_B)

@@ -11,7 +11,10 @@ name, instead of running slowly.
 
 from __future__ import annotations
 
+import math
+
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
@@ -61,6 +64,30 @@ def batch_spec(*rest: str | None) -> P:
     return P(BATCH, *(None if axis is None else WEIGHT_RULES[axis] for axis in rest))
 
 
+def batch_ways() -> int:
+    """Over how many devices the current mesh spreads the rows of a batch."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in BATCH)
+
+
+def first_rows(x: jax.Array, count: int) -> jax.Array:
+    """The first ``count`` rows of every device's share of x [B, ...]: nothing moves between devices."""
+    ways = batch_ways()
+    spec = jax.typeof(x).sharding.spec[1:]
+    apart = jnp.reshape(x, (ways, x.shape[0] // ways, *x.shape[1:]), out_sharding=P(BATCH, None, *spec))
+    return jnp.reshape(apart[:, :count], (ways * count, *x.shape[1:]), out_sharding=P(BATCH, *spec))
+
+
+def micro_batches(x: jax.Array, count: int) -> jax.Array:
+    """x [B, ...] as [count, B / count, ...]; every part holds rows of every device, so nothing moves between them."""
+    ways = batch_ways()
+    spec = jax.typeof(x).sharding.spec[1:]
+    rows = x.shape[0] // ways // count
+    apart = jnp.reshape(x, (ways, count, rows, *x.shape[1:]), out_sharding=P(BATCH, None, None, *spec))
+    shape = (count, ways * rows, *x.shape[1:])
+    return jnp.reshape(jnp.swapaxes(apart, 0, 1), shape, out_sharding=P(None, BATCH, *spec))
+
+
 def put_batch(tree, mesh: Mesh):
     """Places host arrays [B, ...] on the mesh, rows over data and fsdp.
 
@@ -68,7 +95,7 @@ def put_batch(tree, mesh: Mesh):
     not divisible by data * fsdp.
     """
     sharding = NamedSharding(mesh, P(BATCH))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = math.prod(mesh.shape[axis] for axis in BATCH)
 
     def put(array):
         array = np.asarray(array)

@@ -13,14 +13,16 @@ import dataclasses
 import functools
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
-from ctxjax import losses, masks, optim, rng
+from ctxjax import losses, masks, objective, optim, rng, sharding
 from ctxjax.losses import LossConfig
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
+from ctxjax.objective import Models, Rows
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.types import Batch, Frozen, Mean, Params, Rollout, TrainState
@@ -29,7 +31,7 @@ from ctxjax.types import Batch, Frozen, Mean, Params, Rollout, TrainState
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """All static facts of a step. Hashable; one compiled program for each value. ``lora`` None: all weights are
-    trained."""
+    trained. ``micro_batches``: parts of the batch whose gradients are made one after the other and added up."""
 
     model: ModelConfig
     teacher_model: ModelConfig
@@ -37,6 +39,7 @@ class StepConfig:
     loss: LossConfig
     optim: OptimConfig
     lora: LoraConfig | None = None
+    micro_batches: int = 1
 
 
 def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState:
@@ -51,7 +54,8 @@ def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState
         specs = lora_lib.specs(config.model, config.lora)
         trained = params_lib.init(specs, rng.key_for(key, 0, "adapter"), jax.sharding.get_mesh())
     opt_state = jax.jit(optim.optimizer(config.optim).init)(trained)
-    return TrainState(step=jnp.int32(0), params=trained, opt_state=opt_state, key=key)
+    ema = jax.tree.map(jnp.copy, trained) if config.loss.needs_ema else None
+    return TrainState(step=jnp.int32(0), params=trained, opt_state=opt_state, key=key, ema=ema)
 
 
 def student_params(trained: Params, frozen: Frozen, config: StepConfig) -> Params:
@@ -59,17 +63,39 @@ def student_params(trained: Params, frozen: Frozen, config: StepConfig) -> Param
     return trained if config.lora is None else lora_lib.join(frozen.base, trained, config.lora)
 
 
-def rollout_step(state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig) -> tuple[Rollout, Rollout | None]:
-    """(y, y'): responses of the student to the bare view, and to the other contexts where there are any."""
-    params = student_params(state.params, frozen, config)
+def _teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> Params:
+    return student_params(ema, frozen, config) if config.loss.teacher == "ema" else frozen.teacher
 
-    def respond(prompts, stream):
+
+def rollout_step(state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig) -> tuple[Rollout, Rollout | None]:
+    """(y, y'): responses to learn from, and the student's to the other contexts where there are any.
+
+    y is the student's response to the bare view or, in steps that are off-policy, the teacher's to the context view.
+    """
+    loss = config.loss
+    student = student_params(state.params, frozen, config)
+
+    def respond(params, model, prompts, stream):
         rows_B = batch.example_id_B[: prompts.tokens_BxP.shape[0]]
         keys_B = rng.row_keys(rng.key_for(state.key, state.step, stream), rows_B)
-        return sample(params, config.model, config.sampling, prompts, keys_B)
+        return sample(params, model, config.sampling, prompts, keys_B)
 
-    other = respond(batch.other, "retention") if batch.other is not None else None
-    return respond(batch.bare, "rollout"), other
+    def on_policy():
+        return respond(student, config.model, batch.bare, "rollout")
+
+    def off_policy():
+        return respond(_teacher_params(state.ema, frozen, config), config.teacher_model, batch.context, "rollout")
+
+    if loss.is_on_policy:
+        rollout = on_policy()
+    elif loss.on_policy_fraction == 0:
+        rollout = off_policy()
+    else:
+        uniform = jax.random.uniform(rng.key_for(state.key, state.step, "policy"))
+        is_on = (state.step >= loss.off_policy_steps) & (uniform < loss.on_policy_fraction)
+        rollout = lax.cond(is_on, on_policy, off_policy)
+    other = respond(student, config.model, batch.other, "retention") if batch.other is not None else None
+    return rollout, other
 
 
 def update_step(
@@ -81,14 +107,8 @@ def update_step(
     config: StepConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The new state and the step's metrics, float32 scalars (losses in nats per token)."""
-
-    def loss_of(trained):
-        params = student_params(trained, frozen, config)
-        return losses.objective(
-            params, frozen.teacher, config.model, config.teacher_model, config.loss, batch, rollout, other_rollout
-        )
-
-    (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    rows = _weighted_rows(batch, rollout, other_rollout, config)
+    (loss, parts), grads = _gradient(state, frozen, rows, config)
     updates, opt_state = optim.optimizer(config.optim).update(grads, state.opt_state, state.params)
     metrics = {name: mean.value for name, mean in parts.items()} | response_metrics(rollout, config.sampling)
     metrics |= {
@@ -97,7 +117,45 @@ def update_step(
         "lr": jnp.float32(optim.schedule(config.optim)(state.step)),
     }
     params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    ema = state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda old, new: old + (1 - config.loss.ema_decay) * (new - old), ema, params)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+
+def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None, config: StepConfig) -> Rows:
+    """The batch with every token's share of the mean, which is known before any pass is run."""
+
+    def weights(responses):
+        mask_BxT = losses.trained_tokens(config.loss, responses, config.sampling.eos_ids)
+        return losses.token_weights(mask_BxT, config.loss.averaging)
+
+    other = (other_rollout, weights(other_rollout)) if other_rollout is not None else ()
+    return Rows(batch, rollout, weights(rollout), *other)
+
+
+def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig):
+    """((loss, {metric: Mean}), gradient of what is trained), over the whole batch."""
+    at = losses.scales(config.loss, state.step)
+    ema = student_params(state.ema, frozen, config) if state.ema is not None else None
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss_of(trained, rows):
+        student, teacher = student_params(trained, frozen, config), _teacher_params(state.ema, frozen, config)
+        models = Models(student, teacher, ema, config.model, config.teacher_model)
+        return objective.objective(models, config.loss, rows, at)
+
+    count = config.micro_batches
+    if count == 1:
+        return loss_of(state.params, rows)
+    parts = jax.tree.map(lambda x: sharding.micro_batches(x, count), rows)
+    part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], parts))
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(loss_of, state.params, part))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, loss_of(state.params, part)), None
+
+    return lax.scan(add, nothing, parts)[0]
 
 
 def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, jax.Array]:

@@ -80,13 +80,15 @@ class TrainState:
 
     ``params`` are what is trained: all weights, or an adapter's (models/lora.py). Frozen weights stay outside, since
     a step neither writes nor saves them. ``key`` is the root key and never changes: the randomness of a step is a
-    pure function of (key, step, stream, row, position).
+    pure function of (key, step, stream, row, position). ``ema`` is the moving average of ``params``, where the loss
+    has a use for it.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     key: jax.Array
+    ema: Params | None = None
 
 
 @struct.dataclass

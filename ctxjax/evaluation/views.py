@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from ctxjax import divergences, losses, masks, rng, scoring, sharding
+from ctxjax import divergences, head_scan, losses, masks, objective, rng, sharding
 from ctxjax.losses import LossConfig
 from ctxjax.models import transformer
-from ctxjax.models.transformer import ModelConfig, apply_head, head_weights
+from ctxjax.models.transformer import ModelConfig, finished, head_weights
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.types import Batch, Params, Prompts, Rollout
 
@@ -47,17 +47,23 @@ def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, contro
     (h_x, h_c, _), by_layer = transformer.summarise_layers(params, model, views, cosines)
     head = head_weights(params, model)
 
-    def view_kl(h_x, h_c):
-        return divergences.kl(apply_head(h_x, head), apply_head(h_c, head))
+    hidden = {"q_x": window(bare, h_x), "q_c": window(context, h_c)}
+    _, values = head_scan.chunked(
+        functools.partial(_view_kl, model), 64, hidden, dict.fromkeys(hidden, head), {}, rollout.mask_BxT
+    )
+    return values["kl"], by_layer
 
-    kl_BxT = scoring.over_token_chunks(view_kl, 64, window(bare, h_x), window(context, h_c))
-    return kl_BxT, by_layer
+
+def _view_kl(model: ModelConfig, raw: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {"kl": divergences.kl(finished(raw["q_x"], model), finished(raw["q_c"], model))}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "teacher_model", "loss"))
 def _distillation(params, frozen, model, teacher_model, loss: LossConfig, batch: Batch, rollout: Rollout):
-    terms, _ = losses.bare_and_context_terms(params, frozen, model, teacher_model, loss, batch, rollout)
-    return terms["distill"]
+    models = objective.Models(params, frozen, None, model, teacher_model)
+    weight_BxT = losses.token_weights(rollout.mask_BxT, "token_mean")
+    _, metrics = objective.bare_and_context_terms(models, loss, objective.Rows(batch, rollout, weight_BxT), beta=0.0)
+    return metrics["distill"]
 
 
 def _cosine(a, b):

@@ -44,7 +44,9 @@ class ModelConfig:
     """Architecture, and the arithmetic it runs in. Hashable: a static argument of every jit.
 
     ``dtype`` is that of activations and matrix products; norms, softmax and logits are float32 always.
-    ``remat`` recomputes each layer in the backward pass, keeping only its input.
+    ``remat`` recomputes each layer in the backward pass, keeping only its input. ``tokens`` is how many of the
+    ``vocab_size`` rows are tokens of the tokenizer, 0: all; the others pad the head and are never predicted.
+    ``logit_scale`` multiplies the head's output, and ``logit_softcap`` c then bends it to c tanh(. / c); 0: not.
     """
 
     vocab_size: int
@@ -60,6 +62,9 @@ class ModelConfig:
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    tokens: int = 0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
     dtype: str = "float32"
     remat: bool = False
 
@@ -199,8 +204,18 @@ def head_weights(params: Params, config: ModelConfig) -> jax.Array:
 
 
 def apply_head(hidden: jax.Array, head_DxV: jax.Array) -> jax.Array:
-    """Logits [..., V] in float32. The caller decides for how many tokens at a time."""
+    """The head's raw output [..., V] in float32. The caller decides for how many tokens at a time."""
     return jnp.einsum("...d,dv->...v", hidden, head_DxV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def finished(raw: jax.Array, config: ModelConfig) -> jax.Array:
+    """Logits [..., V] from the head's raw output: scale, soft cap, and -1e30 for rows that are no tokens."""
+    logits = raw * config.logit_scale if config.logit_scale != 1 else raw
+    if config.logit_softcap:
+        logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+    if 0 < config.tokens < raw.shape[-1]:
+        logits = jnp.where(jnp.arange(raw.shape[-1]) < config.tokens, logits, -1e30)
+    return logits
 
 
 def _layer_inputs(params: Params, config: ModelConfig, tokens_BxL: jax.Array, mask_BxL: jax.Array):
