@@ -206,7 +206,7 @@ def test_a_support_of_more_tokens_than_there_are_is_the_full_divergence(kind, re
 # --- Extreme logits ---
 
 
-@pytest.mark.parametrize("out", [-1e30])
+@pytest.mark.parametrize("out", [-1e30, -INF])
 @pytest.mark.parametrize("k", [2, 4])  # fewer than the tokens that are left, and more
 @pytest.mark.parametrize("kind, remainder", EVERY)
 def test_tokens_that_both_sides_exclude_change_neither_value_nor_gradient(kind, remainder, k, out):
