@@ -9,6 +9,7 @@ counts. Prints one JSON object as the last line; the numbers of record stand in 
 """
 
 import argparse
+import functools
 import json
 import os
 from pathlib import Path
@@ -34,52 +35,45 @@ def random_model(layers: int) -> tuple[Params, ModelConfig]:
 
 
 def best_seconds(runs: int, functions: dict) -> dict[str, float]:
-    """Seconds of the fastest run of each, the functions taking turns; one run of each goes before, uncounted."""
+    """Seconds of the fastest run of each function of a new folder's name, the functions taking turns; one run of each
+    goes before, uncounted. Folders of earlier runs are removed outside the time."""
     times = {name: [] for name in functions}
-    for run in range(runs + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if run:
-                times[name].append(time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as root:
+        for run in range(runs + 1):
+            for name, function in functions.items():
+                shutil.rmtree(Path(root) / name, ignore_errors=True)
+                start = time.perf_counter()
+                function(Path(root) / name)
+                if run:
+                    times[name].append(time.perf_counter() - start)
     return {name: min(values) for name, values in times.items()}
 
 
 def measure_save(quick: bool) -> dict:
     """GB/s of the bytes written: exports and plain copies."""
     params, model = random_model(layers=2 if quick else 12)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
+    dtypes, size, functions = ("float32", "bfloat16"), {}, {}
 
-        def save(dtype):
-            with hf_save.new_folder(fresh(root / f"saved-{dtype}")) as partial:
-                hf_save.save_weights(partial, params, model, llama, dtype)
+    def save(dtype, folder):
+        with hf_save.new_folder(folder) as partial:
+            hf_save.save_weights(partial, params, model, llama, dtype)
 
-        def copy(dtype):
-            target = fresh(root / "copied")
-            target.mkdir()
-            for path in (root / f"saved-{dtype}").iterdir():
-                shutil.copyfile(path, target / path.name)
+    def copy(dtype, folder):
+        folder.mkdir()
+        for path in folder.with_name(f"save_{dtype}").iterdir():
+            shutil.copyfile(path, folder / path.name)
 
-        functions = {}
-        for dtype in ("float32", "bfloat16"):
-            functions[f"save_{dtype}"] = lambda dtype=dtype: save(dtype)
-            functions[f"copy_{dtype}"] = lambda dtype=dtype: copy(dtype)
-        seconds = best_seconds(1 if quick else 3, functions)
-        size = {dtype: sum(path.stat().st_size for path in (root / f"saved-{dtype}").iterdir()) / 1e9
-                for dtype in ("float32", "bfloat16")}  # fmt: skip
+    for dtype in dtypes:
+        size[dtype] = params_lib.count(transformer.param_specs(model)) * jax.numpy.dtype(dtype).itemsize / 1e9
+        functions[f"save_{dtype}"] = functools.partial(save, dtype)
+        functions[f"copy_{dtype}"] = functools.partial(copy, dtype)
+    seconds = best_seconds(1 if quick else 3, functions)
     result = {"gigabytes": {dtype: round(value, 3) for dtype, value in size.items()}}
     for dtype, value in size.items():
         result[f"save_{dtype}_gb_per_second"] = round(value / seconds[f"save_{dtype}"], 3)
         result[f"copy_{dtype}_gb_per_second"] = round(value / seconds[f"copy_{dtype}"], 3)
         result[f"share_of_copy_{dtype}"] = round(seconds[f"copy_{dtype}"] / seconds[f"save_{dtype}"], 3)
     return result
-
-
-def fresh(folder: Path) -> Path:
-    """A name that is free: what stood there is removed, outside what a save or a copy does."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 def main() -> None:

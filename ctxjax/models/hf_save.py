@@ -1,7 +1,7 @@
 """Hugging Face folders, written: weights in safetensors shards, their index, and PEFT adapters.
 
-Weights leave the device one tensor at a time and a shard is written before the next one is made, so that the host
-holds one shard beside what the device holds.
+Weights leave the device one tensor at a time, and a shard is written while the next one is made: the host holds two
+shards beside what the device holds.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 from pathlib import Path
 import shutil
+from typing import NamedTuple
 import uuid
 
 import jax
@@ -29,8 +31,20 @@ from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
-MAX_SHARD_BYTES = 2_000_000_000
+MAX_SHARD_BYTES = 1_000_000_000
 METADATA = {"format": "pt"}  # transformers refuses files without it
+
+
+class _Tensor(NamedTuple):
+    """A tensor to be written; ``fill`` puts its values into a host array of this shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fill: Callable[[np.ndarray], None]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @contextlib.contextmanager
@@ -94,27 +108,22 @@ def save_weights(
     One file, or several of at most ``max_shard_bytes`` (more where a single tensor is larger) and their index. Raises
     OSError where the disk is too small, before anything is written where that can be known.
     """
-    sizes, readers = {}, {}
-    for (*_, name), (tensors, flip, stacked) in hf.tensor_names(family, config).items():
+    tensors = {}
+    for (*_, name), (theirs, flip, stacked) in hf.tensor_names(family, config).items():
         tree = params["layers"] if stacked else params
-        kind = jnp.dtype(dtype or tree[name].dtype)
-        size = tree[name].size * kind.itemsize // len(tensors)
-        for layer, tensor in enumerate(tensors):
-            sizes[tensor] = size
-            readers[tensor] = functools.partial(_fetched, tree, name, layer if stacked else None, flip, kind)
-    total = sum(sizes.values())
+        for layer, tensor in enumerate(theirs):
+            tensors[tensor] = _tensor(tree, name, layer if stacked else None, flip, dtype)
+    total = sum(tensor.nbytes for tensor in tensors.values())
     free = shutil.disk_usage(folder).free
     if total > free:
         raise OSError(errno.ENOSPC, f"the weights need {total / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free", folder)
-    shards = _shards(sizes, max_shard_bytes)
+    shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _write(folder / "model.safetensors", readers)
+        _write({folder / "model.safetensors": tensors})
         return
-    weight_map = {}
-    for number, tensors in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / file, {tensor: readers[tensor] for tensor in tensors})
-        weight_map |= dict.fromkeys(tensors, file)
+    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+    _write({folder / file: {name: tensors[name] for name in shard} for file, shard in files.items()})
+    weight_map = {name: file for file, shard in files.items() for name in shard}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -122,15 +131,13 @@ def save_adapter(
     folder: Path, adapter: Params, model: ModelConfig, config: LoraConfig, family, base: str, dtype: str | None = None
 ) -> None:
     """Writes an adapter as PEFT reads it, to be put onto the model folder or Hub id ``base``."""
-    names, readers = hf.tensor_names(family, model), {}
+    names, tensors = hf.tensor_names(family, model), {}
     for target in config.targets:
         for part in "ab":
-            name = f"{target}_lora_{part}"
-            kind = jnp.dtype(dtype or adapter["layers"][name].dtype)
-            for layer, tensor in enumerate(names["layers", target][0]):
-                theirs = f"base_model.model.{tensor.removesuffix('.weight')}.lora_{part.upper()}.weight"
-                readers[theirs] = functools.partial(_fetched, adapter["layers"], name, layer, True, kind)
-    _write(folder / "adapter_model.safetensors", readers)
+            for layer, name in enumerate(names["layers", target][0]):
+                theirs = f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.weight"
+                tensors[theirs] = _tensor(adapter["layers"], f"{target}_lora_{part}", layer, True, dtype)
+    _write({folder / "adapter_model.safetensors": tensors})
     modules = [family.LAYER_NAMES[target][0].removesuffix(".weight").rsplit(".", 1)[-1] for target in config.targets]
     fields = {
         "peft_type": "LORA",
@@ -147,22 +154,39 @@ def save_adapter(
     write_json(folder / "adapter_config.json", fields)
 
 
-def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
+def _shards(tensors: dict[str, _Tensor], most: int) -> list[list[str]]:
     """The tensors' names in groups of at most ``most`` bytes, in order."""
     shards, filled = [[]], 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > most:
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > most:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
+        filled += tensor.nbytes
     return shards
 
 
-def _write(path: Path, readers: dict[str, Callable[[], np.ndarray]]) -> None:
-    """One file of the tensors that ``readers`` make. Raises OSError where it cannot be written."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        tensors = dict(zip(readers, pool.map(lambda read: read(), readers.values())))
+def _write(files: dict[Path, dict[str, _Tensor]]) -> None:
+    """Writes each file while the next one's tensors are made, from two buffers in turn: fresh memory costs more than
+    the copy into it. Raises OSError where a file cannot be written."""
+    size = max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in files.values())
+    buffers = [np.empty(size, np.uint8) for _ in range(min(2, len(files)))]
+    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        writing = None
+        for number, (path, tensors) in enumerate(files.items()):
+            arrays, start = {}, 0
+            for name, tensor in tensors.items():
+                part = buffers[number % 2][start : start + tensor.nbytes]
+                arrays[name], start = part.view(tensor.dtype).reshape(tensor.shape), start + tensor.nbytes
+            for _ in pool.map(lambda name: tensors[name].fill(arrays[name]), tensors):  # noqa: B023
+                pass
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(_write_file, path, arrays)
+        writing.result()
+
+
+def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -172,33 +196,50 @@ def _write(path: Path, readers: dict[str, Callable[[], np.ndarray]]) -> None:
     path.chmod(mode)  # safetensors makes files that only their owner may read
 
 
-@functools.partial(jax.jit, static_argnames=("name", "dtype"))
-def _tensor(tree: dict, name: str, layer: jax.Array | None, dtype) -> jax.Array:
-    """A tensor as it is saved, on the device: one layer of a stack, its adapter merged in, cast."""
-    if layer is not None:
-        tree = {key: lax.dynamic_index_in_dim(leaf, layer, keepdims=False) for key, leaf in tree.items()}
-    return lora.merged_weight(tree, name, dtype)
-
-
-def _fetched(tree: dict, name: str, layer: int | None, flip: bool, dtype) -> np.ndarray:
+def _tensor(tree: dict, name: str, layer: int | None, flip: bool, dtype: str | None) -> _Tensor:
+    """The parameter ``name``, or one layer of it, with its adapter merged in, transposed if ``flip``, cast."""
     parts = {key: tree[key] for key in (name, f"{name}_lora_a", f"{name}_lora_b") if key in tree}
-    value = np.asarray(_tensor(parts, name, layer, dtype))
-    return transposed(value) if flip else np.ascontiguousarray(value)
+    dtype = jnp.dtype(dtype or tree[name].dtype)
+    shape = tree[name].shape if layer is None else tree[name].shape[1:]
+    as_it_is = len(parts) == 1 and tree[name].dtype == dtype
+
+    def fill(out: np.ndarray) -> None:
+        if as_it_is and _in_host_memory(tree[name]):
+            value = np.asarray(tree[name])  # a view
+            value = value if layer is None else value[layer]
+        else:
+            value = np.asarray(_prepared(parts, name, layer, dtype))
+        if flip:
+            _transpose(value, out)
+        else:
+            out[...] = value
+
+    return _Tensor(shape[::-1] if flip else shape, dtype, fill)
 
 
-def transposed(matrix: np.ndarray) -> np.ndarray:
-    """A matrix's transpose, contiguous, ten times as fast as numpy makes it for large ones.
+@functools.partial(jax.jit, static_argnames=("name", "dtype"))
+def _prepared(parts: dict, name: str, layer: jax.Array | None, dtype) -> jax.Array:
+    """What is done on the device: one layer is taken from the stack, its adapter merged in, the sum cast."""
+    if layer is not None:
+        parts = {key: lax.dynamic_index_in_dim(leaf, layer, keepdims=False) for key, leaf in parts.items()}
+    return lora.merged_weight(parts, name, dtype)
+
+
+def _in_host_memory(array: jax.Array) -> bool:
+    return [device.platform for device in array.devices()] == ["cpu"]
+
+
+def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:
+    """Writes a matrix's transpose into ``out``, ten times as fast as numpy does for large ones.
 
     Rows go through a strip whose rows are a little longer than the matrix's: widths are powers of two, and then
     numpy's way down a column meets one and the same set of the cache over and over.
     """
     rows, columns = matrix.shape
     height, padding = 128, 64 // matrix.itemsize
-    words = matrix.view(f"u{matrix.itemsize}")  # numpy is slow with types that it does not know, as bfloat16
-    out = np.empty((columns, rows), words.dtype)
-    strip = np.empty((height, columns + padding), words.dtype)
+    matrix, out = (array.view(f"u{array.itemsize}") for array in (matrix, out))  # numpy is slow with bfloat16
+    strip = np.empty((height, columns + padding), matrix.dtype)
     for start in range(0, rows, height):
-        part = words[start : start + height]
+        part = matrix[start : start + height]
         strip[: len(part), :columns] = part
         out[:, start : start + len(part)] = strip[: len(part), :columns].T
-    return out.view(matrix.dtype)
