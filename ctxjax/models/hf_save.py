@@ -1,7 +1,8 @@
 """Hugging Face folders, written: weights in safetensors shards, their index, and PEFT adapters.
 
-Weights leave the device one tensor at a time, and a shard is written while the next one is made: the host holds two
-shards beside what the device holds.
+A tensor leaves the device and is written while the next one is made, so that the host holds two tensors beside what
+the device holds. For that the files are written here: safetensors' own function takes all tensors of a file at once,
+and filling fresh memory with a whole shard took longer than writing it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import errno
 import functools
 import json
 import math
-import os
 from pathlib import Path
 import shutil
 from typing import NamedTuple
@@ -23,16 +23,15 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ctxjax.models import hf, lora
 from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
-MAX_SHARD_BYTES = 1_000_000_000
-METADATA = {"format": "pt"}  # transformers refuses files without it
+MAX_SHARD_BYTES = 5_000_000_000
+WRITE_BYTES = 2**18  # at a time: some kernels stall for seconds on the large pages that larger writes are given
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # numpy's name -> safetensors'
 
 
 class _Tensor(NamedTuple):
@@ -119,10 +118,11 @@ def save_weights(
         raise OSError(errno.ENOSPC, f"the weights need {total / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free", folder)
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _write({folder / "model.safetensors": tensors})
+        _write(folder / "model.safetensors", tensors)
         return
     files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
-    _write({folder / file: {name: tensors[name] for name in shard} for file, shard in files.items()})
+    for file, shard in files.items():
+        _write(folder / file, {name: tensors[name] for name in shard})
     weight_map = {name: file for file, shard in files.items() for name in shard}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
@@ -137,7 +137,7 @@ def save_adapter(
             for layer, name in enumerate(names["layers", target][0]):
                 theirs = f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.weight"
                 tensors[theirs] = _tensor(adapter["layers"], f"{target}_lora_{part}", layer, True, dtype)
-    _write({folder / "adapter_model.safetensors": tensors})
+    _write(folder / "adapter_model.safetensors", tensors)
     modules = [family.LAYER_NAMES[target][0].removesuffix(".weight").rsplit(".", 1)[-1] for target in config.targets]
     fields = {
         "peft_type": "LORA",
@@ -166,34 +166,33 @@ def _shards(tensors: dict[str, _Tensor], most: int) -> list[list[str]]:
     return shards
 
 
-def _write(files: dict[Path, dict[str, _Tensor]]) -> None:
-    """Writes each file while the next one's tensors are made, from two buffers in turn: fresh memory costs more than
-    the copy into it. Raises OSError where a file cannot be written."""
-    size = max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in files.values())
-    buffers = [np.empty(size, np.uint8) for _ in range(min(2, len(files)))]
-    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        writing = None
-        for number, (path, tensors) in enumerate(files.items()):
-            arrays, start = {}, 0
-            for name, tensor in tensors.items():
-                part = buffers[number % 2][start : start + tensor.nbytes]
-                arrays[name], start = part.view(tensor.dtype).reshape(tensor.shape), start + tensor.nbytes
-            for _ in pool.map(lambda name: tensors[name].fill(arrays[name]), tensors):  # noqa: B023
-                pass
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(_write_file, path, arrays)
-        writing.result()
+def _write(path: Path, tensors: dict[str, _Tensor]) -> None:
+    """A safetensors file: the header's length in 8 bytes, the header in JSON, and the tensors without gaps."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # without it transformers refuses the file
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        kind = DTYPES[tensor.dtype.name]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    queue = list(tensors.values())
+    buffers = np.empty((2, max(tensor.nbytes for tensor in queue)), np.uint8)
 
+    def made(place: int) -> np.ndarray:
+        tensor = queue[place]
+        part = buffers[place % 2, : tensor.nbytes]
+        tensor.fill(part.view(tensor.dtype).reshape(tensor.shape))
+        return part
 
-def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, METADATA)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    path.chmod(mode)  # safetensors makes files that only their owner may read
+    with path.open("wb") as file, ThreadPoolExecutor(1) as maker:
+        file.write(len(text).to_bytes(8, "little") + text)
+        coming = maker.submit(made, 0)
+        for place in range(len(queue)):
+            part = coming.result()
+            if place + 1 < len(queue):
+                coming = maker.submit(made, place + 1)
+            for start in range(0, len(part), WRITE_BYTES):
+                file.write(part[start : start + WRITE_BYTES])
 
 
 def _tensor(tree: dict, name: str, layer: int | None, flip: bool, dtype: str | None) -> _Tensor:
