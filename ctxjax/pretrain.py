@@ -24,7 +24,7 @@ from ctxjax.config import BaseConfig
 from ctxjax.data import prompts as prompts_lib, word_tokenizer
 from ctxjax.data.task import Row
 from ctxjax.data.tasks import rules
-from ctxjax.models import hf, params as params_lib, transformer
+from ctxjax.models import hf_save, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.types import Prompts, Rollout
@@ -80,7 +80,7 @@ def train_base(config: BaseConfig, world: rules.RulesConfig, mesh: Mesh, folder:
         params, opt_state, loss = _base_step(params, opt_state, prompts, responses, model, optimizer)
         if bar.n % 50 == 0:
             bar.set_postfix(loss=f"{float(loss):.3f}")
-    hf.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+    hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("params", "opt_state"))

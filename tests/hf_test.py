@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ctxjax.models import hf, transformer
+from ctxjax.models import hf, hf_save, transformer
 from ctxjax.models.transformer import RopeScaling
 
 STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
@@ -33,7 +33,7 @@ def forward(params, model, tokens):
 
 
 def write(folder, params, model):
-    hf.save(folder, params, model, NoTokenizer(), (2, 7), "llama")
+    hf_save.save(folder, params, model, NoTokenizer(), (2, 7), "llama")
     return folder
 
 

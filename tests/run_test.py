@@ -90,11 +90,15 @@ def test_the_report_stands_beside_the_results(finished):
     assert "opcd_anchored" in page and "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(finished, cache):
-    workdir, uninterrupted = finished
+@pytest.mark.parametrize("rank", [0, 2], ids=["all_weights", "adapter"])
+def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, finished, cache):
     config = small(cache)
-    config.run_arms = ("opcd_retained",)
-    stopped = cache / "stopped"
+    config.run_arms, config.lora.rank = ("opcd_retained",), rank
+    workdir, uninterrupted = finished
+    if rank:
+        workdir = cache / "adapter"
+        uninterrupted = start(config, workdir)
+    stopped = cache / f"stopped-{rank}"
     original = trainer.Writer.step
 
     def stop_after_two(self, step, metrics):
@@ -111,8 +115,18 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(finished,
     results = start(config, stopped)
     before = [row["loss"] for row in rows(workdir / "opcd_retained" / "metrics.jsonl") if "loss" in row]
     after = [row["loss"] for row in rows(stopped / "opcd_retained" / "metrics.jsonl") if "loss" in row]
-    assert after == before
+    assert len(before) == 4 and after == before
     assert results["opcd_retained"]["view_kl"] == uninterrupted["opcd_retained"]["view_kl"]
+
+
+def test_what_is_held_is_printed_once(cache, capsys):
+    config = small(cache)
+    config.run_arms, config.lora.rank, config.train.steps, config.eval.every = ("opcd", "opcd_anchored"), 2, 1, 0
+    start(config, cache / "sizes")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters: ")]
+    assert len(lines) == 1
+    # Rank 2 on matrices of 32 x 32, 32 x 16 (twice), 32 x 32 and 32 x 48 (three times); Adam keeps two moments.
+    assert lines[0].startswith("parameters: 928 trained (3.71 kB), ") and lines[0].endswith("optimiser: 7.43 kB")
 
 
 def test_another_configuration_in_the_same_workdir_is_refused_and_nothing_changes(finished, cache):

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors, in and out. No pickle, no remote code.
+"""Hugging Face folders, read: config.json and safetensors. No pickle, no remote code.
 
 A tensor is read slice by slice, straight into the shards that live on this process's devices, so the host
 never holds more than the shard being placed.
@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-import uuid
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ctxjax.models import llama, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
@@ -90,7 +88,7 @@ def _opened(path: Path):
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _names(family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
+def tensor_names(family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
     """Parameter path -> (tensor names, stored transposed, stacked over layers)."""
     specs = transformer.param_specs(config)
     names = {(ours,): ([theirs], flip, False) for ours, (theirs, flip) in family.TOP_NAMES.items() if ours in specs}
@@ -139,7 +137,7 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     folder = Path(folder)
     family = family_of(_read_json(folder / "config.json"), folder)
     specs = transformer.param_specs(config)
-    names, files = _names(family, config), _files_of(folder)
+    names, files = tensor_names(family, config), _files_of(folder)
     _check(folder, config, names, specs, files)
     shardings = params_lib.shardings(specs, mesh)
     opened = {file: _opened(file) for file in set(files.values())}
@@ -160,36 +158,3 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
 
         _leaf(params, path[:-1])[path[-1]] = jax.make_array_from_callback(shape, sharding, shard)
     return params
-
-
-def save(
-    folder: Path, params: Params, config: ModelConfig, tokenizer, stop_ids: tuple[int, ...], model_type: str
-) -> None:
-    """Writes a folder that transformers opens: weights, config, tokenizer with chat template, generation config.
-
-    The folder must not exist yet; it appears under its name only when it is complete.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; nothing was written")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    family = FAMILIES[model_type]
-    tensors = {}
-    for path, (names, flip, stacked) in _names(family, config).items():
-        value = np.asarray(jax.device_get(_leaf(params, path)))
-        for name, part in zip(names, value if stacked else [value]):
-            tensors[name] = np.ascontiguousarray(part.T if flip else part)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    fields = family.config_to_hf(config) | {
-        "torch_dtype": str(value.dtype),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": list(stop_ids),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    generation = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
