@@ -1,61 +1,171 @@
-"""Seconds and memory of reading a model folder, beside a plain copy of its files.
+"""Throughput and memory of reading a model folder, beside a plain copy of its files.
 
     python benchmarks/checkpoint_io.py [--load] [--quick]
 
-Each measurement runs in a process of its own, so that its peak memory is its own: the peak resident size above that
-of a process that has imported the package, whose mesh is made and whose programs are compiled. On CPUs the loaded
-model is part of it; ``overhead`` is the rest, to be compared with ``largest_tensor`` and a tenth of the model. Copy
-and load take turns, files cached (warm) or dropped from the cache before each (cold); the medians are reported. Prints
-one JSON object as the last line; the numbers of record stand in benchmarks/README.md.
+A Llama folder of random weights is copied (shutil.copyfile) and loaded in turns, once with its files dropped from the
+operating system's cache before each (cold) and once not (warm); medians count, and compiling is in none of them (see
+``first_load_seconds``). Memory is that of the first load: the peak resident size of a process of its own above its
+size before. On a CPU the loaded model is part of that; ``overhead_mib`` is the rest, to stay within the largest
+tensor plus a tenth of the model. Prints one JSON object as the last line; the numbers of record stand in
+benchmarks/README.md. Needs Linux.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 from pathlib import Path
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 
+import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
-GIB = 2**30
-# hidden_size, layers, intermediate_size, vocab_size: 2.2 GiB and 0.1 GiB in bfloat16.
-SIZES = {"full": (2048, 16, 8192, 65536), "quick": (512, 8, 2048, 32768)}
+MIB = 2**20
+FILE_BYTES = 512 * MIB
+SIZES = {"full": (2048, 16, 8192, 65536), "quick": (512, 8, 2048, 32768)}  # width, layers, MLP width, vocabulary
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def shapes(width: int, layers: int, mlp: int, vocab: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama checkpoint with an untied head and four query heads for each key head."""
+    kv = width // 4
+    per_layer = {
+        "input_layernorm": (width,), "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width), "mlp.down_proj": (width, mlp),
+    }  # fmt: skip
+    result = {"model.embed_tokens.weight": (vocab, width)}
+    for layer in range(layers):
+        result |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in per_layer.items()}
+    return result | {"model.norm.weight": (width,), "lm_head.weight": (vocab, width)}
 
 
 def write_checkpoint(folder: Path, size: tuple[int, int, int, int], dtype: str) -> None:
-    """A Llama folder of random weights in files of at most 512 MiB, written without the code that is measured."""
-    import ml_dtypes
-    from safetensors.numpy import save_file
-
+    """Random weights in several files, written without the code that is measured."""
     width, layers, mlp, vocab = size
     fields = {
         "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp,
         "num_attention_heads": width // 64, "num_key_value_heads": width // 256, "vocab_size": vocab,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(fields))
-    shapes = {"model.embed_tokens.weight": (vocab, width), "lm_head.weight": (vocab, width)}
-    shapes["model.norm.weight"] = (width,)
-    for layer in range(layers):
-        names = {
-            "input_layernorm": (width,), "post_attention_layernorm": (width,), "self_attn.q_proj": (width, width),
-            "self_attn.k_proj": (width // 4, width), "self_attn.v_proj": (width // 4, width),
-            "self_attn.o_proj": (width, width), "mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width),
-            "mlp.down_proj": (width, mlp),
-        }  # fmt: skip
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in names.items()}
-    noise = np.random.default_rng(0).standard_normal(2**20, dtype=np.float32)
-    noise = noise.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    files, waiting = {}, {}
-    for place, (name, shape) in enumerate(shapes.items()):
-        waiting[name] = np.resize(noise, shape)
-        files[name] = f"model-{len(set(files.values())) + 0:05d}.safetensors" if len(waiting) == 1 else files[last]  # noqa: F821
-        last = name  # noqa: F841
-        if sum(tensor.nbytes for tensor in waiting.values()) > GIB // 2 or place == len(shapes) - 1:
-            save_file(waiting, folder / files[name])
-            waiting = {}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    noise = np.random.default_rng(0).standard_normal(MIB, dtype=np.float32).astype(DTYPES[dtype])
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes(*size).items():
+        if filled > FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += math.prod(shape) * noise.itemsize
+    weight_map = {}
+    for number, names in enumerate(files):
+        weight_map |= dict.fromkeys(names, f"model-{number:05d}.safetensors")
+        tensors = {name: np.resize(noise, shapes(*size)[name]) for name in names}
+        save_file(tensors, folder / f"model-{number:05d}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def drop_from_cache(folder: Path) -> None:
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_seconds(folder: Path) -> float:
+    """Seconds of a plain copy of the weights into the same file system; the copy is removed again."""
+    with tempfile.TemporaryDirectory(dir=folder) as target:
+        start = time.perf_counter()
+        for path in weight_files(folder):
+            shutil.copyfile(path, Path(target) / path.name)
+        return time.perf_counter() - start
+
+
+def status_mib(field: str) -> float:
+    """A size from /proc/self/status, such as VmRSS, or VmHWM, the highest VmRSS since ``forget_peak``."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
+    """Runs in a process of its own; see the module's docstring."""
+    import jax
+
+    from ctxjax import sharding
+    from ctxjax.models import hf
+
+    mesh = sharding.make_mesh(fsdp=jax.device_count())
+    config = hf.read_config(folder)
+
+    def load_seconds() -> tuple[float, int]:
+        start = time.perf_counter()
+        params = jax.block_until_ready(hf.load(folder, config, mesh, dtype))
+        return time.perf_counter() - start, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+    before = status_mib("VmRSS")
+    forget_peak()
+    first, model_bytes = load_seconds()
+    peak = status_mib("VmHWM") - before
+    file_bytes = sum(path.stat().st_size for path in weight_files(folder))
+    result = {"file_gb": round(file_bytes / 1e9, 2), "first_load_seconds": round(first, 2)}
+    for cache in ("warm", "cold"):
+        seconds = {"copy": [], "load": []}
+        for _ in range(rounds):
+            for name, measure in (("copy", lambda: copy_seconds(folder)), ("load", lambda: load_seconds()[0])):
+                if cache == "cold":
+                    drop_from_cache(folder)
+                seconds[name].append(measure())
+        rates = {name: file_bytes / 1e9 / statistics.median(values) for name, values in seconds.items()}
+        result[cache] = {f"{name}_gb_per_second": round(rate, 2) for name, rate in rates.items()}
+        result[cache]["load_over_copy"] = round(rates["load"] / rates["copy"], 2)
+    width, _, _, vocab = SIZES["quick"] if config.width == SIZES["quick"][0] else SIZES["full"]
+    largest = vocab * width * np.dtype(DTYPES[dtype]).itemsize / MIB
+    return result | {
+        "peak_mib": round(peak),
+        "model_mib": round(model_bytes / MIB),
+        "overhead_mib": round(peak - model_bytes / MIB),
+        "allowed_mib": round(largest + 0.1 * model_bytes / MIB),
+    }
+
+
+def measure_load(size: str, rounds: int) -> dict:
+    """Reading, by "dtype in the files -> dtype in memory"."""
+    result = {}
+    for stored, wanted in (("float32", ["float32"]), ("bfloat16", ["bfloat16", "float32"])):
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder), SIZES[size], stored)
+            for dtype in wanted:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    result[f"{stored}->{dtype}"] = pool.apply(load_in_turns, (Path(folder), dtype, rounds))
+                print(f"{stored}->{dtype}: {result[f'{stored}->{dtype}']}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small model, two rounds")
+    parser.add_argument("--load", action="store_true", help="measure reading")
+    options = parser.parse_args()
+    if not options.load:
+        parser.error("nothing to measure; add --load")
+    size, rounds = ("quick", 2) if options.quick else ("full", 5)
+    result = {"benchmark": "checkpoint_io", "size": size, "load": measure_load(size, rounds)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

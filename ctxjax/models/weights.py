@@ -104,7 +104,7 @@ class Views:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor as it is stored. Its pages are read from the disk ahead of their use."""
+        """The tensor as it is stored; its bytes are read when they are used."""
         stored = self._tensors[name]
         if stored.file not in self._maps:
             with open(stored.file, "rb") as file:
