@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     config.compile_cache = "~/.cache/ctxjax/xla"
 
     config.model = ConfigDict()
-    config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher
+    # The student, and the frozen teacher: a Hugging Face folder, or a Hub id "org/name" or "org/name@revision".
+    config.model.path = ""
     config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
     config.model.param_dtype = "float32"  # of the weights that are trained
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
