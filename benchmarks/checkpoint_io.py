@@ -27,7 +27,11 @@ from safetensors.numpy import save_file
 
 MIB = 2**20
 FILE_BYTES = 512 * MIB
-SIZES = {"full": (2048, 16, 8192, 65536), "quick": (512, 8, 2048, 32768)}  # width, layers, MLP width, vocabulary
+# Width, layers, MLP width, vocabulary; "full" is 2.0 GB in either dtype.
+SIZES = {
+    "full": {"float32": (2048, 4, 8192, 65536), "bfloat16": (2048, 12, 8192, 65536)},
+    "quick": dict.fromkeys(("float32", "bfloat16"), (512, 8, 2048, 32768)),
+}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -132,8 +136,7 @@ def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
         rates = {name: file_bytes / 1e9 / statistics.median(values) for name, values in seconds.items()}
         result[cache] = {f"{name}_gb_per_second": round(rate, 2) for name, rate in rates.items()}
         result[cache]["load_over_copy"] = round(rates["load"] / rates["copy"], 2)
-    width, _, _, vocab = SIZES["quick"] if config.width == SIZES["quick"][0] else SIZES["full"]
-    largest = vocab * width * np.dtype(DTYPES[dtype]).itemsize / MIB
+    largest = config.vocab_size * config.width * np.dtype(DTYPES[dtype]).itemsize / MIB
     return result | {
         "peak_mib": round(peak),
         "model_mib": round(model_bytes / MIB),
@@ -147,7 +150,7 @@ def measure_load(size: str, rounds: int) -> dict:
     result = {}
     for stored, wanted in (("float32", ["float32"]), ("bfloat16", ["bfloat16", "float32"])):
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(Path(folder), SIZES[size], stored)
+            write_checkpoint(Path(folder), SIZES[size][stored], stored)
             for dtype in wanted:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     result[f"{stored}->{dtype}"] = pool.apply(load_in_turns, (Path(folder), dtype, rounds))
@@ -162,7 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.load:
         parser.error("nothing to measure; add --load")
-    size, rounds = ("quick", 2) if options.quick else ("full", 5)
+    size, rounds = ("quick", 2) if options.quick else ("full", 3)
     result = {"benchmark": "checkpoint_io", "size": size, "load": measure_load(size, rounds)}
     print(json.dumps(result))
 
