@@ -28,13 +28,13 @@ from ctxjax.types import Params
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3)}
 
 ALIGNMENT = 64  # bytes; a CPU device takes over host memory that begins at a multiple
-STRIP_ROWS = 16
+STRIP_ROWS = 64
 
 
 def family_of(fields: dict, folder: Path) -> Family:
     """The family of a config.json's ``model_type``."""
     name = fields.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{folder}/config.json: model_type = {name!r} is not supported; known: {sorted(FAMILIES)}")
     return FAMILIES[name]
 
@@ -155,15 +155,18 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 def _fill(target: np.ndarray, source: np.ndarray, flip: bool) -> None:
     """target = source, or its transpose, cast.
 
-    A transpose goes in strips of few rows, so that the lines of ``target`` that a strip touches stay in the cache:
-    2 to 3 GB/s on one core, a tenth of that for a whole matrix at once, half of it for square blocks.
+    A transpose goes in strips of a few rows, whose lines of ``target`` stay in the cache, and by way of a copy whose
+    rows are one line longer than a power of two: 3 to 4.5 GB/s on one core, where numpy by itself makes 0.3.
     """
     if not flip:
         target[...] = source
         return
+    width = source.shape[1]
+    strip = np.empty((STRIP_ROWS, width + ALIGNMENT // target.itemsize), target.dtype)[:, :width]
     for first in range(0, len(source), STRIP_ROWS):
-        strip = source[first : first + STRIP_ROWS].astype(target.dtype, copy=False)
-        target[:, first : first + STRIP_ROWS] = strip.T
+        rows = source[first : first + STRIP_ROWS]
+        strip[: len(rows)] = rows
+        target[:, first : first + STRIP_ROWS] = strip[: len(rows)].T
 
 
 def save(
