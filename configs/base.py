@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
 
     config.model = ConfigDict()
-    config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher
+    # The student, and the frozen teacher: a Hugging Face folder, or a Hub id "org/name" or "org/name@revision".
+    config.model.path = ""
     config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic

@@ -25,9 +25,10 @@ from ctxjax.types import Params
 def load_model(
     folder: str, mesh: Mesh | None = None, dtype: str = "float32", param_dtype: str = "float32"
 ) -> ModelFolder:
-    """Opens a local Hugging Face folder: ``.config``, ``.params`` (nested dict of arrays), ``.tokenizer``.
+    """Opens a model: ``.config``, ``.params`` (nested dict of arrays), ``.tokenizer``.
 
-    ``mesh`` defaults to all devices along "fsdp". Raises FileNotFoundError or ValueError with the remedy.
+    ``folder`` is a Hugging Face folder, or a Hub id ``org/name`` or ``org/name@revision``. ``mesh`` defaults to all
+    devices along "fsdp". Raises FileNotFoundError or ValueError with the remedy.
     """
     mesh = sharding.make_mesh(fsdp=jax.device_count()) if mesh is None else mesh
     return open_folder(folder, mesh, dtype, param_dtype)

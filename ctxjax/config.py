@@ -24,7 +24,7 @@ from ctxjax.sharding import check_divisible
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """The folder of the model and the arithmetic it runs in."""
+    """The folder or Hub id of the model and the arithmetic it runs in."""
 
     path: str
     dtype: str
@@ -213,7 +213,7 @@ def _check_model(config: Experiment) -> None:
         return
     if not config.base.steps or config.task != "rules":
         raise ValueError(
-            f"model.path is empty; give the folder of a Hugging Face model (only task = 'rules' can train its own "
+            f"model.path is empty; give the folder or the Hub id of a model (only task = 'rules' can train its own "
             f"base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
         )
     if config.base.query_heads % config.base.kv_heads:

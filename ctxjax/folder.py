@@ -9,6 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from transformers import AutoTokenizer
 
+from ctxjax.hub import local_folder
 from ctxjax.models import hf
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
@@ -31,7 +32,7 @@ def load_tokenizer(path: Path):
     if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from None
     if not tokenizer.chat_template:
@@ -60,11 +61,11 @@ def stop_ids(path: Path, tokenizer) -> tuple[int, ...]:
 def open_folder(
     path: str | Path, mesh: Mesh, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
 ) -> ModelFolder:
-    """Loads a local Hugging Face folder onto ``mesh``.
+    """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.
 
     Raises FileNotFoundError or ValueError with one message that names the folder, what is wrong, and the remedy.
     """
-    path = Path(path).expanduser()
+    path = local_folder(path)
     config = hf.read_config(path, dtype, remat)
     tokenizer = load_tokenizer(path)
     if len(tokenizer) > config.vocab_size:

@@ -105,7 +105,8 @@ def draw(logits_BxV: jax.Array, config: SamplingConfig, uniform_B: jax.Array) ->
     else:
         logits_BxV = filtered(logits_BxV, config)
         token_B = inverse_cdf(jax.nn.softmax(logits_BxV, axis=-1), uniform_B)
-    chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=-1)[:, 0]
+    # Not take_along_axis, which drops a batch of one row and with it the batch's sharding.
+    chosen_B = jax.vmap(lambda logits_V, token: logits_V[token])(logits_BxV, token_B)
     return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BxV, axis=-1)
 
 

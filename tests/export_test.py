@@ -119,7 +119,7 @@ def test_an_export_loads_bit_for_bit_and_in_shards_too(kind, trained, tmp_path, 
     assert len(sizes) >= 3 and max(sizes) < 22_000  # with their headers
     for name in ("one", "several"):
         model = hf.read_config(tmp_path / name)
-        assert model == run.model
+        assert model == dataclasses.replace(run.model, max_positions=model.max_positions)
         loaded = hf.load(tmp_path / name, model, mesh8)
         jax.tree.map(np.testing.assert_array_equal, loaded, run.student)
 
@@ -235,12 +235,3 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_written(trained, t
     with pytest.raises(OSError, match=r"need .* GB, and 1e-06 GB are free"):
         export.export(trained("full").workdir, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
-@pytest.mark.parametrize("shape", [(1, 1), (128, 5), (300, 64), (129, 1)])
-def test_transposing_moves_every_element_to_its_place(shape, dtype):
-    matrix = np.arange(np.prod(shape)).reshape(shape).astype(jax.numpy.dtype(dtype))
-    result = np.zeros(shape[::-1], matrix.dtype)
-    hf_save._transpose(matrix, result)
-    np.testing.assert_array_equal(result, matrix.T)

@@ -71,7 +71,7 @@ def test_a_module_has_a_floor_and_imports_only_from_it_or_below(module):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if (floor(name) or 0) < 5])
 def test_the_scientific_core_sees_no_config_tokenizer_file_or_clock(module):
-    reads_files = module in ("models.hf", "models.hf_save")
+    reads_files = module in ("models.hf", "models.weights", "models.hf_save")
     allowed = {"pathlib"} if reads_files else set()
     assert not {name.split(".")[0] for name in imports(module)} & (OUTSIDE - allowed)
     assert reads_files or "open" not in identifiers(module)

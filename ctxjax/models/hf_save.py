@@ -24,7 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from ctxjax.models import hf, lora
+from ctxjax.models import hf, lora, weights
 from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
@@ -138,7 +138,7 @@ def save_adapter(
                 theirs = f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.weight"
                 tensors[theirs] = _tensor(adapter["layers"], f"{target}_lora_{part}", layer, True, dtype)
     _write(folder / "adapter_model.safetensors", tensors)
-    modules = [family.LAYER_NAMES[target][0].removesuffix(".weight").rsplit(".", 1)[-1] for target in config.targets]
+    modules = [family.layer_names[target][0].removesuffix(".weight").rsplit(".", 1)[-1] for target in config.targets]
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -208,10 +208,7 @@ def _tensor(tree: dict, name: str, layer: int | None, flip: bool, dtype: str | N
             value = value if layer is None else value[layer]
         else:
             value = np.asarray(_prepared(parts, name, layer, dtype))
-        if flip:
-            _transpose(value, out)
-        else:
-            out[...] = value
+        weights.fill(out, value, flip)
 
     return _Tensor(shape[::-1] if flip else shape, dtype, fill)
 
@@ -226,19 +223,3 @@ def _prepared(parts: dict, name: str, layer: jax.Array | None, dtype) -> jax.Arr
 
 def _in_host_memory(array: jax.Array) -> bool:
     return [device.platform for device in array.devices()] == ["cpu"]
-
-
-def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:
-    """Writes a matrix's transpose into ``out``, ten times as fast as numpy does for large ones.
-
-    Rows go through a strip whose rows are a little longer than the matrix's: widths are powers of two, and then
-    numpy's way down a column meets one and the same set of the cache over and over.
-    """
-    rows, columns = matrix.shape
-    height, padding = 128, 64 // matrix.itemsize
-    matrix, out = (array.view(f"u{array.itemsize}") for array in (matrix, out))  # numpy is slow with bfloat16
-    strip = np.empty((height, columns + padding), matrix.dtype)
-    for start in range(0, rows, height):
-        part = matrix[start : start + height]
-        strip[: len(part), :columns] = part
-        out[:, start : start + len(part)] = strip[: len(part), :columns].T

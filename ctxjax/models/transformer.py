@@ -44,7 +44,8 @@ class ModelConfig:
     """Architecture, and the arithmetic it runs in. Hashable: a static argument of every jit.
 
     ``dtype`` is that of activations and matrix products; norms, softmax and logits are float32 always.
-    ``remat`` recomputes each layer in the backward pass, keeping only its input. ``tokens`` is how many of the
+    ``remat`` recomputes each layer in the backward pass, keeping only its input. ``max_positions`` is the longest
+    sequence, in tokens, that the model was made for; nothing computed depends on it. ``tokens`` is how many of the
     ``vocab_size`` rows are tokens of the tokenizer, 0: all; the others pad the head and are never predicted.
     ``logit_scale`` multiplies the head's output, and ``logit_softcap`` c then bends it to c tanh(. / c); 0: not.
     """
@@ -59,6 +60,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
+    max_positions: int = 2048
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
