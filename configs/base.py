@@ -3,7 +3,7 @@
 python -m ctxjax.main --config=configs/tiny.py --config.train.steps=50 --workdir=/tmp/run
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -43,7 +43,11 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.prompt = ConfigDict()
-    config.prompt.placement = "system"  # of the context: "system" message, or ahead of the question in the "user" turn
+    # Where the context stands: as the "system" message; in the "user" turn, a blank line ahead of the question; or as a
+    # "prefix", its bare text before the whole rendered chat, behind the begin token (for a completions API).
+    config.prompt.placement = "system"
+    config.prompt.date = "26 Jul 2024"  # today, to templates that write the date (Llama 3): the clock is never asked
+    config.prompt.thinking = config_dict.placeholder(bool)  # Qwen3's enable_thinking; unset: the template's default
     config.prompt.max_bare_tokens = 0  # tokens of a prompt without context; 0: as long as the longest row
     config.prompt.max_context_tokens = 0  # tokens of a prompt with context; 0: likewise
     config.prompt.overlong = "error"  # a longer row: "error", or "drop" (counted). Never cut.

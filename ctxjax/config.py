@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctxjax.data.prompts import PLACEMENTS, PromptConfig
+from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.tasks import TASKS
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES
@@ -134,6 +134,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         )
     prompt = PromptConfig(**config.prompt)
     _one_of("prompt.placement", prompt.placement, PLACEMENTS)
+    parse_date(prompt.date)
     _one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
     if config.task == "qa_jsonl":
         _one_of("qa_jsonl.grading", config.qa_jsonl.grading, GRADINGS)

@@ -57,7 +57,7 @@ class Evaluator:
         encoded = encode_rows(folder.tokenizer, task.rows(split), prompt)
         self.dropped = encoded.dropped
         self._rows = evaluation_views(task, encoded.rows, split)
-        tokens = {v: prompts_lib.encode(folder.tokenizer, rows, prompt.placement) for v, rows in self._rows.items()}
+        tokens = {v: prompts_lib.encode(folder.tokenizer, rows, prompt) for v, rows in self._rows.items()}
         # Two lengths, so that decoding is compiled twice and not once for every view.
         longest = max(len(ids) for view, lists in tokens.items() if view != "bare" for ids in lists)
         lengths = dict.fromkeys(tokens, max(longest, encoded.lengths["context"])) | {"bare": encoded.lengths["bare"]}

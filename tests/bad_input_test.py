@@ -62,7 +62,7 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
         ("optim.schedule", "linear", "optim.schedule = 'linear' is not known; choose from constant, cosine"),
         ("loss.divergence", "js", "loss.divergence = 'js' is not known"),
         ("loss.averaging", "mean", "loss.averaging = 'mean' is not known"),
-        ("prompt.placement", "prefix", "prompt.placement = 'prefix' is not known"),
+        ("prompt.placement", "suffix", "prompt.placement = 'suffix' is not known; choose from prefix, system, user"),
         ("mesh.tensor", 3, "needs 6 devices, and there are 8"),
         ("run_arms", ("nca",), "run_arms = 'nca' is not known"),
         ("model.dtype", "float16", "model.dtype = 'float16' is not known"),
@@ -176,7 +176,7 @@ def test_or_it_is_dropped_and_counted_but_never_cut(tokenizer, world):
     rows = world.rows("train")
     encoded = encode_rows(tokenizer, rows, PromptConfig(max_bare_tokens=9, overlong="drop"))
     assert encoded.dropped == sum(len(row.question) == 8 for row in rows) > 0
-    assert all(tokens in prompts.encode(tokenizer, [r._replace(context=None) for r in rows], "system")
+    assert all(tokens in prompts.encode(tokenizer, [r._replace(context=None) for r in rows], PromptConfig())
                for tokens in encoded.bare)  # fmt: skip
     with pytest.raises(ValueError, match="none of 64 rows fits"):
         encode_rows(tokenizer, rows, PromptConfig(max_bare_tokens=3, overlong="drop"))
