@@ -15,10 +15,14 @@ def get_config() -> ConfigDict:
     config.compile_cache = "~/.cache/ctxjax/xla"
 
     config.model = ConfigDict()
-    config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher
+    config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher where it has none of its own
     config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
     config.model.param_dtype = "float32"  # of the weights that are trained
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
+
+    config.teacher = ConfigDict()
+    config.teacher.path = ""  # folder of another frozen teacher, same tokenizer; "": the student's initial weights
+    config.teacher.param_dtype = config.model.get_ref("param_dtype")  # of its weights; "bfloat16" halves them
 
     # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
     config.base = ConfigDict()

@@ -32,6 +32,14 @@ class ModelSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherSource:
+    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights."""
+
+    path: str
+    param_dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
 class BaseConfig:
     """A base model to train from scratch; see configs/base.py, ``config.base``."""
 
@@ -100,6 +108,7 @@ class Experiment:
     task: str
     task_config: Any
     model: ModelSource
+    teacher: TeacherSource
     base: BaseConfig
     mesh: MeshConfig
     prompt: PromptConfig
@@ -143,6 +152,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         task=config.task,
         task_config=task_class(**config[config.task]),
         model=ModelSource(**config.model),
+        teacher=TeacherSource(**config.teacher),
         base=BaseConfig(**config.base),
         mesh=_mesh(config.mesh, device_count),
         prompt=prompt,
@@ -174,8 +184,8 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
         arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
         _one_of("loss.divergence", arms[name].divergence, DIVERGENCES)
         _one_of("loss.averaging", arms[name].averaging, ("token_mean", "sequence_mean"))
-    if "base" in arms:
-        raise ValueError('run_arms: "base" is the name of the untrained model in the results; rename the arm')
+    for taken in {"base", "teacher"} & arms.keys():
+        raise ValueError(f'run_arms: "{taken}" is the name of an untrained model in the results; rename the arm')
     return arms
 
 
@@ -198,6 +208,7 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
 def _check_model(config: Experiment) -> None:
     for name in ("dtype", "param_dtype"):
         _one_of(f"model.{name}", getattr(config.model, name), ("float32", "bfloat16"))
+    _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     if config.model.path:
         return
     if not config.base.steps or config.task != "rules":

@@ -33,10 +33,10 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """A split in all its views, tokenized once; call it with parameters.
+    """A split in all its views, tokenized once; call it with parameters of ``folder``'s architecture.
 
-    ``greedy`` is how responses are judged (temperature 0 unless the config says otherwise), ``rollout`` how
-    training samples: the held-out distillation loss is taken on such samples.
+    ``judged`` is how responses are decoded (temperature 0 unless the config says otherwise), ``rollout`` how
+    training samples: the held-out distillation loss, against ``teacher``, is taken on such samples.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Evaluator:
         task: Task,
         split: str,
         folder: ModelFolder,
-        frozen: Params,
+        teacher: ModelFolder,
         prompt: PromptConfig,
         judged: SamplingConfig,
         rollout: SamplingConfig,
@@ -52,7 +52,7 @@ class Evaluator:
         seed: int,
         mesh: Mesh,
     ):
-        self._task, self._folder, self._frozen, self._mesh = task, folder, frozen, mesh
+        self._task, self._folder, self._teacher, self._mesh = task, folder, teacher, mesh
         self._judged, self._rollout = judged, rollout
         encoded = encode_rows(folder.tokenizer, task.rows(split), prompt)
         self.dropped = encoded.dropped
@@ -127,9 +127,9 @@ class Evaluator:
         loss = LossConfig(temperature=self._rollout.temperature)
         return views_lib.distillation_kl(
             params,
-            self._frozen,
+            self._teacher.params,
             model,
-            model,
+            self._teacher.config,
             loss,
             bare,
             self._prompts["context"],

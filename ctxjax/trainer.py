@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 import resource
 import time
+from typing import NamedTuple
 
 import jax
 
 from ctxjax import pretrain, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import DecodeConfig, Experiment
+from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows, training_batches
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS
@@ -35,13 +38,8 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     seconds: dict[str, float] = {}
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        task = TASKS[config.task][1](config.task_config)
-        folder = _open_model(config, mesh, seconds)
-        train_rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
-        retention = None
-        if any(loss.mu > 0 for loss in config.arms.values()):
-            retention = RetentionRows.of(folder.tokenizer, task, train_rows, config.prompt)
-        dev, test = (_evaluator(config, task, split, folder, mesh) for split in ("dev", "test"))
+        task, folder, teacher, train_rows, retention = open_inputs(config, mesh, seconds)
+        dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
             f"dev {dev.dropped}, test {test.dropped}",
@@ -54,6 +52,11 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         seconds["evaluate base"] = time.monotonic() - clock
         _save_items(workdir / "base", base)
         finished = {"base": base}
+        if teacher is not folder:
+            clock = time.monotonic()
+            finished["teacher"] = _evaluator(config, task, "test", teacher, teacher, mesh)(teacher.params)
+            _save_items(workdir / "teacher", finished["teacher"])
+            seconds["evaluate teacher"] = time.monotonic() - clock
         for name, loss in config.arms.items():
             clock = time.monotonic()
             arm = _Arm(
@@ -61,6 +64,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 name,
                 loss,
                 folder,
+                teacher,
                 train_rows,
                 retention if loss.mu > 0 else None,
                 mesh,
@@ -84,6 +88,47 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     return results
 
 
+class Inputs(NamedTuple):
+    """What training reads. ``teacher`` is ``student`` itself where it has no folder of its own; ``retention`` has the
+    rows under other contexts, where an arm wants them."""
+
+    task: Task
+    student: ModelFolder
+    teacher: ModelFolder
+    rows: EncodedRows
+    retention: RetentionRows | None
+
+
+def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
+    """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
+    task = TASKS[config.task][1](config.task_config)
+    folder, teacher = with_teacher(config, _open_model(config, mesh, seconds), mesh, seconds)
+    if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
+        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
+    retention = None
+    if any(loss.mu > 0 for loss in config.arms.values()):
+        retention = RetentionRows.of(folder.tokenizer, task, rows, config.prompt)
+    return Inputs(task, folder, teacher, rows, retention)
+
+
+def with_teacher(
+    config: Experiment, student: ModelFolder, mesh, seconds: dict[str, float]
+) -> tuple[ModelFolder, ModelFolder]:
+    """(student, teacher), which are one and the same where the teacher has no folder of its own.
+
+    Both read the student's tokens and stop at the ends of either: a base student comes to end as its teacher does.
+    """
+    if not config.teacher.path:
+        return student, student
+    clock = time.monotonic()
+    loaded = open_folder(config.teacher.path, mesh, config.model.dtype, config.teacher.param_dtype, student=student)
+    seconds["load teacher"] = time.monotonic() - clock
+    print(f"teacher: {config.teacher.path}", flush=True)
+    student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
+    return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
+
+
 def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFolder:
     clock = time.monotonic()
     path = config.model.path
@@ -97,7 +142,7 @@ def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFol
     return folder
 
 
-def _sampling(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
+def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
     return SamplingConfig(
         max_tokens=decode.max_tokens,
         eos_ids=folder.stop_ids,
@@ -108,15 +153,17 @@ def _sampling(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
     )
 
 
-def _evaluator(config: Experiment, task: Task, split: str, folder: ModelFolder, mesh) -> Evaluator:
+def _evaluator(
+    config: Experiment, task: Task, split: str, folder: ModelFolder, teacher: ModelFolder, mesh
+) -> Evaluator:
     return Evaluator(
         task,
         split,
         folder,
-        folder.params,
+        teacher,
         config.prompt,
-        judged=_sampling(config.eval.decode, folder),
-        rollout=_sampling(config.rollout, folder),
+        judged=sampling_config(config.eval.decode, folder),
+        rollout=sampling_config(config.rollout, folder),
         batch_size=config.eval.batch_size,
         seed=config.seed,
         mesh=mesh,
@@ -132,15 +179,16 @@ class _Arm:
         name: str,
         loss: LossConfig,
         folder: ModelFolder,
+        teacher: ModelFolder,
         rows: EncodedRows,
         retention: RetentionRows | None,
         mesh,
         workdir: Path,
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
-        self.mesh, self.workdir = mesh, workdir
-        sampling = _sampling(config.rollout, folder)
-        self.step_config = StepConfig(folder.config, folder.config, sampling, loss, config.optim)
+        self.frozen, self.mesh, self.workdir = teacher.params, mesh, workdir
+        sampling = sampling_config(config.rollout, folder)
+        self.step_config = StepConfig(folder.config, teacher.config, sampling, loss, config.optim)
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
         """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters."""
@@ -168,11 +216,11 @@ class _Arm:
             batch = sharding.put_batch(next(batches), self.mesh)
             if compiled is None:
                 clock = time.monotonic()
-                compiled = train_step.lower(state, self.folder.params, batch, config=self.step_config).compile()
+                compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
                 seconds[f"{self.name} compile"] = time.monotonic() - clock
                 writer.pause()
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, self.folder.params, batch)
+                state, metrics = compiled(state, self.frozen, batch)
             writer.step(step, metrics)
             if "first step done" not in seconds:
                 jax.block_until_ready(metrics)

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from ctxjax import folder as folder_lib
-from ctxjax.data import prompts, word_tokenizer
+from ctxjax.data import prompts, tokenizer_match, word_tokenizer
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig
 from ctxjax.data.task import Row
 
@@ -180,3 +180,38 @@ def test_a_response_ends_at_the_tokens_of_both_files(tmp_path, tokenizer, genera
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(generation)
     assert folder_lib.stop_ids(tmp_path, tokenizer("qwen3")) == ids
+
+
+def changed(*, words=("a", "b", "c"), pattern="[abc]", special=(), template=None):
+    made = word_tokenizer.build(list(words), pattern)
+    made.add_special_tokens({"additional_special_tokens": list(special)}, replace_extra_special_tokens=False)
+    made.chat_template = template or made.chat_template
+    return made
+
+
+def test_a_tokenizer_is_the_same_whatever_its_template_says_in_words():
+    tokenizer_match.require_same(changed(), changed(template=word_tokenizer.CHAT_TEMPLATE + " Be kind."))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (
+            {"words": ("b", "a", "c")},
+            r"token 'a': 7 in the student's, 8 in the teacher's\n.*'b': 8 in .*, 7 in",
+        ),
+        ({"words": ("a", "b", "c", "d")}, r"id of the token 'd': None in the student's, 10 in the teacher's$"),
+        ({"words": [str(n) for n in range(20)]}, r"\n  and 18 more"),
+        ({"special": ("a",)}, r"special token with the id 7: None in the student's, 'a' in the teacher's$"),
+        ({"pattern": "[^abc]"}, r"its piece 1: 'c' in the student's, '<\|unknown\|>' in"),
+        (
+            {"template": "{{ bos_token + messages[-1]['content'] }}"},
+            r"template writes, with the id 5: .*user.*, None in",
+        ),
+    ],
+)
+def test_another_tokenizer_is_named_with_the_first_differences_and_both_folders(teacher, message):
+    student, teacher = changed(), changed(**teacher)
+    student.name_or_path, teacher.name_or_path = "small", "large"
+    with pytest.raises(ValueError, match=r"teacher.path = large is not the student's in small(.|\n)*" + message):
+        tokenizer_match.require_same(student, teacher)

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, trainer, workdir as workdir_lib
+from ctxjax import config as config_lib, pretrain, sharding, trainer, workdir as workdir_lib
+from ctxjax.folder import open_folder
 
 ARMS = ("opcd", "opcd_anchored", "opcd_retained")
 
@@ -130,6 +132,42 @@ def test_the_base_is_trained_once_and_is_an_ordinary_folder(finished, cache):
     assert len(folders) == 1
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert expected <= {path.name for path in folders[0].iterdir()}
+
+
+@pytest.fixture(scope="module")
+def larger(finished, cache):
+    """The folder of a wider base."""
+    config = small(cache)
+    config.base.width = 48
+    experiment = config_lib.experiment(config, jax.device_count())
+    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
+        return pretrain.ensure_base(experiment.base, experiment.task_config, mesh)
+
+
+def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(finished, cache, larger, tmp_path):
+    config = small(cache)
+    config.run_arms, config.train.steps, config.teacher.path = ("opcd",), 2, str(larger)
+    results = start(config, tmp_path / "run")
+    assert list(results) == ["base", "teacher", "opcd"]
+    # The base is the same as in the run that taught itself; what it is to learn is not.
+    _, alone = finished
+    assert results["base"]["view_kl"] == pytest.approx(alone["base"]["view_kl"], rel=1e-5)
+    assert results["base"]["distill"] != pytest.approx(alone["base"]["distill"], rel=1e-2)
+    items = {model: rows(tmp_path / "run" / model / "items.jsonl") for model in ("base", "teacher")}
+    assert [item["question"] for item in items["teacher"]] == [item["question"] for item in items["base"]]
+    assert "teacher with context" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_one_copy(cache, larger, mesh, tmp_path):
+    config = small(cache)
+    config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
+    (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    experiment = config_lib.experiment(config, jax.device_count())
+    student = open_folder(pretrain.base_folder(experiment.base, experiment.task_config), mesh)
+    assert trainer.with_teacher(config_lib.experiment(small(cache), 8), student, mesh, {}) == (student, student)
+    both = trainer.with_teacher(experiment, student, mesh, {})
+    assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
+    assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 
 
 def test_questions_of_ones_own_are_distilled(finished, cache, tmp_path):
