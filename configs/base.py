@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
 
     config.teacher = ConfigDict()
     config.teacher.path = ""  # folder of another frozen teacher, same tokenizer; "": the student's initial weights
-    config.teacher.param_dtype = config.model.get_ref("param_dtype")  # of its weights; "bfloat16" halves them
+    config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves them
 
     # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
     config.base = ConfigDict()

@@ -1,9 +1,6 @@
 """Prompts under the templates of real families: date, thinking, roles that a template refuses, folds or forgets."""
 
-from pathlib import Path
-
 import pytest
-from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from ctxjax import folder as folder_lib
@@ -65,14 +62,6 @@ def tokenizer():
         return made
 
     return make
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    folder = Path(__file__).parents[2] / "shared" / "data" / "smollm2_tokenizer"
-    if not folder.exists():
-        pytest.skip("the SmolLM2 tokenizer is not here")
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture
