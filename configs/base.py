@@ -20,8 +20,10 @@ def get_config() -> ConfigDict:
     config.model.param_dtype = "float32"  # of the weights that are trained
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
 
+    # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and
+    # responses end at the end tokens of either model.
     config.teacher = ConfigDict()
-    config.teacher.path = ""  # folder of another frozen teacher, same tokenizer; "": the student's initial weights
+    config.teacher.path = ""  # its folder; "": the student's initial weights teach, and are held once
     config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves them
 
     # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
