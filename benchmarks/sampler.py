@@ -4,12 +4,13 @@
 
 Both sample at temperature 1 from the same random folder, the same batch of full-length prompts, to the same length
 (end tokens off), in float32 on the CPU; runs alternate and the best of each counts, since the machine may be shared.
-The floor of a decode step is the larger of
+The floor is the larger of
 
-    FLOPs   2 * parameters * batch + 4 * layers * query heads * head_dim * mean cache length * batch
-    bytes   weights once, and the filled part of the cache of every row once
+    FLOPs   2 * parameters (without the embedding) per token read or made, and 4 * query width * length in attention
+    bytes   per step, the weights once, and the filled part of the cache of every row once
 
-over this machine's own matrix-product and read rates, which are measured in the same run. ctxjax decodes rows in
+over this machine's own matrix-product and read rates, which are measured in the same run; reading the prompts is
+arithmetic only. ctxjax decodes rows in
 parallel on one CPU device per core (decoding is many small operations, which gain little from threads inside each);
 ``--devices=1`` shows the difference. torch is optional (extra
 "parity"); without it its columns are missing. Prints one JSON object as the last line; the numbers of record stand
@@ -49,6 +50,7 @@ def best_of(runs: int, functions: dict) -> dict[str, float]:
     times = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
+            time.sleep(0.3)  # torch's threads go on spinning for a while after a call, which slows whoever comes next
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
@@ -71,12 +73,15 @@ def machine_rates() -> tuple[float, float]:
 
 
 def floor_seconds(model: ModelConfig, prompt: int, new: int, rates: tuple[float, float]) -> float:
-    """The least time that the arithmetic and the traffic of ``new`` decode steps need."""
-    parameters = params_lib.count(transformer.param_specs(model)) - model.vocab_size * model.width
+    """The least time that the arithmetic and the traffic of reading the prompts and making ``new`` tokens need."""
+    head = model.vocab_size * model.width
+    parameters = params_lib.count(transformer.param_specs(model)) - head  # an embedding is looked up, not multiplied
+    attention = 4 * model.layers * model.query_heads * model.head_dim
     filled = prompt + new / 2
-    flops = 2 * parameters * BATCH + 4 * model.layers * model.query_heads * model.head_dim * filled * BATCH
+    prompt_flops = prompt * (2 * (parameters - head) + attention * prompt / 2) * BATCH
+    token_flops = (2 * parameters + attention * filled) * BATCH
     cache = 2 * model.layers * model.kv_heads * model.head_dim * filled * BATCH * 4
-    return new * max(flops / rates[0], (4 * parameters + cache) / rates[1])
+    return prompt_flops / rates[0] + new * max(token_flops / rates[0], (4 * parameters + cache) / rates[1])
 
 
 def measure(model: ModelConfig, prompt: int, new: int, runs: int, rates: tuple[float, float]) -> dict:
@@ -133,7 +138,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", options.devices)
     rates = machine_rates()
     results = {
-        name: measure(model, prompt, new, 1 if options.quick else 5, rates)
+        name: measure(model, prompt, new, 1 if options.quick else 10, rates)
         for name, (model, prompt, new) in SHAPES.items()
     }
     versions = {"jax": jax.__version__}

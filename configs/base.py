@@ -14,10 +14,12 @@ def get_config() -> ConfigDict:
     # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
     config.compile_cache = "~/.cache/ctxjax/xla"
 
+    config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
+
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher where it has none of its own
     config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
-    config.model.param_dtype = "float32"  # of the weights that are trained
+    config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
 
     # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and
@@ -25,6 +27,11 @@ def get_config() -> ConfigDict:
     config.teacher = ConfigDict()
     config.teacher.path = ""  # its folder; "": the student's initial weights teach, and are held once
     config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves them
+
+    config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B, of which only A and B are trained
+    config.lora.rank = 0  # 0: all weights are trained
+    config.lora.alpha = 32.0
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices that have an adapter
 
     # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
     config.base = ConfigDict()

@@ -14,6 +14,9 @@ def get_config() -> ConfigDict:
     config.task = "rules"
     config.base.steps = 600
 
+    config.mesh.data = -1  # the model is small: every device holds it whole
+    config.mesh.fsdp = 1
+
     config.rollout.max_tokens = 19  # three steps of a step token and five letters, and the end token
     config.loss.chunk = 32
 

@@ -17,6 +17,7 @@ from ctxjax.data.tasks import TASKS
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES
 from ctxjax.losses import LossConfig
+from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.optim import SCHEDULES, OptimConfig
 from ctxjax.sharding import check_divisible
 
@@ -102,13 +103,15 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole run. ``arms`` maps each arm's name to its loss, in the order in which they run."""
+    """A whole run. ``arms`` maps each arm's name to its loss, in the order in which they run; ``lora`` is None where
+    all weights are trained."""
 
     seed: int
     task: str
     task_config: Any
     model: ModelSource
     teacher: TeacherSource
+    lora: LoraConfig | None
     base: BaseConfig
     mesh: MeshConfig
     prompt: PromptConfig
@@ -153,6 +156,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         task_config=task_class(**config[config.task]),
         model=ModelSource(**config.model),
         teacher=TeacherSource(**config.teacher),
+        lora=_lora(config.lora),
         base=BaseConfig(**config.base),
         mesh=_mesh(config.mesh, device_count),
         prompt=prompt,
@@ -187,6 +191,14 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
     for taken in {"base", "teacher"} & arms.keys():
         raise ValueError(f'run_arms: "{taken}" is the name of an untrained model in the results; rename the arm')
     return arms
+
+
+def _lora(config: ConfigDict) -> LoraConfig | None:
+    targets = tuple(config.targets)
+    for target in targets:
+        _one_of("lora.targets", target, TARGETS)
+    _require(0 < len(targets) == len(set(targets)), "lora.targets", targets, "at least one matrix, each named once")
+    return LoraConfig(config.rank, config.alpha, targets) if config.rank else None
 
 
 def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
@@ -224,10 +236,11 @@ def _check_model(config: Experiment) -> None:
 
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
-    "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay", "prompt.max_bare_tokens",
-    "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta", "loss.mu", "optim.warmup_steps",
-    "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows", "eval.every", "eval.temperature",
-    "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share", "qa_jsonl.limit", "optim.lr",
+    "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
+    "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
+    "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
+    "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
+    "qa_jsonl.limit", "optim.lr", "lora.rank",
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ def main(_) -> None:
     from ctxjax import config, preview, trainer, workdir
 
     _quiet()
+    _split_cpu(_CONFIG.value.cpu_devices)
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _CONFIG.value.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
@@ -44,6 +45,18 @@ def main(_) -> None:
 def _quiet() -> None:
     """Leaves warnings, and drops the libraries' accounts of what they are doing, which would bury the bar."""
     logging.set_verbosity(logging.WARNING)
+
+
+def _split_cpu(count: int) -> None:
+    """Makes the CPU ``count`` devices, before the first use of jax's backends; 0: the largest power of two of cores, up
+    to 8. A small model is many small operations, which gain more from a core each than from threads in each one: a
+    step of configs/tiny.py takes 1.5 times as long on one device of two cores. Accelerators are not affected."""
+    if count < 0:
+        raise ValueError(f"cpu_devices = {count} must be a number of devices, or 0 for one per core")
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", count or 1 << (min(cores, 8).bit_length() - 1))
 
 
 def _parse(argv: list[str]) -> list[str]:

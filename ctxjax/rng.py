@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 
-STREAMS = {"init": 0, "rollout": 1, "retention": 2, "evaluation": 3, "pretraining": 4}
+STREAMS = {"init": 0, "rollout": 1, "retention": 2, "evaluation": 3, "pretraining": 4, "adapter": 5}
 
 
 def key_for(root: jax.Array, step: jax.Array | int, stream: str) -> jax.Array:

@@ -18,38 +18,55 @@ import optax
 
 from ctxjax import losses, masks, optim, rng
 from ctxjax.losses import LossConfig
+from ctxjax.models import lora as lora_lib, params as params_lib
+from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.types import Batch, Mean, Params, Rollout, TrainState
+from ctxjax.types import Batch, Frozen, Mean, Params, Rollout, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """All static facts of a step. Hashable; one compiled program for each value."""
+    """All static facts of a step. Hashable; one compiled program for each value. ``lora`` None: all weights are
+    trained."""
 
     model: ModelConfig
     teacher_model: ModelConfig
     sampling: SamplingConfig
     loss: LossConfig
     optim: OptimConfig
+    lora: LoraConfig | None = None
 
 
 def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState:
-    """The state at step 0. ``params`` are copied, since a step overwrites its own in place: the caller's may
-    serve as the frozen teacher."""
-    params = jax.tree.map(jnp.copy, params)
-    opt_state = jax.jit(optim.optimizer(config.optim).init)(params)
-    return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, key=key)
+    """The state at step 0 of a student that starts from ``params``, on the current mesh.
+
+    With an adapter, the state holds the adapter alone. Else it holds a copy of ``params``, since a step overwrites
+    its own in place: the caller's may serve as the frozen teacher.
+    """
+    if config.lora is None:
+        trained = jax.tree.map(jnp.copy, params)
+    else:
+        specs = lora_lib.specs(config.model, config.lora)
+        trained = params_lib.init(specs, rng.key_for(key, 0, "adapter"), jax.sharding.get_mesh())
+    opt_state = jax.jit(optim.optimizer(config.optim).init)(trained)
+    return TrainState(step=jnp.int32(0), params=trained, opt_state=opt_state, key=key)
 
 
-def rollout_step(state: TrainState, batch: Batch, config: StepConfig) -> tuple[Rollout, Rollout | None]:
+def student_params(trained: Params, frozen: Frozen, config: StepConfig) -> Params:
+    """The student's whole parameter tree, from what is trained of it and what is frozen."""
+    return trained if config.lora is None else lora_lib.join(frozen.base, trained, config.lora)
+
+
+def rollout_step(state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig) -> tuple[Rollout, Rollout | None]:
     """(y, y'): responses of the student to the bare view, and to the other contexts where there are any."""
+    params = student_params(state.params, frozen, config)
 
     def respond(prompts, stream):
         rows_B = batch.example_id_B[: prompts.tokens_BxP.shape[0]]
         keys_B = rng.row_keys(rng.key_for(state.key, state.step, stream), rows_B)
-        return sample(state.params, config.model, config.sampling, prompts, keys_B)
+        return sample(params, config.model, config.sampling, prompts, keys_B)
 
     other = respond(batch.other, "retention") if batch.other is not None else None
     return respond(batch.bare, "rollout"), other
@@ -57,7 +74,7 @@ def rollout_step(state: TrainState, batch: Batch, config: StepConfig) -> tuple[R
 
 def update_step(
     state: TrainState,
-    frozen: Params,
+    frozen: Frozen,
     batch: Batch,
     rollout: Rollout,
     other_rollout: Rollout | None,
@@ -65,9 +82,10 @@ def update_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The new state and the step's metrics, float32 scalars (losses in nats per token)."""
 
-    def loss_of(params):
+    def loss_of(trained):
+        params = student_params(trained, frozen, config)
         return losses.objective(
-            params, frozen, config.model, config.teacher_model, config.loss, batch, rollout, other_rollout
+            params, frozen.teacher, config.model, config.teacher_model, config.loss, batch, rollout, other_rollout
         )
 
     (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -96,8 +114,8 @@ def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, ja
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def train_step(
-    state: TrainState, frozen: Params, batch: Batch, config: StepConfig
+    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Sample, score, update: the whole step in one program. ``state`` is donated; ``frozen`` is the teacher."""
-    rollout, other_rollout = rollout_step(state, batch, config)
+    """Sample, score, update: the whole step in one program. ``state`` is donated, ``frozen`` is not."""
+    rollout, other_rollout = rollout_step(state, frozen, batch, config)
     return update_step(state, frozen, batch, rollout, other_rollout, config)

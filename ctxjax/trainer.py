@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from ctxjax import pretrain, sharding, workdir as workdir_lib
+from ctxjax import optim, pretrain, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import prompts as prompts_lib
@@ -23,10 +23,11 @@ from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import ModelFolder, open_folder
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
+from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
 from ctxjax.sampling import SamplingConfig
-from ctxjax.train_step import StepConfig, init_state, train_step
-from ctxjax.types import Params
+from ctxjax.train_step import StepConfig, init_state, student_params, train_step
+from ctxjax.types import Frozen, Params, TrainState
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
@@ -39,6 +40,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         task, folder, teacher, train_rows, retention = open_inputs(config, mesh, seconds)
+        print(_sizes(config, folder, teacher, mesh), flush=True)
         dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
@@ -142,6 +144,37 @@ def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFol
     return folder
 
 
+def _sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh) -> str:
+    """What the weights and the optimiser hold, in scalars and in bytes of the whole mesh."""
+    trained = student.params
+    if config.lora is not None:
+        trained = params_lib.abstract(lora_lib.specs(student.config, config.lora), mesh)
+    optimiser = jax.eval_shape(optim.optimizer(config.optim).init, trained)
+
+    def count(tree) -> str:
+        return _short(sum(leaf.size for leaf in jax.tree.leaves(tree))).strip()
+
+    def size(tree) -> str:
+        return _short(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))) + "B"
+
+    if config.lora is None:
+        frozen = {"frozen in the teacher": teacher}
+    elif teacher is student:
+        frozen = {"frozen, student's base and teacher in one": teacher}
+    else:
+        frozen = {"frozen in the student's base": student, "frozen in the teacher": teacher}
+    held = [f"{count(trained)} trained ({size(trained)})"]
+    held += [f"{count(model.params)} {where} ({size(model.params)})" for where, model in frozen.items()]
+    return f"parameters: {', '.join(held)}; optimiser: {size(optimiser)}"
+
+
+def _short(number: int) -> str:
+    """Three digits and a unit, ready for a "B" behind it: "8.03 G", "21 M", "512 "."""
+    rounded = float(f"{number:.3g}")
+    power = min((len(str(int(rounded))) - 1) // 3, 4)
+    return f"{rounded / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
+
+
 def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
     return SamplingConfig(
         max_tokens=decode.max_tokens,
@@ -186,9 +219,10 @@ class _Arm:
         workdir: Path,
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
-        self.frozen, self.mesh, self.workdir = teacher.params, mesh, workdir
+        self.mesh, self.workdir = mesh, workdir
         sampling = sampling_config(config.rollout, folder)
-        self.step_config = StepConfig(folder.config, teacher.config, sampling, loss, config.optim)
+        self.step_config = StepConfig(folder.config, teacher.config, sampling, loss, config.optim, config.lora)
+        self.frozen = Frozen(teacher=teacher.params, base=folder.params if config.lora else None)
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
         """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters."""
@@ -227,12 +261,15 @@ class _Arm:
                 seconds["first step done"] = time.monotonic() - started
             if config.eval.every and step % config.eval.every == 0:
                 writer.flush()
-                writer.write(step, _prefixed(dev(state.params)))
+                writer.write(step, _prefixed(dev(self._student(state))))
                 writer.pause()
             checkpoints.save(state, step, last=step == train.steps)
         writer.close()
         checkpoints.close()
-        return state.params
+        return self._student(state)
+
+    def _student(self, state: TrainState) -> Params:
+        return student_params(state.params, self.frozen, self.step_config)
 
 
 def _prefixed(evaluation: Evaluation) -> dict[str, float]:

@@ -78,15 +78,27 @@ class KVCache:
 class TrainState:
     """All that a step replaces.
 
-    ``params`` are what is trained; the teacher's frozen weights stay outside, since a step neither writes nor
-    saves them. ``key`` is the root key and never changes: the randomness of a step is a pure function of
-    (key, step, stream, row, position).
+    ``params`` are what is trained: all weights, or an adapter's (models/lora.py). Frozen weights stay outside, since
+    a step neither writes nor saves them. ``key`` is the root key and never changes: the randomness of a step is a
+    pure function of (key, step, stream, row, position).
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     key: jax.Array
+
+
+@struct.dataclass
+class Frozen:
+    """Weights that a step reads and never changes.
+
+    ``teacher`` is f; ``base`` is what the student's adapter is joined to, or None where all its weights are trained.
+    They may be the same arrays, and are then held once.
+    """
+
+    teacher: Params
+    base: Params | None = None
 
 
 @struct.dataclass

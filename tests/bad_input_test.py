@@ -142,7 +142,7 @@ def test_end_tokens_that_are_no_ids_are_named(tmp_path, tokenizer, ends):
 def test_a_mesh_takes_all_devices_that_remain():
     config = tiny.get_config()
     config.mesh.tensor = 2
-    assert config_lib.experiment(config, device_count=8).mesh == config_lib.MeshConfig(data=1, fsdp=4, tensor=2)
+    assert config_lib.experiment(config, device_count=8).mesh == config_lib.MeshConfig(data=4, fsdp=1, tensor=2)
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh):

@@ -25,6 +25,10 @@ TEMPLATES = {
 {%- for message in messages %}{{- "<|" + message.role + "|>" + message.content | trim + eos_token }}{%- endfor %}
 {%- if add_generation_prompt %}{{- "<|assistant|>" }}{%- endif %}
 """,
+    # A Llama 3.1 without the function: the variable, or a date of its own.
+    "variable": """{%- if not date_string is defined %}{%- set date_string = "1 Jan 1970" %}{%- endif %}
+{{- bos_token + "<|system|>Today: " + date_string }}{%- for message in messages %}{{- message.content }}{%- endfor %}
+""",
     # Qwen3: no begin token; thinking is on unless it is switched off by an empty block.
     "qwen3": """{%- for message in messages %}
     {{- "<|" + message.role + "|>\n" + message.content + eos_token + "\n" }}
@@ -102,12 +106,14 @@ def test_each_placement_by_hand(tokenizer, no_clock, family, placement, text):
     assert rendered(tokenizer(family), placement) == text
 
 
-@pytest.mark.parametrize("family", ["llama3", "dated"])
+@pytest.mark.parametrize("family", ["llama3", "variable", "dated"])
 @pytest.mark.parametrize("row", [ROW, BARE])
 def test_the_date_is_the_configurations(tokenizer, no_clock, family, row):
     texts = [rendered(tokenizer(family), "user", row, date=date) for date in ("26 Jul 2024", "1 Feb 2031")]
-    told = {"llama3": ("26 Jul 2024", "01 Feb 2031"), "dated": ("2024-07-26", "2031-02-01 (a Saturday in February)")}
-    assert all(date in text for date, text in zip(told[family], texts))
+    told = (
+        ("2024-07-26", "2031-02-01 (a Saturday in February)") if family == "dated" else ("26 Jul 2024", "01 Feb 2031")
+    )
+    assert all(date in text for date, text in zip(told, texts))
 
 
 def test_the_template_that_is_saved_with_the_model_stays_its_own(tokenizer):

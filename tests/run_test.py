@@ -15,6 +15,7 @@ from ctxjax import config as config_lib, pretrain, preview, sharding, trainer, w
 from ctxjax.data import show
 from ctxjax.folder import open_folder
 from ctxjax.train_step import StepConfig, init_state, rollout_step
+from ctxjax.types import Frozen
 
 ARMS = ("opcd", "opcd_anchored", "opcd_retained")
 
@@ -153,8 +154,10 @@ def larger(tmp_path_factory):
     return trained(config)
 
 
-def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(finished, cache, larger, tmp_path):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(rank, finished, cache, larger, tmp_path):
     config = small(cache)
+    config.lora.rank = rank
     config.run_arms, config.train.steps, config.teacher.path = ("opcd",), 2, str(larger)
     results = start(config, tmp_path / "run")
     assert list(results) == ["base", "teacher", "opcd"]
@@ -190,7 +193,7 @@ def test_the_previewed_responses_are_those_of_the_first_step(cache, monkeypatch)
         config = StepConfig(student.config, student.config, sampling, loss, experiment.optim)
         state = init_state(student.params, config, jax.random.key(experiment.seed))
         step = jax.jit(rollout_step, static_argnames="config")
-        sampled = jax.device_get(step(state, sharding.put_batch(batch, mesh), config))
+        sampled = jax.device_get(step(state, Frozen(student.params), sharding.put_batch(batch, mesh), config))
     for few, all_rows in zip(previewed, sampled):
         assert few.tokens_BxT.shape[0] == preview.ROWS
         np.testing.assert_array_equal(few.tokens_BxT, all_rows.tokens_BxT[: preview.ROWS])

@@ -16,7 +16,7 @@ from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig
 from ctxjax.sharding import make_mesh, put_batch
 from ctxjax.train_step import StepConfig, init_state, rollout_step, train_step, update_step
-from ctxjax.types import Batch, Rollout, TrainState
+from ctxjax.types import Batch, Frozen, Rollout, TrainState
 
 ROWS, RETAINED = 8, 4
 rollouts_of = jax.jit(rollout_step, static_argnames="config")
@@ -67,12 +67,12 @@ def batch(make_prompts) -> Batch:
 def halves(config, batch, make_params) -> Halves:
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        frozen, data = make_params(config.model, 1, mesh), put_batch(batch, mesh)
+        frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
         before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
-        rollouts = rollouts_of(before, data, config)
+        rollouts = rollouts_of(before, frozen, data, config)
         after, metrics = update(before, frozen, data, *rollouts, config)
         again = update(after, frozen, data, *rollouts, config)[1]
-        later = rollouts_of(before.replace(step=before.step + 1), data, config)
+        later = rollouts_of(before.replace(step=before.step + 1), frozen, data, config)
         return Halves(*jax.device_get((before, rollouts, after, metrics, later, again)))
 
 
@@ -89,7 +89,7 @@ class Messages(logging.Handler):
 def whole(config, batch, make_params) -> Whole:
     mesh, log = make_mesh(2, 2, 2), Messages()
     with jax.set_mesh(mesh):
-        frozen, data = make_params(config.model, 1, mesh), put_batch(batch, mesh)
+        frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
         before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
         kept, frozen_values = jax.tree.map(np.array, (before.params, frozen))
         first, metrics = train_step(before, frozen, data, config)
@@ -119,7 +119,8 @@ def test_the_whole_step_on_eight_devices_is_its_two_halves_on_one(halves, whole)
 def test_eight_devices_sample_the_tokens_of_one(halves, config, batch, make_params, mesh8):
     data, key = put_batch(batch, mesh8), jax.random.key(2)
     state = TrainState(step=np.int32(0), params=make_params(config.model, 0, mesh8), opt_state=(), key=key)
-    for ours, expected in zip(jax.device_get(rollouts_of(state, data, config)), halves.rollouts):
+    rollouts = rollouts_of(state, Frozen(state.params), data, config)
+    for ours, expected in zip(jax.device_get(rollouts), halves.rollouts):
         np.testing.assert_array_equal(ours.tokens_BxT, expected.tokens_BxT)
         np.testing.assert_array_equal(ours.mask_BxT, expected.mask_BxT)
         np.testing.assert_allclose(ours.logprobs_BxT, expected.logprobs_BxT, atol=1e-5)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from ctxjax import masks
 from ctxjax.models.params import ParamSpec
+from ctxjax.models.projection import project
 from ctxjax.sharding import batch_spec, gathered
 from ctxjax.types import KVCache, Params
 
@@ -169,29 +170,20 @@ def _heads(x_BxLxE: jax.Array, count: int, axis: str) -> jax.Array:
 
 def _block(config: ModelConfig, weights: dict, x_BxLxD: jax.Array, rope, attend: Callable):
     """One layer. ``attend(q, k, v)`` -> (attention output [B, H, L, Dh], anything to keep)."""
-    whole = batch_spec(None, None)
-
-    def project(x, name, axis):
-        out = x @ gathered(weights[name], "embed", axis).astype(x.dtype)
-        bias = weights.get(f"{name}_bias")
-        return out if bias is None else out + bias.astype(x.dtype)
-
     h = rms_norm(x_BxLxD, weights["attention_norm"], config.norm_eps)
-    q = _heads(project(h, "q", "heads"), config.query_heads, "heads")
-    k = _heads(project(h, "k", "kv_heads"), config.kv_heads, "kv_heads")
-    v = _heads(project(h, "v", "kv_heads"), config.kv_heads, "kv_heads")
+    q = _heads(project(weights, "q", h, "embed", "heads"), config.query_heads, "heads")
+    k = _heads(project(weights, "k", h, "embed", "kv_heads"), config.kv_heads, "kv_heads")
+    v = _heads(project(weights, "v", h, "embed", "kv_heads"), config.kv_heads, "kv_heads")
     if config.qk_norm:
         q = rms_norm(q, weights["q_norm"], config.norm_eps)
         k = rms_norm(k, weights["k_norm"], config.norm_eps)
     out, kept = attend(_rotate(q, rope), _rotate(k, rope), v)
     B, H, L, Dh = out.shape
     out = jnp.reshape(out.swapaxes(1, 2), (B, L, H * Dh), out_sharding=batch_spec(None, "heads"))
-    o = gathered(weights["o"], "heads", "embed").astype(out.dtype)
-    x = x_BxLxD + jnp.einsum("ble,ed->bld", out, o, out_sharding=whole)
+    x = x_BxLxD + project(weights, "o", out, "heads", "embed")
     h = rms_norm(x, weights["mlp_norm"], config.norm_eps)
-    h = jax.nn.silu(project(h, "gate", "mlp")) * project(h, "up", "mlp")
-    down = gathered(weights["down"], "mlp", "embed").astype(h.dtype)
-    return x + jnp.einsum("blf,fd->bld", h, down, out_sharding=whole), kept
+    gate, up = (project(weights, name, h, "embed", "mlp") for name in ("gate", "up"))
+    return x + project(weights, "down", jax.nn.silu(gate) * up, "mlp", "embed"), kept
 
 
 def _embed(params: Params, config: ModelConfig, tokens_BxL: jax.Array) -> jax.Array:
