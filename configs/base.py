@@ -3,7 +3,7 @@
 python -m ctxjax.main --config=configs/tiny.py --config.train.steps=50 --workdir=/tmp/run
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -17,11 +17,18 @@ def get_config() -> ConfigDict:
     config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
 
     config.model = ConfigDict()
-    # The student, and the frozen teacher: a Hugging Face folder, or a Hub id "org/name" or "org/name@revision".
+    # The student, and the frozen teacher where it has none of its own: a Hugging Face folder, or a Hub id "org/name" or
+    # "org/name@revision".
     config.model.path = ""
     config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
+
+    # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and
+    # responses end at the end tokens of either model.
+    config.teacher = ConfigDict()
+    config.teacher.path = ""  # its folder; "": the student's initial weights teach, and are held once
+    config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves them
 
     config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B, of which only A and B are trained
     config.lora.rank = 0  # 0: all weights are trained
@@ -51,7 +58,11 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.prompt = ConfigDict()
-    config.prompt.placement = "system"  # of the context: "system" message, or ahead of the question in the "user" turn
+    # Where the context stands: as the "system" message; in the "user" turn, a blank line ahead of the question; or as a
+    # "prefix", its bare text before the whole rendered chat, behind the begin token (for a completions API).
+    config.prompt.placement = "system"
+    config.prompt.date = "26 Jul 2024"  # today, to templates that write the date (Llama 3): the clock is never asked
+    config.prompt.thinking = config_dict.placeholder(bool)  # Qwen3's enable_thinking; unset: the template's default
     config.prompt.max_bare_tokens = 0  # tokens of a prompt without context; 0: as long as the longest row
     config.prompt.max_context_tokens = 0  # tokens of a prompt with context; 0: likewise
     config.prompt.overlong = "error"  # a longer row: "error", or "drop" (counted). Never cut.

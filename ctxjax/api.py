@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ctxjax import rng, sharding
 from ctxjax.data import prompts as prompts_lib
+from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.evaluation import views
 from ctxjax.folder import ModelFolder, open_folder
@@ -69,18 +70,19 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     placement: str = "system",
+    thinking: bool | None = None,
     batch_size: int = 64,
 ) -> list[str]:
     """The responses to ``questions``, under ``context`` or, where it is None, without one.
 
     ``params`` replace the folder's own, for example by a trained student's. Greedy at temperature 0. Row i's
-    randomness depends on (seed, i) alone.
+    randomness depends on (seed, i) alone. ``placement`` of the context and ``thinking``: see prompts.PromptConfig.
     """
     rows = [Row(str(place), question, context, "") for place, question in enumerate(questions)]
     if not rows:
         return []
     params = model.params if params is None else params
-    tokens = prompts_lib.encode(model.tokenizer, rows, placement)
+    tokens = prompts_lib.encode(model.tokenizer, rows, PromptConfig(placement=placement, thinking=thinking))
     prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id)
     sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)
     mesh = mesh_of(params)

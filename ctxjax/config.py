@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctxjax.data.prompts import PLACEMENTS, PromptConfig
+from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.tasks import TASKS
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES
@@ -30,6 +30,14 @@ class ModelSource:
     dtype: str
     param_dtype: str
     remat: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSource:
+    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights."""
+
+    path: str
+    param_dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Experiment:
     task: str
     task_config: Any
     model: ModelSource
+    teacher: TeacherSource
     lora: LoraConfig | None
     base: BaseConfig
     mesh: MeshConfig
@@ -137,6 +146,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         )
     prompt = PromptConfig(**config.prompt)
     _one_of("prompt.placement", prompt.placement, PLACEMENTS)
+    parse_date(prompt.date)
     _one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
     if config.task == "qa_jsonl":
         _one_of("qa_jsonl.grading", config.qa_jsonl.grading, GRADINGS)
@@ -145,6 +155,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         task=config.task,
         task_config=task_class(**config[config.task]),
         model=ModelSource(**config.model),
+        teacher=TeacherSource(**config.teacher),
         lora=_lora(config.lora),
         base=BaseConfig(**config.base),
         mesh=_mesh(config.mesh, device_count),
@@ -177,8 +188,8 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
         arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
         _one_of("loss.divergence", arms[name].divergence, DIVERGENCES)
         _one_of("loss.averaging", arms[name].averaging, ("token_mean", "sequence_mean"))
-    if "base" in arms:
-        raise ValueError('run_arms: "base" is the name of the untrained model in the results; rename the arm')
+    for taken in {"base", "teacher"} & arms.keys():
+        raise ValueError(f'run_arms: "{taken}" is the name of an untrained model in the results; rename the arm')
     return arms
 
 
@@ -209,6 +220,7 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
 def _check_model(config: Experiment) -> None:
     for name in ("dtype", "param_dtype"):
         _one_of(f"model.{name}", getattr(config.model, name), ("float32", "bfloat16"))
+    _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     if config.model.path:
         return
     if not config.base.steps or config.task != "rules":

@@ -32,8 +32,8 @@ class EncodedRows:
 def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows:
     """Renders and tokenizes both views of every row; over-long rows are an error or are dropped, as configured."""
     views = {
-        "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config.placement),
-        "context": prompts_lib.encode(tokenizer, rows, config.placement),
+        "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config),
+        "context": prompts_lib.encode(tokenizer, rows, config),
     }
     kept, lengths = prompts_lib.keep_fitting(rows, views, config)
     chosen = {view: [tokens[place] for place in kept] for view, tokens in views.items()}
@@ -52,7 +52,7 @@ class RetentionRows:
     task: Task
     rows: list[Row]
     contexts: list[str]
-    placement: str
+    prompt: PromptConfig
     length: int
 
     @classmethod
@@ -65,7 +65,7 @@ class RetentionRows:
                 "(qa_jsonl.other_contexts_file), or leave out the arms with retention (run_arms)"
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
-        trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config.placement)
+        trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config)
         length = config.max_context_tokens or max(len(tokens) for tokens in trials)
         fitting = [context for context, tokens in zip(contexts, trials) if len(tokens) <= length]
         if not fitting:
@@ -73,14 +73,14 @@ class RetentionRows:
                 f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {length} beside the "
                 "longest question; raise the limit"
             )
-        return cls(tokenizer, task, encoded.rows, fitting, config.placement, length)
+        return cls(tokenizer, task, encoded.rows, fitting, config, length)
 
     def draw(self, seed: int, index: int) -> list[int]:
         """The tokens of retention row ``index`` of the run."""
         rng = np.random.default_rng([seed, index])
         while True:
             row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
-            tokens = prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.placement)[0]
+            tokens = prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.prompt)[0]
             if len(tokens) <= self.length:
                 return tokens
 
