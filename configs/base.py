@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
 
     # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
     config.base = ConfigDict()
-    config.base.seed = config.get_ref("seed")  # of its initial weights and training text
+    config.base.seed = config.get_oneway_ref("seed")  # of its initial weights and training text
     config.base.cache = "~/.cache/ctxjax"  # folder; bases are kept here under a hash of their configuration
     config.base.steps = 0  # optimiser steps; 0: there is no base to train
     config.base.batch_size = 64  # rows per step
@@ -73,10 +73,30 @@ def get_config() -> ConfigDict:
     config.rollout.top_k = 0  # 0: off
     config.rollout.top_p = 1.0  # 1: off
 
-    config.loss = ConfigDict()
-    config.loss.divergence = "reverse_kl"  # of L_distill: "reverse_kl" or "forward_kl"
+    config.loss = ConfigDict()  # ctxjax/losses.py explains every field
+    # Of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
+    config.loss.divergence = "reverse_kl"
+    config.loss.alpha = 0.5  # of jsd (the teacher's weight) and of the skewed ones (the share that is not mixed)
+    config.loss.support = "full"  # tokens L_distill sums over: "full", "teacher_top_k", "student_top_k", "union_top_k"
+    config.loss.top_k = 256  # tokens of those supports
+    config.loss.remainder = "renormalise"  # what becomes of the mass outside: or "tail", or "raw"
     config.loss.beta = 0.0  # weight of the anchor, nats per nat
+    config.loss.beta_ramp = 0  # steps in which it rises to that
+    config.loss.anchor = "bare"  # what q_c is held to: or "ema", "teacher_bare", "joint", "symmetric", "teacher"
+    config.loss.anchor_fraction = 1.0  # share of the rows that are anchored, weighted as if all were
+    config.loss.gate = "none"  # anchor everywhere, or by agreement of q_x and teacher: per "token", per "response"
+    config.loss.gate_threshold = 0.9  # share of a response's tokens that must agree
     config.loss.mu = 0.0  # weight of retention, nats per nat
+    config.loss.mu_ramp = 0  # steps in which it rises to that
+    config.loss.reference = 0.0  # weight of KL(q_x || teacher without context), nats per nat
+    config.loss.clip = 0.0  # nats per token at which L_distill is cut; 0: not
+    config.loss.skip_first = 0  # first response tokens that are not trained on
+    config.loss.masked_ids = ()  # token ids that are not trained on
+    config.loss.drop_truncated = False  # whether responses cut at the length limit are left out
+    config.loss.teacher = "frozen"  # or "ema": the student's own moving average
+    config.loss.ema_decay = 0.99  # per step, of that average and of the "ema" anchor
+    config.loss.on_policy_fraction = 1.0  # chance of a step to learn from the student's samples; else the teacher's
+    config.loss.off_policy_steps = 0  # first steps on the teacher's samples
     config.loss.averaging = "token_mean"  # or "sequence_mean"
     config.loss.chunk = 128  # response columns that have logits at one time
 
@@ -92,6 +112,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 50  # optimiser steps, one rollout batch each
     config.train.batch_size = 128  # questions of a global batch, one response each
+    config.train.micro_batches = 1  # parts of a batch whose gradients are made one after the other: less memory
     config.train.retention_rows = 0  # rows under other contexts in a batch, where mu > 0; 0: batch_size
     config.train.save_every = 50  # steps between checkpoints; the last step is always saved
     config.train.keep = 2  # checkpoints kept
@@ -108,12 +129,13 @@ def get_config() -> ConfigDict:
     # The arms: name -> what it changes in config.loss. All start from the same base, seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
+    config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
     config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # which of them to run, in this order
 
     config.rules = ConfigDict()  # the built-in world of substitution tables
-    config.rules.seed = config.get_ref("seed")  # of the world: tables, questions, splits
+    config.rules.seed = config.get_oneway_ref("seed")  # of the world: tables, questions, splits
     config.rules.context_index = 0  # which table is internalized, 0 to 7
     config.rules.train_questions = 4096
     config.rules.dev_questions = 128

@@ -221,7 +221,10 @@ class _Arm:
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
         self.mesh, self.workdir = mesh, workdir
         sampling = sampling_config(config.rollout, folder)
-        self.step_config = StepConfig(folder.config, teacher.config, sampling, loss, config.optim, config.lora)
+        micro_batches = config.train.micro_batches
+        self.step_config = StepConfig(
+            folder.config, teacher.config, sampling, loss, config.optim, config.lora, micro_batches
+        )
         self.frozen = Frozen(teacher=teacher.params, base=folder.params if config.lora else None)
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:

@@ -18,7 +18,7 @@ from ctxjax.data.pipeline import RetentionRows, encode_rows
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.tasks import rules
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
-from ctxjax.models import hf, params as params_lib
+from ctxjax.models import hf_save, params as params_lib
 from ctxjax.models.transformer import ModelConfig, param_specs
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def model_folder(path: Path, words: list[str], template: str | None = None) -> P
     tokenizer.chat_template = template or tokenizer.chat_template
     model = ModelConfig(len(tokenizer), width=8, layers=1, query_heads=1, kv_heads=1, head_dim=8, mlp_width=8)
     params = params_lib.init(param_specs(model), jax.random.key(0), sharding.make_mesh(fsdp=8))
-    hf.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), "llama")
+    hf_save.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), "llama")
     return path
 
 
