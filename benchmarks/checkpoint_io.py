@@ -3,11 +3,12 @@
     python benchmarks/checkpoint_io.py [--load] [--quick]
 
 A Llama folder of random weights is copied (shutil.copyfile) and loaded in turns, once with its files dropped from the
-operating system's cache before each (cold) and once not (warm); medians count. ``first_load_seconds`` is that of a new
-process, whose memory is new too (``new_memory_gb_per_second``). Memory is that of the first load: the peak resident
-size of a process of its own above its size before. On a CPU the loaded model is part of that; ``overhead_mib`` is the
-rest, to stay within ``allowed_mib``, the largest tensor plus a tenth of the model. Prints one JSON object as the last
-line; the numbers of record stand in benchmarks/README.md. Needs Linux.
+operating system's cache before each (cold) and once not (warm); medians count. Copies land in pages that the system has
+at hand, so the process keeps what it has allocated, too, and later loads reuse it: virtual machines may hand out new
+memory far more slowly (``new_memory_gb_per_second``) than it is filled; ``first_load_seconds`` shows it. Memory is that
+of the first load: the peak resident size of a process of its own above its size before. On a CPU the loaded model is
+part of that; ``overhead_mib`` is the rest, to stay within ``allowed_mib``, the largest tensor plus a tenth of the model.
+Prints one JSON object as the last line; the numbers of record stand in benchmarks/README.md. Needs Linux.
 """
 
 import argparse
@@ -33,6 +34,7 @@ SIZES = {
     "full": {"float32": (2048, 4, 8192, 65536), "bfloat16": (2048, 12, 8192, 65536)},
     "quick": dict.fromkeys(("float32", "bfloat16"), (512, 8, 2048, 32768)),
 }
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -107,11 +109,11 @@ def forget_peak() -> None:
 
 
 def touch_seconds(size: int) -> float:
-    """Seconds in which the system hands out ``size`` bytes of memory: one byte of each page is written. Loading must
-    pay it; a copy that lands in recycled pages of the file cache need not."""
-    start = time.perf_counter()
-    np.empty(size, np.uint8)[:: mmap.PAGESIZE] = 0
-    return time.perf_counter() - start
+    """Seconds in which the system hands out ``size`` bytes of memory: one byte of each page is written."""
+    with mmap.mmap(-1, size) as memory:
+        start = time.perf_counter()
+        np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 0
+        return time.perf_counter() - start
 
 
 def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
@@ -160,6 +162,7 @@ def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
 
 def measure_load(size: str, rounds: int) -> dict:
     """Reading, by "dtype in the files -> dtype in memory"."""
+    os.environ |= KEEP_MEMORY  # the C library of new processes reads it
     result = {}
     for stored, wanted in (("float32", ["float32"]), ("bfloat16", ["bfloat16", "float32"])):
         with tempfile.TemporaryDirectory() as folder:
