@@ -7,7 +7,7 @@ operating system's cache before each (cold) and once not (warm); medians count. 
 at hand, so the process keeps what it has allocated, too, and later loads reuse it: virtual machines may hand out new
 memory far more slowly (``new_memory_gb_per_second``) than it is filled; ``first_load_seconds`` shows it. Memory is that
 of the first load: the peak resident size of a process of its own above its size before. On a CPU the loaded model is
-part of that; ``overhead_mib`` is the rest, to stay within ``allowed_mib``, the largest tensor plus a tenth of the model.
+part of that; ``overhead_mib`` is the rest, and ``allowed_mib`` the largest tensor plus a tenth of the model.
 Prints one JSON object as the last line; the numbers of record stand in benchmarks/README.md. Needs Linux.
 """
 
