@@ -59,7 +59,7 @@ def read_config(folder: Path, dtype: str = "float32", remat: bool = False) -> Mo
     return dataclasses.replace(config, dtype=dtype, remat=remat)
 
 
-def names(family: Family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
+def tensor_names(family: Family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
     """Parameter path -> (tensor names, stored transposed, stacked over layers)."""
     specs = transformer.param_specs(config)
     paths = {(ours,): ([theirs], flip, False) for ours, (theirs, flip) in TOP_NAMES.items() if ours in specs}
@@ -110,7 +110,7 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     folder = Path(folder)
     family = family_of(read_fields(folder), folder)
     specs = transformer.param_specs(config)
-    paths = names(family, config)
+    paths = tensor_names(family, config)
     views = weights.Views(_check(folder, config, paths, specs))
     shardings = params_lib.shardings(specs, mesh)
 
@@ -185,9 +185,9 @@ def save(
     partial.mkdir()
     family = FAMILIES[model_type]
     tensors = {}
-    for path, (tensor_names, flip, stacked) in names(family, config).items():
+    for path, (theirs, flip, stacked) in tensor_names(family, config).items():
         value = np.asarray(jax.device_get(leaf(params, path)))
-        for name, part in zip(tensor_names, value if stacked else [value]):
+        for name, part in zip(theirs, value if stacked else [value]):
             tensors[name] = np.ascontiguousarray(part.T if flip else part)
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     fields = family.config_to_hf(config) | {
