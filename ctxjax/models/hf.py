@@ -137,6 +137,7 @@ def _sharded(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) ->
         part = make(group[0][1], sharding.shard_shape(shape))
         arrays += [jax.device_put(part, device) for device, _ in group]
         jax.block_until_ready(arrays)
+        del part  # before the next is allocated
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
