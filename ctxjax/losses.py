@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from ctxjax import divergences, scoring
 from ctxjax.models.transformer import ModelConfig, apply_head, head_weights
-from ctxjax.types import Batch, Mean, Params, Prompts, Rollout
+from ctxjax.types import Batch, Mean, Params, PrefixKV, Prompts, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,16 @@ def objective(
     batch: Batch,
     rollout: Rollout,
     other_rollout: Rollout | None,
+    teacher_prefix: PrefixKV | None = None,
 ) -> tuple[jax.Array, dict[str, Mean]]:
     """L (a scalar, nats per token) and its parts and companions as Means.
 
-    ``other_rollout`` holds y' for ``batch.other`` and must be given exactly when mu > 0.
+    ``other_rollout`` holds y' for ``batch.other`` and must be given exactly when mu > 0. ``teacher_prefix`` is what
+    ``frozen`` made of batch.context.prefix_C; None: it is computed here.
     """
-    terms, metrics = bare_and_context_terms(params, frozen, model, teacher_model, config, batch, rollout)
+    terms, metrics = bare_and_context_terms(
+        params, frozen, model, teacher_model, config, batch, rollout, teacher_prefix
+    )
     loss = terms["distill"].value
     if config.beta > 0:
         loss += config.beta * terms["anchor"].value
@@ -91,11 +95,11 @@ def objective(
     return loss, terms | metrics
 
 
-def bare_and_context_terms(params, frozen, model, teacher_model, config, batch, rollout):
+def bare_and_context_terms(params, frozen, model, teacher_model, config, batch, rollout, teacher_prefix=None):
     """L_distill, and L_anchor where beta > 0, on the rollout y; and what the same logits tell for free."""
     hidden = {
         "q_x": scoring.response_hidden(params, model, batch.bare, rollout),
-        "f": scoring.response_hidden(frozen, teacher_model, batch.context, rollout),
+        "f": scoring.response_hidden(frozen, teacher_model, batch.context, rollout, teacher_prefix),
     }
     if config.beta > 0:
         hidden["q_c"] = scoring.response_hidden(params, model, batch.context, rollout)

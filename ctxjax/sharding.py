@@ -15,6 +15,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
+from ctxjax.types import map_rows
+
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
@@ -62,20 +64,27 @@ def batch_spec(*rest: str | None) -> P:
 
 
 def put_batch(tree, mesh: Mesh):
-    """Places host arrays [B, ...] on the mesh, rows over data and fsdp.
+    """Places host arrays [B, ...] on the mesh, rows over data and fsdp, and shared prefixes whole on every device.
 
     Every process holds the same global batch and places only its own rows. Raises ValueError where B is
     not divisible by data * fsdp.
     """
-    sharding = NamedSharding(mesh, P(BATCH))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
 
-    def put(array):
+    def put(array, spec):
         array = np.asarray(array)
-        check_divisible("batch", array.shape[0], ways)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
-    return jax.tree.map(put, tree)
+    def put_rows(array):
+        check_divisible("batch", np.shape(array)[0], ways)
+        return put(array, P(BATCH))
+
+    return map_rows(put_rows, tree, shared=lambda array: put(array, P()))
+
+
+def batch_ways(mesh) -> int:
+    """The number of parts that the rows of a batch are spread over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_divisible(name: str, rows: int, ways: int) -> None:

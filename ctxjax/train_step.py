@@ -21,7 +21,7 @@ from ctxjax.losses import LossConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.types import Batch, Mean, Params, Rollout, TrainState
+from ctxjax.types import Batch, Mean, Params, PrefixKV, Rollout, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,21 @@ def update_step(
     rollout: Rollout,
     other_rollout: Rollout | None,
     config: StepConfig,
+    teacher_prefix: PrefixKV | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The new state and the step's metrics, float32 scalars (losses in nats per token)."""
 
     def loss_of(params):
         return losses.objective(
-            params, frozen, config.model, config.teacher_model, config.loss, batch, rollout, other_rollout
+            params,
+            frozen,
+            config.model,
+            config.teacher_model,
+            config.loss,
+            batch,
+            rollout,
+            other_rollout,
+            teacher_prefix,
         )
 
     (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -96,8 +105,9 @@ def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, ja
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def train_step(
-    state: TrainState, frozen: Params, batch: Batch, config: StepConfig
+    state: TrainState, frozen: Params, batch: Batch, config: StepConfig, teacher_prefix: PrefixKV | None = None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Sample, score, update: the whole step in one program. ``state`` is donated; ``frozen`` is the teacher."""
+    """Sample, score, update: the whole step in one program. ``state`` is donated; ``frozen`` is the teacher, and
+    ``teacher_prefix`` what it made of the shared context, where the caller keeps that (see losses.objective)."""
     rollout, other_rollout = rollout_step(state, batch, config)
-    return update_step(state, frozen, batch, rollout, other_rollout, config)
+    return update_step(state, frozen, batch, rollout, other_rollout, config, teacher_prefix)

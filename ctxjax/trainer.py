@@ -8,6 +8,7 @@ import resource
 import time
 
 import jax
+import numpy as np
 
 from ctxjax import pretrain, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
@@ -20,10 +21,11 @@ from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import ModelFolder, open_folder
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
+from ctxjax.models import transformer
 from ctxjax.report import results_table, write_report
 from ctxjax.sampling import SamplingConfig
 from ctxjax.train_step import StepConfig, init_state, train_step
-from ctxjax.types import Params
+from ctxjax.types import Params, PrefixKV
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
@@ -41,6 +43,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         retention = None
         if any(loss.mu > 0 for loss in config.arms.values()):
             retention = RetentionRows.of(folder.tokenizer, task, train_rows, config.prompt)
+        teacher_prefix = _teacher_prefix(folder, train_rows)
         dev, test = (_evaluator(config, task, split, folder, mesh) for split in ("dev", "test"))
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
@@ -63,6 +66,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 folder,
                 train_rows,
                 retention if loss.mu > 0 else None,
+                teacher_prefix,
                 mesh,
                 workdir / name,
             )
@@ -95,6 +99,16 @@ def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFol
     seconds["load"] = time.monotonic() - clock
     print(f"model: {path}", flush=True)
     return folder
+
+
+def _teacher_prefix(folder: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
+    """What the teacher makes of the context that all rows start with: its weights are frozen, so once for all arms."""
+    prefix_C = rows.prefixes["context"]
+    if not prefix_C:
+        return None
+    print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
+    compute = jax.jit(transformer.prefix_kv, static_argnames="config")
+    return compute(folder.params, config=folder.config, prefix_C=np.asarray(prefix_C, np.int32))
 
 
 def _sampling(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
@@ -134,11 +148,12 @@ class _Arm:
         folder: ModelFolder,
         rows: EncodedRows,
         retention: RetentionRows | None,
+        teacher_prefix: PrefixKV | None,
         mesh,
         workdir: Path,
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
-        self.mesh, self.workdir = mesh, workdir
+        self.teacher_prefix, self.mesh, self.workdir = teacher_prefix, mesh, workdir
         sampling = _sampling(config.rollout, folder)
         self.step_config = StepConfig(folder.config, folder.config, sampling, loss, config.optim)
 
@@ -168,11 +183,14 @@ class _Arm:
             batch = sharding.put_batch(next(batches), self.mesh)
             if compiled is None:
                 clock = time.monotonic()
-                compiled = train_step.lower(state, self.folder.params, batch, config=self.step_config).compile()
+                program = train_step.lower(
+                    state, self.folder.params, batch, config=self.step_config, teacher_prefix=self.teacher_prefix
+                )
+                compiled = program.compile()
                 seconds[f"{self.name} compile"] = time.monotonic() - clock
                 writer.pause()
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, self.folder.params, batch)
+                state, metrics = compiled(state, self.folder.params, batch, teacher_prefix=self.teacher_prefix)
             writer.step(step, metrics)
             if "first step done" not in seconds:
                 jax.block_until_ready(metrics)

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1] / "ctxjax"
 FLOORS = {
     "types": 0,
     "sharding": 1, "masks": 1, "divergences": 1, "rng": 1,
-    "models": 2.1, "models.params": 2.1, "models.attention": 2.1, "models.transformer": 2.2, "models.llama": 2.3,
-    "models.hf": 2.4,
+    "models": 2.1, "models.params": 2.1, "models.attention": 2.1, "models.rope": 2.1,
+    "models.transformer": 2.2, "models.llama": 2.3, "models.hf": 2.4,
     "sampling": 3, "scoring": 3, "losses": 3, "optim": 3,
     "train_step": 4, "evaluation": 4,
     "config": 5, "data": 5, "checkpoint": 5, "metrics": 5, "folder": 5, "workdir": 5, "report.__main__": 7, "report": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
@@ -10,6 +11,8 @@ from ctxjax.data.task import Row
 from ctxjax.types import Prompts
 
 PLACEMENTS = ("system", "user")
+# Prefixes shorter than this many tokens are read in every row; see shared_prefix.
+SHORTEST_PREFIX = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +49,40 @@ def encode(tokenizer, rows: list[Row], placement: str) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def left_pad(token_lists: list[list[int]], length: int, pad_id: int) -> Prompts:
-    """Prompts [B, length] as numpy arrays; every row ends in the last column.
+def shared_prefix(token_lists: list[list[int]]) -> list[int]:
+    """The tokens that all prompts start with, to be read once for all of them; [] where that saves too little.
 
-    Raises ValueError where a row is longer: prompts are not cut.
+    Each prompt keeps a token of its own, from which its response is predicted. A template's head of a few tokens is
+    not worth the pass of its own through all layers that reading it apart costs.
     """
-    tokens = np.full((len(token_lists), length), pad_id, np.int32)
-    mask = np.zeros((len(token_lists), length), bool)
+    if len(token_lists) < 2:
+        return []
+    first, last = min(token_lists), max(token_lists)  # in lexical order: what these two share, all share
+    length = min(len(ids) for ids in token_lists) - 1
+    common = next((place for place in range(length) if first[place] != last[place]), length)
+    return first[:common] if common >= SHORTEST_PREFIX else []
+
+
+def left_pad(token_lists: list[list[int]], length: int, pad_id: int, prefix: Sequence[int] = ()) -> Prompts:
+    """Prompts of ``length`` tokens as numpy arrays; every row ends in the last column.
+
+    ``prefix`` is what all rows start with: it is kept apart, and the columns hold the rest. Raises ValueError where a
+    row is longer than ``length``: prompts are not cut; or where one does not start with the prefix.
+    """
+    prefix = list(prefix)
+    columns = length - len(prefix)
+    tokens = np.full((len(token_lists), columns), pad_id, np.int32)
+    mask = np.zeros((len(token_lists), columns), bool)
     for row, ids in enumerate(token_lists):
         if len(ids) > length:
             raise ValueError(f"a prompt of {len(ids)} tokens does not fit into {length} columns")
-        if ids:
-            tokens[row, length - len(ids) :] = ids
-            mask[row, length - len(ids) :] = True
-    return Prompts(tokens, mask)
+        if ids[: len(prefix)] != prefix:
+            raise ValueError(f"prompt {row} does not start with the {len(prefix)} tokens that all prompts should share")
+        own = ids[len(prefix) :]
+        if own:
+            tokens[row, columns - len(own) :] = own
+            mask[row, columns - len(own) :] = True
+    return Prompts(tokens, mask, np.asarray(prefix, np.int32) if prefix else None)
 
 
 def keep_fitting(
