@@ -3,8 +3,8 @@
     python benchmarks/head_memory.py [--quick]
 
 Memory: both programs (loss and gradients of two hidden states and the shared head; three distributions: q_x, f, q_c)
-are compiled for 4,096 response tokens, width 2,048 and a vocabulary of 128,256, and the compiler says how much temporary
-memory each needs; nothing of that size is run. Arithmetic: the compiler's count of operations; that of the loop's
+are compiled for 4,096 response tokens, width 2,048 and a vocabulary of 128,256, and the compiler says how much
+temporary memory each needs; nothing of that size is run. Arithmetic: the compiler's count of operations; that of the loop's
 body times its number of turns, since the compiler counts a body once. Time: at a shape where the dense program fits,
 runs alternating, the best of each. Prints one JSON object as the last line; the numbers of record stand in
 benchmarks/README.md.
@@ -53,30 +53,28 @@ def compiled_facts(implementation, turns: int, *shape) -> dict:
     return {"temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30, "teraflop": turns * flops / 1e12}
 
 
+def random_arguments(arguments) -> list:
+    """Values for ``program``'s abstract arguments: noise, equal weights, token 0."""
+    *trained_and_teacher, weights, tokens = arguments
+    leaves, tree = jax.tree.flatten(trained_and_teacher)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    noise = [jax.random.normal(key, leaf.shape, leaf.dtype) / 4 for key, leaf in zip(keys, leaves)]
+    values = [*jax.tree.unflatten(tree, noise), jnp.full(weights.shape, 1 / weights.size), jnp.zeros_like(tokens)]
+    return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values, list(arguments))
+
+
 def seconds(runs: int, *shape) -> dict[str, float]:
-    """The fastest run of each, taking turns."""
-    times = {}
+    """The fastest run of each, taking turns; one run of each goes before, uncounted."""
+    programs = {name: program(getattr(head_scan, name), *shape) for name in ("dense", "chunked")}
+    values = random_arguments(programs["dense"][1])
+    times = {name: [] for name in programs}
     for run in range(runs + 1):
-        for name in ("dense", "chunked"):
-            if run == 0:
-                function, arguments = program(getattr(head_scan, name), *shape)
-                keys = iter(jax.random.split(jax.random.key(0), 16))
-
-                def random(leaf):
-                    return jax.device_put(jax.random.normal(next(keys), leaf.shape, leaf.dtype) / 4, leaf.sharding)
-
-                *trained_and_teacher, weights, tokens = arguments
-                values = jax.tree.map(random, trained_and_teacher)
-                values += [jnp.full(weights.shape, 1 / weights.size), jnp.zeros(tokens.shape, jnp.int32)]
-                values[2:] = jax.device_put(values[2:], weights.sharding)
-                times[name] = ([], function, values)
-                jax.block_until_ready(function(*values))
-                continue
-            results, function, values = times[name]
+        for name, (function, _) in programs.items():
             start = time.perf_counter()
             jax.block_until_ready(function(*values))
-            results.append(time.perf_counter() - start)
-    return {name: min(results) for name, (results, _, _) in times.items()}
+            if run:
+                times[name].append(time.perf_counter() - start)
+    return {name: min(results) for name, results in times.items()}
 
 
 def main() -> None:

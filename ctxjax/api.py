@@ -83,10 +83,11 @@ def generate(
         return []
     params = model.params if params is None else params
     tokens = prompts_lib.encode(model.tokenizer, rows, PromptConfig(placement=placement, thinking=thinking))
-    prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id)
+    prefix = prompts_lib.shared_prefix(tokens)
+    prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id, prefix)
     sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)
     mesh = mesh_of(params)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.batch_ways(mesh)
     batch_size = -(-min(batch_size, len(rows)) // ways) * ways
     with jax.set_mesh(mesh):
         key = rng.key_for(jax.random.key(seed), 0, "evaluation")

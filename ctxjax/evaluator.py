@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from ctxjax import rng
+from ctxjax import rng, sharding
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
@@ -58,11 +58,15 @@ class Evaluator:
         self.dropped = encoded.dropped
         self._rows = evaluation_views(task, encoded.rows, split)
         tokens = {v: prompts_lib.encode(folder.tokenizer, rows, prompt) for v, rows in self._rows.items()}
-        # Two lengths, so that decoding is compiled twice and not once for every view.
-        longest = max(len(ids) for view, lists in tokens.items() if view != "bare" for ids in lists)
-        lengths = dict.fromkeys(tokens, max(longest, encoded.lengths["context"])) | {"bare": encoded.lengths["bare"]}
-        self._prompts = {v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id) for v, lists in tokens.items()}
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        prefixes = {v: prompts_lib.shared_prefix(lists) for v, lists in tokens.items()}
+        lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
+        # One length for the views with a context block that share no prefix: decoding is compiled once for them all.
+        alike = [view for view in tokens if view != "bare" and not prefixes[view]]
+        lengths |= dict.fromkeys(alike, max((lengths[view] for view in alike), default=0))
+        self._prompts = {
+            v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id, prefixes[v]) for v, lists in tokens.items()
+        }
+        ways = sharding.batch_ways(mesh)
         self._batch = min(batch_size, -(-len(encoded.rows) // ways) * ways)
         self._key = rng.key_for(jax.random.key(seed), 0, "evaluation")
 

@@ -1,9 +1,9 @@
 """The sampler: prompts in, a Rollout out, one compiled program.
 
-The prompts are read once (the head is applied to their last column only), then a ``while_loop`` decodes
-a token per row until every row has ended or the length is reached. Each token costs one uniform number
-per row, turned into a token through the inverse of the cumulative distribution: a Gumbel-max sampler
-would draw V numbers per row and token.
+The prompts are read once, and once for all rows what they all start with (the head is applied to their last
+column only), then a ``while_loop`` decodes a token per row until every row has ended or the length is
+reached. Each token costs one uniform number per row, turned into a token through the inverse of the
+cumulative distribution: a Gumbel-max sampler would draw V numbers per row and token.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ def sample(
         )
         return add_token(state, hidden_BxD, cache)
 
-    hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP)
+    prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
+    hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, prefix)
     rows, columns = batch_spec(), batch_spec(None)
     empty = SamplerState(
         column=jnp.int32(0),

@@ -10,6 +10,7 @@ import time
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from ctxjax import optim, pretrain, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
@@ -23,11 +24,11 @@ from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import ModelFolder, open_folder
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
-from ctxjax.models import lora as lora_lib, params as params_lib
+from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.report import results_table, write_report
 from ctxjax.sampling import SamplingConfig
 from ctxjax.train_step import StepConfig, init_state, student_params, train_step
-from ctxjax.types import Frozen, Params, TrainState
+from ctxjax.types import Frozen, Params, PrefixKV, TrainState
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
@@ -41,6 +42,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     with jax.set_mesh(mesh):
         task, folder, teacher, train_rows, retention = open_inputs(config, mesh, seconds)
         print(_sizes(config, folder, teacher, mesh), flush=True)
+        teacher_prefix = _teacher_prefix(teacher, train_rows)
         dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
@@ -69,6 +71,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 teacher,
                 train_rows,
                 retention if loss.mu > 0 else None,
+                teacher_prefix,
                 mesh,
                 workdir / name,
             )
@@ -144,6 +147,16 @@ def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFol
     return folder
 
 
+def _teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
+    """What the teacher makes of the context that all rows start with: its weights are frozen, so once for all arms."""
+    prefix_C = rows.prefixes["context"]
+    if not prefix_C:
+        return None
+    print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
+    compute = jax.jit(transformer.prefix_kv, static_argnames="config")
+    return compute(teacher.params, config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
+
+
 def _sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh) -> str:
     """What the weights and the optimiser hold, in scalars and in bytes of the whole mesh."""
     trained = student.params
@@ -215,6 +228,7 @@ class _Arm:
         teacher: ModelFolder,
         rows: EncodedRows,
         retention: RetentionRows | None,
+        teacher_prefix: PrefixKV | None,
         mesh,
         workdir: Path,
     ):
@@ -225,7 +239,7 @@ class _Arm:
         self.step_config = StepConfig(
             folder.config, teacher.config, sampling, loss, config.optim, config.lora, micro_batches
         )
-        self.frozen = Frozen(teacher=teacher.params, base=folder.params if config.lora else None)
+        self.frozen = Frozen(teacher.params, folder.params if config.lora else None, teacher_prefix)
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
         """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters."""

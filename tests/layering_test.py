@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1] / "ctxjax"
 FLOORS = {
     "types": 0,
     "sharding": 1, "masks": 1, "divergences": 1, "rng": 1,
-    "models": 2.1, "models.params": 2.1, "models.projection": 2.1, "models.attention": 2.1, "models.transformer": 2.2,
-    "models.lora": 2.3, "models.family": 2.3, "models.weights": 2.3,
+    "models": 2.1, "models.params": 2.1, "models.projection": 2.1, "models.attention": 2.1, "models.rope": 2.1,
+    "models.transformer": 2.2, "models.lora": 2.3, "models.family": 2.3, "models.weights": 2.3,
     "models.llama": 2.4, "models.qwen2": 2.4, "models.qwen3": 2.4, "models.hf": 2.5, "models.hf_save": 2.6,
     "sampling": 3, "scoring": 3, "anchors": 3, "head_scan": 3, "losses": 3, "objective": 3, "optim": 3,
     "train_step": 4, "evaluation": 4,

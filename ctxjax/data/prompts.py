@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import datetime
 import itertools
@@ -16,6 +17,8 @@ PLACEMENTS = ("system", "user", "prefix")
 DATE_FORMAT = "%d %b %Y"  # as Llama 3.1 and 3.2 write it
 # What templates may ask of a date; the time of day is midnight.
 _DIRECTIVES = ("-d", "-m", *"aAbBcdDeFGHIjmMpSuUVwWxXyY")
+# Prefixes shorter than this many tokens are read in every row; see shared_prefix.
+SHORTEST_PREFIX = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +147,38 @@ def common_prefix(token_lists: list[list[int]]) -> list[int]:
     return [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
-def left_pad(token_lists: list[list[int]], length: int, pad_id: int) -> Prompts:
-    """Prompts [B, length] as numpy arrays; every row ends in the last column.
+def shared_prefix(token_lists: list[list[int]]) -> list[int]:
+    """The tokens that all prompts start with, to be read once for all of them; [] where that saves too little.
 
-    Raises ValueError where a row is longer: prompts are not cut.
+    Each prompt keeps a token of its own, from which its response is predicted. A template's head of a few tokens is
+    not worth the pass of its own through all layers that reading it apart costs.
     """
-    tokens = np.full((len(token_lists), length), pad_id, np.int32)
-    mask = np.zeros((len(token_lists), length), bool)
+    if len(token_lists) < 2:
+        return []
+    prefix = common_prefix(token_lists)[: min(len(ids) for ids in token_lists) - 1]
+    return prefix if len(prefix) >= SHORTEST_PREFIX else []
+
+
+def left_pad(token_lists: list[list[int]], length: int, pad_id: int, prefix: Sequence[int] = ()) -> Prompts:
+    """Prompts of ``length`` tokens as numpy arrays; every row ends in the last column.
+
+    ``prefix`` is what all rows start with: it is kept apart, and the columns hold the rest. Raises ValueError where a
+    row is longer than ``length``: prompts are not cut; or where one does not start with the prefix.
+    """
+    prefix = list(prefix)
+    columns = length - len(prefix)
+    tokens = np.full((len(token_lists), columns), pad_id, np.int32)
+    mask = np.zeros((len(token_lists), columns), bool)
     for row, ids in enumerate(token_lists):
         if len(ids) > length:
             raise ValueError(f"a prompt of {len(ids)} tokens does not fit into {length} columns")
-        if ids:
-            tokens[row, length - len(ids) :] = ids
-            mask[row, length - len(ids) :] = True
-    return Prompts(tokens, mask)
+        if ids[: len(prefix)] != prefix:
+            raise ValueError(f"prompt {row} does not start with the {len(prefix)} tokens that all prompts should share")
+        own = ids[len(prefix) :]
+        if own:
+            tokens[row, columns - len(own) :] = own
+            mask[row, columns - len(own) :] = True
+    return Prompts(tokens, mask, np.asarray(prefix, np.int32) if prefix else None)
 
 
 def keep_fitting(
