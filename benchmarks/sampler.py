@@ -31,7 +31,7 @@ import numpy as np
 
 from ctxjax import rng, sharding
 from ctxjax.data import word_tokenizer
-from ctxjax.models import hf, params as params_lib, transformer
+from ctxjax.models import hf_save, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.types import Prompts
@@ -100,7 +100,7 @@ def measure(model: ModelConfig, prompt: int, new: int, runs: int, rates: tuple[f
         functions = {"ctxjax": lambda: jax.block_until_ready(program(params, prompts, rows))}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
-            hf.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+            hf_save.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
             if importlib.util.find_spec("torch"):
                 functions["transformers"] = transformers_generate(path, tokens, new)
             seconds = best_of(runs, functions)

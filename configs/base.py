@@ -3,7 +3,7 @@
 python -m ctxjax.main --config=configs/tiny.py --config.train.steps=50 --workdir=/tmp/run
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -17,10 +17,18 @@ def get_config() -> ConfigDict:
     config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
 
     config.model = ConfigDict()
-    config.model.path = ""  # Hugging Face folder of the student, and of the frozen teacher
+    # The student, and the frozen teacher where it has none of its own: a Hugging Face folder, or a Hub id "org/name" or
+    # "org/name@revision".
+    config.model.path = ""
     config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
+
+    # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and
+    # responses end at the end tokens of either model.
+    config.teacher = ConfigDict()
+    config.teacher.path = ""  # its folder; "": the student's initial weights teach, and are held once
+    config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves them
 
     config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B, of which only A and B are trained
     config.lora.rank = 0  # 0: all weights are trained
@@ -29,7 +37,7 @@ def get_config() -> ConfigDict:
 
     # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
     config.base = ConfigDict()
-    config.base.seed = config.get_ref("seed")  # of its initial weights and training text
+    config.base.seed = config.get_oneway_ref("seed")  # of its initial weights and training text
     config.base.cache = "~/.cache/ctxjax"  # folder; bases are kept here under a hash of their configuration
     config.base.steps = 0  # optimiser steps; 0: there is no base to train
     config.base.batch_size = 64  # rows per step
@@ -50,7 +58,11 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.prompt = ConfigDict()
-    config.prompt.placement = "system"  # of the context: "system" message, or ahead of the question in the "user" turn
+    # Where the context stands: as the "system" message; in the "user" turn, a blank line ahead of the question; or as a
+    # "prefix", its bare text before the whole rendered chat, behind the begin token (for a completions API).
+    config.prompt.placement = "system"
+    config.prompt.date = "26 Jul 2024"  # today, to templates that write the date (Llama 3): the clock is never asked
+    config.prompt.thinking = config_dict.placeholder(bool)  # Qwen3's enable_thinking; unset: the template's default
     config.prompt.max_bare_tokens = 0  # tokens of a prompt without context; 0: as long as the longest row
     config.prompt.max_context_tokens = 0  # tokens of a prompt with context; 0: likewise
     config.prompt.overlong = "error"  # a longer row: "error", or "drop" (counted). Never cut.
@@ -61,10 +73,30 @@ def get_config() -> ConfigDict:
     config.rollout.top_k = 0  # 0: off
     config.rollout.top_p = 1.0  # 1: off
 
-    config.loss = ConfigDict()
-    config.loss.divergence = "reverse_kl"  # of L_distill: "reverse_kl" or "forward_kl"
+    config.loss = ConfigDict()  # ctxjax/losses.py explains every field
+    # Of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
+    config.loss.divergence = "reverse_kl"
+    config.loss.alpha = 0.5  # of jsd (the teacher's weight) and of the skewed ones (the share that is not mixed)
+    config.loss.support = "full"  # tokens L_distill sums over: "full", "teacher_top_k", "student_top_k", "union_top_k"
+    config.loss.top_k = 256  # tokens of those supports
+    config.loss.remainder = "renormalise"  # what becomes of the mass outside: or "tail", or "raw"
     config.loss.beta = 0.0  # weight of the anchor, nats per nat
+    config.loss.beta_ramp = 0  # steps in which it rises to that
+    config.loss.anchor = "bare"  # what q_c is held to: or "ema", "teacher_bare", "joint", "symmetric", "teacher"
+    config.loss.anchor_fraction = 1.0  # share of the rows that are anchored, weighted as if all were
+    config.loss.gate = "none"  # anchor everywhere, or by agreement of q_x and teacher: per "token", per "response"
+    config.loss.gate_threshold = 0.9  # share of a response's tokens that must agree
     config.loss.mu = 0.0  # weight of retention, nats per nat
+    config.loss.mu_ramp = 0  # steps in which it rises to that
+    config.loss.reference = 0.0  # weight of KL(q_x || teacher without context), nats per nat
+    config.loss.clip = 0.0  # nats per token at which L_distill is cut; 0: not
+    config.loss.skip_first = 0  # first response tokens that are not trained on
+    config.loss.masked_ids = ()  # token ids that are not trained on
+    config.loss.drop_truncated = False  # whether responses cut at the length limit are left out
+    config.loss.teacher = "frozen"  # or "ema": the student's own moving average
+    config.loss.ema_decay = 0.99  # per step, of that average and of the "ema" anchor
+    config.loss.on_policy_fraction = 1.0  # chance of a step to learn from the student's samples; else the teacher's
+    config.loss.off_policy_steps = 0  # first steps on the teacher's samples
     config.loss.averaging = "token_mean"  # or "sequence_mean"
     config.loss.chunk = 128  # response columns that have logits at one time
 
@@ -80,6 +112,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 50  # optimiser steps, one rollout batch each
     config.train.batch_size = 128  # questions of a global batch, one response each
+    config.train.micro_batches = 1  # parts of a batch whose gradients are made one after the other: less memory
     config.train.retention_rows = 0  # rows under other contexts in a batch, where mu > 0; 0: batch_size
     config.train.save_every = 50  # steps between checkpoints; the last step is always saved
     config.train.keep = 2  # checkpoints kept
@@ -96,12 +129,13 @@ def get_config() -> ConfigDict:
     # The arms: name -> what it changes in config.loss. All start from the same base, seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
+    config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
     config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # which of them to run, in this order
 
     config.rules = ConfigDict()  # the built-in world of substitution tables
-    config.rules.seed = config.get_ref("seed")  # of the world: tables, questions, splits
+    config.rules.seed = config.get_oneway_ref("seed")  # of the world: tables, questions, splits
     config.rules.context_index = 0  # which table is internalized, 0 to 7
     config.rules.train_questions = 4096
     config.rules.dev_questions = 128

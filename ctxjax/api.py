@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ctxjax import rng, sharding
 from ctxjax.data import prompts as prompts_lib
+from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.evaluation import views
 from ctxjax.folder import ModelFolder, open_folder
@@ -25,9 +26,10 @@ from ctxjax.types import Params
 def load_model(
     folder: str, mesh: Mesh | None = None, dtype: str = "float32", param_dtype: str = "float32"
 ) -> ModelFolder:
-    """Opens a local Hugging Face folder: ``.config``, ``.params`` (nested dict of arrays), ``.tokenizer``.
+    """Opens a model: ``.config``, ``.params`` (nested dict of arrays), ``.tokenizer``.
 
-    ``mesh`` defaults to all devices along "fsdp". Raises FileNotFoundError or ValueError with the remedy.
+    ``folder`` is a Hugging Face folder, or a Hub id ``org/name`` or ``org/name@revision``. ``mesh`` defaults to all
+    devices along "fsdp". Raises FileNotFoundError or ValueError with the remedy.
     """
     mesh = sharding.make_mesh(fsdp=jax.device_count()) if mesh is None else mesh
     return open_folder(folder, mesh, dtype, param_dtype)
@@ -68,22 +70,24 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     placement: str = "system",
+    thinking: bool | None = None,
     batch_size: int = 64,
 ) -> list[str]:
     """The responses to ``questions``, under ``context`` or, where it is None, without one.
 
     ``params`` replace the folder's own, for example by a trained student's. Greedy at temperature 0. Row i's
-    randomness depends on (seed, i) alone.
+    randomness depends on (seed, i) alone. ``placement`` of the context and ``thinking``: see prompts.PromptConfig.
     """
     rows = [Row(str(place), question, context, "") for place, question in enumerate(questions)]
     if not rows:
         return []
     params = model.params if params is None else params
-    tokens = prompts_lib.encode(model.tokenizer, rows, placement)
-    prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id)
+    tokens = prompts_lib.encode(model.tokenizer, rows, PromptConfig(placement=placement, thinking=thinking))
+    prefix = prompts_lib.shared_prefix(tokens)
+    prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id, prefix)
     sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)
     mesh = mesh_of(params)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.batch_ways(mesh)
     batch_size = -(-min(batch_size, len(rows)) // ways) * ways
     with jax.set_mesh(mesh):
         key = rng.key_for(jax.random.key(seed), 0, "evaluation")

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from ctxjax.types import TrainState
+from ctxjax.types import Params, TrainState
 
 
 class Checkpoints:
@@ -37,6 +37,28 @@ class Checkpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a complete checkpoint, in order."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def read_params(folder: Path, step: int, like: Params) -> Params:
+    """What was trained, as of ``step``, in the shapes, types and shardings of ``like``; the optimiser's state is not
+    read. Raises ValueError where the checkpoint holds other parameters."""
+    wanted = {"params": like}
+    request = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as reader:  # a manager would tidy up after a run that may still be going on
+        try:
+            params = reader.restore(folder.absolute() / str(step) / "default", args=request)["params"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"the checkpoint of step {step} in {folder} does not fit the model: {error}") from None
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"the checkpoint of step {step} in {folder} lacks parameters of the model")
+    return params
 
 
 def _storable(state: TrainState) -> TrainState:

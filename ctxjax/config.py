@@ -12,11 +12,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctxjax.data.prompts import PLACEMENTS, PromptConfig
+from ctxjax.anchors import ANCHORS
+from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.tasks import TASKS
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
-from ctxjax.divergences import DIVERGENCES
-from ctxjax.losses import LossConfig
+from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
+from ctxjax.losses import GATES, LossConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.optim import SCHEDULES, OptimConfig
 from ctxjax.sharding import check_divisible
@@ -24,12 +25,20 @@ from ctxjax.sharding import check_divisible
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """The folder of the model and the arithmetic it runs in."""
+    """The folder or Hub id of the model and the arithmetic it runs in."""
 
     path: str
     dtype: str
     param_dtype: str
     remat: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSource:
+    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights."""
+
+    path: str
+    param_dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +86,7 @@ class TrainConfig:
 
     steps: int
     batch_size: int
+    micro_batches: int
     retention_rows: int
     save_every: int
     keep: int
@@ -102,6 +112,7 @@ class Experiment:
     task: str
     task_config: Any
     model: ModelSource
+    teacher: TeacherSource
     lora: LoraConfig | None
     base: BaseConfig
     mesh: MeshConfig
@@ -137,6 +148,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         )
     prompt = PromptConfig(**config.prompt)
     _one_of("prompt.placement", prompt.placement, PLACEMENTS)
+    parse_date(prompt.date)
     _one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
     if config.task == "qa_jsonl":
         _one_of("qa_jsonl.grading", config.qa_jsonl.grading, GRADINGS)
@@ -145,6 +157,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         task=config.task,
         task_config=task_class(**config[config.task]),
         model=ModelSource(**config.model),
+        teacher=TeacherSource(**config.teacher),
         lora=_lora(config.lora),
         base=BaseConfig(**config.base),
         mesh=_mesh(config.mesh, device_count),
@@ -162,6 +175,12 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     rows |= {} if config.model.path else {"base.batch_size": result.base.batch_size}
     for name, value in rows.items():
         check_divisible(name, value, ways)
+    for name in ("train.batch_size", "train.retention_rows"):
+        if rows[name] // ways % train.micro_batches:
+            raise ValueError(
+                f"{name} = {rows[name]} does not split into train.micro_batches = {train.micro_batches} parts of rows "
+                f"of every device; use a multiple of {ways * train.micro_batches}"
+            )
     return result
 
 
@@ -175,11 +194,29 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
         if unknown:
             raise ValueError(f"arms.{name} sets {sorted(unknown)}; config.loss has {sorted(config.loss)}")
         arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
-        _one_of("loss.divergence", arms[name].divergence, DIVERGENCES)
-        _one_of("loss.averaging", arms[name].averaging, ("token_mean", "sequence_mean"))
-    if "base" in arms:
-        raise ValueError('run_arms: "base" is the name of the untrained model in the results; rename the arm')
+        _check_loss(arms[name], config)
+    for taken in {"base", "teacher"} & arms.keys():
+        raise ValueError(f'run_arms: "{taken}" is the name of an untrained model in the results; rename the arm')
     return arms
+
+
+def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
+    names = {
+        "divergence": DIVERGENCES, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS, "gate": GATES,
+        "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
+    }  # fmt: skip
+    for field, known in names.items():
+        _one_of(f"loss.{field}", getattr(loss, field), known)
+    _require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
+    for field in ("anchor_fraction", "gate_threshold", "on_policy_fraction", "ema_decay"):
+        _require(getattr(loss, field) <= 1, f"loss.{field}", getattr(loss, field), "at most 1")
+    most = config.rollout.max_tokens
+    _require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")
+    if loss.teacher == "ema" and config.teacher.path:
+        raise ValueError(
+            f"loss.teacher = 'ema' averages the student, and teacher.path = {config.teacher.path!r} names another "
+            "teacher; leave one of the two out"
+        )
 
 
 def _lora(config: ConfigDict) -> LoraConfig | None:
@@ -209,11 +246,12 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
 def _check_model(config: Experiment) -> None:
     for name in ("dtype", "param_dtype"):
         _one_of(f"model.{name}", getattr(config.model, name), ("float32", "bfloat16"))
+    _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     if config.model.path:
         return
     if not config.base.steps or config.task != "rules":
         raise ValueError(
-            f"model.path is empty; give the folder of a Hugging Face model (only task = 'rules' can train its own "
+            f"model.path is empty; give the folder or the Hub id of a model (only task = 'rules' can train its own "
             f"base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
         )
     if config.base.query_heads % config.base.kv_heads:
@@ -225,6 +263,8 @@ def _check_model(config: Experiment) -> None:
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
     "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
+    "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
+    "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
     "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
     "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",

@@ -67,6 +67,10 @@ def support_mass(logits: jax.Array, ids: jax.Array, counts: jax.Array) -> jax.Ar
     return jnp.sum(jnp.where(counts, jnp.exp(logp), 0.0), axis=-1)
 
 
+def _is_among(row_V: jax.Array, ids_K: jax.Array) -> jax.Array:
+    return jnp.zeros_like(row_V, bool).at[ids_K].set(True)
+
+
 def _restricted(logits: jax.Array, ids: jax.Array, counts: jax.Array, remainder: str) -> jax.Array:
     """Log-probabilities over the support (and the tail); -inf where an entry does not count."""
     if remainder == "renormalise":
@@ -75,7 +79,7 @@ def _restricted(logits: jax.Array, ids: jax.Array, counts: jax.Array, remainder:
     if remainder == "raw":
         return logp
     # The tail's mass as a sum of what lies outside, not as 1 - inside: that would be rounding noise when it is small.
-    inside_of = lambda row_V, ids_K: jnp.zeros_like(row_V, bool).at[ids_K].set(True)
+    inside_of = _is_among
     for _ in logits.shape[:-1]:  # by vmap, since a scatter of several axes would not say how its result is sharded
         inside_of = jax.vmap(inside_of)
     is_inside = inside_of(logits, ids)

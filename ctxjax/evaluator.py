@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from ctxjax import rng
+from ctxjax import rng, sharding
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
@@ -33,10 +33,10 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """A split in all its views, tokenized once; call it with parameters.
+    """A split in all its views, tokenized once; call it with parameters of ``folder``'s architecture.
 
-    ``greedy`` is how responses are judged (temperature 0 unless the config says otherwise), ``rollout`` how
-    training samples: the held-out distillation loss is taken on such samples.
+    ``judged`` is how responses are decoded (temperature 0 unless the config says otherwise), ``rollout`` how
+    training samples: the held-out distillation loss, against ``teacher``, is taken on such samples.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Evaluator:
         task: Task,
         split: str,
         folder: ModelFolder,
-        frozen: Params,
+        teacher: ModelFolder,
         prompt: PromptConfig,
         judged: SamplingConfig,
         rollout: SamplingConfig,
@@ -52,17 +52,21 @@ class Evaluator:
         seed: int,
         mesh: Mesh,
     ):
-        self._task, self._folder, self._frozen, self._mesh = task, folder, frozen, mesh
+        self._task, self._folder, self._teacher, self._mesh = task, folder, teacher, mesh
         self._judged, self._rollout = judged, rollout
         encoded = encode_rows(folder.tokenizer, task.rows(split), prompt)
         self.dropped = encoded.dropped
         self._rows = evaluation_views(task, encoded.rows, split)
-        tokens = {v: prompts_lib.encode(folder.tokenizer, rows, prompt.placement) for v, rows in self._rows.items()}
-        # Two lengths, so that decoding is compiled twice and not once for every view.
-        longest = max(len(ids) for view, lists in tokens.items() if view != "bare" for ids in lists)
-        lengths = dict.fromkeys(tokens, max(longest, encoded.lengths["context"])) | {"bare": encoded.lengths["bare"]}
-        self._prompts = {v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id) for v, lists in tokens.items()}
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        tokens = {v: prompts_lib.encode(folder.tokenizer, rows, prompt) for v, rows in self._rows.items()}
+        prefixes = {v: prompts_lib.shared_prefix(lists) for v, lists in tokens.items()}
+        lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
+        # One length for the views with a context block that share no prefix: decoding is compiled once for them all.
+        alike = [view for view in tokens if view != "bare" and not prefixes[view]]
+        lengths |= dict.fromkeys(alike, max((lengths[view] for view in alike), default=0))
+        self._prompts = {
+            v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id, prefixes[v]) for v, lists in tokens.items()
+        }
+        ways = sharding.batch_ways(mesh)
         self._batch = min(batch_size, -(-len(encoded.rows) // ways) * ways)
         self._key = rng.key_for(jax.random.key(seed), 0, "evaluation")
 
@@ -127,9 +131,9 @@ class Evaluator:
         loss = LossConfig(temperature=self._rollout.temperature)
         return views_lib.distillation_kl(
             params,
-            self._frozen,
+            self._teacher.params,
             model,
-            model,
+            self._teacher.config,
             loss,
             bare,
             self._prompts["context"],

@@ -9,6 +9,8 @@ from pathlib import Path
 from jax.sharding import Mesh
 from transformers import AutoTokenizer
 
+from ctxjax.data import tokenizer_match
+from ctxjax.hub import local_folder
 from ctxjax.models import hf
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
@@ -31,7 +33,7 @@ def load_tokenizer(path: Path):
     if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from None
     if not tokenizer.chat_template:
@@ -51,24 +53,39 @@ def stop_ids(path: Path, tokenizer) -> tuple[int, ...]:
             named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
         except (json.JSONDecodeError, AttributeError) as error:
             raise ValueError(f"{generation} is not a valid JSON object: {error}") from None
-        ids |= set(named if isinstance(named, list) else [named]) - {None}
+        named = named if isinstance(named, list) else [named]
+        if not all(token is None or type(token) is int for token in named):
+            raise ValueError(f"{generation}: eos_token_id = {named} must be an id or a list of ids")
+        ids |= set(named) - {None}
     if not ids:
         raise ValueError(f"{path} names no end token, neither in generation_config.json nor in its tokenizer")
     return tuple(sorted(ids))
 
 
 def open_folder(
-    path: str | Path, mesh: Mesh, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
+    path: str | Path,
+    mesh: Mesh,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: bool = False,
+    student: ModelFolder | None = None,
 ) -> ModelFolder:
-    """Loads a local Hugging Face folder onto ``mesh``.
+    """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.
 
+    With ``student`` the folder is its teacher's, and a tokenizer that differs is refused before weights are read.
     Raises FileNotFoundError or ValueError with one message that names the folder, what is wrong, and the remedy.
     """
-    path = Path(path).expanduser()
+    path = local_folder(path)
     config = hf.read_config(path, dtype, remat)
     tokenizer = load_tokenizer(path)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} ids, the head only {config.vocab_size} rows")
+    if student is not None:
+        tokenizer_match.require_same(student.tokenizer, tokenizer)
+    # Not len(tokenizer), which counts tokens: some vocabularies leave ids out.
+    ids = max(tokenizer.get_vocab().values()) + 1
+    if ids > config.vocab_size:
+        raise ValueError(f"{path}: the tokenizer has {ids} ids, the head only {config.vocab_size} rows")
     ends = stop_ids(path, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    if ids < config.vocab_size:
+        config = dataclasses.replace(config, tokens=ids)
     return ModelFolder(config, hf.load(path, config, mesh, param_dtype), tokenizer, ends, pad)

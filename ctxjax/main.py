@@ -1,9 +1,13 @@
-"""Trains and evaluates: ``python -m ctxjax.main --config=configs/tiny.py --workdir=DIR [--config.field=value ...]``."""
+"""Trains and evaluates: ``python -m ctxjax.main --config=configs/tiny.py --workdir=DIR [--config.field=value ...]``.
+
+With ``--dump_batch`` it shows the first training batch, token by token, and ends.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+import shutil
 import sys
 
 from absl import app, flags, logging
@@ -12,21 +16,26 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
+_DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training batch and end; needs no workdir.")
 
 
 def main(_) -> None:
-    if _WORKDIR.value is None:
+    if _WORKDIR.value is None and not _DUMP_BATCH.value:
         raise ValueError("--workdir is missing; name a folder for results, report, metrics and checkpoints")
     if _CONFIG.value is None:
         raise ValueError("--config is missing; for example --config=configs/tiny.py")
     # Imported here, so that a mistyped flag is answered at once.
-    from ctxjax import config, trainer, workdir
+    from ctxjax import config, preview, trainer, workdir
 
     _quiet()
     _split_cpu(_CONFIG.value.cpu_devices)
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _CONFIG.value.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
+    if _DUMP_BATCH.value:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(preview.first_batch(experiment, shutil.get_terminal_size((100, 0)).columns, colour))
+        return
     folder = Path(_WORKDIR.value).expanduser()
     facts = workdir.facts(_CONFIG.value)
     workdir.check(folder, facts["config"])

@@ -20,7 +20,7 @@ from ctxjax import head_scan, losses, scoring, sharding
 from ctxjax.anchors import ANCHORS
 from ctxjax.losses import LossConfig, Scales, average, token_weights
 from ctxjax.models.transformer import ModelConfig, head_weights
-from ctxjax.types import Batch, Mean, Params, Prompts, Rollout
+from ctxjax.types import Batch, Mean, Params, PrefixKV, Prompts, Rollout, map_rows
 
 
 @struct.dataclass
@@ -36,19 +36,28 @@ class Rows:
 
 
 class Models(NamedTuple):
-    """Whole parameter trees and their architectures. ``ema`` is the student's average, or None where none is kept."""
+    """Whole parameter trees and their architectures. ``ema`` is the student's average, or None where none is kept;
+    ``teacher_prefix`` is the teacher's reading of what the context prompts start with, where the caller keeps it."""
 
     student: Params
     teacher: Params
     ema: Params | None
     config: ModelConfig
     teacher_config: ModelConfig
+    teacher_prefix: PrefixKV | None = None
 
 
 class _Passes:
     """Hidden states and heads of the views, each pass run once, when it is first asked for."""
 
-    def __init__(self, models: Models, bare: Prompts | None, context: Prompts, rollout: Rollout):
+    def __init__(
+        self,
+        models: Models,
+        bare: Prompts | None,
+        context: Prompts,
+        rollout: Rollout,
+        teacher_prefix: PrefixKV | None = None,
+    ):
         student = (models.student, models.config)
         teacher = (models.teacher, models.teacher_config)
         self._views = {
@@ -58,14 +67,15 @@ class _Passes:
             "f_x": (*teacher, bare),
             "ema": (models.ema, models.config, bare),
         }
-        self._rollout, self._hidden = rollout, {}
+        self._rollout, self._prefixes, self._hidden = rollout, {"f": teacher_prefix}, {}
         self._student_head = head_weights(*student)
         self._teacher_head = head_weights(*teacher)
 
     def hidden(self, views) -> dict[str, jax.Array]:
         for view in views:
             if view not in self._hidden:
-                self._hidden[view] = scoring.response_hidden(*self._views[view], self._rollout)
+                prefix = self._prefixes.get(view)
+                self._hidden[view] = scoring.response_hidden(*self._views[view], self._rollout, prefix)
         return {view: self._hidden[view] for view in views}
 
     def heads(self, views) -> dict[str, jax.Array]:
@@ -91,7 +101,7 @@ def bare_and_context_terms(
 ) -> tuple[jax.Array, dict[str, Mean]]:
     """L_distill + beta L_anchor + the reference term on the rollout y, with all their metrics."""
     batch, rollout, weight = rows.batch, rows.rollout, rows.weight_BxT
-    passes = _Passes(models, batch.bare, batch.context, rollout)
+    passes = _Passes(models, batch.bare, batch.context, rollout, models.teacher_prefix)
     configs = (models.config, models.teacher_config)
     has_anchor = config.beta > 0
     on_all_rows = has_anchor and config.anchor_fraction == 1
@@ -141,7 +151,7 @@ def _anchor_on_some_rows(models: Models, config: LossConfig, rows: Rows, passes:
     per_device = rows.weight_BxT.shape[0] // sharding.batch_ways()
     count = max(round(config.anchor_fraction * per_device), 1)
     first = functools.partial(sharding.first_rows, count=count)
-    some = Rows(*(jax.tree.map(first, x) for x in (rows.batch, rows.rollout, rows.weight_BxT)))
+    some = Rows(*(map_rows(first, x) for x in (rows.batch, rows.rollout, rows.weight_BxT)))
     own = _Passes(models, some.batch.bare, some.batch.context, some.rollout)
     views = _anchor_views(config)
     hidden = own.hidden(["q_c"]) | jax.tree.map(first, passes.hidden([view for view in views if view != "q_c"]))

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from ctxjax import objective, optim, rng, sharding
 from ctxjax.config import BaseConfig
 from ctxjax.data import prompts as prompts_lib, word_tokenizer
+from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.data.tasks import rules
-from ctxjax.models import hf, params as params_lib, transformer
+from ctxjax.models import hf_save, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.types import Prompts, Rollout
@@ -80,7 +81,7 @@ def train_base(config: BaseConfig, world: rules.RulesConfig, mesh: Mesh, folder:
         params, opt_state, loss = _base_step(params, opt_state, prompts, responses, model, optimizer)
         if bar.n % 50 == 0:
             bar.set_postfix(loss=f"{float(loss):.3f}")
-    hf.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+    hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("params", "opt_state"))
@@ -96,15 +97,14 @@ def _base_step(params, opt_state, prompts: Prompts, responses: Rollout, model: M
 def _batches(config: BaseConfig, world: rules.RulesConfig, tokenizer):
     """Host batches (Prompts, responses as a Rollout), rows a pure function of (seed, place)."""
     task = rules.Rules(world)
-    columns = len(tokenizer.apply_chat_template(
-        prompts_lib.messages(Row("", f"#1:{'a' * max(rules.LENGTHS)}", task.context, ""), "system"),
-        add_generation_prompt=True, return_dict=False,
-    ))  # fmt: skip
+    longest = Row("", f"#1:{'a' * max(rules.LENGTHS)}", task.context, "")
+    columns = len(prompts_lib.encode(tokenizer, [longest], PromptConfig())[0])
 
     def collate(places) -> tuple[Prompts, Rollout]:
         drawn = [task.pretraining_row(np.random.default_rng([config.seed, 3, int(place)])) for place in places]
         rows = [Row("", question, context, "") for question, context, _ in drawn]
-        prompts = prompts_lib.left_pad(prompts_lib.encode(tokenizer, rows, "system"), columns, tokenizer.pad_token_id)
+        asked = prompts_lib.encode(tokenizer, rows, PromptConfig())
+        prompts = prompts_lib.left_pad(asked, columns, tokenizer.pad_token_id)
         answers = tokenizer([text for _, _, text in drawn], add_special_tokens=False)["input_ids"]
         tokens = np.full((len(drawn), rules.LONGEST_RESPONSE), tokenizer.pad_token_id, np.int32)
         mask = np.zeros(tokens.shape, bool)

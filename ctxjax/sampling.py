@@ -1,9 +1,9 @@
 """The sampler: prompts in, a Rollout out, one compiled program.
 
-The prompts are read once (the head is applied to their last column only), then a ``while_loop`` decodes
-a token per row until every row has ended or the length is reached. Each token costs one uniform number
-per row, turned into a token through the inverse of the cumulative distribution: a Gumbel-max sampler
-would draw V numbers per row and token.
+The prompts are read once, and once for all rows what they all start with (the head is applied to their last
+column only), then a ``while_loop`` decodes a token per row until every row has ended or the length is
+reached. Each token costs one uniform number per row, turned into a token through the inverse of the
+cumulative distribution: a Gumbel-max sampler would draw V numbers per row and token.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def draw(logits_BxV: jax.Array, config: SamplingConfig, uniform_B: jax.Array) ->
     else:
         logits_BxV = filtered(logits_BxV, config)
         token_B = inverse_cdf(jax.nn.softmax(logits_BxV, axis=-1), uniform_B)
-    chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=-1)[:, 0]
+    # Not take_along_axis, which drops a batch of one row and with it the batch's sharding.
+    chosen_B = jax.vmap(lambda logits_V, token: logits_V[token])(logits_BxV, token_B)
     return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BxV, axis=-1)
 
 
@@ -154,7 +155,8 @@ def sample(
         )
         return add_token(state, hidden_BxD, cache)
 
-    hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP)
+    prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
+    hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, prefix)
     rows, columns = batch_spec(), batch_spec(None)
     empty = SamplerState(
         column=jnp.int32(0),

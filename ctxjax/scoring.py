@@ -8,11 +8,20 @@ import jax
 from ctxjax import masks
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.types import Params, Prompts, Rollout
+from ctxjax.types import Params, PrefixKV, Prompts, Rollout
 
 
-def response_hidden(params: Params, model: ModelConfig, prompts: Prompts, rollout: Rollout) -> jax.Array:
-    """Hidden states [B, T, D]: column t predicts response token t, given the prompt and tokens before t."""
+def response_hidden(
+    params: Params, model: ModelConfig, prompts: Prompts, rollout: Rollout, prefix: PrefixKV | None = None
+) -> jax.Array:
+    """Hidden states [B, T, D]: column t predicts response token t, given the prompt and tokens before t.
+
+    Where the prompts share a prefix, it is read once, as one row. ``prefix`` is that reading, of these params, where
+    the caller has it already: a frozen model's serves a whole run. Without it, it is part of this pass, gradient
+    included.
+    """
     tokens_BxL, mask_BxL = masks.joined(prompts, rollout)
-    hidden_BxLxD = transformer.forward(params, model, tokens_BxL, mask_BxL)
+    if prefix is None:
+        prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
+    hidden_BxLxD = transformer.forward(params, model, tokens_BxL, mask_BxL, prefix)
     return masks.response_window(hidden_BxLxD, prompts.tokens_BxP.shape[1])

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
+from ctxjax.types import map_rows
+
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
@@ -64,9 +66,9 @@ def batch_spec(*rest: str | None) -> P:
     return P(BATCH, *(None if axis is None else WEIGHT_RULES[axis] for axis in rest))
 
 
-def batch_ways() -> int:
-    """Over how many devices the current mesh spreads the rows of a batch."""
-    shape = jax.sharding.get_abstract_mesh().shape
+def batch_ways(mesh: Mesh | None = None) -> int:
+    """Over how many devices a mesh, or the current one, spreads the rows of a batch."""
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return math.prod(shape[axis] for axis in BATCH)
 
 
@@ -89,20 +91,22 @@ def micro_batches(x: jax.Array, count: int) -> jax.Array:
 
 
 def put_batch(tree, mesh: Mesh):
-    """Places host arrays [B, ...] on the mesh, rows over data and fsdp.
+    """Places host arrays [B, ...] on the mesh, rows over data and fsdp, and shared prefixes whole on every device.
 
     Every process holds the same global batch and places only its own rows. Raises ValueError where B is
     not divisible by data * fsdp.
     """
-    sharding = NamedSharding(mesh, P(BATCH))
-    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    ways = batch_ways(mesh)
 
-    def put(array):
+    def put(array, spec):
         array = np.asarray(array)
-        check_divisible("batch", array.shape[0], ways)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
-    return jax.tree.map(put, tree)
+    def put_rows(array):
+        check_divisible("batch", np.shape(array)[0], ways)
+        return put(array, P(BATCH))
+
+    return map_rows(put_rows, tree, shared=lambda array: put(array, P()))
 
 
 def check_divisible(name: str, rows: int, ways: int) -> None:

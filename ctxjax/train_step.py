@@ -25,7 +25,7 @@ from ctxjax.models.transformer import ModelConfig
 from ctxjax.objective import Models, Rows
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.types import Batch, Frozen, Mean, Params, Rollout, TrainState
+from ctxjax.types import Batch, Frozen, Mean, Params, Rollout, TrainState, map_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +142,16 @@ def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig)
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(trained, rows):
         student, teacher = student_params(trained, frozen, config), _teacher_params(state.ema, frozen, config)
-        models = Models(student, teacher, ema, config.model, config.teacher_model)
+        prefix = frozen.teacher_prefix if config.loss.teacher == "frozen" else None
+        models = Models(student, teacher, ema, config.model, config.teacher_model, prefix)
         return objective.objective(models, config.loss, rows, at)
 
     count = config.micro_batches
     if count == 1:
         return loss_of(state.params, rows)
-    parts = jax.tree.map(lambda x: sharding.micro_batches(x, count), rows)
+    parts = map_rows(
+        lambda x: sharding.micro_batches(x, count), rows, shared=lambda x: jnp.broadcast_to(x, (count, *x.shape))
+    )
     part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], parts))
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(loss_of, state.params, part))
 

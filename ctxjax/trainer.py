@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 import resource
 import time
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from ctxjax import optim, pretrain, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import DecodeConfig, Experiment
+from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows, training_batches
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS
@@ -20,11 +24,11 @@ from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import ModelFolder, open_folder
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
-from ctxjax.models import lora as lora_lib, params as params_lib
+from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.report import results_table, write_report
 from ctxjax.sampling import SamplingConfig
 from ctxjax.train_step import StepConfig, init_state, student_params, train_step
-from ctxjax.types import Frozen, Params, TrainState
+from ctxjax.types import Frozen, Params, PrefixKV, TrainState
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
@@ -36,14 +40,10 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     seconds: dict[str, float] = {}
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        task = TASKS[config.task][1](config.task_config)
-        folder = _open_model(config, mesh, seconds)
-        print(_sizes(config, folder, mesh), flush=True)
-        train_rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
-        retention = None
-        if any(loss.mu > 0 for loss in config.arms.values()):
-            retention = RetentionRows.of(folder.tokenizer, task, train_rows, config.prompt)
-        dev, test = (_evaluator(config, task, split, folder, mesh) for split in ("dev", "test"))
+        task, folder, teacher, train_rows, retention = open_inputs(config, mesh, seconds)
+        print(_sizes(config, folder, teacher, mesh), flush=True)
+        teacher_prefix = _teacher_prefix(teacher, train_rows)
+        dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
             f"dev {dev.dropped}, test {test.dropped}",
@@ -56,6 +56,11 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         seconds["evaluate base"] = time.monotonic() - clock
         _save_items(workdir / "base", base)
         finished = {"base": base}
+        if teacher is not folder:
+            clock = time.monotonic()
+            finished["teacher"] = _evaluator(config, task, "test", teacher, teacher, mesh)(teacher.params)
+            _save_items(workdir / "teacher", finished["teacher"])
+            seconds["evaluate teacher"] = time.monotonic() - clock
         for name, loss in config.arms.items():
             clock = time.monotonic()
             arm = _Arm(
@@ -63,8 +68,10 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 name,
                 loss,
                 folder,
+                teacher,
                 train_rows,
                 retention if loss.mu > 0 else None,
+                teacher_prefix,
                 mesh,
                 workdir / name,
             )
@@ -86,6 +93,47 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     return results
 
 
+class Inputs(NamedTuple):
+    """What training reads. ``teacher`` is ``student`` itself where it has no folder of its own; ``retention`` has the
+    rows under other contexts, where an arm wants them."""
+
+    task: Task
+    student: ModelFolder
+    teacher: ModelFolder
+    rows: EncodedRows
+    retention: RetentionRows | None
+
+
+def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
+    """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
+    task = TASKS[config.task][1](config.task_config)
+    folder, teacher = with_teacher(config, _open_model(config, mesh, seconds), mesh, seconds)
+    if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
+        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
+    retention = None
+    if any(loss.mu > 0 for loss in config.arms.values()):
+        retention = RetentionRows.of(folder.tokenizer, task, rows, config.prompt)
+    return Inputs(task, folder, teacher, rows, retention)
+
+
+def with_teacher(
+    config: Experiment, student: ModelFolder, mesh, seconds: dict[str, float]
+) -> tuple[ModelFolder, ModelFolder]:
+    """(student, teacher), which are one and the same where the teacher has no folder of its own.
+
+    Both read the student's tokens and stop at the ends of either: a base student comes to end as its teacher does.
+    """
+    if not config.teacher.path:
+        return student, student
+    clock = time.monotonic()
+    loaded = open_folder(config.teacher.path, mesh, config.model.dtype, config.teacher.param_dtype, student=student)
+    seconds["load teacher"] = time.monotonic() - clock
+    print(f"teacher: {config.teacher.path}", flush=True)
+    student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
+    return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
+
+
 def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFolder:
     clock = time.monotonic()
     path = config.model.path
@@ -99,11 +147,21 @@ def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFol
     return folder
 
 
-def _sizes(config: Experiment, folder: ModelFolder, mesh) -> str:
+def _teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
+    """What the teacher makes of the context that all rows start with: its weights are frozen, so once for all arms."""
+    prefix_C = rows.prefixes["context"]
+    if not prefix_C:
+        return None
+    print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
+    compute = jax.jit(transformer.prefix_kv, static_argnames="config")
+    return compute(teacher.params, config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
+
+
+def _sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh) -> str:
     """What the weights and the optimiser hold, in scalars and in bytes of the whole mesh."""
-    trained = folder.params
+    trained = student.params
     if config.lora is not None:
-        trained = params_lib.abstract(lora_lib.specs(folder.config, config.lora), mesh)
+        trained = params_lib.abstract(lora_lib.specs(student.config, config.lora), mesh)
     optimiser = jax.eval_shape(optim.optimizer(config.optim).init, trained)
 
     def count(tree) -> str:
@@ -112,12 +170,15 @@ def _sizes(config: Experiment, folder: ModelFolder, mesh) -> str:
     def size(tree) -> str:
         return _short(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))) + "B"
 
-    weights = f"{count(trained)} trained ({size(trained)}), "
     if config.lora is None:
-        weights += f"{count(folder.params)} frozen in the teacher ({size(folder.params)})"
+        frozen = {"frozen in the teacher": teacher}
+    elif teacher is student:
+        frozen = {"frozen, student's base and teacher in one": teacher}
     else:
-        weights += f"{count(folder.params)} frozen, student's base and teacher in one ({size(folder.params)})"
-    return f"parameters: {weights}; optimiser: {size(optimiser)}"
+        frozen = {"frozen in the student's base": student, "frozen in the teacher": teacher}
+    held = [f"{count(trained)} trained ({size(trained)})"]
+    held += [f"{count(model.params)} {where} ({size(model.params)})" for where, model in frozen.items()]
+    return f"parameters: {', '.join(held)}; optimiser: {size(optimiser)}"
 
 
 def _short(number: int) -> str:
@@ -127,7 +188,7 @@ def _short(number: int) -> str:
     return f"{rounded / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
 
 
-def _sampling(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
+def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
     return SamplingConfig(
         max_tokens=decode.max_tokens,
         eos_ids=folder.stop_ids,
@@ -138,15 +199,17 @@ def _sampling(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
     )
 
 
-def _evaluator(config: Experiment, task: Task, split: str, folder: ModelFolder, mesh) -> Evaluator:
+def _evaluator(
+    config: Experiment, task: Task, split: str, folder: ModelFolder, teacher: ModelFolder, mesh
+) -> Evaluator:
     return Evaluator(
         task,
         split,
         folder,
-        folder.params,
+        teacher,
         config.prompt,
-        judged=_sampling(config.eval.decode, folder),
-        rollout=_sampling(config.rollout, folder),
+        judged=sampling_config(config.eval.decode, folder),
+        rollout=sampling_config(config.rollout, folder),
         batch_size=config.eval.batch_size,
         seed=config.seed,
         mesh=mesh,
@@ -162,16 +225,21 @@ class _Arm:
         name: str,
         loss: LossConfig,
         folder: ModelFolder,
+        teacher: ModelFolder,
         rows: EncodedRows,
         retention: RetentionRows | None,
+        teacher_prefix: PrefixKV | None,
         mesh,
         workdir: Path,
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
         self.mesh, self.workdir = mesh, workdir
-        sampling = _sampling(config.rollout, folder)
-        self.step_config = StepConfig(folder.config, folder.config, sampling, loss, config.optim, config.lora)
-        self.frozen = Frozen(teacher=folder.params, base=folder.params if config.lora else None)
+        sampling = sampling_config(config.rollout, folder)
+        micro_batches = config.train.micro_batches
+        self.step_config = StepConfig(
+            folder.config, teacher.config, sampling, loss, config.optim, config.lora, micro_batches
+        )
+        self.frozen = Frozen(teacher.params, folder.params if config.lora else None, teacher_prefix)
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
         """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters."""

@@ -1,7 +1,7 @@
 """The PyTrees that cross function boundaries, and the letters that name their axes.
 
     B batch        P prompt        T response     L any sequence    M cache slots
-    V vocabulary   D width         F mlp width    N layers          C contexts
+    V vocabulary   D width         F mlp width    N layers          C shared prefix
     H query heads  K key/value heads               Dh head dim
 
 A name such as ``tokens_BxT`` says: shape [B, T]. Masks are boolean and True where a token is real;
@@ -11,6 +11,7 @@ token *is* the end-of-turn token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import struct
@@ -28,10 +29,27 @@ class Prompts:
 
         tokens  0   0   17  4   9
         mask    F   F   T   T   T
+
+    ``prefix_C`` int32, where it is given: the tokens that every row of the view starts with, in one row without
+    padding, and then not repeated in ``tokens_BxP``. A row reads prefix_C, then its own tokens.
     """
 
     tokens_BxP: jax.Array
     mask_BxP: jax.Array
+    prefix_C: jax.Array | None = None
+
+
+def map_rows(function: Callable, tree, shared: Callable = lambda array: array):
+    """The tree with ``function`` of every array whose leading axis is the batch, and ``shared`` of every
+    ``prefix_C``, which has no such axis."""
+
+    def node(value):
+        if not isinstance(value, Prompts):
+            return function(value)
+        prefix_C = None if value.prefix_C is None else shared(value.prefix_C)
+        return Prompts(function(value.tokens_BxP), function(value.mask_BxP), prefix_C)
+
+    return jax.tree.map(node, tree, is_leaf=lambda value: isinstance(value, Prompts))
 
 
 @struct.dataclass
@@ -60,18 +78,31 @@ class Rollout:
 
 
 @struct.dataclass
+class PrefixKV:
+    """Keys and values of a prefix that all rows share, [N, K, C, Dh]: a function of the weights and of prefix_C.
+
+    Valid as long as the weights it was computed from: once per run for a frozen model, once per step for a student.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+@struct.dataclass
 class KVCache:
     """Keys and values of all layers, and one write cursor for all rows.
 
     Left padding makes one scalar cursor enough: every row writes the same column at the same time.
     ``keys`` and ``values`` are [N, B, K, M, Dh], or in shallow models a tuple of N arrays [B, K, M, Dh];
-    ``mask_BxM`` is True where a slot holds a real token.
+    ``mask_BxM`` is True where a slot holds a real token. ``prefix`` is what all rows read before their slots, or
+    None; in shallow models a tuple of N, [K, C, Dh] each.
     """
 
     keys: jax.Array | tuple[jax.Array, ...]
     values: jax.Array | tuple[jax.Array, ...]
     mask_BxM: jax.Array
     length: jax.Array
+    prefix: PrefixKV | tuple[PrefixKV, ...] | None = None
 
 
 @struct.dataclass
@@ -96,11 +127,13 @@ class Frozen:
     """Weights that a step reads and never changes.
 
     ``teacher`` is f; ``base`` is what the student's adapter is joined to, or None where all its weights are trained.
-    They may be the same arrays, and are then held once.
+    They may be the same arrays, and are then held once. ``teacher_prefix`` is what the teacher made of the prefix that
+    all rows of the context view start with, or None where they share none: it goes with these weights and no others.
     """
 
     teacher: Params
     base: Params | None = None
+    teacher_prefix: PrefixKV | None = None
 
 
 @struct.dataclass

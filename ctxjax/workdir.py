@@ -36,6 +36,17 @@ def check(workdir: Path, config: dict) -> None:
         )
 
 
+def read_config(workdir: Path) -> dict:
+    """The configuration of the run in a folder. Raises ValueError where the folder holds no run."""
+    stored = workdir / "config.json"
+    try:
+        return json.loads(stored.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{workdir} is not a run's folder: it has no config.json") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{stored} is not valid JSON ({error})") from None
+
+
 def claim(workdir: Path, config: dict) -> None:
     """Makes the folder and puts the run's name plate, config.json, on it. Call it when all input has been read:
     a run that could not start leaves nothing behind."""

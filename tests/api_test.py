@@ -7,7 +7,7 @@ import pytest
 import ctxjax
 from ctxjax.data import word_tokenizer
 from ctxjax.data.tasks import rules
-from ctxjax.models import hf, params as params_lib, transformer
+from ctxjax.models import hf_save, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.sharding import make_mesh
 
@@ -21,7 +21,7 @@ def model(tmp_path_factory):
     config = ModelConfig(len(tokenizer), width=32, layers=2, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48)
     params = params_lib.init(transformer.param_specs(config), jax.random.key(0), make_mesh(fsdp=8))
     folder = tmp_path_factory.mktemp("api") / "model"
-    hf.save(folder, params, config, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+    hf_save.save(folder, params, config, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
     return ctxjax.load_model(folder)
 
 

@@ -2,20 +2,24 @@
 
 import json
 from pathlib import Path
+import re
 import subprocess
 import sys
 
+import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, folder as folder_lib, sharding
+from ctxjax import config as config_lib, folder as folder_lib, sharding, trainer
 from ctxjax.data import prompts, word_tokenizer
 from ctxjax.data.pipeline import RetentionRows, encode_rows
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.tasks import rules
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
+from ctxjax.models import hf_save, params as params_lib
+from ctxjax.models.transformer import ModelConfig, param_specs
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,9 +66,17 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
         ("optim.schedule", "linear", "optim.schedule = 'linear' is not known; choose from constant, cosine"),
         ("loss.divergence", "js", "loss.divergence = 'js' is not known"),
         ("loss.averaging", "mean", "loss.averaging = 'mean' is not known"),
-        ("prompt.placement", "prefix", "prompt.placement = 'prefix' is not known"),
+        ("prompt.placement", "suffix", "prompt.placement = 'suffix' is not known; choose from prefix, system, user"),
+        ("prompt.date", "", "prompt.date = '' is not a date such as '26 Jul 2024'"),
+        ("prompt.date", "today", "prompt.date = 'today' is not a date"),
+        ("teacher.param_dtype", "int8", "teacher.param_dtype = 'int8' is not known"),
         ("mesh.tensor", 3, "needs 6 devices, and there are 8"),
         ("run_arms", ("nca",), "run_arms = 'nca' is not known"),
+        ("lora.rank", -1, "lora.rank = -1 must be 0 or more"),
+        ("lora.alpha", 0.0, "lora.alpha = 0.0 must be above 0"),
+        ("lora.targets", ("q", "head"), "lora.targets = 'head' is not known; choose from down, gate, k, o, q, up, v"),
+        ("lora.targets", ("q", "q"), "lora.targets = .* must be at least one matrix, each named once"),
+        ("lora.targets", (), "lora.targets = .* must be at least one matrix, each named once"),
         ("model.dtype", "float16", "model.dtype = 'float16' is not known"),
         ("base.steps", 0, "model.path is empty"),
         ("base.kv_heads", 3, "base.query_heads = 4 is not a multiple of base.kv_heads = 3"),
@@ -75,6 +87,61 @@ def test_a_bad_value_is_named_with_what_would_be_right(field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
         config_lib.experiment(config, device_count=8)
+
+
+@pytest.mark.parametrize("name", ["base", "teacher"])
+def test_an_arm_may_not_take_the_name_of_an_untrained_model(name):
+    config = tiny.get_config()
+    config.arms[name], config.run_arms = {"beta": 0.1}, (name,)
+    with pytest.raises(ValueError, match=f'"{name}" is the name of an untrained model in the results; rename the arm'):
+        config_lib.experiment(config, device_count=8)
+
+
+def model_folder(path: Path, words: list[str], template: str | None = None) -> Path:
+    """A random model of one layer, with a tokenizer of these words."""
+    tokenizer = word_tokenizer.build(words, rules.TOKEN_PATTERN)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    model = ModelConfig(len(tokenizer), width=8, layers=1, query_heads=1, kv_heads=1, head_dim=8, mlp_width=8)
+    params = params_lib.init(param_specs(model), jax.random.key(0), sharding.make_mesh(fsdp=8))
+    hf_save.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), "llama")
+    return path
+
+
+NO_SYSTEM_ROLE = "{% if messages[0].role == 'system' %}{{ raise_exception('roles must alternate') }}{% endif %}?"
+
+
+@pytest.mark.parametrize(
+    ("template", "teacher", "message"),
+    [
+        (None, "nowhere", "model folder nowhere does not exist"),
+        (None, "{other}", "other is not the student's in {folder}; choose a teacher of the student's"),
+        (NO_SYSTEM_ROLE, "", "refuses a system message and a user message: roles must alternate; set prompt.placement"),
+    ],
+)
+def test_models_that_cannot_take_part_are_refused_before_the_run_leaves_anything(tmp_path, template, teacher, message):
+    folder = model_folder(tmp_path / "model", rules.vocabulary(), template)
+    other = model_folder(tmp_path / "other", rules.vocabulary()[::-1])
+    (other / "model.safetensors").unlink()  # a tokenizer is compared before gigabytes are read
+    config = tiny.get_config()
+    config.model.path, config.teacher.path = str(folder), teacher.format(other=other)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.format(folder=folder))):
+        trainer.run(config_lib.experiment(config, jax.device_count()), tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("thinking", "warnings"), [(None, 0), (True, 1), (False, 1)])
+def test_a_thinking_switch_that_the_template_lacks_is_warned_of_once(tmp_path, capsys, thinking, warnings):
+    config = tiny.get_config()
+    config.model.path, config.prompt.thinking = str(model_folder(tmp_path / "model", rules.vocabulary())), thinking
+    trainer.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
+    assert capsys.readouterr().out.count(f"warning: prompt.thinking = {thinking} changes nothing") == warnings
+
+
+@pytest.mark.parametrize("ends", ['"</s>"', '[3, "x"]', "{}", "[true]"])
+def test_end_tokens_that_are_no_ids_are_named(tmp_path, tokenizer, ends):
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id = .* must be an id or a list of ids"):
+        folder_lib.stop_ids(tmp_path, tokenizer)
 
 
 def test_a_mesh_takes_all_devices_that_remain():
@@ -176,7 +243,7 @@ def test_or_it_is_dropped_and_counted_but_never_cut(tokenizer, world):
     rows = world.rows("train")
     encoded = encode_rows(tokenizer, rows, PromptConfig(max_bare_tokens=9, overlong="drop"))
     assert encoded.dropped == sum(len(row.question) == 8 for row in rows) > 0
-    assert all(tokens in prompts.encode(tokenizer, [r._replace(context=None) for r in rows], "system")
+    assert all(tokens in prompts.encode(tokenizer, [r._replace(context=None) for r in rows], PromptConfig())
                for tokens in encoded.bare)  # fmt: skip
     with pytest.raises(ValueError, match="none of 64 rows fits"):
         encode_rows(tokenizer, rows, PromptConfig(max_bare_tokens=3, overlong="drop"))

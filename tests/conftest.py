@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 import os
+from pathlib import Path
 
 # Before the first import of jax. Tests run programs once and compile many: without optimisation, and with the older
 # code generator, which XLA's successors may not know, compiling takes a fifth of the time.
@@ -108,3 +109,14 @@ def make_rollout():
         return Rollout(tokens, mask, np.where(mask, -1.0, 0.0).astype(np.float32))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """A real tokenizer, of byte pairs and 49k tokens, where the folder of public data lies beside the project."""
+    folder = Path(__file__).parents[2] / "shared" / "data" / "smollm2_tokenizer"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not here")
+    from transformers import AutoTokenizer  # takes seconds, and few tests need it
+
+    return AutoTokenizer.from_pretrained(folder)

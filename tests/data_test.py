@@ -110,18 +110,20 @@ def test_text_survives_the_tokenizer(tokenizer):
 
 def test_the_views_differ_by_the_context_block_alone(tokenizer):
     row = Row("", "#2:fac", CONTEXT, "")
-    assert prompts.render(tokenizer, row._replace(context=None), "system") == (
+    assert prompts.render(tokenizer, row._replace(context=None), PromptConfig()) == (
         "<|begin|><|user|>#2:fac<|end|><|assistant|>"
     )
-    assert prompts.render(tokenizer, row, "system") == (
+    assert prompts.render(tokenizer, row, PromptConfig()) == (
         f"<|begin|><|system|>{CONTEXT}<|end|><|user|>#2:fac<|end|><|assistant|>"
     )
-    assert "<|system|><|end|>" in prompts.render(tokenizer, row._replace(context=""), "system")
-    assert prompts.render(tokenizer, row, "user") == (f"<|begin|><|user|>{CONTEXT}\n\n#2:fac<|end|><|assistant|>")
+    assert "<|system|><|end|>" in prompts.render(tokenizer, row._replace(context=""), PromptConfig())
+    assert prompts.render(tokenizer, row, PromptConfig("user")) == (
+        f"<|begin|><|user|>{CONTEXT}\n\n#2:fac<|end|><|assistant|>"
+    )
 
 
 def test_special_tokens_are_written_once(tokenizer):
-    ids = prompts.encode(tokenizer, [Row("", "#2:fac", None, "")], "system")[0]
+    ids = prompts.encode(tokenizer, [Row("", "#2:fac", None, "")], PromptConfig())[0]
     assert ids.count(tokenizer.bos_token_id) == 1
 
 

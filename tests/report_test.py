@@ -10,9 +10,9 @@ import pytest
 
 from ctxjax.report import results_table, write_report
 from ctxjax.report.__main__ import main
-from ctxjax.report.assessment import levels, share_closed, verdict
+from ctxjax.report.assessment import glance, levels, share_closed, verdict
 from ctxjax.report.samples import sample_responses
-from ctxjax.report.tables import mean_layer_cosine
+from ctxjax.report.tables import mean_layer_cosine, result_rows
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -244,6 +244,18 @@ def test_table_is_aligned_markdown() -> None:
         "-",
     ]
     assert [field.strip() for field in lines[-1].replace("\\|", "__").split("|")[2:-1]] == ["-"] * 11
+
+
+def test_a_teacher_of_its_own_is_the_target_and_no_arm(workdir: pathlib.Path) -> None:
+    weak = {"base": metrics_of(0.1, 0.3, None, 0.9), "teacher": metrics_of(0.4, 0.9, None, 0.9)}
+    results = weak | {"opcd": metrics_of(0.3, 0.3, 0.0, 0.9)}
+    assert [label for label, _ in result_rows(results)] == ["base", "teacher with context", "opcd"]
+    assert [cell.text for cell in result_rows(results)[1][1]][:3] == ["90.0", "90.0", "-"]
+    # 0.3 is all that the base can do with the context, and a quarter of the way to what the teacher does.
+    assert glance(results) == [("opcd", ["bad", "good", "good"])]
+    assert "its teacher with it on 90.0" in verdict(results)
+    (workdir / "results.json").write_text(json.dumps(results))
+    parse(write_report(workdir))
 
 
 def test_mean_cosine_leaves_the_embedding_out() -> None:

@@ -2,13 +2,20 @@
 
 import json
 from pathlib import Path
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, trainer, workdir as workdir_lib
+from ctxjax import config as config_lib, pretrain, preview, sharding, trainer, workdir as workdir_lib
+from ctxjax.data import show
+from ctxjax.folder import open_folder
+from ctxjax.train_step import StepConfig, init_state, rollout_step
+from ctxjax.types import Frozen
 
 ARMS = ("opcd", "opcd_anchored", "opcd_retained")
 
@@ -90,11 +97,15 @@ def test_the_report_stands_beside_the_results(finished):
     assert "opcd_anchored" in page and "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(finished, cache):
-    workdir, uninterrupted = finished
+@pytest.mark.parametrize("rank", [0, 2], ids=["all_weights", "adapter"])
+def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, finished, cache):
     config = small(cache)
-    config.run_arms = ("opcd_retained",)
-    stopped = cache / "stopped"
+    config.run_arms, config.lora.rank = ("opcd_retained",), rank
+    workdir, uninterrupted = finished
+    if rank:
+        workdir = cache / "adapter"
+        uninterrupted = start(config, workdir)
+    stopped = cache / f"stopped-{rank}"
     original = trainer.Writer.step
 
     def stop_after_two(self, step, metrics):
@@ -111,8 +122,18 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(finished,
     results = start(config, stopped)
     before = [row["loss"] for row in rows(workdir / "opcd_retained" / "metrics.jsonl") if "loss" in row]
     after = [row["loss"] for row in rows(stopped / "opcd_retained" / "metrics.jsonl") if "loss" in row]
-    assert after == before
+    assert len(before) == 4 and after == before
     assert results["opcd_retained"]["view_kl"] == uninterrupted["opcd_retained"]["view_kl"]
+
+
+def test_what_is_held_is_printed_once(cache, capsys):
+    config = small(cache)
+    config.run_arms, config.lora.rank, config.train.steps, config.eval.every = ("opcd", "opcd_anchored"), 2, 1, 0
+    start(config, cache / "sizes")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters: ")]
+    assert len(lines) == 1
+    # Rank 2 on matrices of 32 x 32, 32 x 16 (twice), 32 x 32 and 32 x 48 (three times); Adam keeps two moments.
+    assert lines[0].startswith("parameters: 928 trained (3.71 kB), ") and lines[0].endswith("optimiser: 7.43 kB")
 
 
 def test_another_configuration_in_the_same_workdir_is_refused_and_nothing_changes(finished, cache):
@@ -130,6 +151,78 @@ def test_the_base_is_trained_once_and_is_an_ordinary_folder(finished, cache):
     assert len(folders) == 1
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert expected <= {path.name for path in folders[0].iterdir()}
+
+
+def trained(config) -> Path:
+    """The folder of a configuration's base, trained where it is not in the cache."""
+    experiment = config_lib.experiment(config, jax.device_count())
+    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
+        return pretrain.ensure_base(experiment.base, experiment.task_config, mesh)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """The folder of a wider base."""
+    config = small(tmp_path_factory.mktemp("larger"))
+    config.base.width = 48
+    return trained(config)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(rank, finished, cache, larger, tmp_path):
+    config = small(cache)
+    config.lora.rank = rank
+    config.run_arms, config.train.steps, config.teacher.path = ("opcd",), 2, str(larger)
+    results = start(config, tmp_path / "run")
+    assert list(results) == ["base", "teacher", "opcd"]
+    # The base is the same as in the run that taught itself; what it is to learn is not.
+    _, alone = finished
+    assert results["base"]["view_kl"] == pytest.approx(alone["base"]["view_kl"], rel=1e-5)
+    assert results["base"]["distill"] != pytest.approx(alone["base"]["distill"], rel=1e-2)
+    items = {model: rows(tmp_path / "run" / model / "items.jsonl") for model in ("base", "teacher")}
+    assert [item["question"] for item in items["teacher"]] == [item["question"] for item in items["base"]]
+    assert "teacher with context" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_one_copy(cache, larger, tmp_path):
+    config, mesh = small(cache), sharding.make_mesh(fsdp=8)
+    config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
+    (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    student = open_folder(trained(config), mesh)
+    alone = trainer.with_teacher(config_lib.experiment(small(cache), device_count=8), student, mesh, {})
+    assert all(folder is student for folder in alone)
+    both = trainer.with_teacher(config_lib.experiment(config, device_count=8), student, mesh, {})
+    assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
+    assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
+
+
+def test_the_previewed_responses_are_those_of_the_first_step(cache, monkeypatch):
+    experiment = config_lib.experiment(small(cache), jax.device_count())
+    monkeypatch.setattr(show, "first_batch", lambda pen, *shown: shown)
+    batch, stop_ids, *previewed = preview.first_batch(experiment, width=100, colour=False)
+    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
+        student = open_folder(pretrain.base_folder(experiment.base, experiment.task_config), mesh)
+        sampling = trainer.sampling_config(experiment.rollout, student)
+        loss = experiment.arms["opcd_retained"]
+        config = StepConfig(student.config, student.config, sampling, loss, experiment.optim)
+        state = init_state(student.params, config, jax.random.key(experiment.seed))
+        step = jax.jit(rollout_step, static_argnames="config")
+        sampled = jax.device_get(step(state, Frozen(student.params), sharding.put_batch(batch, mesh), config))
+    for few, all_rows in zip(previewed, sampled):
+        assert few.tokens_BxT.shape[0] == preview.ROWS
+        np.testing.assert_array_equal(few.tokens_BxT, all_rows.tokens_BxT[: preview.ROWS])
+        np.testing.assert_array_equal(few.mask_BxT, all_rows.mask_BxT[: preview.ROWS])
+    assert stop_ids == (3,)
+
+
+def test_the_command_shows_the_first_batch_and_touches_no_workdir(tmp_path):
+    settings = {"base.cache": tmp_path / "cache", "base.steps": 1, "base.width": 16, "base.layers": 1}
+    line = [sys.executable, "-m", "ctxjax.main", "--config=configs/tiny.py", "--dump_batch"]
+    line += [f"--workdir={tmp_path / 'run'}", *(f"--config.{name}={value}" for name, value in settings.items())]
+    result = subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "Shared context prefix" in result.stdout and "\033" not in result.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_questions_of_ones_own_are_distilled(finished, cache, tmp_path):

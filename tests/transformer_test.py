@@ -177,7 +177,7 @@ def test_recomputing_layers_gives_the_same_gradient(params, tiny_model, prompts)
 
 
 def test_summaries_of_layers_start_with_the_embedding_and_end_with_the_states_of_forward(params, tiny_model, prompts):
-    views = ((prompts.tokens_BxP, prompts.mask_BxP), wider(prompts, 3))
+    views = ((prompts.tokens_BxP, prompts.mask_BxP, None), (*wider(prompts, 3), None))
     summarise = jax.jit(lambda p: transformer.summarise_layers(p, tiny_model, views, lambda a, b: (a, b[:, 3:])))
     hidden, by_layer = summarise(params)
     one, two = (np.asarray(x) for x in by_layer)
@@ -187,7 +187,7 @@ def test_summaries_of_layers_start_with_the_embedding_and_end_with_the_states_of
     np.testing.assert_allclose(one[:, real], two[:, real], **CLOSE)
     for state, view in zip(hidden, views):
         logits = np.asarray(apply_head(state, params["head"]))
-        np.testing.assert_allclose(logits[view[1]], logits_of(params, tiny_model, *view)[view[1]], **CLOSE)
+        np.testing.assert_allclose(logits[view[1]], logits_of(params, tiny_model, *view[:2])[view[1]], **CLOSE)
     normed = transformer.rms_norm(one[-1], params["final_norm"], tiny_model.norm_eps)
     np.testing.assert_allclose(np.asarray(normed)[real], np.asarray(hidden[0])[real], **CLOSE)
 

@@ -20,24 +20,33 @@ from ctxjax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
-    """The rows of a split that fit, their token lists in both views, and the length of each view's prompts."""
+    """The rows of a split that fit, their token lists in both views, the length of each view's prompts, and what all
+    prompts of a view start with where that is worth being read once for all (prompts.shared_prefix)."""
 
     rows: list[Row]
     bare: list[list[int]]
     context: list[list[int]]
     lengths: dict[str, int]
+    prefixes: dict[str, list[int]]
     dropped: int
 
 
 def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows:
     """Renders and tokenizes both views of every row; over-long rows are an error or are dropped, as configured."""
     views = {
-        "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config.placement),
-        "context": prompts_lib.encode(tokenizer, rows, config.placement),
+        "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config),
+        "context": prompts_lib.encode(tokenizer, rows, config),
     }
     kept, lengths = prompts_lib.keep_fitting(rows, views, config)
     chosen = {view: [tokens[place] for place in kept] for view, tokens in views.items()}
-    return EncodedRows([rows[place] for place in kept], **chosen, lengths=lengths, dropped=len(rows) - len(kept))
+    prefixes = {view: prompts_lib.shared_prefix(tokens) for view, tokens in chosen.items()}
+    return EncodedRows(
+        [rows[place] for place in kept],
+        **chosen,
+        lengths=lengths,
+        prefixes=prefixes,
+        dropped=len(rows) - len(kept),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +54,17 @@ class RetentionRows:
     """Questions under other contexts, (c', x'), drawn anew for every row of every step from the task's pool.
 
     ``length`` is the prompts' common length: prompt.max_context_tokens, or what the longest question needs under the
-    longest context. The rare pair that is longer is drawn again.
+    longest context. ``prefix`` is what all prompts start with, as far as it is worth sharing: the template's head, or
+    more where the contexts themselves begin alike. The rare pair that is longer, or starts otherwise, is drawn again.
     """
 
     tokenizer: object
     task: Task
     rows: list[Row]
     contexts: list[str]
-    placement: str
+    prompt: PromptConfig
     length: int
+    prefix: list[int]
 
     @classmethod
     def of(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
@@ -65,7 +76,7 @@ class RetentionRows:
                 "(qa_jsonl.other_contexts_file), or leave out the arms with retention (run_arms)"
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
-        trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config.placement)
+        trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config)
         length = config.max_context_tokens or max(len(tokens) for tokens in trials)
         fitting = [context for context, tokens in zip(contexts, trials) if len(tokens) <= length]
         if not fitting:
@@ -73,15 +84,20 @@ class RetentionRows:
                 f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {length} beside the "
                 "longest question; raise the limit"
             )
-        return cls(tokenizer, task, encoded.rows, fitting, config.placement, length)
+        prefix = prompts_lib.shared_prefix(trials)
+        if prefix:  # only then is it worth looking at all questions
+            rows = [row._replace(context=fitting[0]) for row in encoded.rows]
+            prefix = prompts_lib.shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
+        return cls(tokenizer, task, encoded.rows, fitting, config, length, prefix)
 
     def draw(self, seed: int, index: int) -> list[int]:
         """The tokens of retention row ``index`` of the run."""
         rng = np.random.default_rng([seed, index])
         while True:
             row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
-            tokens = prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.placement)[0]
-            if len(tokens) <= self.length:
+            tokens = prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.prompt)[0]
+            own = len(tokens) - len(self.prefix)
+            if 0 < own <= self.length - len(self.prefix) and tokens[: len(self.prefix)] == self.prefix:
                 return tokens
 
 
@@ -103,13 +119,16 @@ def training_batches(
             other = retention.draw(seed, index)
         return encoded.bare[place], encoded.context[place], other, index
 
+    def padded(tokens, view: str):
+        return prompts_lib.left_pad(tokens, encoded.lengths[view], pad_id, encoded.prefixes[view])
+
     def collate(elements) -> Batch:
         bare, context, other, index = zip(*elements)
         others = [tokens for tokens in other if tokens is not None]
         return Batch(
-            bare=prompts_lib.left_pad(bare, encoded.lengths["bare"], pad_id),
-            context=prompts_lib.left_pad(context, encoded.lengths["context"], pad_id),
-            other=prompts_lib.left_pad(others, retention.length, pad_id) if others else None,
+            bare=padded(bare, "bare"),
+            context=padded(context, "context"),
+            other=prompts_lib.left_pad(others, retention.length, pad_id, retention.prefix) if others else None,
             example_id_B=np.asarray([i % 2**31 for i in index], np.int32),
         )
 

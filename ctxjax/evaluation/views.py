@@ -14,7 +14,7 @@ from ctxjax.losses import LossConfig
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig, finished, head_weights
 from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.types import Batch, Params, Prompts, Rollout
+from ctxjax.types import Batch, Params, Prompts, Rollout, map_rows
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
@@ -43,7 +43,10 @@ def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, contro
             "centred": _cosine(centred(x), centred(c)),
         }
 
-    views = tuple(masks.joined(prompts, rollout) for prompts in (bare, context, control))
+    views = tuple(
+        (*masks.joined(prompts, rollout), transformer.prefix_kv(params, model, prompts.prefix_C))
+        for prompts in (bare, context, control)
+    )
     (h_x, h_c, _), by_layer = transformer.summarise_layers(params, model, views, cosines)
     head = head_weights(params, model)
 
@@ -82,7 +85,7 @@ def _in_batches(tree, batch_size: int, mesh: Mesh):
 
 
 def _take(tree, index):
-    return jax.tree.map(lambda array: np.asarray(array)[index], tree)
+    return map_rows(lambda array: np.asarray(array)[index], tree)
 
 
 def _only(rollout: Rollout, real: int) -> Rollout:

@@ -1,131 +1,98 @@
-"""Hugging Face folders: config.json and safetensors, in and out. No pickle, no remote code.
+"""Hugging Face folders, read: config.json and safetensors. No pickle, no remote code.
 
-A tensor is read slice by slice, straight into the shards that live on this process's devices, so the host
-never holds more than the shard being placed.
+Weights stream: each shard of each parameter is put together on the host, straight from the mapped files, and handed to
+its device before the next is begun. So the host holds one shard (on a CPU the shard is the device's own memory, not
+a copy) and the pages of the tensor being read; and a process reads only what its own devices keep.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
-import json
+import functools
 from pathlib import Path
-import uuid
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from ctxjax.models import llama, params as params_lib, transformer
+from ctxjax.models import llama, params as params_lib, qwen2, qwen3, transformer, weights
+from ctxjax.models.family import DERIVED_SUFFIX, LAYER_PREFIX, TOP_NAMES, Family
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
-FAMILIES = {"llama": llama}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3)}
+
+ALIGNMENT = 64  # bytes; a CPU device takes over host memory that begins at a multiple
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; a model folder has config.json and *.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(fields).__name__}")
-    return fields
-
-
-def family_of(fields: dict, folder: Path):
-    """The family module of a config.json's ``model_type``."""
+def family_of(fields: dict, folder: Path) -> Family:
+    """The family of a config.json's ``model_type``."""
     name = fields.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{folder}/config.json: model_type = {name!r} is not supported; known: {sorted(FAMILIES)}")
     return FAMILIES[name]
 
 
-def read_config(folder: Path, dtype: str = "float32", remat: bool = False) -> ModelConfig:
-    """The architecture in a folder's config.json, to be computed in ``dtype``."""
+def read_fields(folder: Path) -> dict:
+    """The folder's config.json as it is. Raises FileNotFoundError or ValueError that names what is wrong."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist")
-    fields = _read_json(folder / "config.json")
+    return weights.read_json(folder / "config.json")
+
+
+def read_config(folder: Path, dtype: str = "float32", remat: bool = False) -> ModelConfig:
+    """The architecture in a folder's config.json, to be computed in ``dtype``."""
+    fields = read_fields(folder)
     try:
         config = family_of(fields, folder).config_from_hf(fields)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json has no field {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
     return dataclasses.replace(config, dtype=dtype, remat=remat)
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map from tensor names to files")
-        files = {name: folder / file for name, file in weight_map.items()}
-        missing = sorted({str(path) for path in files.values() if not path.exists()})
-        if missing:
-            raise FileNotFoundError(f"{index} names files that do not exist: {', '.join(missing)}")
-        return files
-    single = folder / "model.safetensors"
-    if not single.exists():
-        found = sorted(path.name for path in folder.glob("*.bin"))
-        hint = (
-            f"; it has {', '.join(found)}, but pickled weights are not read: convert them to safetensors"
-            if found
-            else ""
-        )
-        raise FileNotFoundError(f"{folder} has neither model.safetensors nor its index{hint}")
-    with _opened(single) as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _opened(path: Path):
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def _names(family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
+def tensor_names(family: Family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
     """Parameter path -> (tensor names, stored transposed, stacked over layers)."""
     specs = transformer.param_specs(config)
-    names = {(ours,): ([theirs], flip, False) for ours, (theirs, flip) in family.TOP_NAMES.items() if ours in specs}
+    paths = {(ours,): ([theirs], flip, False) for ours, (theirs, flip) in TOP_NAMES.items() if ours in specs}
     for ours in specs["layers"]:
-        theirs, flip = family.LAYER_NAMES[ours]
-        stacked = [family.LAYER_PREFIX.format(layer=layer) + theirs for layer in range(config.layers)]
-        names["layers", ours] = (stacked, flip, True)
-    return names
+        theirs, flip = family.layer_names[ours]
+        stacked = [LAYER_PREFIX.format(layer=layer) + theirs for layer in range(config.layers)]
+        paths["layers", ours] = (stacked, flip, True)
+    return paths
 
 
-def _check(folder: Path, config: ModelConfig, names: dict, specs: dict, files: dict[str, Path]) -> None:
-    """Raises one ValueError that lists every missing, unexpected and wrongly shaped tensor."""
+def _check(folder: Path, config: ModelConfig, paths: dict, specs: dict) -> dict[str, weights.Stored]:
+    """The folder's tensors. Raises one ValueError that lists every missing, unexpected or unusable one."""
+    found, problems = weights.find(folder)
     expected = {}
-    for path, (tensors, flip, stacked) in names.items():
-        shape = _leaf(specs, path).shape
+    for path, (tensors, flip, stacked) in paths.items():
+        shape = leaf(specs, path).shape
         shape = shape[1:] if stacked else shape
         expected |= dict.fromkeys(tensors, tuple(reversed(shape)) if flip else shape)
-    tied_copy = {"lm_head.weight"} if config.tied_embeddings else set()
-    problems = [f"missing: {name}" for name in expected if name not in files]
-    problems += [f"unexpected: {name}" for name in files if name not in expected and name not in tied_copy]
-    for file in sorted(set(files.values())):
-        with _opened(file) as tensors:
-            stored = set(tensors.keys())
-            for name in (n for n, f in files.items() if f == file and n in expected):
-                if name not in stored:
-                    problems.append(f"missing: {name} (the index says {file.name})")
-                    continue
-                found = tuple(tensors.get_slice(name).get_shape())
-                if found != expected[name]:
-                    problems.append(f"wrong shape: {name} is {list(found)}, config.json implies {list(expected[name])}")
+    repeated = {"lm_head.weight"} if config.tied_embeddings else set()
+    named = {complaint.split()[1] for complaint in problems}
+    problems += [f"missing: {name}" for name in expected if name not in found and name not in named]
+    for name, stored in found.items():
+        if name not in expected:
+            if name not in repeated and not name.endswith(DERIVED_SUFFIX):
+                problems.append(f"unexpected: {name}")
+        elif stored.shape != expected[name]:
+            shapes = f"{list(stored.shape)}, config.json implies {list(expected[name])}"
+            problems.append(f"wrong shape: {name} is {shapes}")
+        elif stored.dtype not in weights.DTYPES:
+            problems.append(f"wrong dtype: {name} is {stored.dtype}, known are {', '.join(weights.DTYPES)}")
     if problems:
         raise ValueError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems))
+    return found
 
 
-def _leaf(tree: dict, path: tuple[str, ...]):
+def leaf(tree: dict, path: tuple[str, ...]):
+    """What lies at ``path`` in a nested dict."""
     for name in path:
         tree = tree[name]
     return tree
@@ -137,59 +104,46 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     Raises ValueError or FileNotFoundError, with every problem in one message.
     """
     folder = Path(folder)
-    family = family_of(_read_json(folder / "config.json"), folder)
+    family = family_of(read_fields(folder), folder)
     specs = transformer.param_specs(config)
-    names, files = _names(family, config), _files_of(folder)
-    _check(folder, config, names, specs, files)
+    paths = tensor_names(family, config)
+    views = weights.Views(_check(folder, config, paths, specs))
     shardings = params_lib.shardings(specs, mesh)
-    opened = {file: _opened(file) for file in set(files.values())}
 
-    def read(name: str, index: tuple[slice, ...], flip: bool) -> np.ndarray:
-        stored = opened[files[name]].get_slice(name)
-        part = stored[tuple(reversed(index)) if flip else index]
-        return (part.T if flip else part).astype(jnp.dtype(dtype))
+    def shard(tensors, flip, stacked, index, shape):
+        """One shard on the host: the part of every tensor of ``tensors`` that ``index`` cuts out."""
+        part = _aligned(shape, dtype)
+        layers, rest = (range(len(tensors))[index[0]], index[1:]) if stacked else ([0], index)
+        for target, layer in zip(part if stacked else [part], layers):
+            stored = views.view(tensors[layer])
+            weights.fill(target, stored[tuple(reversed(rest)) if flip else rest], flip)
+            views.release(tensors[layer])
+        return part
 
     params: dict = {"layers": {}}
-    for path, (tensors, flip, stacked) in names.items():
-        shape, sharding = _leaf(specs, path).shape, _leaf(shardings, path)
-
-        def shard(index, tensors=tensors, flip=flip, stacked=stacked):
-            if not stacked:
-                return np.ascontiguousarray(read(tensors[0], index, flip))
-            return np.stack([read(name, index[1:], flip) for name in tensors[index[0]]])
-
-        _leaf(params, path[:-1])[path[-1]] = jax.make_array_from_callback(shape, sharding, shard)
+    for path, names_and_layout in paths.items():
+        make = functools.partial(shard, *names_and_layout)
+        leaf(params, path[:-1])[path[-1]] = _sharded(leaf(specs, path).shape, leaf(shardings, path), make)
     return params
 
 
-def save(
-    folder: Path, params: Params, config: ModelConfig, tokenizer, stop_ids: tuple[int, ...], model_type: str
-) -> None:
-    """Writes a folder that transformers opens: weights, config, tokenizer with chat template, generation config.
+def _sharded(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) -> jax.Array:
+    """The array whose shards are ``make(index, shard's shape)``, one after the other; replicas are made once."""
+    replicas: dict[str, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        replicas.setdefault(str(index), []).append((device, index))
+    arrays = []
+    for group in replicas.values():
+        part = make(group[0][1], sharding.shard_shape(shape))
+        arrays += [jax.device_put(part, device) for device, _ in group]
+        jax.block_until_ready(arrays)
+        del part  # before the next is allocated
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-    The folder must not exist yet; it appears under its name only when it is complete.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; nothing was written")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    family = FAMILIES[model_type]
-    tensors = {}
-    for path, (names, flip, stacked) in _names(family, config).items():
-        value = np.asarray(jax.device_get(_leaf(params, path)))
-        for name, part in zip(names, value if stacked else [value]):
-            tensors[name] = np.ascontiguousarray(part.T if flip else part)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    fields = family.config_to_hf(config) | {
-        "torch_dtype": str(value.dtype),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": list(stop_ids),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    generation = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+
+def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An empty array that a CPU device takes over as it is; other alignments would make it copy."""
+    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(jnp.dtype(dtype)).reshape(shape)

@@ -56,13 +56,14 @@ def join(base: Params, adapter: Params, config: LoraConfig) -> Params:
     return base | {"layers": base["layers"] | scaled}
 
 
-def merged_weight(layers: dict, name: str) -> jax.Array:
-    """A matrix of a joined tree's layers, or of one layer, with its adapter added in float32, in its own dtype."""
-    weight = layers[name]
-    if f"{name}_lora_a" not in layers:
-        return weight
-    a, b = (layers[f"{name}_lora_{part}"].astype(jnp.float32) for part in "ab")
-    return (weight.astype(jnp.float32) + a @ b).astype(weight.dtype)
+def merged_weight(weights: dict, name: str, dtype=None) -> jax.Array:
+    """The matrix ``name`` of a joined tree's layers, or of one layer, with its adapter, if any, added in float32; in
+    ``dtype`` or in its own."""
+    weight, dtype = weights[name], dtype or weights[name].dtype
+    if f"{name}_lora_a" in weights:
+        a, b = (weights[f"{name}_lora_{part}"].astype(jnp.float32) for part in "ab")
+        weight = weight.astype(jnp.float32) + a @ b
+    return weight.astype(dtype)
 
 
 def merged(params: Params) -> Params:

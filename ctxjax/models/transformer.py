@@ -1,10 +1,11 @@
 """The decoder-only transformer of the Llama line: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Pure functions over a nested dict of parameters, whose per-layer arrays are stacked along a leading axis N
-so that ``lax.scan`` compiles one layer whatever the depth. One ``_block`` serves the three ways in which
+so that ``lax.scan`` compiles one layer whatever the depth. One ``_block`` serves the ways in which
 the model runs, which differ only in what attention reads:
 
     forward      whole sequences, for scoring and training
+    prefix_kv    a prefix that all rows share, keeping keys and values
     prefill      whole prompts, keeping keys and values
     decode_step  one token per row, against the cache
 
@@ -15,28 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import math
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
 from ctxjax import masks
+from ctxjax.models.attention import attention
 from ctxjax.models.params import ParamSpec
 from ctxjax.models.projection import project
-from ctxjax.sharding import batch_spec, gathered
-from ctxjax.types import KVCache, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3.1's frequency scaling: long wavelengths are stretched by ``factor``, short ones kept, and those
-    between blended (``rope_type: llama3`` in config.json)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+from ctxjax.models.rope import RopeScaling, frequencies, rotate, rotation
+from ctxjax.sharding import WEIGHT_RULES, batch_spec, batch_ways, gathered
+from ctxjax.types import KVCache, Params, PrefixKV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +35,8 @@ class ModelConfig:
     """Architecture, and the arithmetic it runs in. Hashable: a static argument of every jit.
 
     ``dtype`` is that of activations and matrix products; norms, softmax and logits are float32 always.
-    ``remat`` recomputes each layer in the backward pass, keeping only its input. ``tokens`` is how many of the
+    ``remat`` recomputes each layer in the backward pass, keeping only its input. ``max_positions`` is the longest
+    sequence, in tokens, that the model was made for; nothing computed depends on it. ``tokens`` is how many of the
     ``vocab_size`` rows are tokens of the tokenizer, 0: all; the others pad the head and are never predicted.
     ``logit_scale`` multiplies the head's output, and ``logit_softcap`` c then bends it to c tanh(. / c); 0: not.
     """
@@ -59,6 +51,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
+    max_positions: int = 2048
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -121,50 +114,7 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 def rope_frequencies(config: ModelConfig) -> jax.Array:
     """Angular frequencies [Dh/2] in radians per position, after scaling."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = config.rope_theta**-exponent
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    wavelength = 2 * math.pi / frequency
-    longest_kept = scaling.original_max_positions / scaling.high_freq_factor
-    shortest_stretched = scaling.original_max_positions / scaling.low_freq_factor
-    smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-    scaled = jnp.where(wavelength > shortest_stretched, frequency / scaling.factor, blended)
-    return jnp.where(wavelength < longest_kept, frequency, scaled)
-
-
-def _rope(config: ModelConfig, positions_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, 1, L, Dh/2], float32."""
-    angle = positions_BxL.astype(jnp.float32)[:, None, :, None] * rope_frequencies(config)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate(x_BxHxLxDh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding in the half-split convention of Hugging Face checkpoints."""
-    cos, sin = rope
-    x1, x2 = jnp.split(x_BxHxLxDh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BxHxLxDh.dtype)
-
-
-def attention(q_BxHxLxDh, k_BxKxMxDh, v_BxKxMxDh, mask_BxLxM) -> jax.Array:
-    """Grouped-query attention, softmax in float32; the G = H/K query heads of a group share a key head.
-
-    The group's heads are laid side by side with the queries, [B, K, G*L, Dh], so that both products are
-    plain batched matrix products.
-    """
-    B, H, L, Dh = q_BxHxLxDh.shape
-    K, M = k_BxKxMxDh.shape[1:3]
-    grouped = batch_spec("kv_heads", None, None)
-    q = jnp.reshape(q_BxHxLxDh * Dh**-0.5, (B, K, H // K * L, Dh), out_sharding=grouped)
-    scores = jnp.einsum("bkqd,bkmd->bkqm", q, k_BxKxMxDh, preferred_element_type=jnp.float32)
-    mask = jnp.tile(mask_BxLxM, (1, H // K, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v_BxKxMxDh.dtype)
-    out = jnp.einsum("bkqm,bkmd->bkqd", weights, v_BxKxMxDh)
-    return jnp.reshape(out, (B, H, L, Dh), out_sharding=batch_spec("heads", None, None))
+    return frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 def _heads(x_BxLxE: jax.Array, count: int, axis: str) -> jax.Array:
@@ -182,7 +132,7 @@ def _block(config: ModelConfig, weights: dict, x_BxLxD: jax.Array, rope, attend:
     if config.qk_norm:
         q = rms_norm(q, weights["q_norm"], config.norm_eps)
         k = rms_norm(k, weights["k_norm"], config.norm_eps)
-    out, kept = attend(_rotate(q, rope), _rotate(k, rope), v)
+    out, kept = attend(rotate(q, rope), rotate(k, rope), v)
     B, H, L, Dh = out.shape
     out = jnp.reshape(out.swapaxes(1, 2), (B, L, H * Dh), out_sharding=batch_spec(None, "heads"))
     x = x_BxLxD + project(weights, "o", out, "heads", "embed")
@@ -218,65 +168,108 @@ def finished(raw: jax.Array, config: ModelConfig) -> jax.Array:
     return logits
 
 
-def _layer_inputs(params: Params, config: ModelConfig, tokens_BxL: jax.Array, mask_BxL: jax.Array):
-    x = _embed(params, config, tokens_BxL)
-    return x, _rope(config, masks.positions(mask_BxL)), masks.causal(mask_BxL)
+def _layer_inputs(params: Params, config: ModelConfig, tokens_BxL, mask_BxL, prefix: PrefixKV | None):
+    positions_BxL = masks.positions(mask_BxL) + _length(prefix)
+    return _embed(params, config, tokens_BxL), rotation(positions_BxL, rope_frequencies(config)), masks.causal(mask_BxL)
 
 
-def forward(params: Params, config: ModelConfig, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Final hidden states [B, L, D], normed, ready for ``apply_head``; column l predicts token l+1."""
-    x, rope, mask = _layer_inputs(params, config, tokens_BxL, mask_BxL)
+def _length(prefix) -> int:
+    """C; ``prefix`` is a PrefixKV, of all layers or one for each, or None."""
+    return 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[-2]
+
+
+def prefix_kv(params: Params, config: ModelConfig, prefix_C: jax.Array | None) -> PrefixKV | None:
+    """The prefix read once, for all rows that start with it; None of None.
+
+    On a mesh the prefix is laid out as a batch, each row a stretch of it, so that the devices that share out the rows
+    of a batch also share out this work; a stretch reads the keys of all earlier ones.
+    """
+    if prefix_C is None:
+        return None
+    C, rows = prefix_C.shape[0], batch_ways()
+    stretch = -(-C // rows)  # the last stretch is filled up behind its tokens, where none of them reads
+    tokens_RxL = jnp.pad(prefix_C, (0, rows * stretch - C)).reshape(rows, stretch)
+    x = _embed(params, config, jax.reshard(tokens_RxL, batch_spec(None)))
+    positions_RxL = jax.reshard(jnp.arange(rows * stretch).reshape(rows, stretch), batch_spec(None))
+    rope, mask_RxLxC = rotation(positions_RxL, rope_frequencies(config)), positions_RxL[:, :, None] >= jnp.arange(C)
+
+    def joined(x_RxKxLxDh):
+        x = jax.reshard(x_RxKxLxDh, jax.P(None, WEIGHT_RULES["kv_heads"], None, None)).swapaxes(0, 1)
+        return x.reshape(x.shape[0], rows * stretch, -1)[:, :C]
 
     def layer(x, weights):
-        return _block(config, weights, x, rope, lambda q, k, v: (attention(q, k, v, mask), None))
+        def attend(q, k, v):
+            k, v = joined(k), joined(v)
+            return attention(q, k, v, mask_RxLxC), PrefixKV(k, v)
 
-    x, _ = lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params["layers"])
+        return _block(config, weights, x, rope, attend)
+
+    _, prefix = lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params["layers"])
+    return prefix
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens_BxL: jax.Array, mask_BxL: jax.Array, prefix: PrefixKV | None = None
+) -> jax.Array:
+    """Final hidden states [B, L, D], normed, ready for ``apply_head``; column l predicts token l+1.
+
+    Rows read ``prefix``, from ``prefix_kv`` of the same prefix's tokens, before their own columns.
+    """
+    x, rope, mask = _layer_inputs(params, config, tokens_BxL, mask_BxL, prefix)
+
+    def layer(x, weights_and_prefix):
+        weights, prefix = weights_and_prefix
+        return _block(config, weights, x, rope, lambda q, k, v: (attention(q, k, v, mask, prefix), None))
+
+    x, _ = lax.scan(jax.checkpoint(layer) if config.remat else layer, x, (params["layers"], prefix))
     return rms_norm(x, params["final_norm"], config.norm_eps)
 
 
-def summarise_layers(
-    params: Params, config: ModelConfig, views: tuple[tuple[jax.Array, jax.Array], ...], summarise: Callable
-):
-    """Runs several sequences, each (tokens, mask), through the layers side by side, and keeps what
+def summarise_layers(params: Params, config: ModelConfig, views: tuple[tuple, ...], summarise: Callable):
+    """Runs several sequences, each the (tokens, mask, prefix) of ``forward``, side by side, and keeps what
     ``summarise(x_view1, x_view2, ...)`` makes of their residual streams [B, L_view, D].
 
     Returns the views' final hidden states, as ``forward`` does, and the summaries' tree with a leading axis
     [N+1]: of the embedding's output, then after each layer. Comparing views layer by layer so needs one
     layer's activations at a time, not N+1.
     """
-    inputs = [_layer_inputs(params, config, tokens, mask) for tokens, mask in views]
+    inputs = [_layer_inputs(params, config, *view) for view in views]
     start = tuple(x for x, _, _ in inputs)
 
-    def layer(xs, weights):
+    def layer(xs, weights_and_prefixes):
+        weights, prefixes = weights_and_prefixes
         xs = tuple(
-            _block(config, weights, x, rope, lambda q, k, v, mask=mask: (attention(q, k, v, mask), None))[0]
-            for x, (_, rope, mask) in zip(xs, inputs)
+            _block(config, weights, x, rope, lambda q, k, v, m=mask, p=prefix: (attention(q, k, v, m, p), None))[0]
+            for x, (_, rope, mask), prefix in zip(xs, inputs, prefixes)
         )
         return xs, summarise(*xs)
 
-    xs, after_layers = lax.scan(layer, start, params["layers"])
+    xs, after_layers = lax.scan(layer, start, (params["layers"], tuple(prefix for _, _, prefix in views)))
     hidden = tuple(rms_norm(x, params["final_norm"], config.norm_eps) for x in xs)
     by_layer = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), summarise(*start), after_layers)
     return hidden, by_layer
 
 
 def prefill(
-    params: Params, config: ModelConfig, tokens_BxP: jax.Array, mask_BxP: jax.Array
+    params: Params, config: ModelConfig, tokens_BxP: jax.Array, mask_BxP: jax.Array, prefix: PrefixKV | None = None
 ) -> tuple[jax.Array, KVCache]:
-    """Reads the prompts; returns the last column's hidden state [B, D] and a cache of P columns, all filled.
+    """Reads the prompts; returns the last column's hidden state [B, D] and a cache of P columns, all filled,
+    behind ``prefix``.
 
     The prompts must be left-padded: then one column predicts the first response token of every row, and
     the head is never applied to the rest of the prompt.
     """
-    x, rope, mask = _layer_inputs(params, config, tokens_BxP, mask_BxP)
+    x, rope, mask = _layer_inputs(params, config, tokens_BxP, mask_BxP, prefix)
 
-    def layer(x, weights):
-        return _block(config, weights, x, rope, lambda q, k, v: (attention(q, k, v, mask), (k, v)))
+    def layer(x, weights_and_prefix):
+        weights, prefix = weights_and_prefix
+        return _block(config, weights, x, rope, lambda q, k, v: (attention(q, k, v, mask, prefix), (k, v)))
 
-    x, (k, v) = lax.scan(layer, x, params["layers"])
+    x, (k, v) = lax.scan(layer, x, (params["layers"], prefix))
     if _is_shallow(config):
         k, v = tuple(k), tuple(v)
-    cache = KVCache(k, v, mask_BxP, jnp.int32(tokens_BxP.shape[1]))
+        prefix = prefix and tuple(jax.tree.map(lambda x: x[i], prefix) for i in range(config.layers))  # noqa: B023
+    cache = KVCache(k, v, mask_BxP, jnp.int32(tokens_BxP.shape[1]), prefix)
     return rms_norm(x[:, -1], params["final_norm"], config.norm_eps), cache
 
 
@@ -312,23 +305,23 @@ def decode_step(
     ``params`` come from ``for_decoding``. ``real_B`` False marks rows that have ended: their token is written
     but never read by another. The cache is a loop carry, updated in place at one column.
     """
-    position_Bx1 = jnp.sum(cache.mask_BxM, axis=1, dtype=jnp.int32)[:, None]
-    x, rope = _embed(params, config, token_B[:, None]), _rope(config, position_Bx1)
+    position_Bx1 = jnp.sum(cache.mask_BxM, axis=1, dtype=jnp.int32)[:, None] + _length(cache.prefix)
+    x, rope = _embed(params, config, token_B[:, None]), rotation(position_Bx1, rope_frequencies(config))
     mask_BxM = lax.dynamic_update_slice(cache.mask_BxM, real_B[:, None], (0, cache.length))
     # An ended row reads itself too, so that its softmax is not empty.
     mask_Bx1xM = (mask_BxM | (jnp.arange(mask_BxM.shape[1]) == cache.length))[:, None, :]
 
-    def one_layer(x, weights, keys, values):
+    def one_layer(x, weights, keys, values, prefix):
         def attend(q, k, v):
             new_keys = lax.dynamic_update_slice(keys, k, (0, 0, cache.length, 0))
             new_values = lax.dynamic_update_slice(values, v, (0, 0, cache.length, 0))
-            return attention(q, new_keys, new_values, mask_Bx1xM), (new_keys, new_values)
+            return attention(q, new_keys, new_values, mask_Bx1xM, prefix), (new_keys, new_values)
 
         return _block(config, weights, x, rope, attend)
 
-    def scanned_layer(carry, weights_and_index):
+    def scanned_layer(carry, inputs):
         x, keys, values = carry
-        weights, index = weights_and_index
+        weights, prefix, index = inputs
 
         def attend(q, k, v):
             place = (index, 0, 0, cache.length, 0)
@@ -336,19 +329,19 @@ def decode_step(
             new_values = lax.dynamic_update_slice(values, v[None], place)
             k_layer = lax.dynamic_index_in_dim(new_keys, index, keepdims=False)
             v_layer = lax.dynamic_index_in_dim(new_values, index, keepdims=False)
-            return attention(q, k_layer, v_layer, mask_Bx1xM), (new_keys, new_values)
+            return attention(q, k_layer, v_layer, mask_Bx1xM, prefix), (new_keys, new_values)
 
         x, (keys, values) = _block(config, weights, x, rope, attend)
         return (x, keys, values), None
 
     if _is_shallow(config):
-        kept = []
-        for weights, layer_keys, layer_values in zip(params["layers"], cache.keys, cache.values):
-            x, layer_cache = one_layer(x, weights, layer_keys, layer_values)
+        kept, prefixes = [], cache.prefix or [None] * config.layers
+        for weights, layer_keys, layer_values, prefix in zip(params["layers"], cache.keys, cache.values, prefixes):
+            x, layer_cache = one_layer(x, weights, layer_keys, layer_values, prefix)
             kept.append(layer_cache)
         keys, values = zip(*kept)
     else:
-        start = (x, cache.keys, cache.values)
-        (x, keys, values), _ = lax.scan(scanned_layer, start, (params["layers"], jnp.arange(config.layers)))
+        inputs = (params["layers"], cache.prefix, jnp.arange(config.layers))
+        (x, keys, values), _ = lax.scan(scanned_layer, (x, cache.keys, cache.values), inputs)
     hidden_BxD = rms_norm(x[:, 0], params["final_norm"], config.norm_eps)
-    return hidden_BxD, KVCache(keys, values, mask_BxM, cache.length + 1)
+    return hidden_BxD, KVCache(keys, values, mask_BxM, cache.length + 1, cache.prefix)

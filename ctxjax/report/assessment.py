@@ -4,7 +4,7 @@ from markupsafe import Markup
 
 from ctxjax.report.formatting import finite, finite_list, interval, pair, percent
 
-BASE = "base"
+BASE, TEACHER = "base", "teacher"  # rows that were not trained; a teacher that is the base has no row of its own
 OPCD = "opcd"
 NO_BREAK = "\u00a0"  # keeps a number and its unit on one line
 
@@ -14,6 +14,20 @@ HARM_GOOD, HARM_BAD = 0.02, 0.01  # the interval lies below the first, or above 
 KEPT_GOOD, KEPT_BAD = 0.90, 0.50  # obedience as a share of the base's
 SHORT_GOOD, SHORT_BAD = 0.02, 0.05  # points below the teacher's accuracy
 FEW_ANSWERS = 30  # below this many answers right without context, harm is hardly measured
+
+
+def trained(results: dict) -> dict[str, dict]:
+    """The rows of the trained arms, in order."""
+    return {arm: row for arm, row in results.items() if arm not in (BASE, TEACHER)}
+
+
+def reference(results: dict) -> dict | None:
+    """The row that arms are judged by: the base, with the teacher's accuracy under the context for its own where the
+    teacher is a model of its own."""
+    base, teacher = results.get(BASE), results.get(TEACHER)
+    if base is None or teacher is None:
+        return base
+    return base | {key: teacher.get(key) for key in ("acc_xc", "acc_xc_ci")}
 
 
 def share_closed(row: dict, base: dict | None) -> float | None:
@@ -60,20 +74,18 @@ def levels(row: dict, base: dict | None) -> dict[str, str]:
 def glance(results: dict) -> list[tuple[str, list[str]]]:
     """Three questions per trained arm: (arm, levels of [internalized, unharmed, obeys others])."""
     rows = []
-    for arm, row in results.items():
-        if arm != BASE:
-            judged = levels(row, results.get(BASE))
-            rows.append((arm, [judged.get(key, "") for key in ("acc_x", "harm", "obedience")]))
+    for arm, row in trained(results).items():
+        judged = levels(row, reference(results))
+        rows.append((arm, [judged.get(key, "") for key in ("acc_x", "harm", "obedience")]))
     return rows
 
 
 def verdict(results: dict) -> Markup:
     """The paragraph at the top of the page, from the numbers alone; arm names are escaped."""
-    base = results.get(BASE)
-    sentences = [_about_base(base)]
-    for arm, row in results.items():
-        if arm != BASE:
-            sentences += [_about_accuracy(arm, row, base), _about_prompts(row, base)]
+    base = reference(results)
+    sentences = [_about_base(base, TEACHER in results)]
+    for arm, row in trained(results).items():
+        sentences += [_about_accuracy(arm, row, base), _about_prompts(row, base)]
     sentences += [
         _about_all(glance(results)),
         Markup("Intervals cover the questions of this run, not other seeds."),
@@ -81,16 +93,17 @@ def verdict(results: dict) -> Markup:
     return Markup(" ").join(sentence for sentence in sentences if sentence)
 
 
-def _about_base(base: dict | None) -> Markup:
+def _about_base(base: dict | None, has_teacher: bool) -> Markup:
     bare, target = _rate(base, "acc_x"), _rate(base, "acc_xc")
     if bare is None or target is None:
         return Markup("The base model was not measured in both views, so there is no target to compare with.")
     questions = finite(base.get("n"))
     of = f" of {questions:.0f} questions" if questions else ""
-    text = f"Without the context the base model is right on {_show(bare)}{of}, with it on {_show(target)}"
+    other = "its teacher with it" if has_teacher else "with it"
+    text = f"Without the context the base model is right on {_show(bare)}{of}, {other} on {_show(target)}"
     if target - bare < SHORT_GOOD:
         return Markup(text + ": the context hardly helps, so there is little to internalize.")
-    return Markup(text + ", which is the teacher and the target.")
+    return Markup(text + (", which is the target." if has_teacher else ", which is the teacher and the target."))
 
 
 def _about_accuracy(arm: str, row: dict, base: dict | None) -> Markup:

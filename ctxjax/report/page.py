@@ -86,6 +86,7 @@ def render(files: RunFiles, name: str) -> str:
         limits=assessment,
         columns=tables.COLUMNS,
         rows=tables.result_rows(results),
+        teacher_labels=tables.TEACHER_LABELS,
         check_headers=tables.CHECK_HEADERS,
         checks=tables.check_rows(results),
         curves=_curve_panels(curves, results, plots),
@@ -153,7 +154,7 @@ def _loss_series(rows: list[dict]) -> dict:
 
 def _curve_panels(curves: dict, results: dict, plots) -> Panels:
     steps = [step for series in curves.values() for steps, _ in series.values() for step in steps]
-    target = finite(results.get(assessment.BASE, {}).get("acc_xc"))
+    target = finite((assessment.reference(results) or {}).get("acc_xc"))
     return _panels(
         curves,
         lambda arm, series: plots.accuracy_curves(

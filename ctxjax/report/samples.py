@@ -1,5 +1,7 @@
 """Chooses and prepares the sample responses that the page shows side by side."""
 
+from ctxjax.report import assessment
+
 SAMPLES = 5
 VIEWS = ("bare", "context")
 # Head and tail that are shown of a long text: the answer usually stands at the end.
@@ -23,7 +25,7 @@ def sample_responses(items: dict[str, list[dict]]) -> dict:
     by_arm = {arm: _pairs(rows) for arm, rows in items.items() if rows}
     if not by_arm:
         return {"arm": None, "harmed": 0, "context": None, "items": []}
-    trained = [arm for arm in by_arm if arm != "base"]
+    trained = list(assessment.trained(by_arm))
     chosen_by = "opcd" if "opcd" in by_arm else (trained or list(by_arm))[0]
     pairs = by_arm[chosen_by]
     ids = sorted(pairs, key=lambda identifier: _rank(pairs[identifier]))[:SAMPLES]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import dataclasses
 
 from ctxjax.report import assessment
-from ctxjax.report.assessment import BASE
+from ctxjax.report.assessment import BASE, TEACHER
 from ctxjax.report.formatting import (
     DASH,
     decimals,
@@ -17,7 +17,8 @@ from ctxjax.report.formatting import (
     signed_percent,
 )
 
-TEACHER_LABEL = "base with context = teacher"
+# The teacher's row where the base is its own teacher, and where the teacher is another model.
+TEACHER_LABELS = ("base with context = teacher", "teacher with context")
 # What the frozen teacher is asked to hand over: its accuracy with context, in either view of the student.
 TARGET_KEYS = ("acc_x", "acc_xc")
 
@@ -90,17 +91,16 @@ def results_table(results: dict) -> str:
 
 def result_rows(results: dict) -> list[tuple[str, list[Cell]]]:
     """Rows of the main table, (label, one cell per entry of COLUMNS); the teacher follows the base."""
-    base = results.get(BASE)
+    reference = assessment.reference(results)
     rows = []
-    ordered = ([BASE] if base is not None else []) + [arm for arm in results if arm != BASE]
-    for arm in ordered:
-        row = results[arm]
-        levels = {} if arm == BASE else assessment.levels(row, base)
+    if reference is not None:
+        rows.append((BASE, [_cell(column, results[BASE], "") for column in COLUMNS]))
+        target, empty = Cell(percent(reference.get("acc_xc")), interval(reference.get("acc_xc_ci"))), Cell(DASH)
+        cells = [target if column.key in TARGET_KEYS else empty for column in COLUMNS]
+        rows.append((TEACHER_LABELS[TEACHER in results], cells))
+    for arm, row in assessment.trained(results).items():
+        levels = assessment.levels(row, reference)
         rows.append((arm, [_cell(column, row, levels.get(column.key, "")) for column in COLUMNS]))
-        if arm == BASE:
-            target = Cell(percent(row.get("acc_xc")), interval(row.get("acc_xc_ci")))
-            empty = Cell(DASH)
-            rows.append((TEACHER_LABEL, [target if c.key in TARGET_KEYS else empty for c in COLUMNS]))
     return rows
 
 

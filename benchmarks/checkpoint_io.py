@@ -1,0 +1,260 @@
+"""Throughput of reading and writing model folders, beside plain copies of their files; and the memory of reading.
+
+    python benchmarks/checkpoint_io.py [--load] [--save] [--quick]
+
+Reading: a Llama folder of random weights is copied (shutil.copyfile) and loaded in turns, once with its files dropped
+from the operating system's cache before each (cold) and once not (warm); medians count. Copies land in pages that the
+system has at hand, so the process keeps what it has allocated, too, and later loads reuse it: virtual machines may hand
+out new memory far more slowly (``new_memory_gb_per_second``) than it is filled. ``first_load_seconds`` is with new
+memory, and what a run pays. Memory is that of the first load: the peak resident size of a process of its own above its
+size before. On a CPU the loaded model is part of that; ``overhead_mib`` is the rest, to stay within ``allowed_mib``,
+the largest tensor plus a tenth of the model.
+
+Writing: a random Llama of 2.6 GB in float32 (--quick: 0.8 GB) lies in memory; its folder is written as an export
+writes it, as it is and cast to bfloat16, and the folder's files are copied. Runs alternate and the best of each counts.
+Nobody waits for the disk itself (no fsync).
+
+Prints one JSON object as the last line; the numbers of record stand in benchmarks/README.md. Needs Linux.
+"""
+
+import argparse
+import functools
+import json
+import math
+import mmap
+import multiprocessing
+import os
+from pathlib import Path
+import shutil
+import statistics
+import tempfile
+import time
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+MIB = 2**20
+FILE_BYTES = 512 * MIB
+# Width, layers, MLP width, vocabulary; "full" is 2.0 GB in either dtype.
+SIZES = {
+    "full": {"float32": (2048, 4, 8192, 65536), "bfloat16": (2048, 12, 8192, 65536)},
+    "quick": dict.fromkeys(("float32", "bfloat16"), (512, 8, 2048, 32768)),
+}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def shapes(width: int, layers: int, mlp: int, vocab: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama checkpoint with an untied head and four query heads for each key head."""
+    kv = width // 4
+    per_layer = {
+        "input_layernorm": (width,), "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width), "mlp.down_proj": (width, mlp),
+    }  # fmt: skip
+    result = {"model.embed_tokens.weight": (vocab, width)}
+    for layer in range(layers):
+        result |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in per_layer.items()}
+    return result | {"model.norm.weight": (width,), "lm_head.weight": (vocab, width)}
+
+
+def write_checkpoint(folder: Path, size: tuple[int, int, int, int], dtype: str) -> None:
+    """Random weights in several files, written without the code that is measured."""
+    width, layers, mlp, vocab = size
+    fields = {
+        "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp,
+        "num_attention_heads": width // 64, "num_key_value_heads": width // 256, "vocab_size": vocab,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(fields))
+    noise = np.random.default_rng(0).standard_normal(MIB, dtype=np.float32).astype(DTYPES[dtype])
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes(*size).items():
+        if filled > FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += math.prod(shape) * noise.itemsize
+    weight_map = {}
+    for number, names in enumerate(files):
+        weight_map |= dict.fromkeys(names, f"model-{number:05d}.safetensors")
+        tensors = {name: np.resize(noise, shapes(*size)[name]) for name in names}
+        save_file(tensors, folder / f"model-{number:05d}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def drop_from_cache(folder: Path) -> None:
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_seconds(folder: Path) -> float:
+    """Seconds of a plain copy of the weights into the same file system; the copy is removed again."""
+    with tempfile.TemporaryDirectory(dir=folder) as target:
+        start = time.perf_counter()
+        for path in weight_files(folder):
+            shutil.copyfile(path, Path(target) / path.name)
+        return time.perf_counter() - start
+
+
+def status_mib(field: str) -> float:
+    """A size from /proc/self/status, such as VmRSS, or VmHWM, the highest VmRSS since ``forget_peak``."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def touch_seconds(size: int) -> float:
+    """Seconds in which the system hands out ``size`` bytes of memory: one byte of each page is written."""
+    with mmap.mmap(-1, size) as memory:
+        start = time.perf_counter()
+        np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 0
+        return time.perf_counter() - start
+
+
+def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
+    """Runs in a process of its own; see the module's docstring."""
+    import jax
+
+    from ctxjax import sharding
+    from ctxjax.models import hf
+
+    mesh = sharding.make_mesh(fsdp=jax.device_count())
+    config = hf.read_config(folder)
+
+    def load_seconds() -> tuple[float, int]:
+        start = time.perf_counter()
+        params = jax.block_until_ready(hf.load(folder, config, mesh, dtype))
+        return time.perf_counter() - start, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+    before = status_mib("VmRSS")
+    forget_peak()
+    first, model_bytes = load_seconds()
+    peak = status_mib("VmHWM") - before
+    file_bytes = sum(path.stat().st_size for path in weight_files(folder))
+    result = {
+        "file_gb": round(file_bytes / 1e9, 2),
+        "first_load_seconds": round(first, 2),
+        "new_memory_gb_per_second": round(model_bytes / 1e9 / touch_seconds(model_bytes), 2),
+    }
+    for cache in ("warm", "cold"):
+        seconds = {"copy": [], "load": []}
+        for _ in range(rounds):
+            for name, measure in (("copy", lambda: copy_seconds(folder)), ("load", lambda: load_seconds()[0])):
+                if cache == "cold":
+                    drop_from_cache(folder)
+                seconds[name].append(measure())
+        rates = {name: file_bytes / 1e9 / statistics.median(values) for name, values in seconds.items()}
+        result[cache] = {f"{name}_gb_per_second": round(rate, 2) for name, rate in rates.items()}
+        result[cache]["load_over_copy"] = round(rates["load"] / rates["copy"], 2)
+    largest = config.vocab_size * config.width * np.dtype(DTYPES[dtype]).itemsize / MIB
+    return result | {
+        "peak_mib": round(peak),
+        "model_mib": round(model_bytes / MIB),
+        "overhead_mib": round(peak - model_bytes / MIB),
+        "allowed_mib": round(largest + 0.1 * model_bytes / MIB),
+    }
+
+
+def measure_load(size: str, rounds: int) -> dict:
+    """Reading, by "dtype in the files -> dtype in memory"."""
+    os.environ |= KEEP_MEMORY  # the C library of new processes reads it
+    result = {}
+    for stored, wanted in (("float32", ["float32"]), ("bfloat16", ["bfloat16", "float32"])):
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder), SIZES[size][stored], stored)
+            for dtype in wanted:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    result[f"{stored}->{dtype}"] = pool.apply(load_in_turns, (Path(folder), dtype, rounds))
+                print(f"{stored}->{dtype}: {result[f'{stored}->{dtype}']}", flush=True)
+    return result
+
+
+def random_model(layers: int):
+    """(weights, architecture); values matter little, but pages that were never written would be read too fast."""
+    import jax
+
+    from ctxjax import sharding
+    from ctxjax.models import params as params_lib, transformer
+
+    model = transformer.ModelConfig(32000, 2048, layers, query_heads=32, kv_heads=4, head_dim=64, mlp_width=5632)
+    rng, mesh = np.random.default_rng(0), sharding.make_mesh(fsdp=jax.device_count())
+    abstract = params_lib.abstract(transformer.param_specs(model), mesh)
+    return jax.tree.map(lambda leaf: jax.device_put(rng.random(leaf.shape, np.float32), leaf.sharding), abstract), model
+
+
+def best_seconds(runs: int, functions: dict) -> dict[str, float]:
+    """Seconds of the fastest run of each function of a new folder's name, the functions taking turns; one run of each
+    goes before, uncounted. Folders of earlier runs are removed outside the time."""
+    times = {name: [] for name in functions}
+    with tempfile.TemporaryDirectory() as root:
+        for run in range(runs + 1):
+            for name, function in functions.items():
+                shutil.rmtree(Path(root) / name, ignore_errors=True)
+                start = time.perf_counter()
+                function(Path(root) / name)
+                if run:
+                    times[name].append(time.perf_counter() - start)
+    return {name: min(values) for name, values in times.items()}
+
+
+def measure_save(quick: bool) -> dict:
+    """GB/s of the bytes written: exports and plain copies."""
+    import jax
+
+    from ctxjax.models import hf_save, llama, params as params_lib, transformer
+
+    params, model = random_model(layers=2 if quick else 12)
+    dtypes, size, functions = ("float32", "bfloat16"), {}, {}
+
+    def save(dtype, folder):
+        with hf_save.new_folder(folder) as partial:
+            hf_save.save_weights(partial, params, model, llama.FAMILY, dtype)
+
+    def copy(dtype, folder):
+        folder.mkdir()
+        for path in folder.with_name(f"save_{dtype}").iterdir():
+            shutil.copyfile(path, folder / path.name)
+
+    for dtype in dtypes:
+        size[dtype] = params_lib.count(transformer.param_specs(model)) * jax.numpy.dtype(dtype).itemsize / 1e9
+        functions[f"save_{dtype}"] = functools.partial(save, dtype)
+        functions[f"copy_{dtype}"] = functools.partial(copy, dtype)
+    seconds = best_seconds(1 if quick else 3, functions)
+    result = {"gigabytes": {dtype: round(value, 3) for dtype, value in size.items()}}
+    for dtype, value in size.items():
+        result[f"save_{dtype}_gb_per_second"] = round(value / seconds[f"save_{dtype}"], 3)
+        result[f"copy_{dtype}_gb_per_second"] = round(value / seconds[f"copy_{dtype}"], 3)
+        result[f"share_of_copy_{dtype}"] = round(seconds[f"copy_{dtype}"] / seconds[f"save_{dtype}"], 3)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--load", action="store_true", help="measure reading only")
+    parser.add_argument("--save", action="store_true", help="measure writing only")
+    parser.add_argument("--quick", action="store_true", help="smaller models, fewer runs")
+    options = parser.parse_args()
+    both = options.load == options.save
+    result = {"benchmark": "checkpoint_io", "quick": options.quick, "cores": len(os.sched_getaffinity(0))}
+    if both or options.load:
+        size, rounds = ("quick", 2) if options.quick else ("full", 3)
+        result["load"] = measure_load(size, rounds)
+    if both or options.save:
+        result["save"] = measure_save(options.quick)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

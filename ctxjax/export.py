@@ -1,0 +1,125 @@
+"""Exports a trained arm as a Hugging Face folder: ``python -m ctxjax.export --workdir=DIR --out=FOLDER``.
+
+The folder holds what transformers and vLLM open: weights in safetensors shards, the source model's own config.json,
+generation config, tokenizer and chat template, and a README.md with the run's results and configuration. Adapters
+are merged into the weights, or written in PEFT's format with ``--adapter``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+import shutil
+import sys
+
+import jax
+from ml_collections import ConfigDict
+
+from ctxjax import checkpoint, config as config_lib, pretrain, sharding, workdir as workdir_lib
+from ctxjax.config import Experiment
+from ctxjax.models import hf, hf_save, lora, params as params_lib, transformer
+from ctxjax.report.model_card import model_card
+
+# What belongs to a model beside its weights and config.json, copied as it is.
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def export(
+    workdir: Path,
+    out: Path,
+    arm: str | None = None,
+    step: int | None = None,
+    adapter: bool = False,
+    dtype: str | None = None,
+    max_shard_bytes: int = hf_save.MAX_SHARD_BYTES,
+) -> tuple[str, int]:
+    """Writes the folder ``out``; returns the arm and the step that it holds.
+
+    ``arm`` None: the only one that has checkpoints; ``step`` None: its latest. ``dtype`` None: as trained. Raises
+    ValueError or OSError whose message names what there is; then nothing is left under ``out``.
+    """
+    stored = workdir_lib.read_config(workdir)
+    config = _experiment(workdir, stored)
+    if adapter and config.lora is None:
+        raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
+    arm, step = _choose(workdir, config, arm, step)
+    checkpoints = workdir / arm / "checkpoints"
+    source = Path(config.model.path or pretrain.base_folder(config.base, config.task_config)).expanduser()
+    model = hf.read_config(source)
+    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    family = hf.family_of(fields, source)
+    mesh = sharding.make_mesh(fsdp=jax.device_count())
+    with hf_save.new_folder(out) as partial, jax.set_mesh(mesh):
+        specs, kind = transformer.param_specs(model), config.model.param_dtype
+        if config.lora is not None:
+            specs, kind = lora.specs(model, config.lora), "float32"
+        trained = checkpoint.read_params(checkpoints, step, params_lib.abstract(specs, mesh, kind))
+        if adapter:
+            hf_save.save_adapter(partial, trained, model, config.lora, family, str(source), dtype)
+        else:
+            if config.lora is not None:
+                base = hf.load(source, model, mesh, config.model.param_dtype)
+                trained = lora.join(base, trained, config.lora)
+            hf_save.save_weights(partial, trained, model, family, dtype, max_shard_bytes)
+            fields = hf_save.with_dtype(fields, dtype or config.model.param_dtype)
+            hf_save.write_json(partial / "config.json", fields)
+        for pattern in COMPANIONS:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, partial / path.name)
+        card = model_card(workdir, arm, step, str(source), stored, adapter)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return arm, step
+
+
+def _experiment(workdir: Path, stored: dict) -> Experiment:
+    """The run's configuration, on whatever devices there are now: an export needs no mesh of the training's shape."""
+    one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
+    try:
+        return config_lib.experiment(ConfigDict(stored | one_device), device_count=1)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{workdir}/config.json is not of this version of ctxjax: {error}") from None
+
+
+def _choose(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:
+    steps = {name: checkpoint.saved_steps(workdir / name / "checkpoints") for name in config.arms}
+    there = "; ".join(f"{name}: step {', '.join(map(str, found))}" for name, found in steps.items() if found)
+    there = f"{workdir} has checkpoints of {there}" if there else f"{workdir} has no checkpoint yet"
+    if arm is None:
+        found = [name for name in steps if steps[name]]
+        if len(found) != 1:
+            raise ValueError(f"name an arm with --arm; {there}")
+        arm = found[0]
+    if not steps.get(arm):
+        raise ValueError(f"--arm={arm}: {there}")
+    step = steps[arm][-1] if step is None else step
+    if step not in steps[arm]:
+        raise ValueError(f"--step={step}: {there}")
+    return arm, step
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exports and prints the folder's name; 0, or 2 after one line on stderr where that is not possible."""
+    parser = argparse.ArgumentParser(prog="python -m ctxjax.export", description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="folder of the run")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument("--arm", help="which arm; may be left out where only one has checkpoints")
+    parser.add_argument("--step", type=int, help="which checkpoint; the latest where left out")
+    parser.add_argument("--adapter", action="store_true", help="the adapter alone, as PEFT reads it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; as trained where left out")
+    options = parser.parse_args(arguments)
+    workdir, out = options.workdir.expanduser(), options.out.expanduser()
+    try:
+        arm, step = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
+    except (OSError, ValueError) as error:
+        print(f"ctxjax.export: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {arm}, step {step}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Grouped-query attention over several sources of keys: a row's own columns, and columns that all rows share.
+
+A context that every row starts with has one set of keys and values. It is never repeated for the rows: to the
+matrix product the queries of all rows are one long list against one set of keys,
+
+    [K, B*G*L, Dh] x [K, C, Dh]     and not     B times [K, G*L, Dh] x [K, C, Dh]
+
+and the sources are joined by one softmax: each one's scores are exponentiated against the common normaliser.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from ctxjax.sharding import batch_spec
+from ctxjax.types import PrefixKV
+
+# Scores (float32) that one device holds at one time; more are computed in chunks of query columns. On CPUs what
+# stays in a core's cache is twice as fast as what does not; accelerators want large products.
+CHUNK_SCORES = {"cpu": 2**21}
+CHUNK_SCORES_ELSEWHERE = 2**25
+
+
+class Source(NamedTuple):
+    """Something to read: ``keys`` and ``values`` [B, K, M, Dh], a set for each row, or [K, M, Dh], one for all rows.
+    ``mask_BxLxM`` is True where a query may read a key; None: every query reads all of them."""
+
+    keys: jax.Array
+    values: jax.Array
+    mask_BxLxM: jax.Array | None
+
+
+def attention(
+    q_BxHxLxDh: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask_BxLxM: jax.Array,
+    prefix: PrefixKV | None = None,
+) -> jax.Array:
+    """What each query reads, [B, H, L, Dh]; softmax in float32.
+
+    ``keys`` and ``values`` are [B, K, M, Dh], or [K, M, Dh] where all rows share them; ``mask_BxLxM`` says which of
+    them a query may read. Before those it reads all of ``prefix``, one layer's [K, C, Dh].
+
+    The G = H/K query heads of a group share a key head. Where the scores are too many to be held at one time
+    (``CHUNK_SCORES``), they are computed for some query columns after the other, and again in the backward pass.
+    """
+    sources = [Source(keys, values, mask_BxLxM)]
+    if prefix is not None:
+        sources = [Source(prefix.keys, prefix.values, None), *sources]
+    L = q_BxHxLxDh.shape[2]
+    queries = math.prod(jax.typeof(q_BxHxLxDh).sharding.shard_shape(q_BxHxLxDh.shape)[:3])
+    limit = CHUNK_SCORES.get(jax.default_backend(), CHUNK_SCORES_ELSEWHERE)
+    chunks = min(L, -(-queries * sum(source.keys.shape[-2] for source in sources) // limit))
+    if chunks <= 1:
+        return _attend(q_BxHxLxDh, sources)
+    size = -(-L // chunks)
+    chunks = -(-L // size)
+
+    def split(x, axis):
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, chunks * size - L)
+        x = jnp.pad(x, padding)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
+
+    @jax.checkpoint
+    def chunk(_, queries_and_masks):
+        q, masks = queries_and_masks
+        return None, _attend(q, [source._replace(mask_BxLxM=mask) for source, mask in zip(sources, masks)])
+
+    masks = [None if source.mask_BxLxM is None else split(source.mask_BxLxM, 1) for source in sources]
+    _, out = lax.scan(chunk, None, (split(q_BxHxLxDh, 2), masks))
+    out = jnp.moveaxis(out, 0, 2)
+    return out.reshape(*out.shape[:2], chunks * size, -1)[:, :, :L]
+
+
+def _attend(q_BxHxLxDh, sources) -> jax.Array:
+    """The group's heads are laid side by side with the queries, [B, K, G*L, Dh], so that all products are plain
+    batched matrix products."""
+    B, H, L, Dh = q_BxHxLxDh.shape
+    K = sources[0].keys.shape[-3]
+    q = jnp.reshape(q_BxHxLxDh * Dh**-0.5, (B, K, H // K * L, Dh), out_sharding=batch_spec("kv_heads", None, None))
+    scores = [_scores(q, source) for source in sources]
+    if len(scores) == 1:
+        weights = [jax.nn.softmax(scores[0], axis=-1)]
+    else:
+        totals = [jax.nn.logsumexp(s, axis=-1, keepdims=True) for s in scores]
+        total = functools.reduce(jnp.logaddexp, totals)
+        weights = [jnp.exp(s - total) for s in scores]
+    out = sum(_read(w, source.values) for w, source in zip(weights, sources)).astype(q.dtype)
+    return jnp.reshape(out, (B, H, L, Dh), out_sharding=batch_spec("heads", None, None))
+
+
+def _scores(q_BxKxQxDh, source: Source) -> jax.Array:
+    """[B, K, Q, M] in float32; -1e30 where a query may not read."""
+    rows = "kmd" if source.keys.ndim == 3 else "bkmd"
+    scores = jnp.einsum(f"bkqd,{rows}->bkqm", q_BxKxQxDh, source.keys, preferred_element_type=jnp.float32)
+    if source.mask_BxLxM is None:
+        return scores
+    groups = q_BxKxQxDh.shape[2] // source.mask_BxLxM.shape[1]
+    return jnp.where(jnp.tile(source.mask_BxLxM, (1, groups, 1))[:, None], scores, -1e30)
+
+
+def _read(weights_BxKxQxM, values) -> jax.Array:
+    rows = "kmd" if values.ndim == 3 else "bkmd"
+    weights = weights_BxKxQxM.astype(values.dtype)
+    return jnp.einsum(f"bkqm,{rows}->bkqd", weights, values, preferred_element_type=jnp.float32)

@@ -1,0 +1,74 @@
+"""The README.md of an exported model: what it is, how to open it, what was measured, how it was trained."""
+
+import json
+from pathlib import Path
+
+from ctxjax.report.run_files import read_results
+from ctxjax.report.tables import results_table
+
+_OPEN_MODEL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+"""
+_OPEN_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
+"""
+
+
+def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adapter: bool) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        workdir: the run's folder; without results.json, as in an unfinished run, the card has no table.
+        arm: the arm that was exported.
+        step: the checkpoint's step.
+        base: folder or hub id of the model that training started from.
+        config: the run's configuration, as in config.json.
+        adapter: whether the folder holds an adapter and not a whole model.
+    """
+    front = ["library_name: " + ("peft" if adapter else "transformers"), "tags:", "- ctxjax"]
+    loss = config["loss"] | config["arms"][arm]
+    lines = [
+        "---",
+        *front,
+        "---",
+        f"# {Path(base).name}, {arm}, step {step}",
+        "",
+        f"{'A low-rank adapter for ' if adapter else ''}`{base}`, trained by on-policy context distillation "
+        "(ctxjax): without a context in its prompt it is to answer as its base answers with it. The loss is "
+        f"L_distill ({loss['divergence']}) + {loss['beta']:g} L_anchor + {loss['mu']:g} L_retain.",
+        "",
+        "```python",
+        (_OPEN_ADAPTER.format(base=base) if adapter else _OPEN_MODEL).rstrip(),
+        "```",
+        "",
+        "## Results",
+        "",
+        _results(workdir, arm, step),
+        "",
+        "## Configuration",
+        "",
+        "```json",
+        json.dumps(config, indent=2),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _results(workdir: Path, arm: str, step: int) -> str:
+    try:
+        results = read_results(workdir)
+    except FileNotFoundError:
+        return "The run has not been evaluated on its test questions."
+    if arm not in results:
+        return "This arm has not been evaluated on its test questions."
+    evaluated = results[arm].get("step")
+    note = "On the run's test questions; Acc_x is without the context, Acc_xc with it."
+    if evaluated != step:
+        note += f" **The row of {arm} is of step {evaluated}, not of the exported step {step}.**"
+    return f"{note}\n\n{results_table({name: results[name] for name in ('base', arm) if name in results})}"

@@ -1,0 +1,237 @@
+"""A trained arm as a folder for others: the same logits in transformers and PEFT, and nothing half done."""
+
+import dataclasses
+import errno
+import json
+import stat
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs import tiny
+from ctxjax import checkpoint, config as config_lib, export, sharding, train_step, workdir
+from ctxjax.data import word_tokenizer
+from ctxjax.data.tasks import rules
+from ctxjax.models import hf, hf_save, lora, transformer
+from ctxjax.models.transformer import RopeScaling, apply_head, head_weights
+from ctxjax.types import Batch, Frozen
+
+STEPS, TOKENS = 3, 40
+STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16)
+EXTRA = {"max_position_embeddings": 131072, "_name_or_path": "someone/model", "transformers_version": "4.57.0"}
+RUNS = {"full": (0, {}), "tied": (0, {"tied_embeddings": True, "rope_scaling": STRETCHED}), "lora": (4, {})}
+
+
+class Trained:
+    """A run's folder after three steps, as the trainer leaves it, and what it should be exported as."""
+
+    def __init__(self, folder, rank: int, changes: dict, make_params, make_prompts):
+        tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+        self.model = transformer.ModelConfig(
+            len(tokenizer) + 1, width=32, layers=3, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48, **changes
+        )
+        self.source, self.workdir = folder / "source", folder / "run"
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            base = make_params(self.model, 0, mesh)
+            hf_save.save(self.source, base, self.model, tokenizer, (tokenizer.eos_token_id,), "llama")
+            edit(self.source / "config.json", **EXTRA)
+            config = tiny.get_config()
+            config.model.path, config.lora.rank, config.run_arms = str(self.source), rank, ("opcd", "opcd_anchored")
+            workdir.claim(self.workdir, json.loads(config.to_json()))
+            experiment = config_lib.experiment(config, jax.device_count())
+            sampling = train_step.SamplingConfig(max_tokens=4, eos_ids=(2,), pad_id=0)
+            step_config = train_step.StepConfig(
+                self.model, self.model, sampling, experiment.arms["opcd"],
+                dataclasses.replace(experiment.optim, lr=3e-2, warmup_steps=0), experiment.lora,
+            )  # fmt: skip
+            frozen = Frozen(base, base if rank else None)
+            state = train_step.init_state(base, step_config, jax.random.key(0))
+            batch = Batch(make_prompts(0, 8, 5), make_prompts(1, 8, 9), None, np.arange(8, dtype=np.int32))
+            batch = sharding.put_batch(batch, mesh)
+            checkpoints = checkpoint.Checkpoints(self.workdir / "opcd" / "checkpoints", keep=2, every=1)
+            for step in range(1, STEPS + 1):
+                state, _ = train_step.train_step(state, frozen, batch, step_config)
+                checkpoints.save(state, step, last=step == STEPS)
+            checkpoints.close()
+            self.base, self.student = base, train_step.student_params(state.params, frozen, step_config)
+            self.tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (2, TOKENS), dtype=np.int32)
+            self.logits, self.base_logits = (self.logits_of(params) for params in (self.student, base))
+
+    def logits_of(self, params) -> np.ndarray:
+        @jax.jit
+        def run(params):
+            hidden = transformer.forward(params, self.model, self.tokens, np.ones(self.tokens.shape, bool))
+            return apply_head(hidden, head_weights(params, self.model))
+
+        return np.asarray(run(params))
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_params, make_prompts):
+    """trained(kind): one of RUNS, made once."""
+    made = {}
+
+    def get(kind) -> Trained:
+        if kind not in made:
+            made[kind] = Trained(tmp_path_factory.mktemp(kind), *RUNS[kind], make_params, make_prompts)
+        return made[kind]
+
+    return get
+
+
+def assert_same_logits(ours, theirs):
+    scale = np.abs(theirs).max()
+    assert scale > 1 and np.abs(ours - theirs).max() <= 2e-4 * scale
+
+
+def logits_in_torch(model, tokens) -> np.ndarray:
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_transformers_computes_the_trained_students_logits(kind, trained, tmp_path):
+    pytest.importorskip("torch", reason="parity needs torch")
+    from transformers import AutoModelForCausalLM
+
+    run = trained(kind)
+    assert np.abs(run.logits - run.base_logits).max() > 0.05 * np.abs(run.logits).max()
+    assert export.export(run.workdir, tmp_path / "out") == ("opcd", STEPS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_logits(run.logits, logits_in_torch(model, run.tokens))
+
+
+@pytest.mark.parametrize("kind", ["full", "tied"])
+def test_an_export_loads_bit_for_bit_and_in_shards_too(kind, trained, tmp_path, mesh8):
+    run = trained(kind)
+    export.export(run.workdir, tmp_path / "one")
+    export.export(run.workdir, tmp_path / "several", max_shard_bytes=20_000)
+    assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
+    sizes = [path.stat().st_size for path in (tmp_path / "several").glob("*.safetensors")]
+    assert len(sizes) >= 3 and max(sizes) < 22_000  # with their headers
+    for name in ("one", "several"):
+        model = hf.read_config(tmp_path / name)
+        assert model == dataclasses.replace(run.model, max_positions=model.max_positions)
+        loaded = hf.load(tmp_path / name, model, mesh8)
+        jax.tree.map(np.testing.assert_array_equal, loaded, run.student)
+
+
+def test_peft_puts_the_adapter_onto_the_base_and_gets_the_merged_models_logits(trained, tmp_path):
+    peft = pytest.importorskip("peft", reason="parity needs peft")
+    from transformers import AutoModelForCausalLM
+
+    run = trained("lora")
+    export.export(run.workdir, tmp_path / "adapter", adapter=True)
+    base = AutoModelForCausalLM.from_pretrained(run.source)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert_same_logits(run.logits, logits_in_torch(model, run.tokens))
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_weights_are_cast_when_that_is_asked_for(trained, tmp_path, mesh):
+    run = trained("lora")
+    export.export(run.workdir, tmp_path / "out", dtype="bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
+    merged = np.asarray(lora.merged(run.student)["layers"]["down"][1].astype("bfloat16"))
+    np.testing.assert_array_equal(tensors["model.layers.1.mlp.down_proj.weight"].T, merged)
+
+
+def test_the_sources_own_files_and_fields_survive(trained, tmp_path):
+    run = trained("tied")
+    export.export(run.workdir, tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields == json.loads((run.source / "config.json").read_text()) and EXTRA.items() <= fields.items()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (run.source / name).read_bytes()
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_the_card_says_what_was_trained_and_what_came_of_it(trained, tmp_path):
+    run = trained("full")
+    results = {"base": {"acc_x": 0.125}, "opcd": {"acc_x": 0.875, "step": STEPS}, "opcd_anchored": {"acc_x": 0.5}}
+    (run.workdir / "results.json").write_text(json.dumps(results))
+    export.export(run.workdir, tmp_path / "last")
+    export.export(run.workdir, tmp_path / "earlier", step=STEPS - 1)
+    (run.workdir / "results.json").unlink()
+    last, earlier = ((tmp_path / name / "README.md").read_text() for name in ("last", "earlier"))
+    assert "opcd, step 3" in last and "12.5" in last and "87.5" in last and "50.0" not in last
+    assert '"lr": 0.001' in last and "is of step" not in last
+    assert "is of step 3, not of the exported step 2" in earlier
+
+
+def test_files_are_as_readable_as_any(trained, tmp_path):
+    export.export(trained("full").workdir, tmp_path / "out")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "any").touch()
+    assert modes == {stat.S_IMODE((tmp_path / "any").stat().st_mode)}
+
+
+# --- What cannot be done ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arm": "opcdd"}, "--arm=opcdd: .* has checkpoints of opcd: step 2, 3"),
+        ({"arm": "opcd_anchored"}, "--arm=opcd_anchored: .* has checkpoints of opcd: step 2, 3"),
+        ({"step": 1}, "--step=1: .* has checkpoints of opcd: step 2, 3"),
+        ({"adapter": True}, r"trained all weights \(lora.rank = 0\); leave --adapter out"),
+    ],
+)
+def test_what_does_not_exist_is_answered_with_what_does(arguments, message, trained, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export.export(trained("full").workdir, tmp_path / "out", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_left_as_it_is(trained, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    arguments = [f"--workdir={trained('full').workdir}", f"--out={tmp_path / 'out'}"]
+    assert export.main(arguments) == 2
+    assert "out exists; nothing was written" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    assert export.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "is not a run's folder: it has no config.json" in capsys.readouterr().err
+
+
+def test_a_run_of_another_version_is_refused(trained, tmp_path):
+    fields = json.loads((trained("full").workdir / "config.json").read_text())
+    del fields["lora"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="is not of this version of ctxjax.*lora"):
+        export.export(tmp_path, tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+    write, written = hf_save._write, []
+
+    def fills_up(path, tensors):
+        write(path, tensors)
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(hf_save, "_write", fills_up)
+    with pytest.raises(OSError, match="No space left on device"):
+        export.export(trained("full").workdir, tmp_path / "out", max_shard_bytes=20_000)
+    assert len(written) == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_too_small_is_known_before_anything_is_written(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_save.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match=r"need .* GB, and 1e-06 GB are free"):
+        export.export(trained("full").workdir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,144 @@
+"""The models of transformers, in torch, beside ours: the same logits and the same greedy continuations.
+
+Checkpoints are transformers' own, with weights large enough for peaked outputs and with norms and biases that do
+something, which fresh ones (1 and 0) do not.
+"""
+
+import functools
+import itertools
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from ctxjax import rng
+from ctxjax.data.prompts import left_pad
+from ctxjax.models import hf, transformer
+from ctxjax.sampling import SamplingConfig, sample
+from ctxjax.sharding import put_batch
+
+torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
+import transformers  # noqa: E402
+
+CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+VOCAB = 97
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def write(folder, family: str, seed: int = 0, dtype=torch.float32, **fields):
+    """Writes a checkpoint; returns transformers' model of it, in float32 (read anew: its ``to`` rounds more than
+    weights)."""
+    config_class, model_class = CLASSES[family]
+    heads = fields.get("num_attention_heads", 4)
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 8 * heads, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": heads, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = model_class(config_class(**sizes | fields))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if parameter_name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif "embed_tokens" in parameter_name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise * (parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.5))
+    model.to(dtype).save_pretrained(folder)
+    return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def logits_of(params, config, tokens, mask, last):
+    hidden = transformer.forward(params, config, tokens, mask)[:, -last:]
+    return transformer.apply_head(hidden, transformer.head_weights(params, config))
+
+
+def assert_same_logits(folder, theirs, mesh, length: int, last: int):
+    config = hf.read_config(folder)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (1, length), dtype=np.int32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long), logits_to_keep=last).logits.numpy()
+    ours = logits_of(hf.load(folder, config, mesh), config, tokens, np.ones(tokens.shape, bool), last)
+    scale = np.abs(expected).max()
+    assert scale > 1
+    assert np.abs(np.asarray(ours) - expected).max() <= 2e-4 * scale
+
+
+def random_cases() -> list:
+    """Twenty configurations; family and ratio of query to key heads go round, the rest is drawn."""
+    draw, cases = random.Random(0), []
+    for (family, ratio), number in zip(itertools.cycle(itertools.product(CLASSES, (1, 3, 4, 8))), range(20)):
+        kv_heads = draw.choice((1, 2))
+        rope = {"rope_type": "default"}
+        if family == "llama" and draw.random() < 0.5:
+            rope = SCALED | {"original_max_position_embeddings": 32}
+        fields = {
+            "num_key_value_heads": kv_heads,
+            "num_attention_heads": ratio * kv_heads,
+            "head_dim": draw.choice((8, 24, 80)),
+            "hidden_size": ratio * kv_heads * draw.choice((8, 12)),
+            "tie_word_embeddings": draw.random() < 0.5,
+            "rope_parameters": rope | {"rope_theta": draw.choice((1e4, 5e5, 1e6))},
+            "rms_norm_eps": draw.choice((1e-5, 1e-6)),
+            "num_hidden_layers": draw.choice((1, 3)),
+        }
+        dtype = draw.choice((torch.float32, torch.bfloat16))
+        cases.append(pytest.param(family, fields, dtype, number, id=f"{number}-{family}-{ratio}"))
+    return cases
+
+
+@pytest.mark.parametrize("family, fields, dtype, seed", random_cases())
+def test_logits_are_those_of_transformers(family, fields, dtype, seed, tmp_path, mesh):
+    theirs = write(tmp_path, family, seed, dtype, max_position_embeddings=256, **fields)
+    assert_same_logits(tmp_path, theirs, mesh, length=96, last=96)
+
+
+def test_logits_beyond_the_positions_of_llama_3s_training_are_those_of_transformers(tmp_path, mesh):
+    rope = SCALED | {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    theirs = write(
+        tmp_path, "llama", rope_parameters=rope, max_position_embeddings=131072, head_dim=64, hidden_size=32,
+        num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    assert_same_logits(tmp_path, theirs, mesh, length=8300, last=128)
+
+
+PROMPTS, NEW = 50, 64
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def greedy(params, config, prompts, rows):
+    sampling = SamplingConfig(NEW, eos_ids=(), pad_id=0, temperature=0.0)
+    return sample(params, config, sampling, prompts, rng.row_keys(jax.random.key(0), rows)).tokens_BxT
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    draw = random.Random(1)
+    return [[draw.randrange(VOCAB) for _ in range(draw.choice((1, 2, 7, 20, 33)))] for _ in range(PROMPTS)]
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_greedy_continuations_are_those_of_transformers_and_of_each_prompt_alone(family, tmp_path, prompts, mesh):
+    theirs = write(tmp_path, family, tie_word_embeddings=family == "qwen2")
+    config = hf.read_config(tmp_path)
+    params = hf.load(tmp_path, config, mesh)
+    padded = left_pad(prompts, max(map(len, prompts)), 0)
+    with torch.inference_mode():
+        expected = theirs.generate(
+            input_ids=torch.tensor(padded.tokens_BxP, dtype=torch.long),
+            attention_mask=torch.tensor(padded.mask_BxP, dtype=torch.long),
+            do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0,
+        )[:, -NEW:].numpy()  # fmt: skip
+    ours = np.asarray(greedy(params, config, *put_batch((padded, np.arange(PROMPTS)), mesh)))
+    np.testing.assert_array_equal(ours, expected)
+    for length in (1, 20):
+        row = next(row for row, prompt in enumerate(prompts) if len(prompt) == length)
+        alone = greedy(params, config, *put_batch((left_pad([prompts[row]], length, 0), np.array([row])), mesh))
+        np.testing.assert_array_equal(alone[0], ours[row])
