@@ -72,7 +72,7 @@ def test_value_and_gradient_are_those_of_the_prefix_in_every_row(
     one, two = (
         states_and_gradient(params, tiny_model, *put_batch((view, rollout), any_mesh)) for view in make_view(1, C, P)
     )
-    assert np.abs(one[0]).max() > 1 and np.abs(one[1]["embedding"][ONLY_IN_PREFIX]).max() > 1e-5
+    assert np.abs(one[0]).max() > 1 and np.abs(np.asarray(one[1]["embedding"])[ONLY_IN_PREFIX]).max() > 1e-5
     assert close(one[0], two[0], rtol=0) and close(one[1], two[1], atol=GRADIENT)
 
 
