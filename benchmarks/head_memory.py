@@ -4,9 +4,9 @@
 
 Memory: both programs (loss and gradients of two hidden states and the shared head; three distributions: q_x, f, q_c)
 are compiled for 4,096 response tokens, width 2,048 and a vocabulary of 128,256, and the compiler says how much
-temporary memory each needs; nothing of that size is run. Arithmetic: the compiler's count of operations; that of the loop's
-body times its number of turns, since the compiler counts a body once. Time: at a shape where the dense program fits,
-runs alternating, the best of each. Prints one JSON object as the last line; the numbers of record stand in
+temporary memory each needs; nothing of that size is run. Arithmetic: the compiler's count of operations; that of the
+loop's body times its number of turns, since the compiler counts a body once. Time: at a shape where the dense program
+fits, runs alternating, the best of each. Prints one JSON object as the last line; the numbers of record stand in
 benchmarks/README.md.
 """
 

@@ -20,7 +20,8 @@ def get_config() -> ConfigDict:
     # The student, and the frozen teacher where it has none of its own: a Hugging Face folder, or a Hub id "org/name" or
     # "org/name@revision".
     config.model.path = ""
-    config.model.dtype = "float32"  # of activations and matrix products: "float32" or "bfloat16"
+    # Of activations and matrix products: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPUs.
+    config.model.dtype = "auto"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
 

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.task = "rules"
     config.base.steps = 600
 
+    config.model.dtype = "float32"  # the same numbers on accelerators
     config.mesh.data = -1  # the model is small: every device holds it whole
     config.mesh.fsdp = 1
 

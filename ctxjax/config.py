@@ -244,8 +244,8 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
 
 
 def _check_model(config: Experiment) -> None:
-    for name in ("dtype", "param_dtype"):
-        _one_of(f"model.{name}", getattr(config.model, name), ("float32", "bfloat16"))
+    _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
+    _one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     if config.model.path:
         return

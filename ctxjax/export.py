@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ctxjax import checkpoint, config as config_lib, pretrain, sharding, workdir as workdir_lib
 from ctxjax.config import Experiment
+from ctxjax.hub import local_folder
 from ctxjax.models import hf, hf_save, lora, params as params_lib, transformer
 from ctxjax.report.model_card import model_card
 
@@ -48,7 +49,8 @@ def export(
         raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
     arm, step = _choose(workdir, config, arm, step)
     checkpoints = workdir / arm / "checkpoints"
-    source = Path(config.model.path or pretrain.base_folder(config.base, config.task_config)).expanduser()
+    name = config.model.path or str(pretrain.base_folder(config.base, config.task_config))
+    source = local_folder(name)
     model = hf.read_config(source)
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
     family = hf.family_of(fields, source)
@@ -59,7 +61,7 @@ def export(
             specs, kind = lora.specs(model, config.lora), "float32"
         trained = checkpoint.read_params(checkpoints, step, params_lib.abstract(specs, mesh, kind))
         if adapter:
-            hf_save.save_adapter(partial, trained, model, config.lora, family, str(source), dtype)
+            hf_save.save_adapter(partial, trained, model, config.lora, family, name, dtype)
         else:
             if config.lora is not None:
                 base = hf.load(source, model, mesh, config.model.param_dtype)

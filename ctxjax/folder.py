@@ -72,10 +72,13 @@ def open_folder(
 ) -> ModelFolder:
     """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.
 
+    ``dtype`` is what the model computes in; "auto": bfloat16 on accelerators, float32 on CPUs, which are slow in it.
     With ``student`` the folder is its teacher's, and a tokenizer that differs is refused before weights are read.
     Raises FileNotFoundError or ValueError with one message that names the folder, what is wrong, and the remedy.
     """
     path = local_folder(path)
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     config = hf.read_config(path, dtype, remat)
     tokenizer = load_tokenizer(path)
     if student is not None:

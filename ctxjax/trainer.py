@@ -22,6 +22,7 @@ from ctxjax.data.tasks import TASKS
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import ModelFolder, open_folder
+from ctxjax.hub import local_folder
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
 from ctxjax.models import lora as lora_lib, params as params_lib, transformer
@@ -107,6 +108,8 @@ class Inputs(NamedTuple):
 def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
     task = TASKS[config.task][1](config.task_config)
+    if config.teacher.path:
+        local_folder(config.teacher.path)  # missing: said now, and not when the student is loaded or even trained
     folder, teacher = with_teacher(config, _open_model(config, mesh, seconds), mesh, seconds)
     if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")

@@ -91,23 +91,35 @@ def _attend(q_BxHxLxDh, sources) -> jax.Array:
         weights = [jax.nn.softmax(scores[0], axis=-1)]
     else:
         totals = [jax.nn.logsumexp(s, axis=-1, keepdims=True) for s in scores]
-        total = functools.reduce(jnp.logaddexp, totals)
-        weights = [jnp.exp(s - total) for s in scores]
-    out = sum(_read(w, source.values) for w, source in zip(weights, sources)).astype(q.dtype)
+        total = functools.reduce(jnp.logaddexp, [_rows_first(t, source) for t, source in zip(totals, sources)])
+        weights = [jnp.exp(s - _rows_first(total, source)) for s, source in zip(scores, sources)]
+    out = sum(_read(w, source) for w, source in zip(weights, sources)).astype(q.dtype)
     return jnp.reshape(out, (B, H, L, Dh), out_sharding=batch_spec("heads", None, None))
 
 
+def _rows_first(x, source: Source):
+    """Between [B, K, ...] and the order of a source's own arrays: [K, B, ...] where all rows share the keys, in which
+    the product needs no transposed copy of the scores (on one core 1.6 to 2.6 times faster). Its own inverse."""
+    return x.swapaxes(0, 1) if source.keys.ndim == 3 else x
+
+
 def _scores(q_BxKxQxDh, source: Source) -> jax.Array:
-    """[B, K, Q, M] in float32; -1e30 where a query may not read."""
-    rows = "kmd" if source.keys.ndim == 3 else "bkmd"
-    scores = jnp.einsum(f"bkqd,{rows}->bkqm", q_BxKxQxDh, source.keys, preferred_element_type=jnp.float32)
+    """[B, K, Q, M], or [K, B, Q, M] of shared keys, in float32; -1e30 where a query may not read."""
+    keys = "kmd" if source.keys.ndim == 3 else "bkmd"
+    rows = "kb" if source.keys.ndim == 3 else "bk"
+    q = _rows_first(q_BxKxQxDh, source)
+    scores = jnp.einsum(f"{rows}qd,{keys}->{rows}qm", q, source.keys, preferred_element_type=jnp.float32)
     if source.mask_BxLxM is None:
         return scores
     groups = q_BxKxQxDh.shape[2] // source.mask_BxLxM.shape[1]
-    return jnp.where(jnp.tile(source.mask_BxLxM, (1, groups, 1))[:, None], scores, -1e30)
+    mask = _rows_first(jnp.tile(source.mask_BxLxM, (1, groups, 1))[:, None], source)
+    return jnp.where(mask, scores, -1e30)
 
 
-def _read(weights_BxKxQxM, values) -> jax.Array:
-    rows = "kmd" if values.ndim == 3 else "bkmd"
-    weights = weights_BxKxQxM.astype(values.dtype)
-    return jnp.einsum(f"bkqm,{rows}->bkqd", weights, values, preferred_element_type=jnp.float32)
+def _read(weights, source: Source) -> jax.Array:
+    """[B, K, Q, Dh], float32: the values by the weights, which are ordered as the source's scores."""
+    values = "kmd" if source.values.ndim == 3 else "bkmd"
+    rows = "kb" if source.values.ndim == 3 else "bk"
+    weights = weights.astype(source.values.dtype)
+    out = jnp.einsum(f"{rows}qm,{values}->{rows}qd", weights, source.values, preferred_element_type=jnp.float32)
+    return _rows_first(out, source)

@@ -1,0 +1,90 @@
+"""What anchoring costs: a step of configs/tiny.py with beta > 0 over one with beta = 0, by phase.
+
+    python -m benchmarks.anchor_cost [--quick]
+
+The base of configs/tiny.py is taken from its cache, or trained first (two minutes). Phases of one batch: "rollout"
+(sampling), "update" (all passes, the loss, their backward passes, the optimiser), "step" (both, in one program). Arms:
+beta = 0; beta = 0.5 on all rows; beta = 0.5 on a quarter of the rows (loss.anchor_fraction). Programs take turns, and
+the best run of each counts. Prints one JSON object as the last line; the numbers of record stand in
+benchmarks/README.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+
+import jax
+
+from configs import tiny
+from ctxjax import config as config_lib, pretrain, sharding
+from ctxjax.data.pipeline import encode_rows, training_batches
+from ctxjax.data.tasks import TASKS
+from ctxjax.folder import open_folder
+from ctxjax.sampling import SamplingConfig
+from ctxjax.train_step import StepConfig, init_state, rollout_step, train_step, update_step
+from ctxjax.types import Frozen
+
+ARMS = {
+    "plain": {"beta": 0.0},
+    "anchored": {"beta": 0.5},
+    "anchored_quarter": {"beta": 0.5, "anchor_fraction": 0.25},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="three runs of each")
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    config = config_lib.experiment(tiny.get_config(), jax.device_count())
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    with jax.set_mesh(mesh):
+        folder = open_folder(pretrain.ensure_base(config.base, config.task_config, mesh), mesh)
+        rows = encode_rows(folder.tokenizer, TASKS[config.task][1](config.task_config).rows("train"), config.prompt)
+        batches = training_batches(
+            rows, None, seed=0, batch_size=config.train.batch_size, retention_rows=0, pad_id=folder.pad_id
+        )
+        batch = sharding.put_batch(next(batches), mesh)
+        decode = config.rollout
+        sampling = SamplingConfig(decode.max_tokens, folder.stop_ids, folder.pad_id, decode.temperature)
+        loss = next(iter(config.arms.values()))
+        frozen, programs = Frozen(folder.params), {}
+        rollouts, update = (jax.jit(f, static_argnames="config") for f in (rollout_step, update_step))
+        for name, change in ARMS.items():
+            arm = dataclasses.replace(loss, **change)
+            step = StepConfig(folder.config, folder.config, sampling, arm, config.optim)
+            state = init_state(folder.params, step, jax.random.key(0))
+            rollout, _ = rollouts(state, frozen, batch, config=step)
+
+            def whole(step=step, holder=[state]):  # noqa: B006 (the state is donated, and replaced)
+                holder[0], metrics = train_step(holder[0], frozen, batch, config=step)
+                return metrics
+
+            state = init_state(folder.params, step, jax.random.key(0))
+            programs[name, "rollout"] = lambda s=state, c=step: rollouts(s, frozen, batch, config=c)
+            programs[name, "update"] = lambda s=state, y=rollout, c=step: update(s, frozen, batch, y, None, config=c)[1]
+            programs[name, "step"] = whole
+        seconds: dict = {key: [] for key in programs}
+        for run in range(4 if options.quick else 21):
+            for key, function in programs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(function())
+                if run:
+                    seconds[key].append(time.perf_counter() - start)
+    best = {key: min(values) for key, values in seconds.items()}
+    milliseconds = {
+        name: {phase: round(best[name, phase] * 1e3, 1) for phase in ("rollout", "update", "step")} for name in ARMS
+    }
+    over_plain = {
+        name: {phase: round(best[name, phase] / best["plain", phase], 3) for phase in ("update", "step")}
+        for name in ARMS
+        if name != "plain"
+    }
+    report = {"benchmark": "anchor_cost", "over_plain": over_plain, "milliseconds": milliseconds}
+    print(json.dumps(report | {"devices": jax.device_count(), "jax": jax.__version__}))
+
+
+if __name__ == "__main__":
+    main()

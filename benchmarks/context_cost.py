@@ -1,0 +1,165 @@
+"""What a long context costs an update: read in every row, and shared as one row.
+
+    python benchmarks/context_cost.py [--quick]
+
+Two parts, and one JSON object as the last line; the numbers of record stand in benchmarks/README.md.
+
+``cpu``: seconds of a whole update (the teacher's pass, both of the student's, all gradients, the optimiser) for
+contexts of several lengths, on a model small enough for a CPU. The teacher's reading of a shared context is computed
+before, as in a run. Unshared updates with a context take minutes, so ``ROWS_AT_A_TIME`` rows are timed and the time
+multiplied: every part of an update but the optimiser's is proportional to the rows.
+
+``llama31_8b``: FLOPs of the same update at that model's sizes, batch 64, question 64, response 256, relative to the
+update without a context. They are counted from the traced program, in which nothing is allocated: two for every
+multiplication and addition of a matrix product, bodies of loops as often as they run. (The compiler's own count takes
+a loop's body once. Where there is no loop but over one layer, the two must agree: ``counted_over_compiled``.)
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+
+import jax
+from jax.extend.core import jaxprs_in_params
+import jax.numpy as jnp
+import numpy as np
+
+from ctxjax import sharding
+from ctxjax.losses import LossConfig
+from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.optim import OptimConfig
+from ctxjax.sampling import SamplingConfig
+from ctxjax.train_step import StepConfig, init_state, update_step
+from ctxjax.types import Batch, Prompts, Rollout
+
+SMALL = ModelConfig(512, 256, 2, 4, 2, 64, 704)
+BATCH, QUESTION, RESPONSE, ROWS_AT_A_TIME = 32, 32, 64, 2
+LLAMA31_8B = ModelConfig(
+    128256, 4096, 32, 32, 8, 128, 14336, rope_theta=500000.0, dtype="bfloat16", remat=True
+)  # fmt: skip
+
+
+def step_config(model: ModelConfig) -> StepConfig:
+    optim = OptimConfig(lr=1e-5, steps=10)
+    return StepConfig(model, model, SamplingConfig(RESPONSE, (), 0), LossConfig(beta=0.5), optim)
+
+
+def host_data(rows: int, question: int, response: int, context: int, shared: bool) -> tuple[Batch, Rollout]:
+    """Questions of one length, each behind the same context; contexts are a prefix, or in every row."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 512, (rows, question), dtype=np.int32)
+    prefix_C = rng.integers(0, 512, context, dtype=np.int32)
+    bare = Prompts(tokens, np.ones(tokens.shape, bool))
+    behind = bare
+    if context and shared:
+        behind = bare.replace(prefix_C=prefix_C)
+    elif context:
+        whole = np.concatenate([np.broadcast_to(prefix_C, (rows, context)), tokens], axis=1)
+        behind = Prompts(whole, np.ones(whole.shape, bool))
+    answer = rng.integers(0, 512, (rows, response), dtype=np.int32)
+    rollout = Rollout(answer, np.ones(answer.shape, bool), np.zeros(answer.shape, np.float32))
+    return Batch(bare, behind, None, np.arange(rows, dtype=np.int32)), rollout
+
+
+def update(config: StepConfig):
+    def run(state, frozen, batch, rollout, teacher_prefix):
+        return update_step(state, frozen, batch, rollout, None, config, teacher_prefix)
+
+    return run
+
+
+def seconds(context: int, shared: bool, runs: int, mesh) -> float:
+    """Of one update of BATCH rows; the fastest of several."""
+    config = step_config(SMALL)
+    params = params_lib.init(transformer.param_specs(SMALL), jax.random.key(0), mesh)
+    rows = BATCH if shared or not context else ROWS_AT_A_TIME
+    batch, rollout = sharding.put_batch(host_data(rows, QUESTION, RESPONSE, context, shared), mesh)
+    state = init_state(params, config, jax.random.key(1))
+    prefix = jax.jit(lambda p: transformer.prefix_kv(p, SMALL, batch.context.prefix_C))(params)
+    program = jax.jit(update(config)).lower(state, params, batch, rollout, prefix).compile()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(program(state, params, batch, rollout, prefix))
+        times.append(time.perf_counter() - start)
+    return min(times) * BATCH / rows
+
+
+def matmul_flops(jaxpr) -> int:
+    """Of a traced program's matrix products, loops unrolled. Raises on a loop whose length is not known."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, jaxprs_in_params(equation.params)
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        elif name == "while":
+            raise ValueError("a while loop has no length that could be counted")
+        else:
+            times = equation.params["length"] if name == "scan" else 1
+            total += times * sum(matmul_flops(getattr(part, "jaxpr", part)) for part in inner)
+    return total
+
+
+def traced(model: ModelConfig, rows: int, question: int, response: int, context: int, shared: bool, mesh):
+    """The update's trace, for abstract values."""
+    config = step_config(model)
+    params = params_lib.abstract(transformer.param_specs(model), mesh, jnp.float32)
+    data = host_data(rows, question, response, context, shared)
+    state = jax.eval_shape(lambda p: init_state(p, config, jax.random.key(1)), params)
+    batch, rollout = jax.eval_shape(lambda: sharding.put_batch(data, mesh))
+    prefix = jax.eval_shape(lambda p: transformer.prefix_kv(p, model, data[0].context.prefix_C), params)
+    return jax.jit(update(config)).trace(state, params, batch, rollout, prefix)
+
+
+def flops(model: ModelConfig, context: int, shared: bool, mesh) -> int:
+    return matmul_flops(traced(model, 64, 64, 256, context, shared, mesh).jaxpr.jaxpr)
+
+
+def counted_over_compiled(mesh) -> float:
+    """This script's count over the compiler's, of a program whose loops run once."""
+    model = dataclasses.replace(SMALL, layers=1)
+    trace = traced(model, 2, 16, 16, 64, True, mesh)
+    return matmul_flops(trace.jaxpr.jaxpr) / trace.lower().compile().cost_analysis()["flops"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the shortest and the longest context, one run of each")
+    options = parser.parse_args()
+    contexts = (0, 4096) if options.quick else (0, 512, 2048, 4096)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    result = {"benchmark": "context_cost", "jax": jax.__version__, "cpu": {}, "llama31_8b": {}}
+    with jax.set_mesh(mesh):
+        none = flops(LLAMA31_8B, 0, False, mesh)
+        for context in contexts[1:]:
+            shared, unshared = (flops(LLAMA31_8B, context, kind, mesh) / none for kind in (True, False))
+            result["llama31_8b"][context] = {"shared": round(shared, 3), "unshared": round(unshared, 2)}
+        result["counted_over_compiled"] = round(counted_over_compiled(mesh), 3)
+        runs = 1 if options.quick else 2
+        base = seconds(0, False, runs, mesh)
+        result["cpu"][0] = {"seconds": round(base, 3)}
+        small = matmul_flops(traced(SMALL, BATCH, QUESTION, RESPONSE, 0, False, mesh).jaxpr.jaxpr)
+        for context in contexts[1:]:
+            shared, unshared = (seconds(context, kind, runs, mesh) for kind in (True, False))
+            counts = [
+                matmul_flops(traced(SMALL, BATCH, QUESTION, RESPONSE, context, kind, mesh).jaxpr.jaxpr)
+                for kind in (True, False)
+            ]
+            result["cpu"][context] = {
+                "shared_seconds": round(shared, 3),
+                "unshared_seconds": round(unshared, 3),
+                "times_faster": round(unshared / shared, 2),
+                "times_fewer_flops": round(counts[1] / counts[0], 2),
+                "shared_over_no_context": round(shared / base, 2),
+                "flops_over_no_context": round(counts[0] / small, 2),
+            }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
