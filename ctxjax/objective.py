@@ -151,7 +151,8 @@ def _anchor_on_some_rows(models: Models, config: LossConfig, rows: Rows, passes:
     per_device = rows.weight_BxT.shape[0] // sharding.batch_ways()
     count = max(round(config.anchor_fraction * per_device), 1)
     first = functools.partial(sharding.first_rows, count=count)
-    some = Rows(*(map_rows(first, x) for x in (rows.batch, rows.rollout, rows.weight_BxT)))
+    mine = (rows.batch.replace(other=None), rows.rollout, rows.weight_BxT)  # of rows under other contexts are fewer
+    some = Rows(*(map_rows(first, x) for x in mine))
     own = _Passes(models, some.batch.bare, some.batch.context, some.rollout)
     views = _anchor_views(config)
     hidden = own.hidden(["q_c"]) | jax.tree.map(first, passes.hidden([view for view in views if view != "q_c"]))

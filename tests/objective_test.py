@@ -22,11 +22,11 @@ CONFIG = LossConfig(beta=0.5, mu=0.25, temperature=0.7, chunk=3)
 
 @functools.cache
 def program(model, config, gradient):
-    """The objective of (student, teacher, average, rows), with the gradients of all three if wanted."""
+    """The objective of (student, teacher, average, rows, scales), with the gradients of the three models if wanted."""
 
-    def loss(student, teacher, ema, rows):
+    def loss(student, teacher, ema, rows, at=None):
         models = Models(student, teacher, ema, model, model)
-        return objective.objective(models, config, rows, losses.scales(config, jnp.int32(0)))
+        return objective.objective(models, config, rows, at or losses.scales(config, 0))
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True) if gradient else loss)
 
@@ -224,19 +224,59 @@ def test_each_anchor_reads_the_models_and_prompts_of_its_view(anchor, every_view
     assert loss == pytest.approx(float(total), rel=1e-5)
 
 
-def test_a_gate_by_response_anchors_those_that_mostly_agree_with_the_teacher(every_view, tiny_model, mesh):
+@pytest.mark.parametrize("fraction", [1.0, 0.75])
+def test_a_gate_by_response_anchors_those_that_mostly_agree_with_the_teacher(fraction, every_view, tiny_model, mesh):
     (student, teacher, _), batch, rollout, views = every_view
-    mask = rollout.mask_BxT
+    mask = rollout.mask_BxT & (np.arange(4) < 4 * fraction)[:, None]
     agrees = views["q_x"].argmax(-1) == views["f"].argmax(-1)
-    share_B = (agrees & mask).sum(1) / mask.sum(1)
+    share_B = (agrees & rollout.mask_BxT).sum(1) / rollout.mask_BxT.sum(1)
     threshold = float(np.unique(share_B)[-2:].mean())
-    passes_B = share_B >= threshold
-    assert 0 < passes_B.sum() < 4
-    config = LossConfig(beta=0.5, gate="response", gate_threshold=threshold, temperature=0.7, chunk=3)
+    gate_Bx1 = (share_B >= threshold)[:, None]
+    assert 0 < gate_Bx1[:3].sum() < 3
+    config = LossConfig(
+        beta=0.5, gate="response", gate_threshold=threshold, anchor_fraction=fraction, temperature=0.7, chunk=3
+    )
     loss, parts = value(student, teacher, tiny_model, batch, (rollout, None), config)
     kl_BxT = (np.exp(views["q_x"]) * (views["q_x"] - views["q_c"])).sum(-1)
-    gated = np.where(mask & passes_B[:, None], kl_BxT, 0).sum() / mask.sum()
-    assert loss - parts["distill"].value == pytest.approx(0.5 * gated, rel=1e-4)
+    gated = np.where(mask & gate_Bx1, kl_BxT, 0)
+    by_hand = 0.5 * gated.sum() / fraction / rollout.mask_BxT.sum()
+    assert loss - parts["distill"].value == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_an_anchor_on_some_rows_leaves_the_others_out_and_weighs_its_own_for_them(
+    params, frozen, tiny_model, batch, rollouts
+):
+    """Three of four rows, each for 4/3, and fewer rows that are retained."""
+    some = program(tiny_model, dataclasses.replace(CONFIG, anchor_fraction=0.75), True)
+    whole = rows_of(batch, rollouts, CONFIG)
+    three = whole.replace(weight_BxT=whole.weight_BxT * (np.arange(4) < 3)[:, None])
+
+    def of(program, rows, beta):
+        (loss, _), (student, *_) = program(params, frozen, params, rows, losses.Scales(beta, jnp.float32(0.25)))
+        return loss, student
+
+    every = program(tiny_model, CONFIG, True)
+    ours, anchored, plain = of(some, whole, 0.5), of(every, three, 0.5), of(every, three, 0.0)
+    expected = jax.tree.map(lambda a, b, c: a + 4 / 3 * (b - c), of(every, whole, 0.0), anchored, plain)
+    assert abs(ours[0] - anchored[0]) > 0.1
+    assert close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_anchor_on_some_of_rows_that_are_all_alike_is_that_on_all(devices, make_params, tiny_model, batch, rollouts):
+    mesh = make_mesh(2, 2, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1])
+    config = dataclasses.replace(CONFIG, mu=0.0)
+    alike = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), (batch.replace(other=None), rollouts[0]))
+    with jax.set_mesh(mesh):
+        models = tuple(make_params(tiny_model, seed, mesh) for seed in (0, 1, 2))
+        some, every = (
+            program(tiny_model, dataclasses.replace(config, anchor_fraction=fraction), False)(
+                *models, rows_of(alike[0], (alike[1], None), config)
+            )
+            for fraction in (0.5, 1.0)
+        )
+    assert some[1]["anchor"].count == every[1]["anchor"].count / 2
+    assert some[0] == pytest.approx(float(every[0]), rel=1e-5)
 
 
 # --- Next tokens ---
