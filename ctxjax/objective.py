@@ -109,13 +109,15 @@ def bare_and_context_terms(
     if config.reference:
         weights["reference"] = config.reference * weight
         views.append("f_x")
+    gate = _response_gate(config, configs, passes, weight) if on_all_rows else None
     if on_all_rows:
-        weights["anchor"] = beta * weight * _response_gate(config, configs, passes, weight)
+        weights["anchor"] = beta * weight if gate is None else beta * weight * gate
         views += [view for view in _anchor_views(config) if view not in views]
         function = losses.bare_and_anchor_values
     function = functools.partial(function, config, configs)
     hidden, heads, mask = passes.hidden(views), passes.heads(views), weight > 0
     loss, values = head_scan.chunked(function, config.chunk, hidden, heads, weights, mask, rollout.tokens_BxT)
+    values = _gated(values, gate)
     # Decoding and scoring must agree on the log-probability of what was sampled, else the rollout was not on-policy.
     gap_BxT = jnp.where(mask, jnp.abs(values.pop("logprob") - rollout.logprobs_BxT), 0.0)
     terms = {name: average(values.pop(name), mask, config.averaging) for name in weights}
@@ -133,16 +135,23 @@ def _anchor_views(config: LossConfig) -> list[str]:
     return views + ["q_x", "f"] if config.gate == "token" else views
 
 
-def _response_gate(config: LossConfig, configs, passes: _Passes, weight_BxT: jax.Array) -> jax.Array | float:
-    """[B, 1], 1.0 where the bare student agrees with the teacher on most of its response. Costs both heads once more,
-    since the gate of a response's first token depends on its last."""
+def _response_gate(config: LossConfig, configs, passes: _Passes, weight_BxT: jax.Array) -> jax.Array | None:
+    """[B, 1], 1.0 where the bare student agrees with the teacher on most of its response, if that is the gate. Costs
+    both heads once more, since the gate of a response's first token depends on its last."""
     if config.gate != "response":
-        return 1.0
+        return None
     hidden, heads, mask = stop_gradient(passes.hidden(["q_x", "f"])), passes.heads(["q_x", "f"]), weight_BxT > 0
     function = functools.partial(losses.agreement_values, config, configs)
     _, values = head_scan.chunked(function, config.chunk, hidden, stop_gradient(heads), {}, mask)
     share_B = jnp.sum(values["agreement"], axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
     return (share_B >= config.gate_threshold).astype(jnp.float32)[:, None]
+
+
+def _gated(values: dict[str, jax.Array], gate_Bx1: jax.Array | None) -> dict[str, jax.Array]:
+    """The anchor as the loss takes it, and where it does, as a gate by token reports them."""
+    if gate_Bx1 is None:
+        return values
+    return values | {"anchor": gate_Bx1 * values["anchor"], "gate": jnp.broadcast_to(gate_Bx1, values["anchor"].shape)}
 
 
 def _anchor_on_some_rows(models: Models, config: LossConfig, rows: Rows, passes: _Passes, beta):
@@ -156,11 +165,13 @@ def _anchor_on_some_rows(models: Models, config: LossConfig, rows: Rows, passes:
     own = _Passes(models, some.batch.bare, some.batch.context, some.rollout)
     views = _anchor_views(config)
     hidden = own.hidden(["q_c"]) | jax.tree.map(first, passes.hidden([view for view in views if view != "q_c"]))
-    gate = _response_gate(config, configs, passes, rows.weight_BxT)
-    weight = beta * per_device / count * some.weight_BxT * (gate if isinstance(gate, float) else first(gate))
+    gate = jax.tree.map(first, _response_gate(config, configs, passes, rows.weight_BxT))
+    weight = beta * per_device / count * some.weight_BxT
+    weight = weight if gate is None else weight * gate
     function = functools.partial(losses.anchor_values, config, configs)
     mask = some.weight_BxT > 0
     loss, values = head_scan.chunked(function, config.chunk, hidden, own.heads(views), {"anchor": weight}, mask)
+    values = _gated(values, gate)
     anchor = average(values.pop("anchor"), mask, config.averaging)
     return loss, {"anchor": anchor} | {name: Mean.of(value, mask) for name, value in values.items()}
 

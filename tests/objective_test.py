@@ -241,6 +241,8 @@ def test_a_gate_by_response_anchors_those_that_mostly_agree_with_the_teacher(fra
     gated = np.where(mask & gate_Bx1, kl_BxT, 0)
     by_hand = 0.5 * gated.sum() / fraction / rollout.mask_BxT.sum()
     assert loss - parts["distill"].value == pytest.approx(by_hand, rel=1e-4)
+    assert parts["anchor"].value == pytest.approx(gated[mask].mean(), rel=1e-4)
+    assert parts["gate"].value == pytest.approx((mask & gate_Bx1).sum() / mask.sum())
 
 
 def test_an_anchor_on_some_rows_leaves_the_others_out_and_weighs_its_own_for_them(
