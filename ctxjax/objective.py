@@ -20,7 +20,7 @@ from ctxjax import head_scan, losses, scoring, sharding
 from ctxjax.anchors import ANCHORS
 from ctxjax.losses import LossConfig, Scales, average, token_weights
 from ctxjax.models.transformer import ModelConfig, head_weights
-from ctxjax.types import Batch, Mean, Params, PrefixKV, Prompts, Rollout, map_rows
+from ctxjax.types import Batch, Max, Mean, Params, PrefixKV, Prompts, Rollout, map_rows
 
 
 @struct.dataclass
@@ -83,11 +83,11 @@ class _Passes:
         return {view: own[view] if view in own else head_weights(*self._views[view][:2]) for view in views}
 
 
-def objective(models: Models, config: LossConfig, rows: Rows, at: Scales) -> tuple[jax.Array, dict[str, Mean]]:
-    """L of these rows (a scalar; over all rows of a batch, nats per token), and its terms and companions as Means.
+def objective(models: Models, config: LossConfig, rows: Rows, at: Scales) -> tuple[jax.Array, dict[str, Mean | Max]]:
+    """L of these rows (a scalar; over all rows of a batch, nats per token), and its terms and companions.
 
-    Adding up the losses of a batch's parts gives the loss of the batch. ``rows.other_rollout`` must be given exactly
-    when mu > 0.
+    Adding up the losses of a batch's parts gives the loss of the batch, and so with the terms.
+    ``rows.other_rollout`` must be given exactly when mu > 0.
     """
     loss, metrics = bare_and_context_terms(models, config, rows, at.beta)
     if config.mu > 0:
@@ -98,7 +98,7 @@ def objective(models: Models, config: LossConfig, rows: Rows, at: Scales) -> tup
 
 def bare_and_context_terms(
     models: Models, config: LossConfig, rows: Rows, beta: jax.Array | float
-) -> tuple[jax.Array, dict[str, Mean]]:
+) -> tuple[jax.Array, dict[str, Mean | Max]]:
     """L_distill + beta L_anchor + the reference term on the rollout y, with all their metrics."""
     batch, rollout, weight = rows.batch, rows.rollout, rows.weight_BxT
     passes = _Passes(models, batch.bare, batch.context, rollout, models.teacher_prefix)
@@ -123,7 +123,7 @@ def bare_and_context_terms(
     terms = {name: average(values.pop(name), mask, config.averaging) for name in weights}
     metrics = terms | {name: Mean.of(value, mask) for name, value in values.items()}
     if config.is_on_policy:
-        metrics["logprob_gap_max"] = Mean(jnp.max(gap_BxT), jnp.float32(1))
+        metrics["logprob_gap_max"] = Max(jnp.max(gap_BxT))
     if has_anchor and not on_all_rows:
         anchored, more = _anchor_on_some_rows(models, config, rows, passes, beta)
         loss, metrics = loss + anchored, metrics | more

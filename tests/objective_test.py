@@ -169,6 +169,8 @@ def test_losses_and_terms_of_parts_add_up_to_those_of_the_batch(averaging, param
     for name in ("distill", "anchor", "entropy"):
         added = one[name] + two[name]
         assert (added.count, added.value) == (every[name].count, pytest.approx(float(every[name].value), rel=1e-5))
+    gaps = [parts["logprob_gap_max"] for parts in (one, two, every)]
+    assert (gaps[0] + gaps[1]).value == gaps[2].value > 1
 
 
 def test_a_batch_without_any_response_token_has_loss_and_gradient_zero(params, frozen, tiny_model, batch, rollouts):
