@@ -204,7 +204,7 @@ def test_micro_batches_change_neither_metrics_nor_gradient(devices, count, halve
     assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-6)
     assert jax.tree.map(float, metrics) == pytest.approx(jax.tree.map(float, expected), rel=1e-5, abs=1e-6)
     for ours, moment in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(halves.after.opt_state)):
-        np.testing.assert_allclose(ours, moment, rtol=0, atol=1e-5 * np.abs(moment).max())
+        np.testing.assert_allclose(ours, moment, rtol=0, atol=3e-5 * np.abs(moment).max())
 
 
 # --- Moving averages ---
