@@ -120,3 +120,18 @@ def smollm2():
     from transformers import AutoTokenizer  # takes seconds, and few tests need it
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def products():
+    """products(function, *args): the shapes of all matrix products that it traces to, in loops and calls too."""
+
+    def of(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield equation.outvars[0].aval.shape
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda node: hasattr(node, "eqns")):
+                if hasattr(inner, "eqns"):
+                    yield from of(getattr(inner, "jaxpr", inner))
+
+    return lambda function, *args: list(of(jax.make_jaxpr(function)(*args).jaxpr))

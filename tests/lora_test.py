@@ -13,6 +13,7 @@ from ctxjax.losses import LossConfig
 from ctxjax.models import lora, params as params_lib, transformer
 from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import apply_head, head_weights
+from ctxjax.objective import Models, Rows, objective
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.train_step import StepConfig, init_state, student_params, train_step
@@ -134,25 +135,29 @@ def test_only_the_adapter_has_gradients_and_moments(params, step_config):
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) <= 2 * adapter + 8
 
 
+def rows_of(batch, config, make_rollout, mesh) -> Rows:
+    batch, y, other = sharding.put_batch((batch, make_rollout(0, ROWS, 5), make_rollout(1, ROWS, 5)), mesh)
+    weights = (losses.token_weights(rollout.mask_BxT, config.averaging) for rollout in (y, other))
+    return Rows(batch, y, next(weights), other, next(weights))
+
+
+def loss_of(trained, frozen, rows, config):
+    models = Models(student_params(trained, frozen, config), frozen.teacher, None, config.model, config.teacher_model)
+    return objective(models, config.loss, rows, losses.scales(config.loss, 0))[0]
+
+
 def test_gradients_of_an_adapter_are_the_same_on_one_device_and_on_eight(
     step_config, batch, make_params, make_adapter, make_rollout
 ):
     def gradients(mesh):
         with jax.set_mesh(mesh):
             base = make_params(step_config.model, 0, mesh)
-            frozen = Frozen(base, base)
-            data = sharding.put_batch((batch, make_rollout(0, ROWS, 5), make_rollout(1, ROWS, 5)), mesh)
-
-            @jax.jit
-            def of(adapter, frozen, batch, rollout, other):
-                def loss(adapter):
-                    params, model = student_params(adapter, frozen, step_config), step_config.model
-                    terms = (step_config.loss, batch, rollout, other)
-                    return losses.objective(params, frozen.teacher, model, model, *terms)[0]
-
-                return jax.grad(loss)(adapter)
-
-            return jax.device_get(of(make_adapter(step_config.model, ALL, mesh), frozen, *data))
+            rows, adapter = (
+                rows_of(batch, step_config.loss, make_rollout, mesh),
+                make_adapter(step_config.model, ALL, mesh),
+            )
+            gradient = jax.jit(jax.grad(loss_of), static_argnums=3)
+            return jax.device_get(gradient(adapter, Frozen(base, base), rows, step_config))
 
     one = gradients(sharding.make_mesh(devices=jax.devices()[:1]))
     eight = gradients(sharding.make_mesh(2, 2, 2))
@@ -160,3 +165,15 @@ def test_gradients_of_an_adapter_are_the_same_on_one_device_and_on_eight(
     for name, value in one["layers"].items():
         assert np.abs(value).max() > 1e-4, name
         np.testing.assert_allclose(eight["layers"][name], value, atol=2e-5 * np.abs(value).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("is_adapted", [True, False])
+def test_no_gradient_of_a_frozen_head_is_made(
+    is_adapted, params, step_config, batch, make_adapter, make_rollout, products, mesh
+):
+    """It would cost as much as the head itself, and be thrown away."""
+    config = step_config if is_adapted else dataclasses.replace(step_config, lora=None)
+    trained = make_adapter(config.model, ALL, mesh) if is_adapted else params
+    rows, frozen = rows_of(batch, config.loss, make_rollout, mesh), Frozen(params, params)
+    shapes = products(jax.grad(lambda trained: loss_of(trained, frozen, rows, config)), trained)
+    assert ((1, config.model.width, config.model.vocab_size) in shapes) != is_adapted
