@@ -9,6 +9,7 @@ import pytest
 
 from configs import tiny
 from ctxjax import config as config_lib, trainer, workdir as workdir_lib
+from ctxjax.data import prompts
 
 ARMS = ("opcd", "opcd_anchored", "opcd_retained")
 
@@ -113,6 +114,17 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(finished,
     after = [row["loss"] for row in rows(stopped / "opcd_retained" / "metrics.jsonl") if "loss" in row]
     assert after == before
     assert results["opcd_retained"]["view_kl"] == uninterrupted["opcd_retained"]["view_kl"]
+
+
+def test_a_run_whose_prompts_share_a_prefix_comes_to_the_same_numbers(finished, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "SHORTEST_PREFIX", 2)
+    config = small(cache)
+    config.run_arms = ("opcd_retained",)
+    start(config, tmp_path / "run")
+    shared, expected = (rows(folder / "opcd_retained" / "metrics.jsonl") for folder in (tmp_path / "run", finished[0]))
+    for ours, theirs in zip(shared, expected, strict=True):
+        for name in {"loss", "distill", "retain", "dev/view_kl", "dev/distill"} & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
 def test_another_configuration_in_the_same_workdir_is_refused_and_nothing_changes(finished, cache):
