@@ -83,7 +83,9 @@ def _restricted(logits: jax.Array, ids: jax.Array, counts: jax.Array, remainder:
     for _ in logits.shape[:-1]:  # by vmap, since a scatter of several axes would not say how its result is sharded
         inside_of = jax.vmap(inside_of)
     is_inside = inside_of(logits, ids)
-    outside = jax.nn.logsumexp(jnp.where(is_inside, -jnp.inf, logits.astype(jnp.float32)), axis=-1, keepdims=True)
+    # -1e30 and not -inf: where no mass is outside, the logarithm of a sum of zeros would make gradients NaN.
+    nothing = is_inside | (logits == -jnp.inf)
+    outside = jax.nn.logsumexp(jnp.where(nothing, -1e30, logits.astype(jnp.float32)), axis=-1, keepdims=True)
     tail = outside - jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
     return jnp.concatenate([logp, tail], axis=-1)
 

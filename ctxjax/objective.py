@@ -20,7 +20,7 @@ from ctxjax import head_scan, losses, scoring, sharding
 from ctxjax.anchors import ANCHORS
 from ctxjax.losses import LossConfig, Scales, average, token_weights
 from ctxjax.models.transformer import ModelConfig, head_weights
-from ctxjax.types import Batch, Mean, Params, PrefixKV, Prompts, Rollout, map_rows
+from ctxjax.types import Batch, Max, Mean, Params, PrefixKV, Prompts, Rollout, map_rows
 
 
 @struct.dataclass
@@ -83,11 +83,11 @@ class _Passes:
         return {view: own[view] if view in own else head_weights(*self._views[view][:2]) for view in views}
 
 
-def objective(models: Models, config: LossConfig, rows: Rows, at: Scales) -> tuple[jax.Array, dict[str, Mean]]:
-    """L of these rows (a scalar; over all rows of a batch, nats per token), and its terms and companions as Means.
+def objective(models: Models, config: LossConfig, rows: Rows, at: Scales) -> tuple[jax.Array, dict[str, Mean | Max]]:
+    """L of these rows (a scalar; over all rows of a batch, nats per token), and its terms and companions.
 
-    Adding up the losses of a batch's parts gives the loss of the batch. ``rows.other_rollout`` must be given exactly
-    when mu > 0.
+    Adding up the losses of a batch's parts gives the loss of the batch, and so with the terms.
+    ``rows.other_rollout`` must be given exactly when mu > 0.
     """
     loss, metrics = bare_and_context_terms(models, config, rows, at.beta)
     if config.mu > 0:
@@ -98,7 +98,7 @@ def objective(models: Models, config: LossConfig, rows: Rows, at: Scales) -> tup
 
 def bare_and_context_terms(
     models: Models, config: LossConfig, rows: Rows, beta: jax.Array | float
-) -> tuple[jax.Array, dict[str, Mean]]:
+) -> tuple[jax.Array, dict[str, Mean | Max]]:
     """L_distill + beta L_anchor + the reference term on the rollout y, with all their metrics."""
     batch, rollout, weight = rows.batch, rows.rollout, rows.weight_BxT
     passes = _Passes(models, batch.bare, batch.context, rollout, models.teacher_prefix)
@@ -109,19 +109,21 @@ def bare_and_context_terms(
     if config.reference:
         weights["reference"] = config.reference * weight
         views.append("f_x")
+    gate = _response_gate(config, configs, passes, weight) if on_all_rows else None
     if on_all_rows:
-        weights["anchor"] = beta * weight * _response_gate(config, configs, passes, weight)
+        weights["anchor"] = beta * weight if gate is None else beta * weight * gate
         views += [view for view in _anchor_views(config) if view not in views]
         function = losses.bare_and_anchor_values
     function = functools.partial(function, config, configs)
     hidden, heads, mask = passes.hidden(views), passes.heads(views), weight > 0
     loss, values = head_scan.chunked(function, config.chunk, hidden, heads, weights, mask, rollout.tokens_BxT)
+    values = _gated(values, gate)
     # Decoding and scoring must agree on the log-probability of what was sampled, else the rollout was not on-policy.
     gap_BxT = jnp.where(mask, jnp.abs(values.pop("logprob") - rollout.logprobs_BxT), 0.0)
     terms = {name: average(values.pop(name), mask, config.averaging) for name in weights}
     metrics = terms | {name: Mean.of(value, mask) for name, value in values.items()}
     if config.is_on_policy:
-        metrics["logprob_gap_max"] = Mean(jnp.max(gap_BxT), jnp.float32(1))
+        metrics["logprob_gap_max"] = Max(jnp.max(gap_BxT))
     if has_anchor and not on_all_rows:
         anchored, more = _anchor_on_some_rows(models, config, rows, passes, beta)
         loss, metrics = loss + anchored, metrics | more
@@ -133,16 +135,23 @@ def _anchor_views(config: LossConfig) -> list[str]:
     return views + ["q_x", "f"] if config.gate == "token" else views
 
 
-def _response_gate(config: LossConfig, configs, passes: _Passes, weight_BxT: jax.Array) -> jax.Array | float:
-    """[B, 1], 1.0 where the bare student agrees with the teacher on most of its response. Costs both heads once more,
-    since the gate of a response's first token depends on its last."""
+def _response_gate(config: LossConfig, configs, passes: _Passes, weight_BxT: jax.Array) -> jax.Array | None:
+    """[B, 1], 1.0 where the bare student agrees with the teacher on most of its response, if that is the gate. Costs
+    both heads once more, since the gate of a response's first token depends on its last."""
     if config.gate != "response":
-        return 1.0
+        return None
     hidden, heads, mask = stop_gradient(passes.hidden(["q_x", "f"])), passes.heads(["q_x", "f"]), weight_BxT > 0
     function = functools.partial(losses.agreement_values, config, configs)
     _, values = head_scan.chunked(function, config.chunk, hidden, stop_gradient(heads), {}, mask)
     share_B = jnp.sum(values["agreement"], axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
     return (share_B >= config.gate_threshold).astype(jnp.float32)[:, None]
+
+
+def _gated(values: dict[str, jax.Array], gate_Bx1: jax.Array | None) -> dict[str, jax.Array]:
+    """The anchor as the loss takes it, and where it does, as a gate by token reports them."""
+    if gate_Bx1 is None:
+        return values
+    return values | {"anchor": gate_Bx1 * values["anchor"], "gate": jnp.broadcast_to(gate_Bx1, values["anchor"].shape)}
 
 
 def _anchor_on_some_rows(models: Models, config: LossConfig, rows: Rows, passes: _Passes, beta):
@@ -151,15 +160,18 @@ def _anchor_on_some_rows(models: Models, config: LossConfig, rows: Rows, passes:
     per_device = rows.weight_BxT.shape[0] // sharding.batch_ways()
     count = max(round(config.anchor_fraction * per_device), 1)
     first = functools.partial(sharding.first_rows, count=count)
-    some = Rows(*(map_rows(first, x) for x in (rows.batch, rows.rollout, rows.weight_BxT)))
+    mine = (rows.batch.replace(other=None), rows.rollout, rows.weight_BxT)  # of rows under other contexts are fewer
+    some = Rows(*(map_rows(first, x) for x in mine))
     own = _Passes(models, some.batch.bare, some.batch.context, some.rollout)
     views = _anchor_views(config)
     hidden = own.hidden(["q_c"]) | jax.tree.map(first, passes.hidden([view for view in views if view != "q_c"]))
-    gate = _response_gate(config, configs, passes, rows.weight_BxT)
-    weight = beta * per_device / count * some.weight_BxT * (gate if isinstance(gate, float) else first(gate))
+    gate = jax.tree.map(first, _response_gate(config, configs, passes, rows.weight_BxT))
+    weight = beta * per_device / count * some.weight_BxT
+    weight = weight if gate is None else weight * gate
     function = functools.partial(losses.anchor_values, config, configs)
     mask = some.weight_BxT > 0
     loss, values = head_scan.chunked(function, config.chunk, hidden, own.heads(views), {"anchor": weight}, mask)
+    values = _gated(values, gate)
     anchor = average(values.pop("anchor"), mask, config.averaging)
     return loss, {"anchor": anchor} | {name: Mean.of(value, mask) for name, value in values.items()}
 

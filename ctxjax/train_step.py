@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 
 import jax
 from jax import lax
@@ -25,7 +26,7 @@ from ctxjax.models.transformer import ModelConfig
 from ctxjax.objective import Models, Rows
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.types import Batch, Frozen, Mean, Params, Rollout, TrainState, map_rows
+from ctxjax.types import Batch, Frozen, Max, Mean, Params, Rollout, TrainState, map_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None
 
 
 def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig):
-    """((loss, {metric: Mean}), gradient of what is trained), over the whole batch."""
+    """((loss, {metric: Mean or Max}), gradient of what is trained), over the whole batch."""
     at = losses.scales(config.loss, state.step)
     ema = student_params(state.ema, frozen, config) if state.ema is not None else None
 
@@ -155,8 +156,11 @@ def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig)
     part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], parts))
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(loss_of, state.params, part))
 
+    def is_metric(node):
+        return isinstance(node, (Mean, Max))
+
     def add(total, part):
-        return jax.tree.map(jnp.add, total, loss_of(state.params, part)), None
+        return jax.tree.map(operator.add, total, loss_of(state.params, part), is_leaf=is_metric), None
 
     return lax.scan(add, nothing, parts)[0]
 

@@ -157,3 +157,13 @@ class Mean:
     @property
     def value(self) -> jax.Array:
         return self.total / jnp.maximum(self.count, 1.0)
+
+
+@struct.dataclass
+class Max:
+    """A maximum, of numbers that are not negative, which parts of a batch add up to as they do to a Mean."""
+
+    value: jax.Array
+
+    def __add__(self, other: Max) -> Max:
+        return Max(jnp.maximum(self.value, other.value))

@@ -1,126 +1,26 @@
-"""The objective against numbers worked out by hand and against a dense program that never stops a gradient."""
+"""Which tokens count and how much, and the values per token, by hand; objective_test.py has them put together."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax import losses, scoring
+from ctxjax import losses
+from ctxjax.anchors import ANCHORS
 from ctxjax.losses import LossConfig
-from ctxjax.models import transformer
-from ctxjax.sharding import put_batch
-from ctxjax.types import Batch, Prompts, Rollout
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.types import Rollout
 
-T = 7
-CONFIG = LossConfig(beta=0.5, mu=0.25, temperature=0.7, chunk=3)
 # p = (1/2, 1/2), q = (1/4, 3/4):
 P, Q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
 KL_P_Q, KL_Q_P = 0.14384104, 0.13081204
+VIEWS = ("q_x", "q_c", "f", "f_x", "ema")
 
 
-@functools.cache
-def program(model, config, gradient):
-    """The objective of (params, frozen, batch, rollout, other_rollout), with both models' gradients if wanted."""
-
-    def objective(params, frozen, *data):
-        return losses.objective(params, frozen, model, model, config, *data)
-
-    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True) if gradient else objective)
-
-
-def value(params, frozen, model, batch, rollouts, config=CONFIG):
-    """(loss, parts)."""
-    return program(model, config, False)(params, frozen, *put_batch((batch, *rollouts), jax.sharding.get_mesh()))
-
-
-def gradient(params, frozen, model, batch, rollouts):
-    """(loss, parts), (student's gradient, teacher's gradient)."""
-    return program(model, CONFIG, True)(params, frozen, *put_batch((batch, *rollouts), jax.sharding.get_mesh()))
-
-
-def response_logprobs(params, model, prompts, rollout):
-    """log p(. | prompt, y<t) at CONFIG's temperature, from one pass over everything: logits whole, nothing reused."""
-    tokens = jnp.concatenate([prompts.tokens_BxP, rollout.tokens_BxT], axis=1)
-    mask = jnp.concatenate([prompts.mask_BxP, rollout.mask_BxT], axis=1)
-    logits = transformer.forward(params, model, tokens, mask) @ transformer.head_weights(params, model)
-    return jnp.log(jax.nn.softmax(logits[:, -T - 1 : -1] / CONFIG.temperature))
-
-
-@pytest.fixture
-def batch(make_prompts) -> Batch:
-    return Batch(make_prompts(0, 4, 5), make_prompts(1, 4, 8), make_prompts(2, 2, 6), np.arange(4, dtype=np.int32))
-
-
-@pytest.fixture
-def rollouts(make_rollout) -> tuple[Rollout, Rollout]:
-    return make_rollout(3, 4, T), make_rollout(4, 2, T)
-
-
-# --- The three terms per token ---
-
-
-def test_distillation_is_the_divergence_of_the_student_from_the_teacher_in_the_named_direction():
-    assert losses.distillation(LossConfig(), student=P, teacher=Q) == pytest.approx(KL_P_Q, abs=1e-6)
-    forward = LossConfig(divergence="forward_kl")
-    assert losses.distillation(forward, student=P, teacher=Q) == pytest.approx(KL_Q_P, abs=1e-6)
-
-
-def test_anchoring_weighs_by_the_bare_student():
-    assert losses.anchoring(bare=P, context=Q) == pytest.approx(KL_P_Q, abs=1e-6)
-    assert losses.anchoring(bare=Q, context=P) == pytest.approx(KL_Q_P, abs=1e-6)
-
-
-def test_retention_weighs_by_the_teacher():
-    assert losses.retention(student=P, teacher=Q) == pytest.approx(KL_Q_P, abs=1e-6)
-    assert losses.retention(student=Q, teacher=P) == pytest.approx(KL_P_Q, abs=1e-6)
-
-
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
-def test_distillation_moves_the_student_and_never_the_teacher(divergence):
-    config = LossConfig(divergence=divergence)
-    student, teacher = jax.grad(lambda s, t: losses.distillation(config, s, t), argnums=(0, 1))(P, Q)
-    assert np.all(np.asarray(student) != 0) and not np.any(teacher)
-
-
-def test_anchoring_moves_the_context_view_and_never_the_bare_one():
-    bare, context = jax.grad(lambda b, c: losses.anchoring(bare=b, context=c), argnums=(0, 1))(P, Q)
-    assert not np.any(bare)
-    np.testing.assert_allclose(context, [0.25 - 0.5, 0.75 - 0.5], atol=1e-6)  # q_c - q_x
-
-
-def test_retention_moves_the_student_and_never_the_teacher():
-    student, teacher = jax.grad(lambda s, t: losses.retention(s, t), argnums=(0, 1))(P, Q)
-    assert not np.any(teacher)
-    np.testing.assert_allclose(student, [0.5 - 0.25, 0.5 - 0.75], atol=1e-6)
-
-
-# --- The objective as a whole ---
-
-
-@pytest.fixture
-def dense(params, frozen, tiny_model, batch, rollouts, mesh):
-    """((loss, terms), gradient) of the equations, where a fixed target is an array of numbers: no stop_gradient."""
-    batch, rollout, other = put_batch((batch, *rollouts), mesh)
-    views = {"x": (batch.bare, rollout), "c": (batch.context, rollout), "o": (batch.other, other)}
-    logprobs = jax.jit(lambda params: {v: response_logprobs(params, tiny_model, *views[v]) for v in views})
-    fixed, teacher = logprobs(params), logprobs(frozen)
-
-    def kl(p, q, mask):
-        return jnp.sum(jnp.where(mask, jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0.0)) / jnp.sum(mask)
-
-    def objective(params):
-        student = logprobs(params)
-        terms = {
-            "distill": kl(student["x"], teacher["c"], rollout.mask_BxT),
-            "anchor": kl(fixed["x"], student["c"], rollout.mask_BxT),
-            "retain": kl(teacher["o"], student["o"], other.mask_BxT),
-        }
-        return terms["distill"] + CONFIG.beta * terms["anchor"] + CONFIG.mu * terms["retain"], terms
-
-    return jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+def model_of(vocab_size, **fields) -> ModelConfig:
+    return ModelConfig(vocab_size, width=2, layers=1, query_heads=1, kv_heads=1, head_dim=2, mlp_width=2, **fields)
 
 
 def close(one, two, **tolerance):
@@ -128,96 +28,30 @@ def close(one, two, **tolerance):
     return True
 
 
-def test_value_and_gradient_are_those_of_the_equations(params, frozen, tiny_model, batch, rollouts, dense):
-    """Chunks, heads, temperature, shift, denominators, and which path of which term carries gradient, all at once."""
-    (loss, parts), (student, _) = gradient(params, frozen, tiny_model, batch, rollouts)
-    (expected_loss, terms), expected = dense
-    assert min(terms.values()) > 0.1
-    assert {name: float(parts[name].value) for name in terms} == pytest.approx(jax.tree.map(float, terms), rel=1e-4)
-    assert loss == pytest.approx(float(expected_loss), rel=1e-4)
-    assert close(student, expected, rtol=1e-3, atol=1e-5)
+# --- Which tokens count, and how much ---
+
+EOS = 2
+# Rows that end at the limit, are cut there, end at once, end early, and hold an end token only behind their mask.
+TOKENS = np.array([[5, 6, 7, 2], [5, 6, 7, 8], [2, 2, 2, 2], [5, 2, 2, 2], [5, 6, 2, 2]])
+LENGTHS = np.array([4, 4, 1, 2, 2])
 
 
-def test_the_teacher_receives_exactly_no_gradient(params, frozen, tiny_model, batch, rollouts):
-    _, (_, teacher) = gradient(params, frozen, tiny_model, batch, rollouts)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(teacher))
+@pytest.mark.parametrize(
+    "fields, counts",
+    [
+        ({}, ["1111", "1111", "1000", "1100", "1100"]),
+        ({"skip_first": 1}, ["0111", "0111", "0000", "0100", "0100"]),
+        ({"masked_ids": (6, 2)}, ["1010", "1011", "0000", "1000", "1000"]),
+        ({"drop_truncated": True}, ["1111", "0000", "1000", "1100", "0000"]),
+        ({"drop_truncated": True, "skip_first": 3, "masked_ids": (2,)}, ["0000"] * 5),
+        ({"drop_truncated": True, "skip_first": 2, "masked_ids": (2,)}, ["0010", *["0000"] * 4]),
+    ],
+)
+def test_trained_tokens_by_hand(fields, counts):
+    rollout = Rollout(jnp.array(TOKENS), jnp.arange(4) < LENGTHS[:, None], jnp.zeros((5, 4)))
+    trained = losses.trained_tokens(LossConfig(**fields), rollout, eos_ids=(EOS, 11))
+    assert ["".join("01"[int(token)] for token in row) for row in trained] == counts
 
-
-def test_without_context_and_with_the_student_as_its_own_teacher_there_is_nothing_to_learn(
-    params, tiny_model, batch, rollouts
-):
-    bare = batch.bare
-    same = Prompts(np.pad(bare.tokens_BxP, [(0, 0), (3, 0)]), np.pad(bare.mask_BxP, [(0, 0), (3, 0)]))
-    (loss, parts), (student, _) = gradient(params, params, tiny_model, batch.replace(context=same), rollouts)
-    assert loss == pytest.approx(0, abs=1e-5) and parts["top1_agreement"].value == 1
-    assert close(student, jax.tree.map(jnp.zeros_like, params), atol=1e-4)
-
-
-def test_what_masks_hide_never_counts(params, frozen, tiny_model, batch, rollouts):
-    """Ids under the padding of prompts and responses, and their log-probabilities, are replaced by others."""
-
-    def other_ids(tokens, mask):
-        return np.where(mask, tokens, (tokens + 19) % 40).astype(np.int32)
-
-    def disguised(tree):
-        if isinstance(tree, Prompts):
-            return tree.replace(tokens_BxP=other_ids(tree.tokens_BxP, tree.mask_BxP))
-        hidden = np.where(tree.mask_BxT, tree.logprobs_BxT, 7.0).astype(np.float32)
-        return tree.replace(tokens_BxT=other_ids(tree.tokens_BxT, tree.mask_BxT), logprobs_BxT=hidden)
-
-    views = {name: disguised(getattr(batch, name)) for name in ("bare", "context", "other")}
-    plain = gradient(params, frozen, tiny_model, batch, rollouts)
-    disguise = gradient(params, frozen, tiny_model, batch.replace(**views), tuple(map(disguised, rollouts)))
-    assert close(plain, disguise, rtol=0, atol=0)
-
-
-def test_the_end_token_is_trained(params, frozen, tiny_model, batch, rollouts):
-    rollout, other = rollouts
-    length = rollout.mask_BxT.sum(axis=1)
-    cut = rollout.replace(mask_BxT=np.arange(T) < length[:, None] - 1)
-    loss, parts = value(params, frozen, tiny_model, batch, rollouts)
-    cut_loss, cut_parts = value(params, frozen, tiny_model, batch, (cut, other))
-    assert parts["distill"].count == cut_parts["distill"].count + 4
-    assert abs(loss - cut_loss) > 1e-3 and parts["anchor"].total > cut_parts["anchor"].total
-
-
-def test_terms_count_response_tokens_and_share_their_denominator(params, frozen, tiny_model, batch, rollouts):
-    _, parts = value(params, frozen, tiny_model, batch, rollouts)
-    rollout, other = rollouts
-    assert parts["distill"].count == parts["anchor"].count == rollout.mask_BxT.sum()
-    assert parts["retain"].count == other.mask_BxT.sum()
-
-
-@pytest.mark.parametrize("averaging", ["token_mean", "sequence_mean"])
-def test_parts_of_a_batch_add_up_to_the_whole(averaging, params, frozen, tiny_model, batch, rollouts):
-    config = dataclasses.replace(CONFIG, averaging=averaging)
-    rollout, other = rollouts
-
-    def terms(rows):
-        part = rollout.replace(mask_BxT=rollout.mask_BxT & np.isin(np.arange(4), rows)[:, None])
-        _, parts = value(params, frozen, tiny_model, batch, (part, other), config)
-        return parts["distill"], parts["anchor"]
-
-    for whole, one, two in zip(terms([0, 1, 2, 3]), terms([0]), terms([1, 2, 3])):
-        added = one + two
-        assert (added.count, added.value) == (whole.count, pytest.approx(float(whole.value), rel=1e-5))
-
-
-def test_a_batch_without_any_response_token_has_loss_and_gradient_zero(params, frozen, tiny_model, batch, rollouts):
-    empty = tuple(rollout.replace(mask_BxT=np.zeros_like(rollout.mask_BxT)) for rollout in rollouts)
-    (loss, _), (student, _) = gradient(params, frozen, tiny_model, batch, empty)
-    assert loss == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(student))
-
-
-def test_terms_with_weight_zero_are_not_computed(params, frozen, tiny_model, batch, rollouts):
-    plain = dataclasses.replace(CONFIG, beta=0.0, mu=0.0)
-    loss, parts = value(params, frozen, tiny_model, batch.replace(other=None), (rollouts[0], None), plain)
-    _, full = value(params, frozen, tiny_model, batch, rollouts)
-    assert not {"anchor", "retain"} & set(parts)
-    assert loss == pytest.approx(float(full["distill"].value), rel=1e-5)
-
-
-# --- Averages and chunks ---
 
 VALUES = jnp.array([[1.0, 2.0, 3.0], [5.0, 90.0, 90.0], [jnp.nan, jnp.nan, jnp.nan]])
 MASK = jnp.array([[True, True, True], [True, False, False], [False, False, False]])
@@ -228,38 +62,204 @@ def test_averages_by_hand_where_one_row_is_empty(averaging, total, count):
     mean = losses.average(VALUES, MASK, averaging)
     assert (mean.total, mean.count) == (total, count)
     gradient = jax.grad(lambda values: losses.average(values, MASK, averaging).value)(VALUES)
-    weights = {"token_mean": [[0.25, 0.25, 0.25], [0.25, 0, 0]], "sequence_mean": [[1 / 6, 1 / 6, 1 / 6], [0.5, 0, 0]]}
-    np.testing.assert_allclose(gradient, [*weights[averaging], [0, 0, 0]], rtol=1e-6)
+    by_hand = {"token_mean": [[0.25, 0.25, 0.25], [0.25, 0, 0]], "sequence_mean": [[1 / 6, 1 / 6, 1 / 6], [0.5, 0, 0]]}
+    np.testing.assert_allclose(gradient, [*by_hand[averaging], [0, 0, 0]], rtol=1e-6)
+    weights = losses.token_weights(MASK, averaging)
+    np.testing.assert_allclose(weights, gradient, rtol=1e-6)
+    assert jnp.sum(weights) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("averaging", ["token_mean", "sequence_mean"])
 def test_the_average_of_nothing_is_zero(averaging):
     mean = losses.average(VALUES, jnp.zeros_like(MASK), averaging)
     assert (mean.count, mean.value) == (0, 0)
+    assert not np.any(losses.token_weights(jnp.zeros_like(MASK), averaging))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, T, 100])
-def test_chunks_change_neither_value_nor_gradient(chunk):
-    a, b = jax.random.normal(jax.random.key(0), (2, 2, T, 5))
-    weight = jax.random.normal(jax.random.key(1), (2, T))
-
-    def function(a, b):
-        return {"product": jnp.sum(a * jnp.sin(b), axis=-1), "larger": jnp.sum(a, -1) > jnp.sum(b, -1)}
-
-    def total(a, b, chunk):
-        out = scoring.over_token_chunks(function, chunk, a, b) if chunk else function(a, b)
-        assert out["product"].shape == out["larger"].shape == (2, T)
-        return jnp.sum(weight * out["product"]), out
-
-    chunked, plain = (jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(a, b, c) for c in (chunk, None))
-    assert close(chunked, plain, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("ramp, expected", [(0, [0.5] * 5), (4, [0.125, 0.25, 0.375, 0.5, 0.5]), (1, [0.5] * 5)])
+def test_weights_rise_over_their_first_steps(ramp, expected):
+    for field in ("beta", "mu"):
+        config = LossConfig(**{"beta": 2.0, "mu": 3.0, field: 0.5, f"{field}_ramp": ramp})
+        found = [losses.scales(config, jnp.int32(step)) for step in range(5)]
+        np.testing.assert_allclose([getattr(at, field) for at in found], expected)
+        assert found[0]._asdict() | {field: 0} == {"beta": 2.0, "mu": 3.0, field: 0}
 
 
-def test_the_loss_of_given_responses_is_their_mean_negative_log_probability(params, tiny_model, batch, rollouts, mesh):
-    prompts, responses = put_batch((batch.bare, rollouts[0]), mesh)
-    untempered = jax.jit(lambda p: response_logprobs(p, tiny_model, prompts, responses) * CONFIG.temperature)(params)
-    logp = np.asarray(jax.nn.log_softmax(untempered))
-    tokens, mask = rollouts[0].tokens_BxT, rollouts[0].mask_BxT
-    expected = -np.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0][mask].mean()
-    mean = jax.jit(lambda p: losses.next_token_loss(p, tiny_model, prompts, responses, 3))(params)
-    assert (mean.count, mean.value) == (mask.sum(), pytest.approx(expected, rel=1e-4))
+# --- The terms per token ---
+
+
+def test_distillation_is_the_divergence_of_the_student_from_the_teacher_that_the_configuration_names():
+    def value(**fields):
+        return float(losses.distillation(LossConfig(**fields), student=P, teacher=Q))
+
+    assert value() == pytest.approx(KL_P_Q, abs=1e-6)
+    assert value(divergence="forward_kl") == pytest.approx(KL_Q_P, abs=1e-6)
+    assert value(divergence="skewed_forward_kl", alpha=0.25) == pytest.approx(0.0758576, abs=1e-6)
+    assert value(support="teacher_top_k", top_k=1, remainder="raw") == pytest.approx(0.5 * np.log(2 / 3), abs=1e-6)
+
+
+def test_retention_weighs_by_the_teacher():
+    assert losses.retention(student=P, teacher=Q) == pytest.approx(KL_Q_P, abs=1e-6)
+    assert losses.retention(student=Q, teacher=P) == pytest.approx(KL_P_Q, abs=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_distillation_moves_the_student_and_never_the_teacher(divergence):
+    config = LossConfig(divergence=divergence)
+    student, teacher = jax.grad(lambda s, t: losses.distillation(config, s, t), argnums=(0, 1))(P, Q)
+    assert np.all(np.asarray(student) != 0) and not np.any(teacher)
+
+
+def test_retention_moves_the_student_and_never_the_teacher():
+    student, teacher = jax.grad(lambda s, t: losses.retention(s, t), argnums=(0, 1))(P, Q)
+    assert not np.any(teacher)
+    np.testing.assert_allclose(student, [0.5 - 0.25, 0.5 - 0.75], atol=1e-6)
+
+
+# --- Anchors ---
+
+ANCHOR_TABLE = {  # what q_c is compared with, by which value where that is p and q_c is q, and what moves
+    "bare": ("q_x", KL_P_Q, {"q_c"}),
+    "ema": ("ema", KL_P_Q, {"q_c"}),
+    "teacher_bare": ("f_x", KL_P_Q, {"q_c"}),
+    "joint": ("q_x", KL_P_Q, {"q_x", "q_c"}),
+    "symmetric": ("q_x", (KL_P_Q + KL_Q_P) / 2, {"q_x", "q_c"}),
+    "teacher": ("f", KL_Q_P, {"q_c"}),
+}
+
+
+def anchor_values(config, raw):
+    return losses.anchor_values(config, (model_of(2), model_of(2)), raw)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_each_anchor_compares_q_c_with_its_view_and_moves_only_what_it_may(anchor, mesh):
+    view, value, moved = ANCHOR_TABLE[anchor]
+    others = jnp.log(jnp.array([0.1, 0.9]))
+    raw = dict.fromkeys(VIEWS, others) | {"q_c": Q, view: P}
+    config = LossConfig(beta=1.0, anchor=anchor)
+    found, gradients = jax.value_and_grad(lambda raw: anchor_values(config, raw)["anchor"])(raw)
+    assert found == pytest.approx(value, abs=1e-6)
+    assert {name for name in VIEWS if np.any(gradients[name])} == moved
+    assert ANCHORS[anchor].view == view
+    if value == KL_P_Q:
+        np.testing.assert_allclose(gradients["q_c"], [0.25 - 0.5, 0.75 - 0.5], atol=1e-6)  # q_c - target
+
+
+def test_a_gate_by_token_anchors_where_the_student_finds_the_teachers_token_likeliest(mesh):
+    falling, rising = jnp.log(jnp.array([0.6, 0.4])), jnp.log(jnp.array([0.3, 0.7]))
+    bare, teacher = jnp.stack([falling, falling, rising])[None], jnp.stack([falling, rising, rising])[None]
+    raw = {"q_x": bare, "f": teacher, "q_c": jnp.broadcast_to(Q, (1, 3, 2))}
+    gated = LossConfig(beta=1.0, gate="token")
+    values, plain = (anchor_values(config, raw) for config in (gated, LossConfig(beta=1.0)))
+    np.testing.assert_array_equal(values["gate"], [[1, 0, 1]])
+    assert np.all(plain["anchor"] > 1e-3) and plain.keys() == {"anchor"}
+    np.testing.assert_allclose(values["anchor"], plain["anchor"] * jnp.array([[1, 0, 1]]))
+    moved = jax.grad(lambda raw: jnp.sum(anchor_values(gated, raw)["anchor"]))(raw)
+    assert np.any(moved["q_c"], axis=-1).tolist() == [[True, False, True]]
+    assert not np.any(moved["q_x"]) and not np.any(moved["f"])
+    agreement = losses.agreement_values(gated, (model_of(2), model_of(2)), {"q_x": bare, "f": teacher})
+    np.testing.assert_array_equal(agreement["agreement"], [[1, 0, 1]])
+
+
+# --- What one sweep over the bare view tells ---
+
+
+def bare_values(config, raw, tokens, models=None):
+    models = models or (model_of(raw["q_x"].shape[-1]), model_of(raw["f"].shape[-1]))
+    return losses.bare_values(config, models, raw, jnp.array(tokens))
+
+
+def test_companions_of_distillation_by_hand(mesh):
+    raw = {"q_x": jnp.stack([P, Q])[None], "f": jnp.stack([Q, Q])[None]}
+    values = bare_values(LossConfig(), raw, [[0, 1]])
+    expected = {
+        "distill": [KL_P_Q, 0],
+        "entropy": [0.6931472, 0.5623351],  # ln 2, and 1/4 ln 4 + 3/4 ln 4/3
+        "teacher_entropy": [0.5623351, 0.5623351],
+        "top1_agreement": [0, 1],
+        "logprob": [-0.6931472, -0.2876821],  # ln 1/2, ln 3/4
+    }
+    assert values.keys() == expected.keys()
+    assert close(values, {name: np.array([row]) for name, row in expected.items()}, atol=1e-6)
+
+
+def test_the_clip_bounds_distillation_and_stops_its_gradient(mesh):
+    raw = {"q_x": jnp.stack([P, 4 * Q])[None], "f": jnp.stack([Q, -4 * Q])[None]}
+    clip = LossConfig(clip=0.5)
+    values, plain = (bare_values(config, raw, [[0, 0]]) for config in (clip, LossConfig()))
+    assert plain["distill"][0, 1] > 1 and "clipped" not in plain
+    np.testing.assert_allclose(values["distill"], [[KL_P_Q, 0.5]], atol=1e-6)
+    np.testing.assert_array_equal(values["clipped"], [[0, 1]])
+    moved = jax.grad(lambda raw: jnp.sum(bare_values(clip, raw, [[0, 0]])["distill"]))(raw)["q_x"]
+    assert np.any(moved, axis=-1).tolist() == [[True, False]]
+
+
+def test_the_reference_term_holds_q_x_to_the_teacher_without_context(mesh):
+    raw = {"q_x": P, "f": P, "f_x": Q}
+    config = LossConfig(reference=0.1)
+    value, moved = jax.value_and_grad(lambda raw: bare_values(config, raw, 0)["reference"])(raw)
+    assert value == pytest.approx(KL_P_Q, abs=1e-6)
+    assert {name for name, gradient in moved.items() if np.any(gradient)} == {"q_x"}
+
+
+def test_the_mass_on_the_support_of_both_models(mesh):
+    raw = {"q_x": P[None, None], "f": Q[None, None]}
+    values = bare_values(LossConfig(support="teacher_top_k", top_k=1), raw, [[0]])
+    assert (values["support_mass"], values["teacher_support_mass"]) == (pytest.approx(0.5), pytest.approx(0.75))
+
+
+# --- Logits as they are compared ---
+
+
+@pytest.mark.parametrize(
+    "sizes, support",
+    [((5, 8), "full"), ((8, 5), "full"), ((8, 8), "full"), ((7, 8), "student_top_k"), ((8, 7), "union_top_k")],
+)
+def test_rows_that_pad_a_head_are_never_compared(sizes, support, mesh):
+    """Students and teachers of one tokenizer with 5 tokens; further rows of either head hold large numbers."""
+    rng = np.random.default_rng(0)
+    tokens, config = [[1, 4, 0]], LossConfig(beta=1.0, support=support, top_k=3, remainder="tail", reference=0.1)
+    real = {view: jnp.array(rng.normal(size=(1, 3, 5)), jnp.float32) for view in VIEWS}
+    models = tuple(model_of(size, tokens=5) for size in sizes)
+    size = {view: models[view in ("f", "f_x")].vocab_size for view in VIEWS}
+    padded = {view: jnp.pad(x, [(0, 0), (0, 0), (0, size[view] - 5)], constant_values=50.0) for view, x in real.items()}
+
+    def values(raw, models):
+        return losses.bare_and_anchor_values(config, models, raw, jnp.array(tokens)) | losses.retention_values(
+            config, models, {"q_c": raw["q_c"], "f": raw["f"]}
+        )
+
+    plain = values(real, (model_of(5), model_of(5)))
+    assert all(np.all(np.asarray(plain[name]) > 1e-3) for name in ("distill", "anchor", "retain", "reference"))
+    assert close(values(padded, models), plain, rtol=1e-5, atol=1e-6)
+    moved = jax.grad(lambda raw: sum(jnp.sum(value) for value in values(raw, models).values()))(padded)
+    assert np.any(moved["q_x"][..., :5]) and not np.any(moved["q_x"][..., 5:]) and not np.any(moved["q_c"][..., 5:])
+
+
+def test_each_model_finishes_its_own_logits_and_the_temperature_divides_all(mesh):
+    """The student caps, the teacher scales; the temperature comes last."""
+    rng = np.random.default_rng(1)
+    raw = {view: jnp.array(4 * rng.normal(size=(1, 2, 6)), jnp.float32) for view in VIEWS}
+    student, teacher = model_of(6, logit_softcap=3.0), model_of(6, logit_scale=0.25)
+    config = LossConfig(beta=1.0, temperature=0.7, reference=0.1)
+
+    def logp(view):
+        x = np.asarray(raw[view], np.float64)
+        x = 0.25 * x if view in ("f", "f_x") else 3 * np.tanh(x / 3)
+        return x / 0.7 - np.log(np.exp(x / 0.7).sum(-1, keepdims=True))
+
+    def kl(one, two):
+        return (np.exp(logp(one)) * (logp(one) - logp(two))).sum(-1)
+
+    models = (student, teacher)
+    values = losses.bare_values(config, models, raw, jnp.array([[0, 1]]))
+    assert close((values["distill"], values["reference"]), (kl("q_x", "f"), kl("q_x", "f_x")), rtol=1e-5)
+    for anchor, expected in (("ema", kl("ema", "q_c")), ("teacher_bare", kl("f_x", "q_c"))):
+        found = losses.anchor_values(dataclasses.replace(config, anchor=anchor), models, raw)["anchor"]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses.retention_values(config, models, raw)["retain"], kl("f", "q_c"), rtol=1e-5)
+    chosen = losses.cross_entropy_values(student, {"q": raw["q_x"]}, jnp.array([[0, 5]]))["cross_entropy"]
+    capped = 3 * np.tanh(np.asarray(raw["q_x"], np.float64) / 3)
+    expected = np.log(np.exp(capped).sum(-1)) - capped[0, [0, 1], [0, 5]]
+    np.testing.assert_allclose(chosen, expected, rtol=1e-5)

@@ -3,6 +3,8 @@
 The program of the whole step runs on eight devices and its two halves on one, and both must agree.
 """
 
+import dataclasses
+import functools
 import logging
 from typing import NamedTuple
 
@@ -10,15 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from ctxjax import optim
+from ctxjax import optim, rng
 from ctxjax.losses import LossConfig
 from ctxjax.optim import OptimConfig
-from ctxjax.sampling import SamplingConfig
+from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.sharding import make_mesh, put_batch
 from ctxjax.train_step import StepConfig, init_state, rollout_step, train_step, update_step
 from ctxjax.types import Batch, Frozen, Rollout, TrainState
 
-ROWS, RETAINED = 8, 4
+ROWS, RETAINED = 16, 8
 rollouts_of = jax.jit(rollout_step, static_argnames="config")
 update = jax.jit(update_step, static_argnames="config")
 
@@ -179,6 +181,131 @@ def test_metrics_describe_the_loss_and_the_responses(halves, config):
     assert metrics["truncated"] == pytest.approx(1 - ended.mean())
     assert metrics["lr"] == pytest.approx(1e-3)
     assert metrics["logprob_gap_max"] < 1e-5  # the rollout was on-policy
+
+
+# --- Micro-batches ---
+
+
+@pytest.mark.parametrize("devices, count", [(1, 2), (1, 4), (8, 2)])
+def test_micro_batches_change_neither_metrics_nor_gradient(devices, count, halves, config, batch, make_params):
+    """On fixed rollouts, one of whose tokens has lost its log-probability by one nat. Adam's moments show the gradient,
+    which the parameters hide."""
+    mesh = make_mesh(2, 2, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1])
+    config = dataclasses.replace(config, micro_batches=count)
+    with jax.set_mesh(mesh):
+        frozen = Frozen(make_params(config.model, 1, mesh))
+        before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
+        rollout, other = halves.rollouts
+        lost = rollout.logprobs_BxT + (np.arange(ROWS)[:, None] == 1) * (np.arange(6) == 0)
+        data = put_batch((batch, rollout.replace(logprobs_BxT=lost.astype(np.float32)), other), mesh)
+        after, metrics = jax.device_get(update(before, frozen, *data, config))
+    assert metrics.pop("logprob_gap_max") == pytest.approx(1, abs=1e-4)
+    expected = {name: value for name, value in halves.metrics.items() if name != "logprob_gap_max"}
+    assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-6)
+    assert jax.tree.map(float, metrics) == pytest.approx(jax.tree.map(float, expected), rel=1e-5, abs=1e-6)
+    for ours, moment in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(halves.after.opt_state)):
+        np.testing.assert_allclose(ours, moment, rtol=0, atol=3e-5 * np.abs(moment).max())
+
+
+# --- Moving averages ---
+
+
+def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_student(halves, config, batch, mesh):
+    ema = dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher="ema", ema_decay=0.75))
+    average = jax.tree.map(lambda leaf: 0.9 * leaf, halves.before.params)
+    data, before, average, *rollouts = put_like(mesh, batch, halves.before, average, *halves.rollouts)
+    nobody = Frozen(jax.tree.map(np.zeros_like, halves.before.params))
+    after, metrics = update(before.replace(ema=average), *put_like(mesh, nobody), data, *rollouts, ema)
+    expected, of_frozen = update(before, Frozen(average), data, *rollouts, config)
+    assert metrics["distill"] > 0.01
+    assert metrics.keys() == of_frozen.keys()
+    for name, value in of_frozen.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+    assert largest_difference(after.params, expected.params) < 1e-6
+    by_hand = jax.tree.map(lambda old, new: 0.75 * np.array(old) + 0.25 * np.array(new), average, after.params)
+    assert largest_difference(after.ema, by_hand) < 1e-6
+
+
+def put_like(mesh, *trees):
+    return jax.device_put(trees, jax.NamedSharding(mesh, jax.P()))
+
+
+@pytest.mark.parametrize("fields", [{"teacher": "ema"}, {"anchor": "ema"}])
+def test_an_average_starts_as_a_copy_and_keeps_its_place_on_the_mesh(fields, config, batch, make_params, mesh8):
+    ema = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **fields))
+    params = make_params(config.model, 0, mesh8)
+    state = init_state(params, ema, jax.random.key(0))
+    assert largest_difference(state.ema, params) == 0
+    jax.tree.map(lambda leaf: leaf.delete(), state.params)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state.ema, params)))
+    assert init_state(params, config, jax.random.key(0)).ema is None
+    before = jax.eval_shape(lambda: init_state(params, ema, jax.random.key(0)))
+    step = functools.partial(train_step.__wrapped__, config=ema)
+    after, metrics = jax.eval_shape(step, before, Frozen(params), put_batch(batch, mesh8))
+    types, types_before = (jax.tree.map(lambda leaf: str(jax.typeof(leaf)), tree) for tree in (after, before))
+    assert types == types_before and "tensor" in str(types.ema)  # shapes and shardings
+    assert "anchor" in metrics
+
+
+# --- Whose responses ---
+
+
+class Policies(NamedTuple):
+    """Rollouts of steps 0 to 5: the student's, the teacher's, and of a mixture; and what the teacher samples itself."""
+
+    student: list[Rollout]
+    teacher: list[Rollout]
+    mixed: list[Rollout]
+    sampled: Rollout
+    on_policy: list[bool]
+
+
+@pytest.fixture(scope="module")
+def policies(config, batch, make_params) -> Policies:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        key, frozen = jax.random.key(2), Frozen(make_params(config.model, 1, mesh))
+        data = put_batch(batch.replace(other=None), mesh)
+        state = TrainState(jax.numpy.int32(0), make_params(config.model, 0, mesh), (), key)
+
+        def draw(steps, **fields):
+            own = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **fields))
+            rollouts = [rollouts_of(state.replace(step=state.step + s), frozen, data, own) for s in range(steps)]
+            assert all(other is None for _, other in rollouts)
+            return jax.device_get([rollout for rollout, _ in rollouts])
+
+        row_keys = rng.row_keys(rng.key_for(key, 0, "rollout"), data.example_id_B)
+        sampler = jax.jit(lambda params: sample(params, config.model, config.sampling, data.context, row_keys))
+        uniform = [float(jax.random.uniform(rng.key_for(key, step, "policy"))) for step in range(6)]
+        return Policies(
+            student=draw(6),
+            teacher=draw(6, on_policy_fraction=0.0),
+            mixed=draw(6, on_policy_fraction=0.6, off_policy_steps=2),
+            sampled=jax.device_get(sampler(frozen.teacher)),
+            on_policy=[step >= 2 and u < 0.6 for step, u in enumerate(uniform)],
+        )
+
+
+def test_off_policy_responses_are_the_teachers_with_context(policies):
+    jax.tree.map(np.testing.assert_array_equal, policies.teacher[0], policies.sampled)
+    assert (policies.teacher[0].tokens_BxT != policies.student[0].tokens_BxT).any(axis=1).sum() > ROWS / 2
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_mixture_draws_whose_step_it_is_after_the_first_which_are_off_policy(step, policies):
+    assert sorted(set(policies.on_policy[2:])) == [False, True]
+    expected = policies.student if policies.on_policy[step] else policies.teacher
+    jax.tree.map(np.testing.assert_array_equal, policies.mixed[step], expected[step])
+
+
+@pytest.mark.parametrize("fields", [{"on_policy_fraction": 0.5}, {"off_policy_steps": 1}])
+def test_only_on_policy_steps_report_a_gap_of_log_probabilities(fields, config, halves, batch, mesh):
+    """Elsewhere it would compare two models."""
+    mixed = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **fields))
+    data, before, *rollouts = put_like(mesh, batch, halves.before, *halves.rollouts)
+    step = functools.partial(update_step, config=mixed)
+    _, metrics = jax.eval_shape(step, before, Frozen(before.params), data, *rollouts)
+    assert set(halves.metrics) - set(metrics) == {"logprob_gap_max"}
 
 
 # --- The learning rate ---

@@ -1,11 +1,11 @@
-"""Mean: adds up first, divides once, and is not disturbed by what a mask hides."""
+"""Mean: adds up first, divides once, and is not disturbed by what a mask hides. Max adds up too."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax.types import Mean
+from ctxjax.types import Max, Mean
 
 
 def test_a_mean_counts_only_what_the_mask_shows():
@@ -57,3 +57,8 @@ def test_shares_of_booleans_are_means():
 def test_a_mean_passes_through_jit_as_a_tree():
     mean = jax.jit(lambda x: Mean.of(x, x > 0) + Mean.of(x, x > 0))(jnp.array([1.0, -1.0, 3.0]))
     assert (mean.total, mean.count) == (8, 4)
+
+
+def test_maxima_add_up_to_the_larger():
+    one, two = Max(jnp.float32(2.0)), Max(jnp.float32(3.0))
+    assert (one + two).value == (two + one).value == 3
