@@ -168,3 +168,16 @@ def test_both_views_of_a_row_ask_the_same_question(tokenizer, world):
     for bare, context in zip(batch.bare.tokens_BxP, batch.context.tokens_BxP):
         assert tokenizer.decode(context).endswith(tokenizer.decode(bare).split("<|begin|>")[1])
     assert batch.bare.tokens_BxP.shape[0] == 32 and batch.other.tokens_BxP.shape[0] == 8
+
+
+def test_batches_with_shared_prefixes_are_the_same_prompts(tokenizer, world, monkeypatch):
+    whole = batches(tokenizer, world, 0, 2)
+    monkeypatch.setattr(prompts, "SHORTEST_PREFIX", 2)
+    for batch, expected in zip(batches(tokenizer, world, 0, 2), whole):
+        assert len(batch.context.prefix_C) == 10  # template and table; the question's "#n:" differs
+        for view in ("bare", "context", "other"):
+            ours, theirs = getattr(batch, view), getattr(expected, view)
+            assert theirs.prefix_C is None and len(ours.prefix_C) >= 2
+            for row in range(ours.tokens_BxP.shape[0]):
+                tokens = [*ours.prefix_C, *ours.tokens_BxP[row][ours.mask_BxP[row]]]
+                assert tokens == list(theirs.tokens_BxP[row][theirs.mask_BxP[row]])

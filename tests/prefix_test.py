@@ -180,8 +180,8 @@ HEAD = list(range(100, 170))
         ([[*HEAD, 1, 2], [*HEAD, 3], [*HEAD, 1, 9, 9]], HEAD),
         ([[*HEAD, 1, 2], [*HEAD, 1], [*HEAD, 1, 9, 9]], HEAD),  # one prompt would have no token of its own
         ([[*HEAD, 1], [*HEAD, 1]], HEAD),
-        ([[*HEAD[:63], 1], [*HEAD[:63], 2]], []),  # too short to be worth a pass of its own
-        ([[*HEAD[:64], 1], [*HEAD[:64], 2]], HEAD[:64]),
+        ([[*HEAD[:31], 1], [*HEAD[:31], 2]], []),  # too short to be worth a pass of its own
+        ([[*HEAD[:32], 1], [*HEAD[:32], 2]], HEAD[:32]),
         ([[*HEAD, 1]], []),  # nobody to share it with
         ([[1, *HEAD], [2, *HEAD]], []),
         ([HEAD, []], []),

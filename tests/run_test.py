@@ -12,7 +12,7 @@ import pytest
 
 from configs import tiny
 from ctxjax import config as config_lib, pretrain, preview, sharding, trainer, workdir as workdir_lib
-from ctxjax.data import show
+from ctxjax.data import prompts, show
 from ctxjax.folder import open_folder
 from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
@@ -134,6 +134,17 @@ def test_what_is_held_is_printed_once(cache, capsys):
     assert len(lines) == 1
     # Rank 2 on matrices of 32 x 32, 32 x 16 (twice), 32 x 32 and 32 x 48 (three times); Adam keeps two moments.
     assert lines[0].startswith("parameters: 928 trained (3.71 kB), ") and lines[0].endswith("optimiser: 7.43 kB")
+
+
+def test_a_run_whose_prompts_share_a_prefix_comes_to_the_same_numbers(finished, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "SHORTEST_PREFIX", 2)
+    config = small(cache)
+    config.run_arms = ("opcd_retained",)
+    start(config, tmp_path / "run")
+    shared, expected = (rows(folder / "opcd_retained" / "metrics.jsonl") for folder in (tmp_path / "run", finished[0]))
+    for ours, theirs in zip(shared, expected, strict=True):
+        for name in {"loss", "distill", "retain", "dev/view_kl", "dev/distill"} & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
 def test_another_configuration_in_the_same_workdir_is_refused_and_nothing_changes(finished, cache):
