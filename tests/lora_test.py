@@ -57,8 +57,9 @@ def batch(make_prompts):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def logits(params, model, tokens, mask):
-    return apply_head(transformer.forward(params, model, tokens, mask), head_weights(params, model))
+def logits(params, model, prompts):
+    hidden = transformer.forward(params, model, prompts.tokens_BxP, prompts.mask_BxP)
+    return apply_head(hidden, head_weights(params, model))
 
 
 def pointers(tree) -> list[int]:
@@ -72,8 +73,8 @@ def test_joined_weights_compute_what_merged_weights_compute(
     joined = lora.join(params, make_adapter(tiny_model, config, mesh), config)
     merged = lora.merged(joined)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
-    data = dataclasses.astuple(make_prompts(0, 4, 9))
-    ours, theirs, base = (np.asarray(logits(tree, tiny_model, *data)) for tree in (joined, merged, params))
+    data = make_prompts(0, 4, 9)
+    ours, theirs, base = (np.asarray(logits(tree, tiny_model, data)) for tree in (joined, merged, params))
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
     assert np.abs(ours - base).max() > 0.1 * np.abs(base).max()
 
@@ -109,9 +110,9 @@ def test_the_student_of_step_zero_is_the_teacher_bit_for_bit(params, step_config
     frozen = Frozen(teacher=params, base=params)
     state = init_state(params, step_config, jax.random.key(0))
     student = student_params(state.params, frozen, step_config)
-    data = dataclasses.astuple(make_prompts(0, 4, 9))
+    data = make_prompts(0, 4, 9)
     assert np.abs(state.params["layers"]["q_lora_a"]).max() > 0
-    np.testing.assert_array_equal(*(logits(tree, step_config.model, *data) for tree in (student, params)))
+    np.testing.assert_array_equal(*(logits(tree, step_config.model, data) for tree in (student, params)))
 
 
 def test_the_base_is_held_once_and_never_moves(params, step_config, batch, mesh):
