@@ -215,19 +215,22 @@ def test_gradients_that_nobody_asks_for_are_not_made(trained, of_heads, of_hidde
 
 
 def test_half_precision_hidden_states(mesh):
-    """Products are bfloat16, losses and a head's gradient float32."""
+    """Products are of bfloat16; losses, and sums that make a head's gradient, are float32."""
     hidden, heads, mask, _ = problem(0, views=THREE, dtype=jnp.bfloat16)
     weights = weights_of(0, ["distill", "anchor"], mask)
-    (loss, values), (d_hidden, d_heads) = gradient_of(head_scan.chunked, two_values, CHUNK, THREE)(
-        hidden, heads, weights, mask
-    )
+    sweep, dense = (gradient_of(scan, two_values, CHUNK, THREE) for scan in (head_scan.chunked, head_scan.dense))
+    (loss, values), (d_hidden, d_heads) = sweep(hidden, heads, weights, mask)
     assert {x.dtype for x in (loss, *values.values(), *d_heads.values())} == {jnp.dtype("float32")}
     assert {x.dtype for x in d_hidden.values()} == {jnp.dtype("bfloat16")}
     rounded = {owner: head.astype(jnp.bfloat16).astype(jnp.float32) for owner, head in heads.items()}
     exact = {view: x.astype(jnp.float32) for view, x in hidden.items()}
-    expected = gradient_of(head_scan.dense, two_values, CHUNK, THREE)(exact, rounded, weights, mask)
+    expected = dense(exact, rounded, weights, mask)
     assert_close((loss, values), expected[0])
     assert_close((d_hidden, d_heads), expected[1], tolerance=0.02)
+    quarters = {"free": jnp.where(mask, 0.25, 0.0)}  # a gradient of the logits that bfloat16 holds exactly
+    _, (_, d_heads) = sweep(hidden, heads, quarters, mask)
+    by_hand = 0.25 * jnp.sum(jnp.where(mask[..., None], exact["q_c"], 0.0), axis=(0, 1))
+    assert_close(d_heads["student"], jnp.broadcast_to(by_hand[:, None], (D, V)), tolerance=1e-6)
 
 
 # --- What devices say to each other ---
