@@ -37,7 +37,7 @@ def loss_of(params, teacher, config, tokens_BxL, kind):
         return transformer.apply_head(hidden, transformer.head_weights(weights, config))
 
     if kind == "reverse_kl":
-        return jnp.mean(divergences.reverse_kl(logits_of(params), logits_of(teacher)))
+        return jnp.mean(divergences.kl(logits_of(params), logits_of(teacher)))
     return -jnp.mean(divergences.token_logprob(logits_of(params)[:, :-1], tokens_BxL[:, 1:]))
 
 
