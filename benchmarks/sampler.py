@@ -1,8 +1,8 @@
-"""Tokens per second of the sampler, beside transformers' ``generate`` and beside the machine's own limits.
+"""Tokens per second of the sampler, beside transformers' ``generate``, google-tunix's sampler and the machine's limits.
 
-    python benchmarks/sampler.py [--quick] [--devices=N]
+    python -m benchmarks.sampler [--quick] [--devices=N]
 
-Both sample at temperature 1 from the same random folder, the same batch of full-length prompts, to the same length
+All sample at temperature 1 from the same random folder, the same batch of full-length prompts, to the same length
 (end tokens off), in float32 on the CPU; runs alternate and the best of each counts, since the machine may be shared.
 The floor is the larger of
 
@@ -10,14 +10,15 @@ The floor is the larger of
     bytes   per step, the weights once, and the filled part of the cache of every row once
 
 over this machine's own matrix-product and read rates, which are measured in the same run; reading the prompts is
-arithmetic only. ctxjax decodes rows in
-parallel on one CPU device per core (decoding is many small operations, which gain little from threads inside each);
-``--devices=1`` shows the difference. torch is optional (extra
-"parity"); without it its columns are missing. Prints one JSON object as the last line; the numbers of record stand
-in benchmarks/README.md.
+arithmetic only. ctxjax decodes rows in parallel on one CPU device per core (decoding is many small operations, which
+gain little from threads inside each); ``--devices=1`` shows the difference, and puts it on the one device that
+google-tunix has. torch (extra "parity") and google-tunix (see benchmarks/tunix_sampler.py) are optional; without them
+their columns are missing. Prints one JSON object as the last line; the numbers of record stand in
+benchmarks/README.md.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -103,10 +104,14 @@ def measure(model: ModelConfig, prompt: int, new: int, runs: int, rates: tuple[f
             hf_save.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
             if importlib.util.find_spec("torch"):
                 functions["transformers"] = transformers_generate(path, tokens, new)
+            if importlib.util.find_spec("tunix"):
+                from benchmarks.tunix_sampler import tunix_generate
+
+                functions["tunix"] = tunix_generate(path, model, tokens, new)
             seconds = best_of(runs, functions)
     result = {f"{name}_tokens_per_second": round(BATCH * new / value) for name, value in seconds.items()}
-    if "transformers" in seconds:
-        result["times_transformers"] = round(seconds["transformers"] / seconds["ctxjax"], 2)
+    others = [name for name in seconds if name != "ctxjax"]
+    result |= {f"times_{name}": round(seconds[name] / seconds["ctxjax"], 2) for name in others}
     result["share_of_floor"] = round(floor_seconds(model, prompt, new, rates) / seconds["ctxjax"], 3)
     return result | {"batch": BATCH, "prompt_tokens": prompt, "new_tokens": new}
 
@@ -147,6 +152,8 @@ def main() -> None:
         import transformers
 
         versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    if importlib.util.find_spec("tunix"):
+        versions["tunix"] = importlib.metadata.version("google-tunix")
     machine = {"gflops": round(rates[0] / 1e9, 1), "read_gb_per_second": round(rates[1] / 1e9, 1)}
     machine["devices"] = options.devices
     print(json.dumps({"benchmark": "sampler", **results, "machine": machine, "versions": versions}))
