@@ -212,7 +212,7 @@ def test_a_support_of_more_tokens_than_there_are_is_the_full_divergence(kind, re
 def test_tokens_that_both_sides_exclude_change_neither_value_nor_gradient(kind, remainder, k, out):
     s, t = jnp.array([0.3, out, 1.2, out, -0.5]), jnp.array([1.0, out, 0.1, out, 0.4])
     kept, support = jnp.array([0, 2, 4]), Support(kind, k, remainder)
-    for name in NAMES:
+    for name in NAMES if kind == "full" else ("reverse_kl", "jsd"):  # without a mixture and with one
         of = jax.value_and_grad(divergence, argnums=(1, 2))
         value, gradients = of(name, s, t, 0.3, support)
         expected, expected_gradients = of(name, s[kept], t[kept], 0.3, support)

@@ -1,6 +1,7 @@
 """Which tokens count and how much, and the values per token, by hand; objective_test.py has them put together."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -225,15 +226,17 @@ def test_rows_that_pad_a_head_are_never_compared(sizes, support, mesh):
     size = {view: models[view in ("f", "f_x")].vocab_size for view in VIEWS}
     padded = {view: jnp.pad(x, [(0, 0), (0, 0), (0, size[view] - 5)], constant_values=50.0) for view, x in real.items()}
 
-    def values(raw, models):
-        return losses.bare_and_anchor_values(config, models, raw, jnp.array(tokens)) | losses.retention_values(
-            config, models, {"q_c": raw["q_c"], "f": raw["f"]}
-        )
+    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def total_and_values(raw, models):
+        values = losses.bare_and_anchor_values(config, models, raw, jnp.array(tokens))
+        values |= losses.retention_values(config, models, {"q_c": raw["q_c"], "f": raw["f"]})
+        return sum(jnp.sum(value) for value in values.values()), values
 
-    plain = values(real, (model_of(5), model_of(5)))
+    (_, plain), _ = total_and_values(real, (model_of(5), model_of(5)))
+    (_, values), moved = total_and_values(padded, models)
     assert all(np.all(np.asarray(plain[name]) > 1e-3) for name in ("distill", "anchor", "retain", "reference"))
-    assert close(values(padded, models), plain, rtol=1e-5, atol=1e-6)
-    moved = jax.grad(lambda raw: sum(jnp.sum(value) for value in values(raw, models).values()))(padded)
+    assert close(values, plain, rtol=1e-5, atol=1e-6)
     assert np.any(moved["q_x"][..., :5]) and not np.any(moved["q_x"][..., 5:]) and not np.any(moved["q_c"][..., 5:])
 
 
