@@ -2,7 +2,7 @@
 
 Its Sampler takes texts; here lists of tokens stand in for them, so that no tokenizer is measured. All else of a call
 is: the empty cache, its two compiled programs, the tokens back on the host. It returns no log-probabilities here,
-which ctxjax always does. It runs on one device, whose matrix products use all cores: on CPUs its models place nothing.
+which ctxjax always does. It runs on one device: on CPUs its models ignore a mesh.
 Its weights are those of the others; its Llama turns positions by a base of its own, 1e6, which costs the same.
 
 Its package asks for an older safetensors than ctxjax's, but runs with the newer, so it is installed beside the resolver
