@@ -6,11 +6,11 @@ import jax
 
 from ctxjax import rng, sharding
 from ctxjax.config import Experiment
-from ctxjax.data import show
+from ctxjax.data import prompts as prompts_lib, show
 from ctxjax.data.pipeline import training_batches
-from ctxjax.evaluation import views
+from ctxjax.evaluation.views import decode
 from ctxjax.trainer import open_inputs, sampling_config
-from ctxjax.types import Prompts
+from ctxjax.types import Prompts, map_rows
 
 ROWS = 2
 
@@ -32,14 +32,19 @@ def first_batch(config: Experiment, width: int, colour: bool) -> str:
             )
         )
         root, sampling = jax.random.key(config.seed), sampling_config(config.rollout, student)
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = sharding.batch_ways(mesh)
 
         def responses(prompts: Prompts, stream: str):
-            few = Prompts(prompts.tokens_BxP[:ROWS], prompts.mask_BxP[:ROWS])
+            few = map_rows(lambda rows: rows[:ROWS], prompts)
             # In the first batch a row's place is its example id.
             key = rng.key_for(root, 0, stream)
-            return views.decode(student.params, student.config, sampling, few, key, -(-ROWS // ways) * ways, mesh)
+            return decode(student.params, student.config, sampling, few, key, -(-ROWS // ways) * ways, mesh)
 
         other = None if batch.other is None else responses(batch.other, "retention")
+        rollout = responses(batch.bare, "rollout")
+        views = {"bare": batch.bare, "context": batch.context, "other": batch.other}
+        whole = {
+            name: prompts_lib.spelled_out(view, student.pad_id) for name, view in views.items() if view is not None
+        }
         pen = show.Pen(student.tokenizer, width, colour)
-        return show.first_batch(pen, batch, student.stop_ids, responses(batch.bare, "rollout"), other)
+        return show.first_batch(pen, batch.replace(**whole), student.stop_ids, rollout, other)

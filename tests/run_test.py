@@ -207,10 +207,15 @@ def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_on
     assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 
 
-def test_the_previewed_responses_are_those_of_the_first_step(cache, monkeypatch):
+@pytest.mark.parametrize("shortest", [prompts.SHORTEST_PREFIX, 2])  # read in every row, and shared
+def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, monkeypatch):
+    monkeypatch.setattr(prompts, "SHORTEST_PREFIX", shortest)
     experiment = config_lib.experiment(small(cache), jax.device_count())
     monkeypatch.setattr(show, "first_batch", lambda pen, *shown: shown)
     batch, stop_ids, *previewed = preview.first_batch(experiment, width=100, colour=False)
+    assert {view.prefix_C for view in (batch.bare, batch.context, batch.other)} == {None}
+    begins = [{tuple(ids[:2]) for ids in prompts.token_lists(view)} for view in (batch.bare, batch.context)]
+    assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's turn, or the system's
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
         student = open_folder(pretrain.base_folder(experiment.base, experiment.task_config), mesh)
         sampling = trainer.sampling_config(experiment.rollout, student)

@@ -183,6 +183,18 @@ def left_pad(token_lists: list[list[int]], length: int, pad_id: int, prefix: Seq
     return Prompts(tokens, mask, np.asarray(prefix, np.int32) if prefix else None)
 
 
+def token_lists(prompts: Prompts) -> list[list[int]]:
+    """The inverse of ``left_pad``: every row's tokens without padding, behind the prefix where there is one."""
+    prefix = [] if prompts.prefix_C is None else prompts.prefix_C.tolist()
+    return [prefix + tokens[mask].tolist() for tokens, mask in zip(prompts.tokens_BxP, prompts.mask_BxP)]
+
+
+def spelled_out(prompts: Prompts, pad_id: int) -> Prompts:
+    """The same prompts with their prefix in every row."""
+    shared = 0 if prompts.prefix_C is None else len(prompts.prefix_C)
+    return left_pad(token_lists(prompts), shared + prompts.tokens_BxP.shape[1], pad_id)
+
+
 def keep_fitting(
     rows: list[Row], views: dict[str, list[list[int]]], config: PromptConfig
 ) -> tuple[list[int], dict[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ctxjax.data.prompts import common_prefix
+from ctxjax.data.prompts import common_prefix, token_lists
 from ctxjax.types import Batch, Prompts, Rollout
 
 BAR, NEWLINE, TAB = "│", "↵", "⇥"
@@ -82,10 +82,6 @@ def _wrapped(widths: list[int], breaks: list[bool], room: int) -> list[list[int]
     return [line for line in lines if line]
 
 
-def _token_lists(prompts: Prompts) -> list[list[int]]:
-    return [tokens[mask].tolist() for tokens, mask in zip(prompts.tokens_BxP, prompts.mask_BxP)]
-
-
 def _sizes(prompts: Prompts, row: int) -> str:
     real, columns = int(prompts.mask_BxP[row].sum()), prompts.mask_BxP.shape[1]
     return f"{real} tokens, behind {columns - real} of padding" if real < columns else f"{real} tokens, no padding"
@@ -96,9 +92,10 @@ def first_batch(
 ) -> str:
     """The batch's shapes, the context's tokens that all rows share, and as many of its rows as have ``responses``.
 
-    All arrays are on the host. ``other_responses`` are those to ``batch.other``, and None where it is None.
+    All arrays are on the host, and prompts are spelled out. ``other_responses`` are those to ``batch.other``, and None
+    where it is None.
     """
-    bare, context = _token_lists(batch.bare), _token_lists(batch.context)
+    bare, context = token_lists(batch.bare), token_lists(batch.context)
     prefix = common_prefix(context)
     shared = f"the first {len(prefix)} tokens of every context prompt" if prefix else "none, the context prompts differ"
     lines = [pen.title("First training batch"), *_overview(pen, batch, stop_ids), ""]
@@ -113,7 +110,7 @@ def first_batch(
         lines += _response(pen, responses, row, stop_ids)
         if other_responses is not None and row < len(other_responses.tokens_BxT):
             lines += [pen.label("retention", f"another context, read by both: {_sizes(batch.other, row)}")]
-            lines += [*pen.prompt(_token_lists(batch.other)[row]), *_response(pen, other_responses, row, stop_ids)]
+            lines += [*pen.prompt(token_lists(batch.other)[row]), *_response(pen, other_responses, row, stop_ids)]
     return "\n".join(lines)
 
 
