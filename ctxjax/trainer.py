@@ -39,7 +39,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     """
     started = time.monotonic()
     seconds: dict[str, float] = {}
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
         task, folder, teacher, train_rows, retention = open_inputs(config, mesh, seconds)
         print(_sizes(config, folder, teacher, mesh), flush=True)
@@ -199,6 +199,7 @@ def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig
         temperature=decode.temperature,
         top_k=decode.top_k,
         top_p=decode.top_p,
+        weights=decode.weights,
     )
 
 
