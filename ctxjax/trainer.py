@@ -17,6 +17,7 @@ from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows, training_batches
+from ctxjax.data.records import counts
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS
 from ctxjax.evaluation import metrics as metrics_lib
@@ -47,7 +48,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
-            f"dev {dev.dropped}, test {test.dropped}",
+            f"dev {dev.dropped}, test {test.dropped}; rows of data files left out: {counts(task.skipped) or 'none'}",
             flush=True,
         )
         workdir_lib.claim(workdir, facts["config"])
@@ -82,6 +83,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             seconds[name] = time.monotonic() - clock
     results = _results(finished, config)
     seconds["total"] = time.monotonic() - started
+    facts |= {"rows_left_out": dict(task.skipped)}
     workdir_lib.write_json(
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )
