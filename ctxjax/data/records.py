@@ -58,13 +58,9 @@ class Reader:
         """
         file = Path(path).expanduser()
         if not str(path) or not file.is_file():
-            raise FileNotFoundError(
-                f"data file {str(path)!r} does not exist; set {field} to a file that ends in {_ENDINGS}"
-            )
+            raise FileNotFoundError(f"data file {str(path)!r} does not exist; set {field} to a {_ENDINGS} file")
         if file.suffix.lower() not in READERS:
-            raise ValueError(
-                f"data file {path}: the ending {file.suffix!r} is not known; {field} takes files that end in {_ENDINGS}"
-            )
+            raise ValueError(f"data file {path}: {file.suffix!r} is not known; set {field} to a {_ENDINGS} file")
         found = []
         try:
             for number, (where, value) in enumerate(READERS[file.suffix.lower()](file), 1):
