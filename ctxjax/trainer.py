@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ctxjax import optim, pretrain, sharding, workdir as workdir_lib
+from ctxjax import optim, pretrain, retry, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import prompts as prompts_lib
@@ -83,7 +83,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             seconds[name] = time.monotonic() - clock
     results = _results(finished, config)
     seconds["total"] = time.monotonic() - started
-    facts |= {"rows_left_out": dict(task.skipped)}
+    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts)}
     workdir_lib.write_json(
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )
