@@ -12,6 +12,7 @@ import jax
 from ctxjax import optim, sharding, workdir as workdir_lib
 from ctxjax.arm import Arm
 from ctxjax.config import Experiment
+from ctxjax.data.records import counts
 from ctxjax.data.task import Task
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluator import Evaluation, Evaluator
@@ -36,7 +37,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
-            f"dev {dev.dropped}, test {test.dropped}",
+            f"dev {dev.dropped}, test {test.dropped}; rows of data files left out: {counts(task.skipped) or 'none'}",
             flush=True,
         )
         workdir_lib.claim(workdir, facts["config"])
@@ -71,6 +72,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             seconds[name] = time.monotonic() - clock
     results = _results(finished, config)
     seconds["total"] = time.monotonic() - started
+    facts |= {"rows_left_out": dict(task.skipped)}
     workdir_lib.write_json(
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )

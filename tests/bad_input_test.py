@@ -173,11 +173,11 @@ def questions(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"question": "prompt"}, r"row 0: no text in column 'prompt'; its columns are \['answer', 'question'\]"),
+        ({"question": "prompt"}, r"line 1: no text in column 'prompt'; its columns are \['answer', 'question'\]"),
         ({"context": ""}, "qa_jsonl has no context"),
         ({"context": "", "context_file": "missing.txt"}, "context file missing.txt does not exist"),
         ({"context_file": "both.txt"}, "are both set"),
-        ({"other_contexts_file": "missing.jsonl"}, "missing.jsonl does not exist"),
+        ({"other_contexts_file": "missing.jsonl"}, "missing.jsonl' does not exist; set qa_jsonl.other_contexts_file"),
         ({"dev_questions": 8}, "has 9 different questions, and .* = 9 of them are to be held out"),
     ],
 )
@@ -191,9 +191,9 @@ def test_questions_that_cannot_be_used_are_refused(questions, changes, message):
     [
         ("a.jsonl", b'{"question": "x", "answer": "1"}\n{"question": \n', "line 2: not valid JSON"),
         ("a.jsonl", b"", "has no rows"),
-        ("a.jsonl", b'{"question": "\xff", "answer": "1"}\n', "cannot be read"),
-        ("a.jsonl", b"[1, 2]\n", "row 0: no text in column 'question'; it is not an object"),
-        ("a.jsonl", b'{"question": null, "answer": "1"}\n', "row 0: no text in column 'question'"),
+        ("a.jsonl", b'{"question": "\xff", "answer": "1"}\n', "line 1: not UTF-8 text"),
+        ("a.jsonl", b"[1, 2]\n", "line 1: no text in column 'question'; the row is not an object"),
+        ("a.jsonl", b'{"question": null, "answer": "1"}\n', "line 1: no text in column 'question'; its columns are"),
         ("a.parquet", b"not parquet", "cannot be read"),
     ],
 )
