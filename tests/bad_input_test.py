@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, folder as folder_lib, sharding, trainer
+from ctxjax import config as config_lib, folder as folder_lib, inputs, sharding, trainer
 from ctxjax.data import prompts, word_tokenizer
 from ctxjax.data.pipeline import RetentionRows, encode_rows
 from ctxjax.data.prompts import PromptConfig
@@ -133,7 +133,7 @@ def test_models_that_cannot_take_part_are_refused_before_the_run_leaves_anything
 def test_a_thinking_switch_that_the_template_lacks_is_warned_of_once(tmp_path, capsys, thinking, warnings):
     config = tiny.get_config()
     config.model.path, config.prompt.thinking = str(model_folder(tmp_path / "model", rules.vocabulary())), thinking
-    trainer.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
+    inputs.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
     assert capsys.readouterr().out.count(f"warning: prompt.thinking = {thinking} changes nothing") == warnings
 
 
