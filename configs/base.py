@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
     # Of activations and matrix products: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPUs.
     config.model.dtype = "auto"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
-    # What layers keep for the backward pass: "none": nothing is recomputed; "dots": products with weights; "full": their
-    # input alone, for a third more arithmetic; "offload": that, in the host's memory.
+    # What a layer keeps for the backward pass. "none": all, nothing is recomputed; "dots": products with weights; "full":
+    # its input, for a third more arithmetic; "offload": that, in the host's memory.
     config.model.remat = "none"
 
     # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and
@@ -151,7 +151,15 @@ def get_config() -> ConfigDict:
     config.rules.test_questions = 512
     config.rules.empty_share = 0.0  # of the base's training rows without a table: with an empty context block, not none
 
-    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl or .parquet file
+    config.records = ConfigDict()  # of all files of rows: what becomes of a row that cannot be used
+    # Kinds that are left out and counted; others are an error that names the row: "unreadable" (no valid JSON, CSV
+    # or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "duplicate", "conflict" (one question, with two
+    # answers).
+    config.records.skip = ("duplicate",)
+    config.records.max_skipped = 100  # rows; more of them are an error
+    config.records.max_text = 1_000_000  # characters; longer texts are "huge"
+
+    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl, .parquet or .csv file
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column

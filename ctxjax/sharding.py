@@ -36,8 +36,8 @@ WEIGHT_RULES = {
 }
 
 
-# Where weights lie while responses are decoded: whole along ``embed``, gathered once before the first token, which takes
-# a whole model's memory on every device (over ``tensor``); or as they are stored, and then gathered for every token.
+# Where weights lie while responses are decoded: whole along ``embed``, gathered once before the first token, which
+# takes the memory of a whole model, over ``tensor``, on every device; or as stored, and gathered for every token.
 DECODE_RULES = {"gathered": WEIGHT_RULES | {"embed": None}, "stored": WEIGHT_RULES}
 
 
