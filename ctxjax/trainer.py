@@ -15,7 +15,7 @@ import numpy as np
 from ctxjax import optim, pretrain, sharding, workdir as workdir_lib
 from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import DecodeConfig, Experiment
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows, training_batches
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS
@@ -83,7 +83,8 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     results = _results(finished, config)
     seconds["total"] = time.monotonic() - started
     workdir_lib.write_json(
-        workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
+        workdir / "run.json",
+        facts | {"task": task.facts, "seconds": {name: round(value, 2) for name, value in seconds.items()}},
     )
     workdir_lib.write_json(workdir / "results.json", results)
     page = write_report(workdir)
@@ -108,6 +109,10 @@ class Inputs(NamedTuple):
 def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
     task = TASKS[config.task][1](config.task_config)
+    splits.check(task)
+    if contexts_lib.one_each(task.rows("train")):
+        print("warning: every training question has a context of its own; what such contexts teach often does not "
+              "carry over to questions without one, as a shared context's does")  # fmt: skip
     if config.teacher.path:
         local_folder(config.teacher.path)  # missing: said now, and not when the student is loaded or even trained
     folder, teacher = with_teacher(config, _open_model(config, mesh, seconds), mesh, seconds)

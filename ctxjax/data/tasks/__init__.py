@@ -3,5 +3,10 @@
 
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.rules import Rules, RulesConfig
+from ctxjax.data.tasks.safety import Safety, SafetyConfig
 
-TASKS = {"rules": (RulesConfig, Rules), "qa_jsonl": (QaConfig, QaJsonl)}
+TASKS = {
+    "rules": (RulesConfig, Rules),
+    "qa_jsonl": (QaConfig, QaJsonl),
+    "safety": (SafetyConfig, Safety),
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 import re
@@ -12,38 +11,23 @@ import numpy as np
 import pyarrow.lib
 import pyarrow.parquet
 
+from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts, digest
 from ctxjax.data.task import Grade, Row
 
 GRADINGS = ("numeric", "exact")
 
 
-@dataclasses.dataclass(frozen=True)
-class QaConfig:
-    """See configs/base.py, ``config.qa_jsonl``; ``other_contexts_file`` is a JSONL file of strings."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QaConfig(ContextConfig):
+    """See configs/base.py, ``config.qa_jsonl``."""
 
     path: str
     question: str
     reference: str
     grading: str
     limit: int
-    context: str
-    context_file: str
-    other_contexts_file: str
     dev_questions: int
     test_questions: int
-
-
-def read_context(path: str) -> str:
-    """A context from a text file. A missing or empty file is an error: training on nothing looks like success."""
-    try:
-        text = Path(path).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"context file {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"context file {path} is not UTF-8 text: {error}") from None
-    if not text:
-        raise ValueError(f"context file {path} is empty; the teacher would see no context")
-    return text
 
 
 def _read_jsonl(path: Path, limit: int) -> list:
@@ -96,12 +80,8 @@ class QaJsonl:
 
     def __init__(self, config: QaConfig):
         self.config = config
-        if config.context and config.context_file:
-            raise ValueError("qa_jsonl.context and qa_jsonl.context_file are both set; give one of them")
-        if not config.context and not config.context_file:
-            raise ValueError("qa_jsonl has no context; set qa_jsonl.context_file (or qa_jsonl.context)")
-        self.context = config.context or read_context(config.context_file)
-        self.others = self._read_others() if config.other_contexts_file else []
+        self.contexts = Contexts(config, "qa_jsonl")
+        self.others = OtherContexts(config, "qa_jsonl")
         records = read_records(config.path, config.limit)
         for column in (config.question, config.reference):
             for number, record in enumerate(records):
@@ -111,8 +91,8 @@ class QaJsonl:
         rows = {}
         for record in records:
             question = record[config.question]
-            key = hashlib.sha256(question.encode()).hexdigest()[:16]
-            rows[key] = Row(key, question, self.context, record[config.reference])
+            key = digest(question)[:16]
+            rows[key] = Row(key, question, self.contexts.of(key, record), record[config.reference])
         ordered = [rows[key] for key in sorted(rows)]
         held_out = config.dev_questions + config.test_questions
         if len(ordered) <= held_out:
@@ -125,15 +105,13 @@ class QaJsonl:
             "test": ordered[config.dev_questions : held_out],
             "train": ordered[held_out:],
         }
-
-    def _read_others(self) -> list[str]:
-        path = Path(self.config.other_contexts_file)
-        if not path.is_file():
-            raise FileNotFoundError(f"qa_jsonl.other_contexts_file = {path} does not exist")
-        texts = _read_jsonl(path, 0)
-        if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"{path} must hold at least two lines, each a JSON string with a context")
-        return texts
+        self.facts = {
+            "data": {config.path: digest(Path(config.path).read_bytes())},
+            "rows": {split: len(rows) for split, rows in self.splits.items()},
+            "left out": {"repeated": len(records) - len(ordered)},
+            "contexts": self.contexts.facts(),
+            "other contexts": self.others.facts(),
+        }
 
     def rows(self, split: str) -> list[Row]:
         return self.splits[split]
@@ -146,11 +124,10 @@ class QaJsonl:
         return Grade(parsed or None, bool(parsed) and parsed == " ".join(reference.split()).casefold())
 
     def other_contexts(self, split: str) -> list[str]:
-        """The even lines of the file are trained on, the odd ones are held out."""
-        return self.others[::2] if split == "train" else self.others[1::2]
+        return self.others.split(split)
 
     def under(self, row: Row, context: str) -> Row:
-        return row._replace(context=context)
+        return self.others.under(row, context)
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> None:
         return None
