@@ -143,7 +143,15 @@ def get_config() -> ConfigDict:
     config.rules.test_questions = 512
     config.rules.empty_share = 0.0  # of the base's training rows without a table: with an empty context block, not none
 
-    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl or .parquet file
+    config.records = ConfigDict()  # of all files of rows: what becomes of a row that cannot be used
+    # Kinds that are left out and counted; others are an error that names the row: "unreadable" (no valid JSON, CSV
+    # or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "label" (none that its column can have),
+    # "duplicate", "conflict" (one question, with two answers).
+    config.records.skip = ("duplicate",)
+    config.records.max_skipped = 100  # rows; more of them are an error
+    config.records.max_text = 1_000_000  # characters; longer texts are "huge"
+
+    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl, .parquet or .csv file
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
@@ -165,9 +173,10 @@ def get_config() -> ConfigDict:
         section.context = ""  # inline
         section.context_file = ""  # a text file
         section.context_files = ()  # or several: every row has one of them, drawn by context_seed and its id
-        section.context_column = ""  # or a column of the data, which holds each row's own
         section.context_seed = config.get_oneway_ref("seed")
         # Other contexts, to keep obeying (retention) and to measure obedience with: "builtin", the 72 of
         # ctxjax/data/other_contexts.jsonl, or a file like it; "": none. Every second line is held out from training.
         section.other_contexts_file = "builtin"
+    for section in (config.qa_jsonl,):
+        section.context_column = ""  # or a column of the data, which holds each row's own
     return config

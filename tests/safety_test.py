@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ctxjax.data import splits
+from ctxjax.data.records import Reader, RecordsConfig
 from ctxjax.data.tasks import safety
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
 
@@ -17,7 +18,7 @@ def task(path: Path, **changes) -> Safety:
     settings = {
         "path": str(path), "sets": ("tweeteval", "hatecheck", "ethos"), "ask_format": True, "train_questions": 0,
         "dev_questions": 0, "test_questions": 0, "context": "Weigh your words.", "context_file": "",
-        "context_files": (), "context_column": "", "context_seed": 0, "other_contexts_file": "builtin",
+        "context_files": (), "context_seed": 0, "other_contexts_file": "builtin",
     }  # fmt: skip
     return Safety(SafetyConfig(**(settings | changes)))
 
@@ -42,14 +43,15 @@ def folder(tmp_path):
 
 
 def test_every_published_layout_is_read(folder):
-    examples, files = safety.read_examples(folder)
+    reader = Reader(RecordsConfig())
+    examples = safety.read_examples(folder, reader=reader)
     assert Counter(example.set for example in examples) == {"tweeteval": 40, "hatecheck": 120, "ethos": 60}
     by_id = {example.id: example for example in examples}
     assert by_id["tweeteval-val-3"] == ("tweeteval-val-3", "tweeteval", "dev", "tweet val 3\u2028 on one line", True)
     assert by_id["hatecheck-3"][3:] == ("I like men, 1", False)
     assert [by_id[f"ethos-{n}"].harmful for n in range(4)] == [False, True, False, True]
     assert by_id["ethos-2"].text == 'comment; with "marks" 2'
-    assert len(files) == 8 and all(len(digest) == 64 for digest in files.values())
+    assert len(reader.digests) == 8
 
 
 def test_splits_are_the_publishers_or_by_hash_and_keep_a_template_together(folder):
@@ -79,7 +81,7 @@ def test_a_text_that_stands_twice_is_asked_once_and_never_trained_on_where_it_is
             with (folder / "offensive" / f"{split}_{kind}.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
     pooled = task(folder)
-    assert pooled.facts["left out"] == {"repeated": 2, "contradicting": 2}
+    assert pooled.skipped == {"conflict": 2}
     ids = {split: {row.id for row in pooled.rows(split)} for split in splits.SPLITS}
     assert "tweeteval-test-3" in ids["test"] and "tweeteval-val-10" in ids["dev"]
     assert not {"tweeteval-train-20", "tweeteval-train-1"} & ids["train"]
@@ -120,18 +122,21 @@ def _replace(name: str, old: str, new: str):
             _replace("offensive/test_labels.txt", "1\n", ""),
             "test_text.txt has 10 lines, .*test_labels.txt 9; they must",
         ),
-        (_replace("offensive/val_labels.txt", "1\n", "2\n"), "val_labels.txt, line 2: label '2' is neither 0 nor 1"),
-        (_replace("test_suite_cases.csv", ",non-hateful,", ",unsure,"), "row 2: label_gold 'unsure' is not hateful or"),
-        (_replace("test_suite_cases.csv", "label_gold", "label"), "has no column .'label_gold'.; its columns are"),
-        (_replace("Ethos_Dataset_Binary.csv", ";0.5", ";high"), "row 1: isHate 'high' is not a share from 0 to 1"),
-        (_replace("Ethos_Dataset_Binary.csv", ";0.5", ";7"), "row 1: isHate '7' is not a share from 0 to 1"),
-        (_replace("Ethos_Dataset_Binary.csv", ";0.5", ""), "row 1: has fewer cells than the 2 columns"),
-        (_replace("Ethos_Dataset_Binary.csv", "comment;isHate", "comment,isHate"), "has no column"),
+        (_replace("offensive/val_labels.txt", "1\n", "2\n"), "val_labels.txt, line 2: label '2' is not 0 or 1"),
+        (_replace("test_suite_cases.csv", ",non-hateful,", ",unsure,"), "line 4: label 'unsure' is not hateful or"),
+        (
+            _replace("test_suite_cases.csv", "label_gold", "label"),
+            "line 2: no text in column 'label_gold'",
+        ),
+        (_replace("Ethos_Dataset_Binary.csv", ";0.5", ";high"), "line 3: isHate 'high' is not a share from 0 to 1"),
+        (_replace("Ethos_Dataset_Binary.csv", ";0.5", ";7"), "line 3: isHate '7' is not a share from 0 to 1"),
+        (_replace("Ethos_Dataset_Binary.csv", ";0.5", ""), "line 3: not valid CSV: 1 fields, and the header names 2"),
+        (_replace("Ethos_Dataset_Binary.csv", "comment;isHate", "comment,isHate"), "line 2: not valid CSV"),
         (
             _replace("offensive/val_text.txt", "tweet val 4\u2028 on one line", ""),
-            "safety row tweeteval-val-4 has no text",
+            "val_text.txt, line 5: not a text; it is empty",
         ),
-        (lambda f: (f / "offensive/val_text.txt").write_bytes(b"\xff\n" * 10), "is not UTF-8 text"),
+        (lambda f: (f / "offensive/val_text.txt").write_bytes(b"\xff\n" * 10), "val_text.txt, line 1: not UTF-8 text"),
         (_replace("test_suite_cases.csv", "\n1,f0,1,", "\n1,f0,0,"), "row id 'hatecheck-0' stands twice in"),
     ],
 )
@@ -147,7 +152,6 @@ def test_files_that_are_not_as_published_are_named(folder, change, message):
         ({"path": "nowhere"}, "safety.path = 'nowhere' is not a folder"),
         ({"sets": ("olid",)}, "safety.sets = 'olid' is not known; choose from ethos, hatecheck, tweeteval"),
         ({"sets": ()}, "no train rows are left"),
-        ({"context_column": "hint", "context": ""}, "no text in column 'hint', which safety.context_column names"),
     ],
 )
 def test_settings_that_leave_nothing_to_ask_are_refused(folder, changes, message):
@@ -160,7 +164,7 @@ def test_label_counts_are_the_published_ones():
     3,728 cases; Ethos (Mollas et al. 2022): 433 hateful of 998 comments."""
     if not PUBLISHED.exists():
         pytest.skip(f"{PUBLISHED} is not here")
-    examples, _ = safety.read_examples(PUBLISHED)
+    examples = safety.read_examples(PUBLISHED)
     tweets = Counter((e.split, e.harmful) for e in examples if e.set == "tweeteval")
     assert tweets == {
         ("train", False): 7975, ("train", True): 3941, ("dev", False): 865, ("dev", True): 459, ("test", False): 620,
@@ -173,5 +177,5 @@ def test_label_counts_are_the_published_ones():
     pooled = task(PUBLISHED)
     splits.check(pooled)
     rows = sum(pooled.facts["rows"].values())
-    assert rows + pooled.facts["left out"]["repeated"] == 11916 + 1324 + 860 + 3728 + 998
-    assert pooled.facts["left out"]["repeated"] < 100
+    assert pooled.skipped == {"duplicate": 66, "conflict": 10}
+    assert rows + 76 == 11916 + 1324 + 860 + 3728 + 998

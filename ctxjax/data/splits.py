@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 import unicodedata
 
-from ctxjax.data.contexts import digest
+from ctxjax.data.records import digest
 from ctxjax.data.task import Row, Task
 
 SPLITS = ("train", "dev", "test")
@@ -32,14 +33,13 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def without_repeats(splits: dict[str, list[tuple[str, Row]]]) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """The rows of splits of (text, row) with each text once, and counts of those left out: all that "repeated" one, and
-    among them those "contradicting" the reference that stays.
+def without_repeats(splits: dict[str, list[tuple[str, Row]]]) -> tuple[dict[str, list[Row]], Counter[str]]:
+    """The rows of splits of (text, row) with each text once, and counts of those left out, by kind (records.KINDS).
 
     Of equal texts the first in test stays, or else in dev, so that no test question is trained on.
     """
     seen: dict[str, Row] = {}
-    kept, counts = {}, {"repeated": 0, "contradicting": 0}
+    kept, counts = {}, Counter()
     for split in ("test", "dev", "train"):
         kept[split] = []
         for text, row in splits[split]:
@@ -47,8 +47,7 @@ def without_repeats(splits: dict[str, list[tuple[str, Row]]]) -> tuple[dict[str,
             if first is row:
                 kept[split].append(row)
             else:
-                counts["repeated"] += 1
-                counts["contradicting"] += first.reference != row.reference
+                counts["duplicate" if first.reference == row.reference else "conflict"] += 1
     return {split: kept[split] for split in SPLITS}, counts
 
 

@@ -41,8 +41,8 @@ class Grade(NamedTuple):
 
 
 class Task(Protocol):
-    facts: dict
-    """What a run notes of its data and contexts: names and sha256 digests, rows left out."""
+    skipped: dict[str, int]  # rows of its files that were left out, by kind (data.records.KINDS)
+    facts: dict  # what a run notes of its data and contexts: names with sha256 digests, rows by split
 
     def rows(self, split: str) -> list[Row]:
         """The rows of "train", "dev" or "test", each with the context to internalize. Splits are disjoint."""

@@ -1,17 +1,15 @@
-"""Questions with reference answers in a local JSONL or Parquet file, under one context of the user's."""
+"""Questions with reference answers in a local JSONL, Parquet or CSV file, under one context of the user's."""
 
 from __future__ import annotations
 
+from collections import Counter
 import dataclasses
-import json
-from pathlib import Path
 import re
 
 import numpy as np
-import pyarrow.lib
-import pyarrow.parquet
 
-from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts, digest
+from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts
+from ctxjax.data.records import Reader, RecordsConfig, digest
 from ctxjax.data.task import Grade, Row
 
 GRADINGS = ("numeric", "exact")
@@ -19,7 +17,7 @@ GRADINGS = ("numeric", "exact")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QaConfig(ContextConfig):
-    """See configs/base.py, ``config.qa_jsonl``."""
+    """See configs/base.py, ``config.qa_jsonl`` and, for ``records``, ``config.records``."""
 
     path: str
     question: str
@@ -28,39 +26,7 @@ class QaConfig(ContextConfig):
     limit: int
     dev_questions: int
     test_questions: int
-
-
-def _read_jsonl(path: Path, limit: int) -> list:
-    values = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit and len(values) >= limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                values.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
-    return values
-
-
-def read_records(path: str, limit: int) -> list[dict]:
-    """The first ``limit`` rows (0: all) of a .jsonl or .parquet file, as dicts."""
-    file = Path(path)
-    if not path or not file.is_file():
-        raise FileNotFoundError(f"data file {path!r} does not exist; set qa_jsonl.path to a .jsonl or .parquet file")
-    try:
-        if file.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(file)
-            records = table.slice(0, limit or None).to_pylist()
-        else:
-            records = _read_jsonl(file, limit)
-    except (UnicodeDecodeError, pyarrow.lib.ArrowInvalid) as error:
-        raise ValueError(f"data file {path} cannot be read: {error}") from None
-    if not records:
-        raise ValueError(f"data file {path} has no rows")
-    return records
+    records: RecordsConfig = RecordsConfig()
 
 
 def last_number(text: str) -> str | None:
@@ -80,19 +46,19 @@ class QaJsonl:
 
     def __init__(self, config: QaConfig):
         self.config = config
-        self.contexts = Contexts(config, "qa_jsonl")
-        self.others = OtherContexts(config, "qa_jsonl")
-        records = read_records(config.path, config.limit)
-        for column in (config.question, config.reference):
-            for number, record in enumerate(records):
-                if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                    has = f"its columns are {sorted(record)}" if isinstance(record, dict) else "it is not an object"
-                    raise ValueError(f"{config.path}, row {number}: no text in column {column!r}; {has}")
-        rows = {}
-        for record in records:
-            question = record[config.question]
+        reader = Reader(config.records)
+        contexts = Contexts(config, "qa_jsonl")
+        self.others = OtherContexts(config, "qa_jsonl", reader, contexts)
+        rows, seen = {}, {}
+        for record in reader.records(config.path, config.limit, "qa_jsonl.path"):
+            texts = reader.texts(record, config.question, config.reference, *contexts.columns)
+            if texts is None:
+                continue
+            question, reference, *own = texts
             key = digest(question)[:16]
-            rows[key] = Row(key, question, self.contexts.of(key, record), record[config.reference])
+            if reader.is_new(record, seen, key, reference):
+                rows[key] = Row(key, question, contexts.of(key, *own), reference)
+        self.skipped: Counter[str] = reader.skipped
         ordered = [rows[key] for key in sorted(rows)]
         held_out = config.dev_questions + config.test_questions
         if len(ordered) <= held_out:
@@ -106,11 +72,9 @@ class QaJsonl:
             "train": ordered[held_out:],
         }
         self.facts = {
-            "data": {config.path: digest(Path(config.path).read_bytes())},
+            "data": reader.digests,
             "rows": {split: len(rows) for split, rows in self.splits.items()},
-            "left out": {"repeated": len(records) - len(ordered)},
-            "contexts": self.contexts.facts(),
-            "other contexts": self.others.facts(),
+            "contexts": contexts.facts(),
         }
 
     def rows(self, split: str) -> list[Row]:

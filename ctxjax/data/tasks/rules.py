@@ -21,7 +21,7 @@ import re
 
 import numpy as np
 
-from ctxjax.data.contexts import digest
+from ctxjax.data.records import digest
 from ctxjax.data.task import Grade, Row
 
 LETTERS = "abcdef"
@@ -87,6 +87,8 @@ def is_six_cycle(table: str) -> bool:
 
 class Rules:
     """The task of one world and one table in it."""
+
+    skipped: dict[str, int] = {}  # it reads no files
 
     def __init__(self, config: RulesConfig):
         self.config = config

@@ -12,17 +12,16 @@ case is a training case with another group's name in it, and of Ethos's comment.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ctxjax.data import splits
-from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts, digest
+from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts
 from ctxjax.data.graders import yes_no
+from ctxjax.data.records import Reader, Record, RecordsConfig
 from ctxjax.data.task import Grade, Row
 
 HATEFUL_FROM = 0.5  # Ethos: the share of annotators who called the comment hateful
@@ -52,6 +51,7 @@ class SafetyConfig(ContextConfig):
     train_questions: int
     dev_questions: int
     test_questions: int
+    records: RecordsConfig = RecordsConfig()
 
 
 class Example(NamedTuple):
@@ -75,130 +75,106 @@ def _find(folder: Path, what: str, split: str = "") -> Path:
     )
 
 
-def _text(path: Path) -> str:
-    try:
-        # Without translation of line ends: inside a quoted cell or a tweet they are text.
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+def _label(reader: Reader, record: Record, text: str, labels: dict[str, bool], known: str) -> bool | None:
+    """What a label's text means; None where the row was left out."""
+    if text not in labels:
+        reader.reject("label", record.where, f"label {text!r} is not {known}")
+    return labels.get(text)
 
 
-def _lines(path: Path) -> list[str]:
-    """Lines end at newlines alone: tweets may hold other separators of Unicode."""
-    return [line.removesuffix("\r") for line in _text(path).removesuffix("\n").split("\n")]
-
-
-def _table(path: Path, delimiter: str, columns: tuple[str, ...]) -> list[dict]:
-    """The rows of a CSV file that must have these columns."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    missing = set(columns) - set(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"{path} has no column {sorted(missing)}; its columns are {reader.fieldnames}")
-    for number, row in enumerate(rows):
-        if any(row[column] is None for column in columns):
-            raise ValueError(f"{path}, row {number}: has fewer cells than the {len(reader.fieldnames)} columns")
-    return rows
-
-
-def tweeteval(folder: Path) -> tuple[list[Example], list[Path]]:
-    examples, files = [], []
+def tweeteval(folder: Path, reader: Reader) -> list[Example]:
+    examples = []
     for theirs, ours in TWEETEVAL_SPLITS.items():
         paths = [_find(folder, f"tweeteval {{split}} {kind}", theirs) for kind in ("text", "labels")]
-        texts, labels = (_lines(path) for path in paths)
-        files += paths
+        texts, labels = (reader.records(path, field="safety.path") for path in paths)
         if len(texts) != len(labels):
             raise ValueError(f"{paths[0]} has {len(texts)} lines, {paths[1]} {len(labels)}; they must be parallel")
-        for number, (text, label) in enumerate(zip(texts, labels)):
-            if label not in ("0", "1"):
-                raise ValueError(f"{paths[1]}, line {number + 1}: label {label!r} is neither 0 nor 1")
-            examples.append(Example(f"tweeteval-{theirs}-{number}", "tweeteval", ours, text.strip(), label == "1"))
-    return examples, files
+        for number, (record, label) in enumerate(zip(texts, labels)):
+            text, harmful = reader.text(record), _label(reader, label, label.value, {"0": False, "1": True}, "0 or 1")
+            if text is not None and harmful is not None:
+                examples.append(Example(f"tweeteval-{theirs}-{number}", "tweeteval", ours, text.strip(), harmful))
+    return examples
 
 
-def hatecheck(folder: Path) -> tuple[list[Example], list[Path]]:
-    path, examples = _find(folder, "hatecheck"), []
-    for number, row in enumerate(_table(path, ",", ("case_id", "test_case", "label_gold", "templ_id"))):
-        if row["label_gold"] not in ("hateful", "non-hateful"):
-            raise ValueError(f"{path}, row {number}: label_gold {row['label_gold']!r} is not hateful or non-hateful")
-        split = splits.split_of(f"hatecheck {row['templ_id']}")
-        harmful = row["label_gold"] == "hateful"
-        examples.append(Example(f"hatecheck-{row['case_id']}", "hatecheck", split, row["test_case"].strip(), harmful))
-    return examples, [path]
+def hatecheck(folder: Path, reader: Reader) -> list[Example]:
+    labels, examples = {"hateful": True, "non-hateful": False}, []
+    for record in reader.records(_find(folder, "hatecheck"), field="safety.path"):
+        texts = reader.texts(record, "case_id", "test_case", "label_gold", "templ_id")
+        if texts is None:
+            continue
+        case, text, label, template = texts
+        harmful, split = _label(reader, record, label, labels, "hateful or non-hateful"), f"hatecheck {template}"
+        if harmful is not None:
+            examples.append(Example(f"hatecheck-{case}", "hatecheck", splits.split_of(split), text.strip(), harmful))
+    return examples
 
 
-def ethos(folder: Path) -> tuple[list[Example], list[Path]]:
-    path, examples = _find(folder, "ethos"), []
-    for number, row in enumerate(_table(path, ";", ("comment", "isHate"))):
-        try:
-            score = float(row["isHate"])
-        except ValueError:
-            score = float("nan")
-        if not 0 <= score <= 1:
-            raise ValueError(f"{path}, row {number}: isHate {row['isHate']!r} is not a share from 0 to 1")
-        text = row["comment"].strip()
+def ethos(folder: Path, reader: Reader) -> list[Example]:
+    examples = []
+    for number, record in enumerate(reader.records(_find(folder, "ethos"), field="safety.path")):
+        texts = reader.texts(record, "comment", "isHate")
+        if texts is None:
+            continue
+        text, score = texts[0].strip(), _share(texts[1])
+        if score is None:
+            reader.reject("label", record.where, f"isHate {texts[1]!r} is not a share from 0 to 1")
+            continue
         split = splits.split_of(f"ethos {splits.folded(text)}")
         examples.append(Example(f"ethos-{number}", "ethos", split, text, score >= HATEFUL_FROM))
-    return examples, [path]
+    return examples
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 <= share <= 1 else None
 
 
 SETS = {"tweeteval": tweeteval, "hatecheck": hatecheck, "ethos": ethos}
 
 
-def read_examples(folder: str | Path, sets: tuple[str, ...] = tuple(SETS)) -> tuple[list[Example], dict[str, str]]:
-    """All labelled texts of the sets, repeats included, and the sha256 of every file that was read.
+def read_examples(
+    folder: str | Path, sets: tuple[str, ...] = tuple(SETS), reader: Reader | None = None
+) -> list[Example]:
+    """All labelled texts of the sets, repeats included.
 
     Raises FileNotFoundError or ValueError that names the file, the row and what is wrong with it.
     """
-    folder, examples, files = Path(folder).expanduser(), [], []
+    folder, reader = Path(folder).expanduser(), reader or Reader(RecordsConfig())
     if not folder.is_dir():
         raise FileNotFoundError(f"safety.path = {str(folder)!r} is not a folder; put the sets' published files there")
     for name in sets:
         if name not in SETS:
             raise ValueError(f"safety.sets = {name!r} is not known; choose from {', '.join(sorted(SETS))}")
-        found, paths = SETS[name](folder)
-        examples += found
-        files += paths
-    for example in examples:
-        if not example.text:
-            raise ValueError(f"safety row {example.id} has no text")
-    return examples, {path.name: digest(path.read_bytes()) for path in files}
+    return [example for name in sets for example in SETS[name](folder, reader)]
 
 
 class Safety:
     """The task of one context over the pooled sets."""
 
     def __init__(self, config: SafetyConfig):
-        self.contexts = Contexts(config, "safety")
-        self.others = OtherContexts(config, "safety")
-        examples, files = read_examples(config.path, config.sets)
+        reader, contexts = Reader(config.records), Contexts(config, "safety")
+        self.others = OtherContexts(config, "safety", reader, contexts)
         pooled = {split: [] for split in splits.SPLITS}
-        for example in examples:
-            pooled[example.split].append((example.text, self._row(example, config.ask_format)))
-        unique, counts = splits.without_repeats(pooled)
-        self.splits = {}
-        for split, rows in unique.items():
-            limit = getattr(config, f"{split}_questions")
-            self.splits[split] = splits.shuffled(rows)[: limit or None]
-        self.facts = {
-            "data": files,
-            "rows": {split: len(rows) for split, rows in unique.items()},
-            "left out": counts,
-            "contexts": self.contexts.facts(),
-            "other contexts": self.others.facts(),
+        for example in read_examples(config.path, config.sets, reader):
+            question = f"{QUESTIONS[example.set]}\n\n{example.text}"
+            if config.ask_format:
+                question += f"\n\n{FORMAT}"
+            row = Row(example.id, question, contexts.of(example.id), "yes" if example.harmful else "no")
+            pooled[example.split].append((example.text, row))
+        unique, repeats = splits.without_repeats(pooled)
+        self.skipped = reader.skipped + repeats
+        self.splits = {
+            split: splits.shuffled(rows)[: getattr(config, f"{split}_questions") or None]
+            for split, rows in unique.items()
         }
-
-    def _row(self, example: Example, ask_format: bool) -> Row:
-        record = {"text": example.text, "set": example.set}
-        question = f"{QUESTIONS[example.set]}\n\n{example.text}"
-        if ask_format:
-            question += f"\n\n{FORMAT}"
-        context = self.contexts.of(example.id, record)
-        return Row(example.id, question, context, "yes" if example.harmful else "no")
+        self.facts = {
+            "data": reader.digests,
+            "rows": {split: len(rows) for split, rows in self.splits.items()},
+            "contexts": contexts.facts(),
+        }
 
     def rows(self, split: str) -> list[Row]:
         return self.splits[split]
