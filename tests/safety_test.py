@@ -146,6 +146,14 @@ def test_files_that_are_not_as_published_are_named(folder, change, message):
         splits.check(task(folder))
 
 
+def test_an_unknown_label_is_left_out_and_counted_where_that_is_configured(folder):
+    _replace("offensive/val_labels.txt", "1\n", "2\n")(folder)
+    _replace("test_suite_cases.csv", ",non-hateful,", ",unsure,")(folder)
+    _replace("Ethos_Dataset_Binary.csv", ";0.5", ";7")(folder)
+    pooled = task(folder, records=RecordsConfig(skip=("label",)))
+    assert pooled.skipped == {"label": 3} and sum(pooled.facts["rows"].values()) == 40 + 120 + 60 - 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
