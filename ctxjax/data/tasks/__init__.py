@@ -1,7 +1,10 @@
 """The tasks, one file each. To add one: a module with a frozen config dataclass and a class with the methods of
 ``data.task.Task``, a section of the dataclass's fields in configs/base.py, and a line here."""
 
+from ctxjax.data.task import World
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.rules import Rules, RulesConfig
 
 TASKS = {"rules": (RulesConfig, Rules), "qa_jsonl": (QaConfig, QaJsonl)}
+# Those that can train a base of their own.
+WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))
