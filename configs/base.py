@@ -143,7 +143,15 @@ def get_config() -> ConfigDict:
     config.rules.test_questions = 512
     config.rules.empty_share = 0.0  # of the base's training rows without a table: with an empty context block, not none
 
-    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl or .parquet file
+    config.records = ConfigDict()  # of all files of rows: what becomes of a row that cannot be used
+    # Kinds that are left out and counted; others are an error that names the row: "unreadable" (no valid JSON, CSV
+    # or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "duplicate", "conflict" (one question, with two
+    # answers).
+    config.records.skip = ("duplicate",)
+    config.records.max_skipped = 100  # rows; more of them are an error
+    config.records.max_text = 1_000_000  # characters; longer texts are "huge"
+
+    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl, .parquet or .csv file
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column

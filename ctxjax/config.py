@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ctxjax.anchors import ANCHORS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
+from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
@@ -155,7 +156,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     result = Experiment(
         seed=config.seed,
         task=config.task,
-        task_config=task_class(**config[config.task]),
+        task_config=task_class(**config[config.task], **_shared(config, task_class)),
         model=ModelSource(**config.model),
         teacher=TeacherSource(**config.teacher),
         lora=_lora(config.lora),
@@ -182,6 +183,14 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
                 f"of every device; use a multiple of {ways * train.micro_batches}"
             )
     return result
+
+
+def _shared(config: ConfigDict, task_class) -> dict[str, Any]:
+    """What all tasks that read files have in common: the section ``records``, for those that have a field for it."""
+    records = RecordsConfig(**config.records.to_dict() | {"skip": tuple(config.records.skip)})
+    for kind in records.skip:
+        _one_of("records.skip", kind, KINDS)
+    return {"records": records} if "records" in task_class.__dataclass_fields__ else {}
 
 
 def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
@@ -268,7 +277,7 @@ _MAY_BE_ZERO = {
     "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
     "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
-    "qa_jsonl.limit", "optim.lr", "lora.rank",
+    "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped",
 }  # fmt: skip
 
 

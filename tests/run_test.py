@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, pretrain, preview, sharding, trainer, workdir as workdir_lib
+from ctxjax import (
+    arm as arm_lib,
+    config as config_lib,
+    inputs,
+    pretrain,
+    preview,
+    sharding,
+    trainer,
+    workdir as workdir_lib,
+)
 from ctxjax.data import prompts, show
 from ctxjax.data.tasks import rules
 from ctxjax.folder import open_folder
@@ -107,19 +116,19 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, fin
         workdir = cache / "adapter"
         uninterrupted = start(config, workdir)
     stopped = cache / f"stopped-{rank}"
-    original = trainer.Writer.step
+    original = arm_lib.Writer.step
 
     def stop_after_two(self, step, metrics):
         if step == 3:
             raise KeyboardInterrupt
         original(self, step, metrics)
 
-    trainer.Writer.step = stop_after_two
+    arm_lib.Writer.step = stop_after_two
     try:
         with pytest.raises(KeyboardInterrupt):
             start(config, stopped)
     finally:
-        trainer.Writer.step = original
+        arm_lib.Writer.step = original
     results = start(config, stopped)
     before = [row["loss"] for row in rows(workdir / "opcd_retained" / "metrics.jsonl") if "loss" in row]
     after = [row["loss"] for row in rows(stopped / "opcd_retained" / "metrics.jsonl") if "loss" in row]
@@ -201,9 +210,9 @@ def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_on
     config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
     (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     student = open_folder(trained(config), mesh)
-    alone = trainer.with_teacher(config_lib.experiment(small(cache), device_count=8), student, mesh, {})
+    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=8), student, mesh, {})
     assert all(folder is student for folder in alone)
-    both = trainer.with_teacher(config_lib.experiment(config, device_count=8), student, mesh, {})
+    both = inputs.with_teacher(config_lib.experiment(config, device_count=8), student, mesh, {})
     assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
     assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 
@@ -220,7 +229,7 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
         world = rules.Rules(experiment.task_config)
         student = open_folder(pretrain.base_folder(experiment.base, experiment.task, world), mesh)
-        sampling = trainer.sampling_config(experiment.rollout, student)
+        sampling = inputs.sampling_config(experiment.rollout, student)
         loss = experiment.arms["opcd_retained"]
         config = StepConfig(student.config, student.config, sampling, loss, experiment.optim)
         state = init_state(student.params, config, jax.random.key(experiment.seed))

@@ -26,6 +26,8 @@ class Grade(NamedTuple):
 
 
 class Task(Protocol):
+    skipped: dict[str, int]  # rows of its files that were left out, by kind (data.records.KINDS)
+
     def rows(self, split: str) -> list[Row]:
         """The rows of "train", "dev" or "test", each with the context to internalize. Splits are disjoint."""
 

@@ -1,5 +1,6 @@
 """The tasks, one file each. To add one: a module with a frozen config dataclass and a class with the methods of
-``data.task.Task``, a section of the dataclass's fields in configs/base.py, and a line here."""
+``data.task.Task``, a section of the dataclass's fields in configs/base.py, and a line here. A task that reads files
+takes their rows from ``data.records.Reader``, and its dataclass has a field ``records``."""
 
 from ctxjax.data.task import World
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl

@@ -1,17 +1,15 @@
-"""Questions with reference answers in a local JSONL or Parquet file, under one context of the user's."""
+"""Questions with reference answers in a local JSONL, Parquet or CSV file, under one context of the user's."""
 
 from __future__ import annotations
 
+from collections import Counter
 import dataclasses
 import hashlib
-import json
-from pathlib import Path
 import re
 
 import numpy as np
-import pyarrow.lib
-import pyarrow.parquet
 
+from ctxjax.data.records import Reader, RecordsConfig, read_context
 from ctxjax.data.task import Grade, Row
 
 GRADINGS = ("numeric", "exact")
@@ -19,7 +17,8 @@ GRADINGS = ("numeric", "exact")
 
 @dataclasses.dataclass(frozen=True)
 class QaConfig:
-    """See configs/base.py, ``config.qa_jsonl``; ``other_contexts_file`` is a JSONL file of strings."""
+    """See configs/base.py, ``config.qa_jsonl`` and, for ``records``, ``config.records``; ``other_contexts_file`` is a
+    JSONL file of strings."""
 
     path: str
     question: str
@@ -31,52 +30,7 @@ class QaConfig:
     other_contexts_file: str
     dev_questions: int
     test_questions: int
-
-
-def read_context(path: str) -> str:
-    """A context from a text file. A missing or empty file is an error: training on nothing looks like success."""
-    try:
-        text = Path(path).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"context file {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"context file {path} is not UTF-8 text: {error}") from None
-    if not text:
-        raise ValueError(f"context file {path} is empty; the teacher would see no context")
-    return text
-
-
-def _read_jsonl(path: Path, limit: int) -> list:
-    values = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit and len(values) >= limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                values.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
-    return values
-
-
-def read_records(path: str, limit: int) -> list[dict]:
-    """The first ``limit`` rows (0: all) of a .jsonl or .parquet file, as dicts."""
-    file = Path(path)
-    if not path or not file.is_file():
-        raise FileNotFoundError(f"data file {path!r} does not exist; set qa_jsonl.path to a .jsonl or .parquet file")
-    try:
-        if file.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(file)
-            records = table.slice(0, limit or None).to_pylist()
-        else:
-            records = _read_jsonl(file, limit)
-    except (UnicodeDecodeError, pyarrow.lib.ArrowInvalid) as error:
-        raise ValueError(f"data file {path} cannot be read: {error}") from None
-    if not records:
-        raise ValueError(f"data file {path} has no rows")
-    return records
+    records: RecordsConfig = RecordsConfig()
 
 
 def last_number(text: str) -> str | None:
@@ -101,18 +55,18 @@ class QaJsonl:
         if not config.context and not config.context_file:
             raise ValueError("qa_jsonl has no context; set qa_jsonl.context_file (or qa_jsonl.context)")
         self.context = config.context or read_context(config.context_file)
-        self.others = self._read_others() if config.other_contexts_file else []
-        records = read_records(config.path, config.limit)
-        for column in (config.question, config.reference):
-            for number, record in enumerate(records):
-                if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                    has = f"its columns are {sorted(record)}" if isinstance(record, dict) else "it is not an object"
-                    raise ValueError(f"{config.path}, row {number}: no text in column {column!r}; {has}")
-        rows = {}
-        for record in records:
-            question = record[config.question]
+        reader = Reader(config.records)
+        self.others = self._read_others(reader) if config.other_contexts_file else []
+        rows, seen = {}, {}
+        for record in reader.records(config.path, config.limit, "qa_jsonl.path"):
+            texts = reader.texts(record, config.question, config.reference)
+            if texts is None:
+                continue
+            question, reference = texts
             key = hashlib.sha256(question.encode()).hexdigest()[:16]
-            rows[key] = Row(key, question, self.context, record[config.reference])
+            if reader.is_new(record, seen, key, reference):
+                rows[key] = Row(key, question, self.context, reference)
+        self.skipped: Counter[str] = reader.skipped
         ordered = [rows[key] for key in sorted(rows)]
         held_out = config.dev_questions + config.test_questions
         if len(ordered) <= held_out:
@@ -126,13 +80,18 @@ class QaJsonl:
             "train": ordered[held_out:],
         }
 
-    def _read_others(self) -> list[str]:
-        path = Path(self.config.other_contexts_file)
-        if not path.is_file():
-            raise FileNotFoundError(f"qa_jsonl.other_contexts_file = {path} does not exist")
-        texts = _read_jsonl(path, 0)
-        if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"{path} must hold at least two lines, each a JSON string with a context")
+    def _read_others(self, reader: Reader) -> list[str]:
+        path, texts, seen = self.config.other_contexts_file, [], {}
+        for record in reader.records(path, field="qa_jsonl.other_contexts_file"):
+            text = reader.text(record)
+            if text is None:
+                continue
+            if text.strip() == self.context.strip():
+                raise ValueError(f"{record.where}: the context that is to be internalized; leave it out of this file")
+            if reader.is_new(record, seen, text):
+                texts.append(text)
+        if len(texts) < 2:
+            raise ValueError(f"{path} has {len(texts)} contexts; half of them are held out, so give at least two")
         return texts
 
     def rows(self, split: str) -> list[Row]:

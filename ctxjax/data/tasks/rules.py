@@ -87,6 +87,8 @@ def is_six_cycle(table: str) -> bool:
 class Rules:
     """The task of one world and one table in it."""
 
+    skipped: dict[str, int] = {}  # it reads no files
+
     def __init__(self, config: RulesConfig):
         self.config = config
         rng = np.random.default_rng([config.seed, 7])
