@@ -19,6 +19,7 @@ setup(
         "transformers>=5.23",  # tokenizers and chat templates; its models are never used
         "ml-collections>=1.1.0",
         "huggingface-hub>=2.4",  # models by their Hub id; transformers brings it too
+        "httpx2>=2.16",  # huggingface-hub's connections, whose errors are told apart
         "safetensors>=0.8.0",  # the weights' file format
         "pyarrow>=26.0.1",  # questions in Parquet files
         "scipy>=1.17",  # exact tests and intervals

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ctxjax.anchors import ANCHORS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.tasks import TASKS
+from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.losses import GATES, LossConfig
@@ -258,10 +258,10 @@ def _check_model(config: Experiment) -> None:
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     if config.model.path:
         return
-    if not config.base.steps or config.task != "rules":
+    if not config.base.steps or config.task not in WORLDS:
         raise ValueError(
-            f"model.path is empty; give the folder or the Hub id of a model (only task = 'rules' can train its own "
-            f"base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
+            f"model.path is empty; give the folder or the Hub id of a model (only task = {' or '.join(WORLDS)} can "
+            f"train its own base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
         )
     if config.base.query_heads % config.base.kv_heads:
         raise ValueError(

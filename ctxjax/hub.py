@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 import re
 
+import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -15,6 +16,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from ctxjax.retry import retry
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?")
 # Weights in safetensors, configurations, tokenizers, chat templates: no pickles, no code, no copies in subfolders.
@@ -33,8 +36,9 @@ def local_folder(path: str | Path) -> Path:
     if not HUB_ID.fullmatch(str(path)):
         raise FileNotFoundError(f"model folder {path} does not exist; give a folder, or a Hub id such as org/name")
     name, _, revision = str(path).partition("@")
+    options = {"revision": revision or None, "allow_patterns": WANTED, "ignore_patterns": UNWANTED}
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(retry(lambda: snapshot_download(name, **options), f"the Hub model {name}", _is_transient))
     except GatedRepoError:
         raise PermissionError(
             f"the Hub model {name} is gated: accept its terms at https://huggingface.co/{name}, then `hf auth login`"
@@ -50,5 +54,18 @@ def local_folder(path: str | Path) -> Path:
             f"model {path} is neither a folder here nor in the Hub's cache, and the Hub cannot be reached (offline, or "
             f"HF_HUB_OFFLINE is set); connect, or give the folder of a copy"
         ) from None
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"the Hub did not deliver {path}: {error}") from None
+    except (HfHubHTTPError, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+        raise FileNotFoundError(
+            f"the Hub did not deliver {path}: {type(error).__name__}: {error}. What has arrived is kept: try again"
+        ) from None
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the Hub may answer if it is asked again: 408, 429, 5xx, and connections that break. Those that cannot be
+    made in the first place (LocalEntryNotFoundError) snapshot_download has tried several times itself."""
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        return status in (408, 429) or (status is not None and status >= 500)
+    return isinstance(error, (httpx2.TransportError, ConnectionError, TimeoutError)) and not isinstance(
+        error, (OfflineModeIsEnabled, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+    )

@@ -44,7 +44,7 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
         )
     if config.teacher.path:
         local_folder(config.teacher.path)  # missing: said now, and not when the student is loaded or even trained
-    folder, teacher = with_teacher(config, _open_model(config, mesh, seconds), mesh, seconds)
+    folder, teacher = with_teacher(config, _open_model(config, task, mesh, seconds), mesh, seconds)
     if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
     rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
@@ -71,11 +71,11 @@ def with_teacher(
     return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
 
 
-def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFolder:
+def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> ModelFolder:
     clock = time.monotonic()
     path = config.model.path
     if not path:
-        path = pretrain.ensure_base(config.base, config.task_config, mesh)
+        path = pretrain.ensure_base(config.base, config.task, task, mesh)
         seconds["base from scratch"] = time.monotonic() - clock
         clock = time.monotonic()
     folder = open_folder(path, mesh, config.model.dtype, config.model.param_dtype, config.model.remat)

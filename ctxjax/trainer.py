@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from ctxjax import optim, sharding, workdir as workdir_lib
+from ctxjax import optim, retry, sharding, workdir as workdir_lib
 from ctxjax.arm import Arm
 from ctxjax.config import Experiment
 from ctxjax.data.records import counts
@@ -72,7 +72,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             seconds[name] = time.monotonic() - clock
     results = _results(finished, config)
     seconds["total"] = time.monotonic() - started
-    facts |= {"rows_left_out": dict(task.skipped), "task": task.facts}
+    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts), "task": task.facts}
     workdir_lib.write_json(
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )

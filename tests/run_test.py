@@ -22,6 +22,7 @@ from ctxjax import (
     workdir as workdir_lib,
 )
 from ctxjax.data import prompts, show
+from ctxjax.data.tasks import rules
 from ctxjax.folder import open_folder
 from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
@@ -177,7 +178,7 @@ def trained(config) -> Path:
     """The folder of a configuration's base, trained where it is not in the cache."""
     experiment = config_lib.experiment(config, jax.device_count())
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
-        return pretrain.ensure_base(experiment.base, experiment.task_config, mesh)
+        return pretrain.ensure_base(experiment.base, experiment.task, rules.Rules(experiment.task_config), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,8 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     begins = [{tuple(ids[:2]) for ids in prompts.token_lists(view)} for view in (batch.bare, batch.context)]
     assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's turn, or the system's
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
-        student = open_folder(pretrain.base_folder(experiment.base, experiment.task_config), mesh)
+        world = rules.Rules(experiment.task_config)
+        student = open_folder(pretrain.base_folder(experiment.base, experiment.task, world), mesh)
         sampling = inputs.sampling_config(experiment.rollout, student)
         loss = experiment.arms["opcd_retained"]
         config = StepConfig(student.config, student.config, sampling, loss, experiment.optim)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 import sys
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
+
+from ctxjax.retry import retry
 
 KINDS = {
     "unreadable": "not valid JSON or CSV, or not UTF-8",
@@ -64,17 +67,17 @@ class Reader:
             raise FileNotFoundError(f"data file {str(path)!r} does not exist; set {field} to a {_ENDINGS} file")
         if file.suffix.lower() not in READERS:
             raise ValueError(f"data file {path}: {file.suffix!r} is not known; set {field} to a {_ENDINGS} file")
-        found = []
+        read = READERS[file.suffix.lower()]
         try:
-            for number, (where, value) in enumerate(READERS[file.suffix.lower()](file), 1):
-                if isinstance(value, _Unreadable):
-                    self.reject("unreadable", f"{path}, {where}", value.why)
-                else:
-                    found.append(Record(f"{path}, {where}", value))
-                if number == limit:
-                    break
-        except (UnicodeDecodeError, pyarrow.ArrowException, csv.Error) as error:
+            rows = retry(lambda: list(itertools.islice(read(file), limit or None)), f"data file {path}")
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException, csv.Error) as error:
             raise ValueError(f"data file {path} cannot be read: {error}") from None
+        found = []
+        for where, value in rows:
+            if isinstance(value, _Unreadable):
+                self.reject("unreadable", f"{path}, {where}", value.why)
+            else:
+                found.append(Record(f"{path}, {where}", value))
         if not found:
             raise ValueError(f"data file {path} has no rows")
         with file.open("rb") as content:
@@ -224,18 +227,15 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                columns = {name: _python(column) for name, column in zip(batch.schema.names, batch.columns)}
-                for place in range(batch.num_rows):
-                    number += 1
-                    row = {name: values[place] for name, values in columns.items()}
-                    broken = [(name, v.why) for name, v in row.items() if isinstance(v, _Unreadable)]
-                    yield f"row {number}", _Unreadable("column {!r}: {}".format(*broken[0])) if broken else row
-    except OSError as error:  # of a file that is cut off; pyarrow's message does not name it
-        raise ValueError(f"data file {file} cannot be read: {error}") from None
+    with pyarrow.parquet.ParquetFile(file) as table:
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            columns = {name: _python(column) for name, column in zip(batch.schema.names, batch.columns)}
+            for place in range(batch.num_rows):
+                number += 1
+                row = {name: values[place] for name, values in columns.items()}
+                broken = [(name, v.why) for name, v in row.items() if isinstance(v, _Unreadable)]
+                yield f"row {number}", _Unreadable("column {!r}: {}".format(*broken[0])) if broken else row
 
 
 def _python(column: pyarrow.Array) -> list:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,6 +59,31 @@ class Task(Protocol):
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str | None:
         """The row's context in other words, or None where the task cannot tell."""
+
+
+class PretrainingRow(NamedTuple):
+    """A row of a base model's training text; ``context`` as in Row."""
+
+    question: str
+    context: str | None
+    response: str
+
+
+@runtime_checkable
+class World(Protocol):
+    """What a task has besides, if it can write the training text of a base model of its own (pretrain.py)."""
+
+    def tokenizer(self):
+        """The base's tokenizer, a transformers one with a chat template."""
+
+    def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
+        """A row drawn by ``rng``; its text shares no question with dev and test rows."""
+
+    def longest_pretraining_row(self) -> PretrainingRow:
+        """A row whose prompt and response have as many tokens as any that is drawn, possibly none of those."""
+
+    def pretraining_facts(self) -> dict:
+        """All that shapes the tokenizer and the rows, as JSON: a base is trained again when it changes."""
 
 
 def evaluation_views(task: Task, rows: list[Row], split: str) -> dict[str, list[Row]]:
