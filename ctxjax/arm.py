@@ -17,11 +17,12 @@ from ctxjax.inputs import sampling_config
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
 from ctxjax.train_step import StepConfig, init_state, student_params, train_step
-from ctxjax.types import Frozen, Params, PrefixKV, TrainState
+from ctxjax.types import Frozen, Params, PrefixKV, Rollout, TrainState
 
 
 class Arm:
-    """One arm: the same base, seed and data order as the others, its own loss."""
+    """One arm: the same base, seed and data order as the others, its own loss. ``samples`` are the responses that the
+    teacher gives to its off-policy steps."""
 
     def __init__(
         self,
@@ -33,11 +34,12 @@ class Arm:
         rows: EncodedRows,
         retention: RetentionRows | None,
         teacher_prefix: PrefixKV | None,
+        samples: dict[int, Rollout],
         mesh,
         workdir: Path,
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
-        self.mesh, self.workdir = mesh, workdir
+        self.samples, self.mesh, self.workdir = samples, mesh, workdir
         sampling = sampling_config(config.rollout, folder)
         micro_batches = config.train.micro_batches
         self.step_config = StepConfig(
@@ -66,16 +68,17 @@ class Arm:
             pad_id=self.folder.pad_id,
             first_step=first,
         )
-        compiled = None
+        programs = {}  # by whether they are given the teacher's samples
         for step in range(first + 1, train.steps + 1):
-            batch = sharding.put_batch(next(batches), self.mesh)
-            if compiled is None:
-                clock = time.monotonic()
-                compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
-                seconds[f"{self.name} compile"] = time.monotonic() - clock
+            batch, samples = sharding.put_batch((next(batches), self.samples.get(step)), self.mesh)
+            if (is_given := samples is not None) not in programs:
+                clock, name = time.monotonic(), f"{self.name} compile"
+                lowered = train_step.lower(state, self.frozen, batch, config=self.step_config, samples=samples)
+                programs[is_given] = lowered.compile()
+                seconds[name] = seconds.get(name, 0.0) + time.monotonic() - clock
                 writer.pause()
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, self.frozen, batch)
+                state, metrics = programs[is_given](state, self.frozen, batch, samples=samples)
             writer.step(step, metrics)
             if "first step done" not in seconds:
                 jax.block_until_ready(metrics)
