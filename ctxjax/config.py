@@ -286,13 +286,15 @@ def _check_model(config: Experiment) -> None:
 
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
+    "teacher.temperature", "teacher.top_k",
     "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
     "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
     "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
     "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
     "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
-    "teacher.temperature", "teacher.top_k", "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped",
+    "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped", "qa_jsonl.context_seed", "safety.context_seed",
+    "safety.train_questions", "safety.dev_questions", "safety.test_questions",
 }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             seconds[name] = time.monotonic() - clock
     results = _results(finished, config)
     seconds["total"] = time.monotonic() - started
-    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts)}
+    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts), "task": task.facts}
     workdir_lib.write_json(
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )
