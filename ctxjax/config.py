@@ -287,9 +287,10 @@ _MAY_BE_ZERO = {
     "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
     "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
-    "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped",
     "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
     "alarms.parse_rate", "alarms.agreement",
+    "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped", "qa_jsonl.context_seed", "safety.context_seed",
+    "safety.train_questions", "safety.dev_questions", "safety.test_questions",
 }  # fmt: skip
 
 

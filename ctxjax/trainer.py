@@ -74,7 +74,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     results = _results(finished, config)
     results |= {name: results[name] | found for name, found in alarms.items()}
     seconds["total"] = time.monotonic() - started
-    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts)}
+    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts), "task": task.facts}
     workdir_lib.write_json(
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )

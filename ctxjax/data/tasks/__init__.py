@@ -5,7 +5,12 @@ takes their rows from ``data.records.Reader``, and its dataclass has a field ``r
 from ctxjax.data.task import World
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.rules import Rules, RulesConfig
+from ctxjax.data.tasks.safety import Safety, SafetyConfig
 
-TASKS = {"rules": (RulesConfig, Rules), "qa_jsonl": (QaConfig, QaJsonl)}
+TASKS = {
+    "rules": (RulesConfig, Rules),
+    "qa_jsonl": (QaConfig, QaJsonl),
+    "safety": (SafetyConfig, Safety),
+}
 # Those that can train a base of their own.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))

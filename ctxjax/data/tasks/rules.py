@@ -22,6 +22,7 @@ import re
 import numpy as np
 
 from ctxjax.data import word_tokenizer
+from ctxjax.data.records import digest
 from ctxjax.data.task import Grade, PretrainingRow, Row
 
 LETTERS = "abcdef"
@@ -106,6 +107,7 @@ class Rules:
             raise ValueError(f"rules.context_index = {config.context_index}; this world has tables 0 to {TARGETS - 1}")
         target = self.targets[config.context_index]
         self.context = table_text(target, rng.permutation(len(LETTERS)))
+        self.facts = {"contexts": {f"table {config.context_index}": digest(self.context)}}
 
     @staticmethod
     def _split_questions(rng: np.random.Generator) -> dict[str, list[list[str]]]:
@@ -136,7 +138,7 @@ class Rules:
 
     def grade(self, response: str, reference: str) -> Grade:
         steps = re.fullmatch(r"s1 [a-f]+(?: s2 [a-f]+)?(?: s3 [a-f]+)?", response)
-        return Grade(response if steps else None, response == reference)
+        return Grade(response if steps else None, response == reference, None if steps else "no steps")
 
     def other_contexts(self, split: str) -> list[str]:
         rng = np.random.default_rng([self.config.seed, 11])
