@@ -74,8 +74,15 @@ def get_config() -> ConfigDict:
     config.rollout.top_k = 0  # 0: off
     config.rollout.top_p = 1.0  # 1: off
 
+    # How the teacher draws the responses, with the context, that off-policy steps learn from: once for all arms, and
+    # kept in the workdir's teacher_samples.jsonl.
+    config.teacher.temperature = config.rollout.get_oneway_ref("temperature")
+    config.teacher.top_k = config.rollout.get_oneway_ref("top_k")
+    config.teacher.top_p = config.rollout.get_oneway_ref("top_p")
+
     config.loss = ConfigDict()  # ctxjax/losses.py explains every field
     # Of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
+    # "cross_entropy": of the tokens of the teacher's samples, without its distributions (on_policy_fraction 0).
     config.loss.divergence = "reverse_kl"
     config.loss.alpha = 0.5  # of jsd (the teacher's weight) and of the skewed ones (the share that is not mixed)
     config.loss.support = "full"  # tokens L_distill sums over: "full", "teacher_top_k", "student_top_k", "union_top_k"
@@ -127,10 +134,24 @@ def get_config() -> ConfigDict:
     config.eval.top_p = 1.0
     config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval
 
+    config.alarms = ConfigDict()  # what a run warns of, once each (ctxjax/alarms.py); a threshold of 0: not of that
+    # Those that end the run. All: "not_finite" (loss or gradient; such a step is skipped), "no_end" (not one response
+    # ends), and the names of the thresholds below.
+    config.alarms.stop = ("not_finite",)
+    config.alarms.patience = 3  # steps in a row that are too much
+    config.alarms.untrained = 0.5  # share of responses without a token that is trained on
+    config.alarms.logprob_gap = 0.05  # between sampling and scoring, mean nats per token
+    config.alarms.truncated = 0.5  # share of responses cut at the length limit
+    config.alarms.repetition = 0.3  # share of runs of 8 tokens that occurred before in the same response
+    config.alarms.no_distillation = 1e-6  # L_distill, nats per token, that is as good as none: no context?
+    config.alarms.parse_rate = 0.3  # fall of the share of readable dev answers, from its best
+    config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher, from its best
+
     # The arms: name -> what it changes in config.loss. All start from the same base, seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
     config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
+    config.arms.sft = ConfigDict({"divergence": "cross_entropy", "on_policy_fraction": 0.0})
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
     config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # which of them to run, in this order
