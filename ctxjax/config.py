@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 
 from ctxjax.alarms import ALARMS, AlarmsConfig
 from ctxjax.anchors import ANCHORS
+from ctxjax.data.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.tasks import TASKS, WORLDS
-from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.fields import check_numbers, checked, one_of as _one_of, require as _require
-from ctxjax.losses import GATES, LossConfig
+from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.optim import SCHEDULES, OptimConfig
 from ctxjax.sharding import check_divisible
@@ -35,14 +35,6 @@ class ModelSource:
     dtype: str
     param_dtype: str
     remat: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherSource:
-    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights."""
-
-    path: str
-    param_dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +74,16 @@ class DecodeConfig:
     temperature: float
     top_k: int
     top_p: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSource:
+    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights. ``decode`` is how
+    it draws samples for off-policy steps."""
+
+    path: str
+    param_dtype: str
+    decode: DecodeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +132,12 @@ class Experiment:
 
 
 _SECTIONS = {
-    "model": (ModelSource,), "teacher": (TeacherSource,), "lora": (LoraConfig,), "base": (BaseConfig,),
+    "model": (ModelSource,), "teacher": (TeacherSource, DecodeConfig), "lora": (LoraConfig,), "base": (BaseConfig,),
     "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,), "loss": (LossConfig,),
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
     "records": (RecordsConfig,),
 }  # fmt: skip
-_MADE = {"loss.temperature", "optim.steps", "eval.max_tokens"}  # taken from other sections
+_MADE = {"loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens"}  # taken from other sections
 _TOP = {"seed": int, "task": str, "compile_cache": str, "cpu_devices": int, "run_arms": tuple[str, ...]}
 
 
@@ -165,14 +167,14 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     _one_of("prompt.placement", prompt.placement, PLACEMENTS)
     parse_date(prompt.date)
     _one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
-    if config.task == "qa_jsonl":
-        _one_of("qa_jsonl.grading", config.qa_jsonl.grading, GRADINGS)
+    if "grading" in config[config.task]:
+        _one_of(f"{config.task}.grading", config[config.task].grading, GRADERS)
     result = Experiment(
         seed=config.seed,
         task=config.task,
         task_config=task_class(**config[config.task], **_shared(config, task_class)),
         model=ModelSource(**config.model),
-        teacher=TeacherSource(**config.teacher),
+        teacher=_teacher(config.teacher, rollout),
         lora=_lora(config.lora),
         base=BaseConfig(**config.base),
         mesh=_mesh(config.mesh, device_count),
@@ -208,6 +210,12 @@ def _shared(config: ConfigDict, task_class) -> dict[str, Any]:
     return {"records": records} if "records" in task_class.__dataclass_fields__ else {}
 
 
+def _teacher(config: ConfigDict, rollout: DecodeConfig) -> TeacherSource:
+    fields = config.to_dict()
+    decode = dataclasses.replace(rollout, **{name: fields.pop(name) for name in ("temperature", "top_k", "top_p")})
+    return TeacherSource(decode=decode, **fields)
+
+
 def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
     if not config.run_arms:
         raise ValueError(f"run_arms is empty; name at least one of {sorted(config.arms)}")
@@ -225,12 +233,18 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
 
 def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
     names = {
-        "divergence": DIVERGENCES, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS, "gate": GATES,
+        "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS,
+        "gate": GATES,
         "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
     }  # fmt: skip
     for field, known in names.items():
         _one_of(f"loss.{field}", getattr(loss, field), known)
     _require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
+    if not loss.needs_teacher and (loss.on_policy_fraction > 0 or loss.support != "full"):
+        raise ValueError(
+            f"loss.divergence = {loss.divergence!r} is of the teacher's own tokens; set loss.on_policy_fraction = 0 "
+            f"(here {loss.on_policy_fraction}) and loss.support = full (here {loss.support})"
+        )
     most = config.rollout.max_tokens
     _require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")
     if loss.teacher == "ema" and config.teacher.path:
@@ -290,6 +304,7 @@ def _check_model(config: Experiment) -> None:
 
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
+    "teacher.temperature", "teacher.top_k",
     "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
     "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
     "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
@@ -298,6 +313,10 @@ _MAY_BE_ZERO = {
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
     "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
     "alarms.parse_rate", "alarms.agreement",
-    "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped", "qa_jsonl.context_seed", "safety.context_seed",
-    "safety.train_questions", "safety.dev_questions", "safety.test_questions",
+    "optim.lr", "lora.rank", "records.max_skipped", "medical.first_label",
+}  | {  # of tasks over files, 0 is no limit
+    f"{task}.{field}"
+    for task in ("qa_jsonl", "medical", "safety", "math", "hints")
+    for field in ("context_seed", "limit", "train_questions", "dev_questions", "test_questions")
+    if (task, field) not in (("qa_jsonl", "dev_questions"), ("qa_jsonl", "test_questions"))
 }  # fmt: skip
