@@ -21,6 +21,7 @@ from ctxjax.folder import ModelFolder
 from ctxjax.inputs import open_inputs, sampling_config, teacher_prefix
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
+from ctxjax.teacher_samples import steps_of, teacher_samples
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
@@ -32,7 +33,8 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     seconds: dict[str, float] = {}
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
-        task, folder, teacher, train_rows, retention = open_inputs(config, mesh, seconds)
+        inputs = open_inputs(config, mesh, seconds)
+        task, folder, teacher, train_rows, retention = inputs
         print(_sizes(config, folder, teacher, mesh), flush=True)
         prefix = teacher_prefix(teacher, train_rows)
         dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
@@ -47,12 +49,16 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         base_on_dev = dev(folder.params)
         seconds["evaluate base"] = time.monotonic() - clock
         _save_items(workdir / "base", base)
-        finished = {"base": base}
+        finished, alarms = {"base": base}, {}
         if teacher is not folder:
             clock = time.monotonic()
             finished["teacher"] = _evaluator(config, task, "test", teacher, teacher, mesh)(teacher.params)
             _save_items(workdir / "teacher", finished["teacher"])
             seconds["evaluate teacher"] = time.monotonic() - clock
+        clock = time.monotonic()
+        samples = teacher_samples(config, inputs, workdir, mesh)
+        if samples:
+            seconds["teacher's samples"] = time.monotonic() - clock
         for name, loss in config.arms.items():
             clock = time.monotonic()
             arm = Arm(
@@ -64,16 +70,19 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 train_rows,
                 retention if loss.mu > 0 else None,
                 prefix,
+                {step: samples[step] for step in steps_of(config, name)},
                 mesh,
                 workdir / name,
             )
             params = arm.train(dev, base_on_dev, started, seconds)
             finished[name] = test(params)
+            alarms[name] = {"alarms": arm.alarms.raised, "skipped_steps": arm.alarms.skipped}
             _save_items(workdir / name, finished[name])
             seconds[name] = time.monotonic() - clock
     results = _results(finished, config)
+    results |= {name: results[name] | found for name, found in alarms.items()}
     seconds["total"] = time.monotonic() - started
-    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts)}
+    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts), "task": task.facts}
     workdir_lib.write_json(
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )
