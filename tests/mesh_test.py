@@ -1,12 +1,12 @@
 """The same step on every mesh: its numbers, and what its compiled program moves between devices."""
 
+from collections.abc import Iterable
 import dataclasses
 import functools
 import re
 from types import SimpleNamespace
 
 import jax
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -17,11 +17,12 @@ from ctxjax.models.lora import LoraConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.sharding import make_mesh, put_batch
-from ctxjax.train_step import StepConfig, init_state, rollout_step, train_step, update_step
+from ctxjax.train_step import StepConfig, init_state, rollout_step, update_step
 from ctxjax.types import Batch, Frozen, Prompts
 
 ROWS, COLUMNS, VOCAB = 8, 7, 88
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+ADAPTER = LoraConfig(2, 4.0, ("q", "down"))
 
 
 @pytest.fixture(scope="module")
@@ -53,31 +54,44 @@ def placed(config, batch, make_params, mesh):
     return init_state(base, config, jax.random.key(2)), frozen, put_batch(batch, mesh)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def tokens_metrics_and_moments(state, frozen, batch, config):
-    """Adam's first moments are the gradient, times a constant."""
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def tokens_state_and_metrics(state, frozen, batch, config):
+    """The whole step, and what it sampled. Adam's first moments are the gradient, times a constant."""
     rollout, _ = rollout_step(state, frozen, batch, config)
-    state, metrics = update_step(state, frozen, batch, rollout, None, config)
-    return rollout.tokens_BxT, metrics, state.opt_state[1][0].mu
+    return rollout.tokens_BxT, *update_step(state, frozen, batch, rollout, None, config)
 
 
-def results(config, batch, make_params, mesh):
-    with jax.set_mesh(mesh):
-        return jax.device_get(tokens_metrics_and_moments(*placed(config, batch, make_params, mesh), config))
+@pytest.fixture(scope="module")
+def on(config, batch, make_params):
+    """on(mesh shape, adapter or None): (tokens, gradient, metrics) of a step, and the text of its compiled program."""
+
+    @functools.cache
+    def run(shape, lora=None):
+        own = dataclasses.replace(config, lora=lora)
+        devices = jax.devices()[: int(np.prod(shape))]
+        mesh = make_mesh(*shape, devices=devices)
+        with jax.set_mesh(mesh):
+            inputs = placed(own, batch, make_params, mesh)
+            program = tokens_state_and_metrics.lower(*inputs, own).compile()
+            tokens, state, metrics = program(*inputs)
+            return jax.device_get((tokens, state.opt_state[1][0].mu, metrics)), program.as_text()
+
+    return run
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["all_weights", "adapter"])
-def test_every_mesh_samples_the_same_tokens_and_takes_the_same_gradient(rank, config, batch, make_params):
-    config = dataclasses.replace(config, lora=LoraConfig(rank, 4.0) if rank else None)
-    tokens, metrics, gradient = results(config, batch, make_params, make_mesh(devices=jax.devices()[:1]))
-    assert len(np.unique(tokens)) > 8 and metrics["distill"] > 0.1 and metrics["anchor"] > 0.1
-    for shape in MESHES:
-        on_mesh = results(config, batch, make_params, make_mesh(*shape))
-        np.testing.assert_array_equal(on_mesh[0], tokens, err_msg=str(shape))
-        for name, value in metrics.items():
-            assert on_mesh[1][name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), (shape, name)
-        for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(on_mesh[2]), strict=True):
-            np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=str(shape))
+@pytest.mark.parametrize(
+    "shape, lora", [*((shape, None) for shape in MESHES), ((2, 2, 2), ADAPTER)], ids=lambda value: str(value)[:9]
+)
+@pytest.mark.filterwarnings("error:Some donated buffers were not usable")
+def test_every_mesh_samples_the_tokens_and_takes_the_gradient_of_one_device(shape, lora, on):
+    (tokens, gradient, metrics), _ = on((1, 1, 1), lora)
+    (tokens_on_mesh, gradient_on_mesh, metrics_on_mesh), _ = on(shape, lora)
+    assert len(np.unique(tokens)) > 8 and metrics["distill"] > 0.1 and (lora or metrics["anchor"] > 0.1)
+    np.testing.assert_array_equal(tokens_on_mesh, tokens)
+    for name, value in metrics.items():
+        assert metrics_on_mesh[name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+    for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_on_mesh), strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1e-3))
 
 
 # --- The compiled program ---
@@ -88,73 +102,101 @@ def computations(text: str) -> dict[str, str]:
     return dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
 
 
-def loops(text: str) -> str:
-    """The text of all loops' bodies, with that of everything they call."""
+def reached(text: str, names: Iterable[str]) -> str:
+    """The text of the named computations, with that of everything they call."""
     bodies = computations(text)
-    seen, todo = set(), set(re.findall(r"body=%?([\w.\-]+)", text))
+    seen, todo = set(), set(names)
     while todo:
         seen |= todo
-        named = {other for one in todo for other in re.findall(r"%([\w.\-]+)", bodies[one])}
-        todo = (named & bodies.keys()) - seen
+        called = {other for one in todo for other in re.findall(r"%([\w.\-]+)", bodies[one])}
+        todo = (called & bodies.keys()) - seen
     return "\n".join(bodies[one] for one in sorted(seen))
 
 
-def gathered(text: str) -> list[tuple[int, ...]]:
+def loops(text: str) -> set[str]:
+    """The names of all loops' bodies."""
+    return set(re.findall(r"body=%?([\w.\-]+)", text))
+
+
+def gathered(text: str) -> set[tuple[int, ...]]:
     """The shapes that all-gathers give, axes of size 1 left out."""
-    lines = re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
-    shapes = [re.findall(r"\w+\[([\d,]+)\]", line)[-1] for line in lines]
-    return [tuple(size for size in map(int, dims.split(",")) if size > 1) for dims in shapes]
+    lines = re.findall(r"= (.*?) all-gather\(", text)
+    shapes = [dims for line in lines for dims in re.findall(r"\w+\[([\d,]+)\]", line)]
+    return {tuple(size for size in map(int, dims.split(",")) if size > 1) for dims in shapes}
 
 
-@pytest.fixture(scope="module")
-def program(config, batch, make_params):
-    """program(mesh shape): the text of the compiled step on it."""
-
-    @functools.cache
-    def compiled(*shape):
-        mesh = make_mesh(*shape)
-        with jax.set_mesh(mesh):
-            state, frozen, data = placed(config, batch, make_params, mesh)
-            return train_step.lower(state, frozen, data, config=config).compile().as_text()
-
-    return compiled
+def test_logits_are_neither_gathered_nor_held_whole(on, config):
+    """But for the one column that the sampler draws from, and the head, which is no logits."""
+    _, text = on((2, 2, 2))
+    width, rows = config.model.width, ROWS // 4
+    of_vocabulary = {shape for shape in gathered(text) if {VOCAB, VOCAB // 2} & set(shape) and width not in shape}
+    assert of_vocabulary == {(rows, VOCAB)}
+    held = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+    columns = {COLUMNS, COLUMNS + 1}
+    assert any(shape[-1] == VOCAB // 2 for shape in held)
+    assert not [shape for shape in held if shape[-1] in (VOCAB, VOCAB // 2) and columns & set(shape[:-1])]
 
 
-def test_logits_are_neither_gathered_nor_held_whole(program):
-    """But for the one column that the sampler draws from."""
-    text = program(2, 2, 2)
-    gathers = [shape for shape in gathered(text) if VOCAB in shape and shape[-2:] != (32, VOCAB)]
-    assert set(gathers) <= {(ROWS // 4, VOCAB)}
-    held = {dims for dims in re.findall(r"f32\[([\d,]+)\]", text) if dims.endswith((f",{VOCAB}", f",{VOCAB // 2}"))}
-    assert not [dims for dims in held if {str(COLUMNS), str(COLUMNS + 1)} & set(dims.split(",")[:-1])]
-
-
-def test_weights_are_gathered_a_layer_at_a_time(program, config):
-    text = program(1, 8, 1)
+def test_weights_are_gathered_a_layer_at_a_time(on, config):
+    _, text = on((1, 8, 1))
     width, mlp, layers = config.model.width, config.model.mlp_width, config.model.layers
     one_layer = {(width, mlp), (mlp, width)}
-    assert one_layer <= set(gathered(loops(text)))
-    assert not [shape for shape in gathered(text) if shape[0] == layers and shape[1:] in one_layer]
+    assert one_layer & gathered(reached(text, loops(text)))
+    stacks = {(layers, *shape) for shape in one_layer}
+    in_training = {shape for name in loops(text) for shape in gathered(reached(text, [name]))}
+    assert not stacks & in_training
 
 
 @pytest.mark.parametrize("rules, per_token", [("gathered", False), ("stored", True)])
 def test_decoding_gathers_weights_once_or_for_every_token_as_its_rules_say(
     rules, per_token, config, batch, make_params
 ):
-    """Of a deep model, whose layers decoding scans."""
-    model = dataclasses.replace(config.model, layers=9)
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        params, data = make_params(model, 0, mesh), put_batch(batch, mesh)
+        params, data = make_params(config.model, 0, mesh), put_batch(batch, mesh)
         keys = rng.row_keys(jax.random.key(0), data.example_id_B)
         sampling = dataclasses.replace(config.sampling, weights=rules)
-        text = jax.jit(sample, static_argnums=(1, 2)).lower(params, model, sampling, data.bare, keys).compile().as_text()
-    decoding = "\n".join(body for body in re.findall(r"body=%?([\w.\-]+)", computations_of_while(text)))
-    assert bool(decoding) is not None and per_token is not None
-
-
-def computations_of_while(text):
-    return text
+        text = jax.jit(sample, static_argnums=(1, 2)).lower(params, config.model, sampling, data.bare, keys)
+        text = text.compile().as_text()
+    decoding = [name for name in loops(text) if f"s32[{ROWS // 4},{COLUMNS}]" in computations(text)[name]]
+    assert decoding
+    width, mlp = config.model.width, config.model.mlp_width // 2
+    weights = {(width, mlp), (mlp, width)} & gathered(reached(text, decoding))
+    assert bool(weights) == per_token
 
 
 # --- What does not fit ---
+
+
+def devices_of(slices: int, each: int) -> list:
+    return [
+        SimpleNamespace(id=i, slice_index=i // each, process_index=i // each, platform="cpu", device_kind="cpu")
+        for i in range(slices * each)
+    ]
+
+
+def test_rows_alone_are_spread_over_slices():
+    grid = sharding.device_grid(devices_of(2, 4), (4, 2, 1))
+    for place, device in np.ndenumerate(grid):
+        assert device.slice_index == place[0] // 2, place
+
+
+def test_slices_that_do_not_fit_are_named_with_what_would():
+    with pytest.raises(ValueError, match="mesh.data = 1 is not divisible by mesh.slices = 2; use 2"):
+        sharding.device_grid(devices_of(2, 4), (1, 8, 1))
+    with pytest.raises(ValueError, match="mesh.slices = 4, but the 8 devices lie in 2 slices; use 2"):
+        sharding.device_grid(devices_of(2, 4), (4, 2, 1), slices=4)
+    with pytest.raises(ValueError, match="mesh.slices = 2, but the 8 devices lie in 1 processes"):
+        sharding.device_grid(jax.devices(), (8, 1, 1), slices=2)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"tensor": 4, "fsdp": 2}, "tiny: kv_heads = 2 not divisible by mesh.tensor = 4; use mesh.tensor = 2$"),
+        ({"tensor": 2, "fsdp": 4}, "tiny: width = 18 not divisible by mesh.fsdp = 4; use mesh.fsdp = 3 or 6$"),
+    ],
+)
+def test_a_dimension_that_does_not_fit_is_named_with_what_would(sizes, message, tiny_model):
+    with pytest.raises(ValueError, match=message):
+        mesh_fit.check(dataclasses.replace(tiny_model, width=18), make_mesh(**sizes), "tiny")
