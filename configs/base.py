@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
     config.compile_cache = "~/.cache/ctxjax/xla"
 
+    config.slice = ""  # the TPU slice that the run is meant for, such as v5e:4x4; python -m ctxjax.plan reads it
     config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
 
     config.model = ConfigDict()

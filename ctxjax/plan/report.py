@@ -1,0 +1,72 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+from ctxjax.plan.chips import CHIPS, USABLE
+from ctxjax.plan.remedies import Remedy
+from ctxjax.plan.step import Plan
+
+GIB = 2**30
+
+
+def verdict(plan: Plan, hbm_gib: float) -> str:
+    """ "fits", "tight" (more than USABLE of the memory), or "does not fit"."""
+    if plan.refused or plan.total > hbm_gib * GIB:
+        return "does not fit"
+    return "fits" if plan.total <= USABLE * hbm_gib * GIB else "tight"
+
+
+def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Remedy]) -> dict:
+    """The plan as plain values; sizes in bytes of a chip, times in seconds. ``generation`` None: local devices."""
+    chip = CHIPS.get(generation)
+    result = facts | {
+        "chips": plan.chips,
+        "bytes": plan.held | {"temporaries": plan.temporaries},
+        "inside_temporaries": plan.inside,
+        "total_bytes": plan.total,
+        "flops": plan.flops,
+        "compile_seconds": round(plan.compile_seconds, 1),
+        "collectives": None
+        if plan.traffic is None
+        else {kind: {"count": one.count, "sent_bytes": int(one.sent)} for kind, one in sorted(plan.traffic.items())},
+        "refused": plan.refused,
+    }
+    if chip:
+        result |= {
+            "hbm_bytes": int(chip.hbm_gib * GIB),
+            "share_of_hbm": round(plan.total / (chip.hbm_gib * GIB), 4),
+            "verdict": verdict(plan, chip.hbm_gib),
+            "floor_seconds": {name: float(f"{value:.4g}") for name, value in plan.floors(chip).items()},
+            "remedies": [remedy._asdict() for remedy in remedies],
+        }
+    return result
+
+
+def as_text(result: dict) -> str:
+    """What ``as_json`` gives, for a terminal."""
+    lines = [f"{name}: {result[name]}" for name in ("model", "teacher", "task", "arm", "devices", "mesh", "step", "notes")
+             if result.get(name)]  # fmt: skip
+    lines += ["", "memory of a chip, GiB"]
+    lines += [f"  {size / GIB:8.2f}  {name}" for name, size in result["bytes"].items()]
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in result["inside_temporaries"].items())
+    lines += [f"            (among the temporaries, not all at one time: {parts})"]
+    total = f"  {result['total_bytes'] / GIB:8.2f}  together"
+    if "verdict" in result:
+        total += f", {100 * result['share_of_hbm']:.0f} % of {result['hbm_bytes'] / GIB:.0f}: {result['verdict']}"
+    lines += [total] + ([f"            the compiler: {result['refused']}"] if result["refused"] else [])
+    lines += ["", f"arithmetic: {result['flops']:.3g} FLOPs a step, responses of full length"]
+    if result["collectives"] is not None:
+        lines += ["collectives of a step: kind, how often, GB that a chip sends"]
+        lines += [f"  {kind:20} {one['count']:>9,}  {one['sent_bytes'] / 1e9:10.3f}" for kind, one in
+                  result["collectives"].items()] or ["  none"]  # fmt: skip
+    if "floor_seconds" in result:
+        floors = ", ".join(f"{name} {value:.3g} s" for name, value in result["floor_seconds"].items())
+        lines += [f"a step takes at least: {floors}" + (" (nothing compiled to count)" if result["refused"] else "")]
+    lines += [f"compiled in {result['compile_seconds']:.0f} s"]
+    if result.get("remedies"):
+        lines += ["", "what would make it fit, GiB of a chip:"]
+        lines += [
+            f"  {remedy['total_bytes'] / GIB:8.2f}  {remedy['flag']}  ({'compiled' if remedy['compiled'] else 'estimate'})"
+            for remedy in result["remedies"]
+        ]
+    return "\n".join(lines)
