@@ -128,6 +128,19 @@ def get_config() -> ConfigDict:
     config.eval.top_p = 1.0
     config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval
 
+    config.alarms = ConfigDict()  # what a run warns of, once each (ctxjax/alarms.py); a threshold of 0: not of that
+    # Those that end the run. All: "not_finite" (loss or gradient; such a step is skipped), "no_end" (not one response
+    # ends), and the names of the thresholds below.
+    config.alarms.stop = ("not_finite",)
+    config.alarms.patience = 3  # steps in a row that are too much
+    config.alarms.untrained = 0.5  # share of responses without a token that is trained on
+    config.alarms.logprob_gap = 0.05  # between sampling and scoring, mean nats per token
+    config.alarms.truncated = 0.5  # share of responses cut at the length limit
+    config.alarms.repetition = 0.3  # share of runs of 8 tokens that occurred before in the same response
+    config.alarms.no_distillation = 1e-6  # L_distill, nats per token, that is as good as none: no context?
+    config.alarms.parse_rate = 0.3  # fall of the share of readable dev answers, from its best
+    config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher, from its best
+
     # The arms: name -> what it changes in config.loss. All start from the same base, seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ctxjax.alarms import ALARMS, AlarmsConfig
 from ctxjax.anchors import ANCHORS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
@@ -122,6 +123,7 @@ class Experiment:
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig
+    alarms: AlarmsConfig
     arms: dict[str, LossConfig]
 
 
@@ -167,6 +169,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         optim=optim,
         train=train,
         eval=EvalConfig(decode=decode, **evaluation),
+        alarms=_alarms(config.alarms),
         arms=_arms(config, rollout.temperature),
     )
     _check_model(result)
@@ -228,6 +231,13 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
         )
 
 
+def _alarms(config: ConfigDict) -> AlarmsConfig:
+    alarms = AlarmsConfig(**config.to_dict() | {"stop": tuple(config.stop)})
+    for name in alarms.stop:
+        _one_of("alarms.stop", name, ALARMS)
+    return alarms
+
+
 def _lora(config: ConfigDict) -> LoraConfig | None:
     targets = tuple(config.targets)
     for target in targets:
@@ -277,6 +287,8 @@ _MAY_BE_ZERO = {
     "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
     "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
+    "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
+    "alarms.parse_rate", "alarms.agreement",
     "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped", "qa_jsonl.context_seed", "safety.context_seed",
     "safety.train_questions", "safety.dev_questions", "safety.test_questions",
 }  # fmt: skip

@@ -15,6 +15,7 @@ import jax
 from ml_collections import config_flags
 
 from ctxjax import command
+from ctxjax.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
@@ -62,8 +63,13 @@ def _split_cpu(count: int) -> None:
 
 
 def command_line() -> None:
-    """Runs the command; bad input ends with one readable message and exit code 2, without a traceback."""
-    command.run(main, _CONFIG)
+    """Runs the command. Bad input ends with one readable message and exit code 2, without a traceback; an alarm that
+    ends the run (config.alarms.stop) likewise, with exit code 3."""
+    try:
+        command.run(main, _CONFIG)
+    except StopRun as stop:
+        print(f"\nstopped: {stop}", file=sys.stderr)
+        sys.exit(3)
 
 
 if __name__ == "__main__":
