@@ -24,6 +24,9 @@ from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.optim import SCHEDULES, OptimConfig
 from ctxjax.sharding import check_divisible
 
+# Text games: configs/ has their recipes, whose shapes can be planned.
+PLANNED_TASKS = ("frozenlake", "sokoban")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
@@ -133,6 +136,11 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     Raises ValueError whose message names the field, its value, and what would be right.
     """
     _check_numbers(config, "")
+    if config.task in PLANNED_TASKS:
+        raise ValueError(
+            f"task = {config.task!r} is not part of this version of ctxjax, which has {', '.join(TASKS)}; "
+            "python -m ctxjax.plan tells what its configuration needs"
+        )
     _one_of("task", config.task, TASKS)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)

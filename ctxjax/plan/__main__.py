@@ -1,8 +1,8 @@
 """Plans a run: ``python -m ctxjax.plan --config=FILE[:arguments] --topology=v5e:4x4 [--json] [--config.field=value]``.
 
 Compiles the whole training step for a TPU slice that nobody has to own (with libtpu's compiler), or with
-``--devices=N`` for local devices, and prints the memory of a chip by item, arithmetic, traffic and the times below which
-no step can go. Only architectures are read: no weights, no data.
+``--devices=N`` for local devices, and prints the memory of a chip by item, arithmetic, traffic and the times below
+which no step can go. Only architectures are read: no weights, no data.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a compiled program sends between devices, read off its text.
 
 Collectives in loop bodies count as often as the loop runs: by the constant that its counter is compared with, or
-that the compiler notes. Loops over response columns end when the responses do; they count as if all were of full length.
+that the compiler notes. Loops over response columns end when the responses do; here all are of full length.
 """
 
 from __future__ import annotations

@@ -44,29 +44,37 @@ def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Reme
 
 def as_text(result: dict) -> str:
     """What ``as_json`` gives, for a terminal."""
-    lines = [f"{name}: {result[name]}" for name in ("model", "teacher", "task", "arm", "devices", "mesh", "step", "notes")
-             if result.get(name)]  # fmt: skip
-    lines += ["", "memory of a chip, GiB"]
-    lines += [f"  {size / GIB:8.2f}  {name}" for name, size in result["bytes"].items()]
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in result["inside_temporaries"].items())
-    lines += [f"            (among the temporaries, not all at one time: {parts})"]
-    total = f"  {result['total_bytes'] / GIB:8.2f}  together"
+    said = ("model", "teacher", "task", "arm", "devices", "mesh", "step", "notes")
+    lines = [f"{name}: {result[name]}" for name in said if result.get(name)]
+    lines += ["", "memory of a chip"]
+    lines += [f"  {_size(size)}  {name}" for name, size in result["bytes"].items()]
+    parts = ", ".join(f"{name} {_size(size).strip()}" for name, size in result["inside_temporaries"].items())
+    lines.append(f"               (among the temporaries, not all at one time: {parts})")
+    total = f"  {_size(result['total_bytes'])}  together"
     if "verdict" in result:
-        total += f", {100 * result['share_of_hbm']:.0f} % of {result['hbm_bytes'] / GIB:.0f}: {result['verdict']}"
-    lines += [total] + ([f"            the compiler: {result['refused']}"] if result["refused"] else [])
+        total += f", {100 * result['share_of_hbm']:.0f} % of {_size(result['hbm_bytes']).strip()}: {result['verdict']}"
+    lines.append(total)
+    if result["refused"]:
+        lines.append(f"  the compiler: {result['refused']}")
     lines += ["", f"arithmetic: {result['flops']:.3g} FLOPs a step, responses of full length"]
     if result["collectives"] is not None:
-        lines += ["collectives of a step: kind, how often, GB that a chip sends"]
-        lines += [f"  {kind:20} {one['count']:>9,}  {one['sent_bytes'] / 1e9:10.3f}" for kind, one in
-                  result["collectives"].items()] or ["  none"]  # fmt: skip
-    if "floor_seconds" in result:
-        floors = ", ".join(f"{name} {value:.3g} s" for name, value in result["floor_seconds"].items())
-        lines += [f"a step takes at least: {floors}" + (" (nothing compiled to count)" if result["refused"] else "")]
-    lines += [f"compiled in {result['compile_seconds']:.0f} s"]
-    if result.get("remedies"):
-        lines += ["", "what would make it fit, GiB of a chip:"]
-        lines += [
-            f"  {remedy['total_bytes'] / GIB:8.2f}  {remedy['flag']}  ({'compiled' if remedy['compiled'] else 'estimate'})"
-            for remedy in result["remedies"]
+        lines.append("collectives of a step: kind, how often, GB that a chip sends")
+        kinds = result["collectives"].items()
+        lines += [f"  {kind:20} {one['count']:>9,}  {one['sent_bytes'] / 1e9:10.3f}" for kind, one in kinds] or [
+            "  none"
         ]
+    if "floor_seconds" in result:
+        floors = result["floor_seconds"].items()
+        known = [f"{name} {value:.3g} s" for name, value in floors if name != "interconnect" or not result["refused"]]
+        lines.append(f"a step takes at least: {', '.join(known)}")
+    lines.append(f"compiled in {result['compile_seconds']:.0f} s")
+    if result.get("remedies"):
+        lines += ["", "memory of a chip with one change:"]
+        for one in result["remedies"]:
+            how = "compiled" if one["compiled"] else "estimate"
+            lines.append(f"  {_size(one['total_bytes'])}  {one['flag']}  ({how})")
     return "\n".join(lines)
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:7.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:7.2f} MiB"

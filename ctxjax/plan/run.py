@@ -81,10 +81,11 @@ def _made(config: ConfigDict, devices: list, arm: str | None) -> tuple[Plan, dic
     facts["mesh"] = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(experiment.mesh).items() if size)
     facts["rows_over"] = experiment.mesh.data * experiment.mesh.fsdp
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"
+    train, shared = experiment.train, " (the context shared)" if shapes.shared else ""
     facts["step"] = (
-        f"{experiment.train.batch_size} rows in {experiment.train.micro_batches} micro-batches, prompts of {shapes.bare} "
-        f"and {shapes.context} tokens{' (the context shared)' if shapes.shared else ''}, responses of "
-        f"{experiment.rollout.max_tokens}, {dtype}, {trained}, remat {experiment.model.remat}"
+        f"{train.batch_size} rows in {train.micro_batches} micro-batches, prompts of {shapes.bare} and {shapes.context} "
+        f"tokens{shared}, responses of {experiment.rollout.max_tokens}, {dtype}, {trained}, "
+        f"remat {experiment.model.remat}"
     )
     facts["notes"] = "; ".join(notes)
     return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices), facts

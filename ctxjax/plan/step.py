@@ -89,6 +89,7 @@ def make_plan(
             sent = hlo.traffic(compiled.as_text(), head_turns(step))
         except jax.errors.JaxRuntimeError as error:
             refused, used = _refusal(str(error))
+            used -= chip_bytes((state, frozen, batch))
         seconds = time.monotonic() - clock
     return Plan(len(devices), held, used, inside, arithmetic, floor, seconds, sent, refused)
 
@@ -127,7 +128,7 @@ def arguments(config: Experiment, step: StepConfig, own_teacher: bool, shapes: S
 
 
 def abstract_batch(config: Experiment, step: StepConfig, shapes: Shapes, mesh: Mesh) -> Batch:
-    """Prompts of full length. A shared context is a prefix, behind which each row keeps the columns of a bare prompt."""
+    """Prompts of full length. A shared context is a prefix; behind it each row keeps the columns of a bare prompt."""
     prefix = shapes.context - shapes.bare if shapes.shared else 0
     prefix = prefix if prefix >= SHORTEST_PREFIX else 0
     rows, whole = NamedSharding(mesh, P(sharding.BATCH)), NamedSharding(mesh, P())
@@ -218,7 +219,8 @@ def _hbm_floor(config: Experiment, step: StepConfig, held: dict[str, int], shape
 
 
 def _refusal(message: str) -> tuple[str, int]:
-    """(the compiler's words, bytes of temporaries) of a program that does not fit; other errors are raised again."""
+    """(the compiler's words, bytes of arguments and temporaries) of a program that does not fit. Raises ValueError at
+    any other error."""
     first = next((line.strip() for line in message.splitlines() if "memory" in line.lower()), "")
     sizes = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message) or re.search(r"program\s+([\d.]+)([KMGT])", message)
     if "RESOURCE_EXHAUSTED" not in message or not sizes:
