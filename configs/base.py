@@ -75,8 +75,15 @@ def get_config() -> ConfigDict:
     config.rollout.top_k = 0  # 0: off
     config.rollout.top_p = 1.0  # 1: off
 
+    # How the teacher draws the responses, with the context, that off-policy steps learn from: once for all arms, and
+    # kept in the workdir's teacher_samples.jsonl.
+    config.teacher.temperature = config.rollout.get_oneway_ref("temperature")
+    config.teacher.top_k = config.rollout.get_oneway_ref("top_k")
+    config.teacher.top_p = config.rollout.get_oneway_ref("top_p")
+
     config.loss = ConfigDict()  # ctxjax/losses.py explains every field
     # Of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
+    # "cross_entropy": of the tokens of the teacher's samples, without its distributions (on_policy_fraction 0).
     config.loss.divergence = "reverse_kl"
     config.loss.alpha = 0.5  # of jsd (the teacher's weight) and of the skewed ones (the share that is not mixed)
     config.loss.support = "full"  # tokens L_distill sums over: "full", "teacher_top_k", "student_top_k", "union_top_k"
@@ -145,6 +152,7 @@ def get_config() -> ConfigDict:
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
     config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
+    config.arms.sft = ConfigDict({"divergence": "cross_entropy", "on_policy_fraction": 0.0})
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
     config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # which of them to run, in this order

@@ -18,11 +18,12 @@ from ctxjax.inputs import sampling_config
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
 from ctxjax.train_step import StepConfig, init_state, student_params, train_step
-from ctxjax.types import Frozen, Params, PrefixKV, TrainState
+from ctxjax.types import Frozen, Params, PrefixKV, Rollout, TrainState
 
 
 class Arm:
-    """One arm: the same base, seed and data order as the others, its own loss."""
+    """One arm: the same base, seed and data order as the others, its own loss. ``samples`` are the responses that the
+    teacher gives to its off-policy steps."""
 
     def __init__(
         self,
@@ -34,11 +35,12 @@ class Arm:
         rows: EncodedRows,
         retention: RetentionRows | None,
         teacher_prefix: PrefixKV | None,
+        samples: dict[int, Rollout],
         mesh,
         workdir: Path,
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
-        self.mesh, self.workdir = mesh, workdir
+        self.samples, self.mesh, self.workdir = samples, mesh, workdir
         sampling = sampling_config(config.rollout, folder)
         micro_batches = config.train.micro_batches
         self.step_config = StepConfig(
@@ -71,17 +73,18 @@ class Arm:
             pad_id=self.folder.pad_id,
             first_step=first,
         )
-        compiled = None
+        programs = {}  # by whether they are given the teacher's samples
         try:
             for step in range(first + 1, train.steps + 1):
-                batch = sharding.put_batch(next(batches), self.mesh)
-                if compiled is None:
-                    clock = time.monotonic()
-                    compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
-                    seconds[f"{self.name} compile"] = time.monotonic() - clock
+                batch, samples = sharding.put_batch((next(batches), self.samples.get(step)), self.mesh)
+                if (is_given := samples is not None) not in programs:
+                    clock, name = time.monotonic(), f"{self.name} compile"
+                    lowered = train_step.lower(state, self.frozen, batch, config=self.step_config, samples=samples)
+                    programs[is_given] = lowered.compile()
+                    seconds[name] = seconds.get(name, 0.0) + time.monotonic() - clock
                     writer.pause()
                 with jax.transfer_guard("disallow"):
-                    state, metrics = compiled(state, self.frozen, batch)
+                    state, metrics = programs[is_given](state, self.frozen, batch, samples=samples)
                 writer.step(step, metrics)
                 if self.alarms.is_close_to_stopping:
                     writer.flush()
@@ -98,7 +101,8 @@ class Arm:
             if stop.alarm != "not_finite":
                 raise
             tokenizer = self.folder.tokenizer
-            path = offenders.save(self.workdir, state, self.frozen, batch, self.step_config, stop.step, tokenizer)
+            inputs = (state, self.frozen, batch, samples)
+            path = offenders.save(self.workdir, *inputs, self.step_config, stop.step, tokenizer)
             raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
         finally:
             checkpoints.close()

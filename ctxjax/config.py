@@ -19,7 +19,7 @@ from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
-from ctxjax.losses import GATES, LossConfig
+from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.optim import SCHEDULES, OptimConfig
 from ctxjax.sharding import check_divisible
@@ -36,14 +36,6 @@ class ModelSource:
     dtype: str
     param_dtype: str
     remat: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherSource:
-    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights."""
-
-    path: str
-    param_dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +75,16 @@ class DecodeConfig:
     temperature: float
     top_k: int
     top_p: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSource:
+    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights. ``decode`` is how
+    it draws samples for off-policy steps."""
+
+    path: str
+    param_dtype: str
+    decode: DecodeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         task=config.task,
         task_config=task_class(**config[config.task], **_shared(config, task_class)),
         model=ModelSource(**config.model),
-        teacher=TeacherSource(**config.teacher),
+        teacher=_teacher(config.teacher, rollout),
         lora=_lora(config.lora),
         base=BaseConfig(**config.base),
         mesh=_mesh(config.mesh, device_count),
@@ -204,6 +206,13 @@ def _shared(config: ConfigDict, task_class) -> dict[str, Any]:
     return {"records": records} if "records" in task_class.__dataclass_fields__ else {}
 
 
+def _teacher(config: ConfigDict, rollout: DecodeConfig) -> TeacherSource:
+    fields = config.to_dict()
+    decode = dataclasses.replace(rollout, **{name: fields.pop(name) for name in ("temperature", "top_k", "top_p")})
+    _check_decoding("teacher", decode)
+    return TeacherSource(decode=decode, **fields)
+
+
 def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
     if not config.run_arms:
         raise ValueError(f"run_arms is empty; name at least one of {sorted(config.arms)}")
@@ -222,7 +231,8 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
 
 def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
     names = {
-        "divergence": DIVERGENCES, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS, "gate": GATES,
+        "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS,
+        "gate": GATES,
         "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
     }  # fmt: skip
     for field, known in names.items():
@@ -230,6 +240,11 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
     _require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
     for field in ("anchor_fraction", "gate_threshold", "on_policy_fraction", "ema_decay"):
         _require(getattr(loss, field) <= 1, f"loss.{field}", getattr(loss, field), "at most 1")
+    if not loss.needs_teacher and (loss.on_policy_fraction > 0 or loss.support != "full"):
+        raise ValueError(
+            f"loss.divergence = {loss.divergence!r} is of the teacher's own tokens; set loss.on_policy_fraction = 0 "
+            f"(here {loss.on_policy_fraction}) and loss.support = full (here {loss.support})"
+        )
     most = config.rollout.max_tokens
     _require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")
     if loss.teacher == "ema" and config.teacher.path:
@@ -289,6 +304,7 @@ def _check_model(config: Experiment) -> None:
 
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
+    "teacher.temperature", "teacher.top_k",
     "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
     "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
     "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",

@@ -20,6 +20,7 @@ from ctxjax.folder import ModelFolder
 from ctxjax.inputs import open_inputs, sampling_config, teacher_prefix
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
+from ctxjax.teacher_samples import steps_of, teacher_samples
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
@@ -31,7 +32,8 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     seconds: dict[str, float] = {}
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        task, folder, teacher, train_rows, retention = open_inputs(config, mesh, seconds)
+        inputs = open_inputs(config, mesh, seconds)
+        task, folder, teacher, train_rows, retention = inputs
         print(_sizes(config, folder, teacher, mesh), flush=True)
         prefix = teacher_prefix(teacher, train_rows)
         dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
@@ -52,6 +54,10 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             finished["teacher"] = _evaluator(config, task, "test", teacher, teacher, mesh)(teacher.params)
             _save_items(workdir / "teacher", finished["teacher"])
             seconds["evaluate teacher"] = time.monotonic() - clock
+        clock = time.monotonic()
+        samples = teacher_samples(config, inputs, workdir, mesh)
+        if samples:
+            seconds["teacher's samples"] = time.monotonic() - clock
         for name, loss in config.arms.items():
             clock = time.monotonic()
             arm = Arm(
@@ -63,6 +69,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 train_rows,
                 retention if loss.mu > 0 else None,
                 prefix,
+                {step: samples[step] for step in steps_of(config, name)},
                 mesh,
                 workdir / name,
             )

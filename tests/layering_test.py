@@ -17,6 +17,7 @@ FLOORS = {
     "retry": 5, "alarms": 5, "config": 5, "data": 5, "checkpoint": 5, "metrics": 5, "hub": 5, "folder": 5, "workdir": 5,
     "report.__main__": 7, "report": 5,
     "evaluator": 6, "pretrain": 6, "inputs": 6, "arm": 6, "trainer": 6, "offenders": 6, "preview": 6, "api": 6,
+    "teacher_samples": 6,
     "command": 5, "plan": 6, "plan.__main__": 7, "__init__": 6, "main": 7,
 }  # fmt: skip
 OUTSIDE = {"ml_collections", "transformers", "grain", "time", "pathlib"}  # the world, which arrays know nothing of
