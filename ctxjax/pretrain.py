@@ -25,7 +25,7 @@ from ctxjax.config import BaseConfig
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import PretrainingRow, Row, World
-from ctxjax.models import hf_save, params as params_lib, transformer
+from ctxjax.models import hf_save, mesh_fit, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.types import Prompts, Rollout
@@ -69,6 +69,7 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
     """Next-token training on the world's text, responses only, then a Hugging Face folder."""
     tokenizer = world.tokenizer()
     model = base_model(config, len(tokenizer))
+    mesh_fit.check(model, mesh, "config.base")
     optimizer = OptimConfig(
         lr=config.lr, steps=config.steps, schedule="cosine", warmup_steps=config.warmup_steps, b2=0.98,
         weight_decay=config.weight_decay,

@@ -33,10 +33,9 @@ def candidates(plan: Plan, config: ConfigDict, ways: int, larger: str | None, la
     parts = config.train.micro_batches
     if config.train.batch_size % (2 * parts * ways) == 0:
         yield Remedy(f"--config.train.micro_batches={2 * parts}", plan.total - activations // 2, False)
-    if str(config.model.remat) in ("none", "False", "dots"):
-        value = "full" if isinstance(config.model.remat, str) else True
-        yield Remedy(f"--config.model.remat={value}", plan.total - activations * 3 // 4, False)
-    if config.rollout.get("weights") == "gathered":
+    if config.model.remat in ("none", "dots"):
+        yield Remedy("--config.model.remat=full", plan.total - activations * 3 // 4, False)
+    if config.rollout.weights == "gathered":
         yield Remedy(
             "--config.rollout.weights=stored",
             plan.total - plan.inside["weights for decoding"] * (ways - 1) // ways,
@@ -44,8 +43,6 @@ def candidates(plan: Plan, config: ConfigDict, ways: int, larger: str | None, la
         )
     if config.lora.rank == 0:
         less = plan.held.get("optimiser moments", 0) + plan.held.get("trained weights", 0) + plan.inside["gradients"]
-        if "student's initial weights" in plan.held:
-            less -= 0  # they become the adapter's base
         yield Remedy("--config.lora.rank=16", plan.total - min(less, plan.total), False)
     if larger:
         share = plan.chips / larger_chips

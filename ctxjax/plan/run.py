@@ -83,8 +83,8 @@ def _made(config: ConfigDict, devices: list, arm: str | None) -> tuple[Plan, dic
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"
     train, shared = experiment.train, " (the context shared)" if shapes.shared else ""
     facts["step"] = (
-        f"{train.batch_size} rows in {train.micro_batches} micro-batches, prompts of {shapes.bare} and {shapes.context} "
-        f"tokens{shared}, responses of {experiment.rollout.max_tokens}, {dtype}, {trained}, "
+        f"{train.batch_size} rows in {train.micro_batches} micro-batches, prompts of {shapes.bare} and "
+        f"{shapes.context} tokens{shared}, responses of {experiment.rollout.max_tokens}, {dtype}, {trained}, "
         f"remat {experiment.model.remat}"
     )
     facts["notes"] = "; ".join(notes)

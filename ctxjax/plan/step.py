@@ -15,7 +15,7 @@ from ctxjax import optim, sharding
 from ctxjax.config import Experiment
 from ctxjax.data.prompts import SHORTEST_PREFIX
 from ctxjax.losses import LossConfig
-from ctxjax.models import lora, params as params_lib, transformer
+from ctxjax.models import lora, mesh_fit, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import flops, hlo
 from ctxjax.plan.chips import Chip
@@ -72,6 +72,8 @@ def make_plan(
     another reason than memory.
     """
     mesh = sharding.make_mesh(devices=devices, **dataclasses.asdict(config.mesh))
+    mesh_fit.check(model, mesh, "the student")
+    mesh_fit.check(teacher or model, mesh, "the teacher")
     with jax.set_mesh(mesh):
         step = step_config(config, loss, model, teacher or model)
         state, frozen, batch, held = arguments(config, step, teacher is not None, shapes, mesh)
@@ -194,7 +196,7 @@ def _inside(config: Experiment, step: StepConfig, shapes: Shapes, mesh: Mesh) ->
 def _decoding(step: StepConfig, mesh: Mesh) -> int:
     """Bytes of the copy of the layers' weights that decoding reads, on a chip."""
     layers = params_lib.count(transformer.param_specs(step.model)["layers"])
-    gathered = getattr(step.sampling, "weights", "stored") == "gathered"
+    gathered = step.sampling.weights == "gathered"
     return (
         layers * jnp.dtype(step.model.dtype).itemsize // _over(mesh, *(("tensor",) if gathered else ("fsdp", "tensor")))
     )
