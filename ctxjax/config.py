@@ -16,7 +16,7 @@ from ctxjax.alarms import ALARMS, AlarmsConfig
 from ctxjax.anchors import ANCHORS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.tasks import TASKS, WORLDS
+from ctxjax.data.tasks import TASKS, WORLDS, check_task
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
@@ -24,9 +24,6 @@ from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.optim import SCHEDULES, OptimConfig
 from ctxjax.sharding import DECODE_RULES, check_divisible
-
-# Text games: configs/ has their recipes, whose shapes can be planned.
-PLANNED_TASKS = ("frozenlake", "sokoban")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +138,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     Raises ValueError whose message names the field, its value, and what would be right.
     """
     _check_numbers(config, "")
-    if config.task in PLANNED_TASKS:
-        raise ValueError(
-            f"task = {config.task!r} is not part of this version of ctxjax, which has {', '.join(TASKS)}; "
-            "python -m ctxjax.plan tells what its configuration needs"
-        )
-    _one_of("task", config.task, TASKS)
+    check_task(config.task)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
     _check_decoding("rollout", rollout)
