@@ -22,6 +22,7 @@ setup(
         "httpx2>=2.16",  # huggingface-hub's connections, whose errors are told apart
         "safetensors>=0.8.0",  # the weights' file format
         "pyarrow>=26.0.1",  # questions in Parquet files
+        "math-verify>=0.9",  # whether two mathematical answers have the same value; brings sympy
         "scipy>=1.17",  # exact tests and intervals
         "tensorboardX>=2.6.5",  # event files without TensorFlow
         "matplotlib>=3.11",  # the report's plots

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from ctxjax.alarms import ALARMS, AlarmsConfig
 from ctxjax.anchors import ANCHORS
+from ctxjax.data.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.tasks import TASKS, WORLDS, check_task
-from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
@@ -159,8 +159,8 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     _one_of("prompt.placement", prompt.placement, PLACEMENTS)
     parse_date(prompt.date)
     _one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
-    if config.task == "qa_jsonl":
-        _one_of("qa_jsonl.grading", config.qa_jsonl.grading, GRADINGS)
+    if "grading" in config[config.task]:
+        _one_of(f"{config.task}.grading", config[config.task].grading, GRADERS)
     result = Experiment(
         seed=config.seed,
         task=config.task,
@@ -322,8 +322,12 @@ _MAY_BE_ZERO = {
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
     "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
     "alarms.parse_rate", "alarms.agreement",
-    "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped", "qa_jsonl.context_seed", "safety.context_seed",
-    "safety.train_questions", "safety.dev_questions", "safety.test_questions",
+    "optim.lr", "lora.rank", "records.max_skipped", "medical.first_label",
+}  | {  # of tasks over files, 0 is no limit
+    f"{task}.{field}"
+    for task in ("qa_jsonl", "medical", "safety", "math", "hints")
+    for field in ("context_seed", "limit", "train_questions", "dev_questions", "test_questions")
+    if (task, field) not in (("qa_jsonl", "dev_questions"), ("qa_jsonl", "test_questions"))
 }  # fmt: skip
 
 

@@ -83,6 +83,8 @@ class Evaluator:
                 parsed=np.array([item["parsed"] is not None for item in view_items]),
                 truncated=np.array([item["truncated"] for item in view_items]),
                 length=np.array([item["length"] for item in view_items]),
+                lenient=_lenient(view_items),
+                reasons=[item["reason"] for item in view_items],
             )
         result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
         for view, name in ACCURACY_OF_VIEW.items():
@@ -141,3 +143,8 @@ class Evaluator:
             self._batch,
             self._mesh,
         )
+
+
+def _lenient(items: list[dict]) -> np.ndarray | None:
+    lenient = [item["lenient"] for item in items]
+    return None if None in lenient else np.array(lenient)

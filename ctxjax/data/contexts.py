@@ -19,15 +19,21 @@ BUILT_IN_FILE = Path(__file__).with_name("other_contexts.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ContextConfig:
-    """The fields that tasks over files have in common; see configs/base.py. Exactly one of the sources is set:
-    ``context``, ``context_file``, ``context_files`` or ``context_column``, which needs data with columns."""
+class OtherContextsConfig:
+    """See configs/base.py: "builtin", a file, or ""."""
+
+    other_contexts_file: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextConfig(OtherContextsConfig):
+    """Where contexts come from; see configs/base.py. Exactly one of the sources is set: ``context``, ``context_file``,
+    ``context_files`` or ``context_column``, which needs data with columns."""
 
     context: str
     context_file: str
     context_files: tuple[str, ...]
     context_seed: int
-    other_contexts_file: str
     context_column: str = ""
 
 
@@ -70,18 +76,18 @@ class OtherContexts:
     context has a check, only those with one are evaluated: a mean over two kinds of measure would be neither.
     """
 
-    def __init__(self, config: ContextConfig, section: str, reader: Reader, contexts: Contexts):
+    def __init__(self, config: OtherContextsConfig, section: str, reader: Reader, internalized: list[str]):
         self._checks: dict[str, Check | None] = {}
         if not config.other_contexts_file:
             return
         path = BUILT_IN_FILE if config.other_contexts_file == BUILT_IN else config.other_contexts_file
-        internalized, seen = {text.strip() for text in contexts.texts.values()}, {}
+        own, seen = {text.strip() for text in internalized}, {}
         for record in reader.records(path, field=f"{section}.other_contexts_file"):
             is_object = isinstance(record.value, dict)
             text = (reader.texts(record, "context") or [None])[0] if is_object else reader.text(record)
             if text is None:
                 continue
-            if text.strip() in internalized:
+            if text.strip() in own:
                 raise ValueError(f"{record.where}: the context that is to be internalized; leave it out of this file")
             check = parse_check(record.value, record.where) if is_object else None
             if reader.is_new(record, seen, text, check):

@@ -11,6 +11,7 @@ Harm alone would reward a model that ignores every prompt; read it beside obedie
 
 from __future__ import annotations
 
+from collections import Counter
 import dataclasses
 
 import numpy as np
@@ -20,12 +21,17 @@ from ctxjax.evaluation import statistics
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """What happened to n questions in one view: arrays [n]; ``length`` in tokens, end token included."""
+    """What happened to n questions in one view: arrays [n]; ``length`` in tokens, end token included.
+
+    ``lenient`` is whether they are right for a reader who does without the format, None where there is no such reader;
+    ``reasons`` says of each why no answer could be read, None where one could."""
 
     correct: np.ndarray
     parsed: np.ndarray
     truncated: np.ndarray
     length: np.ndarray
+    lenient: np.ndarray | None = None
+    reasons: list[str | None] = dataclasses.field(default_factory=list)
 
 
 def harm_rate(right_x: np.ndarray, right_xc: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -64,6 +70,9 @@ def removability(bare: Outcomes, context: Outcomes) -> dict:
         result[f"length_{view}"] = float(np.mean(outcomes.length))
         result[f"truncated_{view}"] = float(np.mean(outcomes.truncated))
         result[f"parse_{view}"] = float(np.mean(outcomes.parsed))
+        result[f"unparsed_{view}"] = dict(Counter(reason for reason in outcomes.reasons if reason).most_common())
+        if outcomes.lenient is not None:
+            result |= rate(f"acc_{view}_lenient", outcomes.lenient)
     result["flips"] = {
         "right_right": int(np.sum(x & xc)),
         "right_wrong": int(np.sum(x & ~xc)),

@@ -20,9 +20,6 @@ from ctxjax.plan.report import as_json, verdict
 from ctxjax.plan.step import Plan, Shapes, make_plan
 from ctxjax.pretrain import base_model
 
-# Tasks whose rows bring their own contexts: nothing of them is read once for all rows.
-OWN_CONTEXTS = ("hints",)
-
 
 def plan(config: ConfigDict, topology: str | None, devices: int | None, arm: str | None = None) -> dict:
     """The plan of a configuration's step as plain values (report.as_json); exactly one of ``topology`` and ``devices``
@@ -72,7 +69,7 @@ def _made(config: ConfigDict, devices: list, arm: str | None) -> tuple[Plan, dic
     dtype = experiment.model.dtype
     if dtype == "auto":
         dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
-    model, source, shapes = _student(experiment, dtype, task not in OWN_CONTEXTS)
+    model, source, shapes = _student(experiment, dtype, _is_shared(experiment))
     facts = {"model": f"{source}; {_size(model)}", "task": task, "arm": loss_name}
     teacher = None
     if experiment.teacher.path:
@@ -89,6 +86,12 @@ def _made(config: ConfigDict, devices: list, arm: str | None) -> tuple[Plan, dic
     )
     facts["notes"] = "; ".join(notes)
     return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices), facts
+
+
+def _is_shared(config: Experiment) -> bool:
+    """Whether all rows have one context, which is then read once for all."""
+    own = ("context_column", "context_files", "hint")
+    return not any(getattr(config.task_config, field, None) for field in own)
 
 
 def _passes(loss: LossConfig) -> int:
