@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     # Of activations and matrix products: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPUs.
     config.model.dtype = "auto"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
-    # What a layer keeps for the backward pass. "none": all, nothing is recomputed; "dots": products with weights; "full":
-    # its input, for a third more arithmetic; "offload": that, in the host's memory.
+    # What layers keep for the backward pass; the rest is recomputed. "none": all is kept; "dots": products with
+    # weights; "full": a layer's input, for a third more arithmetic; "offload": that, in the host's memory.
     config.model.remat = "none"
 
     # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and
