@@ -30,6 +30,7 @@ def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Reme
         if plan.traffic is None
         else {kind: {"count": one.count, "sent_bytes": int(one.sent)} for kind, one in sorted(plan.traffic.items())},
         "refused": plan.refused,
+        "quick": plan.quick,
     }
     if chip:
         result |= {
@@ -65,9 +66,14 @@ def as_text(result: dict) -> str:
         ]
     if "floor_seconds" in result:
         floors = result["floor_seconds"].items()
-        known = [f"{name} {value:.3g} s" for name, value in floors if name != "interconnect" or not result["refused"]]
+        known = [
+            f"{name} {value:.3g} s"
+            for name, value in floors
+            if name != "interconnect" or result["collectives"] is not None
+        ]
         lines.append(f"a step takes at least: {', '.join(known)}")
-    lines.append(f"compiled in {result['compile_seconds']:.0f} s")
+    done = "compiled as far as memory is known" if result["quick"] else "compiled"
+    lines.append(f"{done} in {result['compile_seconds']:.0f} s")
     if result.get("remedies"):
         lines += ["", "memory of a chip with one change:"]
         for one in result["remedies"]:

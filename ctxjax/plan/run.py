@@ -21,23 +21,28 @@ from ctxjax.plan.step import Plan, Shapes, make_plan
 from ctxjax.pretrain import base_model
 
 
-def plan(config: ConfigDict, topology: str | None, devices: int | None, arm: str | None = None) -> dict:
+def plan(
+    config: ConfigDict, topology: str | None, devices: int | None, arm: str | None = None, quick: bool = False
+) -> dict:
     """The plan of a configuration's step as plain values (report.as_json); exactly one of ``topology`` and ``devices``
-    is given. Raises ValueError or FileNotFoundError with the remedy."""
+    is given. ``quick``: memory and arithmetic alone, without compiling to the end, for a ``topology``.
+
+    Raises ValueError or FileNotFoundError with the remedy.
+    """
     generation = chips.generation(topology) if topology else None
     places = chips.tpu_devices(topology) if topology else chips.local_devices(devices)
-    made, facts = _made(config, places, arm)
+    made, facts = _made(config, places, arm, quick)
     facts["devices"] = topology or f"{devices} x {places[0].device_kind} ({places[0].platform})"
     suggested = []
     if generation and verdict(made, chips.CHIPS[generation].hbm_gib) != "fits":
         larger = chips.next_larger(topology)
         estimates = candidates(made, config, facts["rows_over"], larger, chips.chips(larger) if larger else 0)
         limit = int(chips.USABLE * chips.CHIPS[generation].hbm_gib * 2**30)
-        suggested = remedies(made, estimates, limit, lambda flag: _changed(config, topology, flag, arm))
+        suggested = remedies(made, estimates, limit, lambda flag: _changed(config, topology, flag, arm, quick))
     return as_json(made, facts, generation, suggested)
 
 
-def _changed(config: ConfigDict, topology: str, flag: str, arm: str | None) -> Plan | None:
+def _changed(config: ConfigDict, topology: str, flag: str, arm: str | None, quick: bool) -> Plan | None:
     """The plan with one more flag; None where the configuration does not allow it."""
     name, _, value = flag.removeprefix("--").partition("=")
     changed = config.copy_and_resolve_references()
@@ -50,12 +55,12 @@ def _changed(config: ConfigDict, topology: str, flag: str, arm: str | None) -> P
         field = name.split(".")[-1]
         old[field] = type(old[field])(value)
     try:
-        return _made(changed, chips.tpu_devices(topology), arm)[0]
+        return _made(changed, chips.tpu_devices(topology), arm, quick)[0]
     except ValueError:
         return None
 
 
-def _made(config: ConfigDict, devices: list, arm: str | None) -> tuple[Plan, dict]:
+def _made(config: ConfigDict, devices: list, arm: str | None, quick: bool) -> tuple[Plan, dict]:
     notes = []
     config = config.copy_and_resolve_references()
     task = config.task
@@ -85,7 +90,7 @@ def _made(config: ConfigDict, devices: list, arm: str | None) -> tuple[Plan, dic
         f"remat {experiment.model.remat}"
     )
     facts["notes"] = "; ".join(notes)
-    return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices), facts
+    return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, quick), facts
 
 
 def _is_shared(config: Experiment) -> bool:
