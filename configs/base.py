@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
     config.compile_cache = "~/.cache/ctxjax/xla"
 
+    config.slice = ""  # the TPU slice that the run is meant for, such as v5e:4x4; python -m ctxjax.plan reads it
     config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
 
     config.model = ConfigDict()
@@ -23,8 +24,8 @@ def get_config() -> ConfigDict:
     # Of activations and matrix products: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPUs.
     config.model.dtype = "auto"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
-    # What layers keep for the backward pass; the rest is recomputed. "none": all is kept; "dots": products with weights;
-    # "full": a layer's input, for a third more arithmetic; "offload": that, in the host's memory.
+    # What layers keep for the backward pass; the rest is recomputed. "none": all is kept; "dots": products with
+    # weights; "full": a layer's input, for a third more arithmetic; "offload": that, in the host's memory.
     config.model.remat = "none"
 
     # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and

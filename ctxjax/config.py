@@ -18,7 +18,7 @@ from ctxjax.anchors import ANCHORS
 from ctxjax.data.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.tasks import TASKS, WORLDS
+from ctxjax.data.tasks import TASKS, WORLDS, check_task
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.fields import check_numbers, checked, one_of as _one_of, require as _require
 from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
@@ -140,8 +140,10 @@ _SECTIONS = {
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
     "records": (RecordsConfig,),
 }  # fmt: skip
-_MADE = {"loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens"}  # taken from other sections
-_TOP = {"seed": int, "task": str, "compile_cache": str, "cpu_devices": int, "run_arms": tuple[str, ...]}
+_MADE = {  # taken from other sections
+    "loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens", "eval.weights", "teacher.weights",
+}  # fmt: skip
+_TOP = {"seed": int, "task": str, "compile_cache": str, "cpu_devices": int, "slice": str, "run_arms": tuple[str, ...]}
 
 
 def experiment(config: ConfigDict, device_count: int) -> Experiment:
@@ -152,14 +154,10 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     values = checked(config, _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}, _MADE, _TOP)
     check_numbers(values, _MAY_BE_ZERO)
     config = ConfigDict(values)
-    _one_of("task", config.task, TASKS)
+    check_task(config.task)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
-<<<<<<< HEAD
-    _check_decoding("rollout", rollout)
     _one_of("rollout.weights", rollout.weights, DECODE_RULES)
-=======
->>>>>>> main
     _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
     evaluation = config.eval.to_dict()
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})

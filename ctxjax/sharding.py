@@ -120,6 +120,12 @@ def batch_ways(mesh: Mesh | None = None) -> int:
     return math.prod(shape[axis] for axis in BATCH)
 
 
+def platform() -> str:
+    """The platform of the current mesh's devices: while a program is compiled for others, not the machine's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def first_rows(x: jax.Array, count: int) -> jax.Array:
     """The first ``count`` rows of every device's share of x [B, ...]: nothing moves between devices."""
     ways = batch_ways()
