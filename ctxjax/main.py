@@ -12,8 +12,9 @@ import sys
 
 from absl import app, flags, logging
 import jax
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from ctxjax import secrets
 from ctxjax.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
@@ -30,7 +31,7 @@ def main(_) -> None:
     from ctxjax import config, preview, trainer, workdir
 
     _quiet()
-    _split_cpu(_CONFIG.value.cpu_devices)
+    _split_cpu(_CONFIG.value.get("cpu_devices", 0))
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _CONFIG.value.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
@@ -67,6 +68,8 @@ def _parse(argv: list[str]) -> list[str]:
         # A config file that could not be loaded says so only when something is asked of it.
         getattr(_CONFIG.value, "seed", None)
     except AttributeError as error:
+        if "get_config" in str(error):
+            raise ValueError("the config file has no function get_config(); see configs/tiny.py") from None
         inner = error.args[0]
         name = inner.args[0] if isinstance(inner, KeyError) else inner
         raise ValueError(f"the configuration has no field {name}; configs/base.py lists them all") from None
@@ -74,6 +77,10 @@ def _parse(argv: list[str]) -> list[str]:
         raise ValueError(f"the config file cannot be loaded: {error.__cause__ or error}") from None
     except (flags.Error, TypeError, ValueError) as error:
         raise ValueError(f"bad command line: {error}") from None
+    except Exception as error:  # of the config file, which is a program
+        raise ValueError(f"the config file fails: {type(error).__name__}: {error}") from None
+    if not isinstance(_CONFIG.value, ConfigDict | None):
+        raise ValueError(f"get_config() of the config file returns {_CONFIG.value!r}, which is no ConfigDict")
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; options are written --config.field=value")
     return rest
@@ -85,10 +92,10 @@ def command_line() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except StopRun as stop:
-        print(f"\nstopped: {stop}", file=sys.stderr)
+        print(f"\nstopped: {secrets.hidden(str(stop))}", file=sys.stderr)
         sys.exit(3)
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {secrets.hidden(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
