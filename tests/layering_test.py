@@ -19,7 +19,7 @@ FLOORS = {
     "report.__main__": 7, "report": 5,
     "evaluator": 6, "pretrain": 6, "inputs": 6, "arm": 6, "trainer": 6, "offenders": 6, "preview": 6, "api": 6,
     "teacher_samples": 6,
-    "__init__": 6, "main": 7,
+    "command": 5, "__init__": 6, "main": 7,
 }  # fmt: skip
 OUTSIDE = {"ml_collections", "transformers", "grain", "time", "pathlib"}  # the world, which arrays know nothing of
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
