@@ -14,7 +14,7 @@ from absl import flags, logging
 import jax
 from ml_collections import config_flags
 
-from ctxjax import command
+from ctxjax import command, secrets
 from ctxjax.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
@@ -31,7 +31,7 @@ def main(_) -> None:
     from ctxjax import config, preview, trainer, workdir
 
     _quiet()
-    _split_cpu(_CONFIG.value.cpu_devices)
+    _split_cpu(_CONFIG.value.get("cpu_devices", 0))
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _CONFIG.value.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
@@ -68,7 +68,7 @@ def command_line() -> None:
     try:
         command.run(main, _CONFIG)
     except StopRun as stop:
-        print(f"\nstopped: {stop}", file=sys.stderr)
+        print(f"\nstopped: {secrets.hidden(str(stop))}", file=sys.stderr)
         sys.exit(3)
 
 

@@ -13,6 +13,8 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
+from ctxjax import secrets
+
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -74,15 +76,16 @@ def _differences(before, now, name: str = "") -> list[str]:
 
 
 def facts(config: ConfigDict) -> dict:
-    """What run.json says of a run: configuration, command line, versions, device, time of the start."""
+    """What run.json says of a run: configuration, command line, versions, device, time of the start; no secrets."""
     device = jax.devices()[0]
-    return {
+    found = {
         "config": json.loads(config.to_json()),
         "command": shlex.join(["python", "-m", "ctxjax.main", *sys.argv[1:]]),
         "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    return secrets.hidden(found)
 
 
 def _version(package: str) -> str:
