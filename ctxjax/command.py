@@ -6,9 +6,10 @@ from collections.abc import Callable
 import sys
 
 from absl import app, flags
+import jax
 from ml_collections import ConfigDict
 
-from ctxjax import secrets
+from ctxjax import processes, secrets
 
 
 def parse(config) -> Callable[[list[str]], list[str]]:
@@ -41,9 +42,15 @@ def parse(config) -> Callable[[list[str]], list[str]]:
 
 
 def run(main: Callable, config) -> None:
-    """Runs a command; bad input ends with one readable message and exit code 2, without a traceback."""
+    """Runs a command; bad input ends with one readable message and exit code 2, without a traceback, and the loss of
+    another process with exit code 4."""
     try:
         app.run(main, flags_parser=parse(config))
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, ConnectionError) as error:
         print(f"error: {secrets.hidden(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        processes.leave(2)
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.is_loss(error):
+            raise
+        print(f"\nerror: {processes.loss(error)}", file=sys.stderr)
+        processes.leave(processes.EXIT_CODE)

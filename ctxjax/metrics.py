@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 import time
 
@@ -11,6 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ctxjax import processes
 from ctxjax.alarms import Alarms
 
 
@@ -25,13 +27,18 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
+        self._is_first = processes.is_first()  # others only watch for alarms
+        if not self._is_first:
+            path = Path(os.devnull)
         path.write_text("".join(f"{line}\n" for line in kept))
         for row in map(json.loads, kept):
             alarms.observe(row["step"], row, quiet=True)
         self._alarms = alarms
         self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "events"), purge_step=from_step + 1 if from_step else None)
-        self._bar = tqdm(total=steps, initial=from_step, desc=name, unit="step")
+        self._events = self._is_first and SummaryWriter(
+            str(folder / "events"), purge_step=from_step + 1 if from_step else None
+        )
+        self._bar = tqdm(total=steps, initial=from_step, desc=name, unit="step", disable=not self._is_first)
         self._log_every, self._pending, self._tokens, self._since = log_every, None, 0.0, time.monotonic()
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -67,7 +74,7 @@ class Writer:
         self._file.write(json.dumps({"step": step} | numbers) + "\n")
         self._file.flush()
         for name, value in numbers.items():
-            if np.isfinite(value):
+            if self._is_first and np.isfinite(value):
                 self._events.add_scalar(name, value, step)
 
     def pause(self) -> None:
@@ -78,7 +85,8 @@ class Writer:
         self.flush()
         self._bar.close()
         self._file.close()
-        self._events.close()
+        if self._is_first:
+            self._events.close()
 
 
 def _lines(path: Path) -> list[str]:

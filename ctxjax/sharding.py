@@ -15,7 +15,7 @@ import math
 
 import jax
 from jax import lax
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -163,9 +163,14 @@ def put_batch(tree, mesh: Mesh):
     return map_rows(put_rows, tree, shared=lambda array: put(array, P()))
 
 
+def whole(tree):
+    """The arrays with a copy on every device, so that every process can fetch them; in compiled functions."""
+    return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), tree)
+
+
 def to_host(tree):
     """The arrays, whole, on the host of every process; all processes must call it together."""
-    return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree if jax.process_count() == 1 else jax.jit(whole)(tree))
 
 
 def check_divisible(name: str, size: int, ways: int, axes: str = "mesh data*fsdp") -> None:

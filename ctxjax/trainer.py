@@ -10,7 +10,7 @@ import time
 
 import jax
 
-from ctxjax import optim, retry, sharding, workdir as workdir_lib
+from ctxjax import optim, processes, retry, sharding, workdir as workdir_lib
 from ctxjax.arm import Arm
 from ctxjax.config import Experiment
 from ctxjax.data.records import counts
@@ -87,6 +87,8 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )
     workdir_lib.write_json(workdir / "results.json", results)
+    if not processes.is_first():
+        return results
     page = write_report(workdir)
     print(f"\n{results_table(results)}\n")
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))

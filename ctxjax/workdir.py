@@ -13,7 +13,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from ctxjax import secrets
+from ctxjax import processes, secrets
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -53,7 +53,11 @@ def claim(workdir: Path, config: dict) -> None:
     """Makes the folder and puts the run's name plate, config.json, on it. Call it when all input has been read:
     a run that could not start leaves nothing behind."""
     workdir.mkdir(parents=True, exist_ok=True)
+    processes.wait("workdir checked")
     write_json(workdir / "config.json", config)
+    processes.wait("workdir claimed")
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is not the same folder for all processes of this run; name one that they share")
 
 
 def write_json(path: Path, value) -> None:
@@ -62,7 +66,9 @@ def write_json(path: Path, value) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Likewise, for text."""
+    """Likewise, for text. Of several processes the first writes."""
+    if not processes.is_first():
+        return
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
