@@ -20,7 +20,7 @@ from ctxjax.sharding import make_mesh, put_batch
 from ctxjax.train_step import StepConfig, init_state, rollout_step, update_step
 from ctxjax.types import Batch, Frozen, Prompts
 
-ROWS, COLUMNS, VOCAB = 8, 7, 88
+ROWS, COLUMNS, VOCAB = 8, 19, 88
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 ADAPTER = LoraConfig(2, 4.0, ("q", "down"))
 
@@ -33,7 +33,7 @@ def config(tiny_model) -> StepConfig:
         model=model,
         teacher_model=model,
         sampling=SamplingConfig(max_tokens=COLUMNS, eos_ids=(2, 5, 11), pad_id=0),
-        loss=LossConfig(beta=0.5, chunk=4),
+        loss=LossConfig(beta=0.5, chunk=2),
         optim=OptimConfig(lr=1e-3, steps=10),
     )
 
@@ -132,9 +132,8 @@ def test_logits_are_neither_gathered_nor_held_whole(on, config):
     of_vocabulary = {shape for shape in gathered(text) if {VOCAB, VOCAB // 2} & set(shape) and width not in shape}
     assert of_vocabulary == {(rows, VOCAB)}
     held = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
-    columns = {COLUMNS, COLUMNS + 1}
-    assert any(shape[-1] == VOCAB // 2 for shape in held)
-    assert not [shape for shape in held if shape[-1] in (VOCAB, VOCAB // 2) and columns & set(shape[:-1])]
+    logits = {shape for shape in held if shape[-1] in (VOCAB, VOCAB // 2) and width not in shape}
+    assert logits and max(np.prod(shape[:-1]) for shape in logits) < rows * COLUMNS
 
 
 def test_weights_are_gathered_a_layer_at_a_time(on, config):
@@ -151,12 +150,13 @@ def test_weights_are_gathered_a_layer_at_a_time(on, config):
 def test_decoding_gathers_weights_once_or_for_every_token_as_its_rules_say(
     rules, per_token, config, batch, make_params
 ):
-    mesh = make_mesh(2, 2, 2)
+    """Of a deep model, whose layers decoding scans: out of a loop that is unrolled XLA itself moves what it can."""
+    mesh, model = make_mesh(2, 2, 2), dataclasses.replace(config.model, layers=9)
     with jax.set_mesh(mesh):
-        params, data = make_params(config.model, 0, mesh), put_batch(batch, mesh)
+        params, data = make_params(model, 0, mesh), put_batch(batch, mesh)
         keys = rng.row_keys(jax.random.key(0), data.example_id_B)
         sampling = dataclasses.replace(config.sampling, weights=rules)
-        text = jax.jit(sample, static_argnums=(1, 2)).lower(params, config.model, sampling, data.bare, keys)
+        text = jax.jit(sample, static_argnums=(1, 2)).lower(params, model, sampling, data.bare, keys)
         text = text.compile().as_text()
     decoding = [name for name in loops(text) if f"s32[{ROWS // 4},{COLUMNS}]" in computations(text)[name]]
     assert decoding
