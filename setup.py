@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ctxjax", "ctxjax.*"]),
-    package_data={"ctxjax.report": ["*.j2"]},
+    package_data={"ctxjax.report": ["*.j2"], "ctxjax.data": ["*.jsonl"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",  # flax.struct PyTrees

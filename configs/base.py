@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # root of all randomness of the run: sampling, data order
-    config.task = "qa_jsonl"  # which task's rows and grader: "rules" or "qa_jsonl"
+    config.task = "qa_jsonl"  # which task's rows and grader: the name of one of the last sections here
 
     # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
     config.compile_cache = "~/.cache/ctxjax/xla"
@@ -127,6 +127,19 @@ def get_config() -> ConfigDict:
     config.eval.top_p = 1.0
     config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval
 
+    config.alarms = ConfigDict()  # what a run warns of, once each (ctxjax/alarms.py); a threshold of 0: not of that
+    # Those that end the run. All: "not_finite" (loss or gradient; such a step is skipped), "no_end" (not one response
+    # ends), and the names of the thresholds below.
+    config.alarms.stop = ("not_finite",)
+    config.alarms.patience = 3  # steps in a row that are too much
+    config.alarms.untrained = 0.5  # share of responses without a token that is trained on
+    config.alarms.logprob_gap = 0.05  # between sampling and scoring, mean nats per token
+    config.alarms.truncated = 0.5  # share of responses cut at the length limit
+    config.alarms.repetition = 0.3  # share of runs of 8 tokens that occurred before in the same response
+    config.alarms.no_distillation = 1e-6  # L_distill, nats per token, that is as good as none: no context?
+    config.alarms.parse_rate = 0.3  # fall of the share of readable dev answers, from its best
+    config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher, from its best
+
     # The arms: name -> what it changes in config.loss. All start from the same base, seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
@@ -145,8 +158,8 @@ def get_config() -> ConfigDict:
 
     config.records = ConfigDict()  # of all files of rows: what becomes of a row that cannot be used
     # Kinds that are left out and counted; others are an error that names the row: "unreadable" (no valid JSON, CSV
-    # or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "duplicate", "conflict" (one question, with two
-    # answers).
+    # or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "label" (none that its column can have),
+    # "duplicate", "conflict" (one question, with two answers).
     config.records.skip = ("duplicate",)
     config.records.max_skipped = 100  # rows; more of them are an error
     config.records.max_text = 1_000_000  # characters; longer texts are "huge"
@@ -157,9 +170,26 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.reference = "answer"  # column
     config.qa_jsonl.grading = "numeric"  # "numeric": last number; "exact": same text, white space and case aside
     config.qa_jsonl.limit = 0  # first rows read; 0: all
-    config.qa_jsonl.context = ""  # the context to internalize, inline
-    config.qa_jsonl.context_file = ""  # or a text file that holds it
-    config.qa_jsonl.other_contexts_file = ""  # .jsonl of strings: contexts to keep obeying (retention, obedience)
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64
+
+    config.safety = ConfigDict()  # offensive and hateful language, three public sets pooled: yes or no
+    config.safety.path = ""  # folder with the sets' published files; ctxjax/data/tasks/safety.py names them
+    config.safety.sets = ("tweeteval", "hatecheck", "ethos")  # which of them
+    config.safety.ask_format = True  # whether the question asks for <answer> tags; else only a context can
+    config.safety.train_questions = 0  # at most; 0: all
+    config.safety.dev_questions = 128  # at most, of those held out; 0: all
+    config.safety.test_questions = 500
+
+    # Contexts, in the section of every task that reads files. The one to internalize comes from one of the first four.
+    for section in (config.qa_jsonl, config.safety):
+        section.context = ""  # inline
+        section.context_file = ""  # a text file
+        section.context_files = ()  # or several: every row has one of them, drawn by context_seed and its id
+        section.context_seed = config.get_oneway_ref("seed")
+        # Other contexts, to keep obeying (retention) and to measure obedience with: "builtin", the 72 of
+        # ctxjax/data/other_contexts.jsonl, or a file like it; "": none. Every second line is held out from training.
+        section.other_contexts_file = "builtin"
+    for section in (config.qa_jsonl,):
+        section.context_column = ""  # or a column of the data, which holds each row's own
     return config

@@ -7,7 +7,8 @@ import time
 
 import jax
 
-from ctxjax import sharding
+from ctxjax import offenders, sharding
+from ctxjax.alarms import Alarms, StopRun
 from ctxjax.checkpoint import Checkpoints
 from ctxjax.config import Experiment
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, training_batches
@@ -44,9 +45,13 @@ class Arm:
             folder.config, teacher.config, sampling, loss, config.optim, config.lora, micro_batches
         )
         self.frozen = Frozen(teacher.params, folder.params if config.lora else None, teacher_prefix)
+        self.alarms = Alarms(config.alarms, name)
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
-        """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters."""
+        """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters.
+
+        Raises StopRun where an alarm ends the run; checkpoints stay.
+        """
         config, train = self.config, self.config.train
         state = init_state(self.folder.params, self.step_config, jax.random.key(config.seed))
         checkpoints = Checkpoints(self.workdir / "checkpoints", train.keep, train.save_every)
@@ -54,7 +59,7 @@ class Arm:
         if first:
             state = checkpoints.restore(state)
             print(f"{self.name}: continues from the checkpoint of step {first}", flush=True)
-        writer = Writer(self.workdir, self.name, train.steps, first, train.log_every)
+        writer = Writer(self.workdir, self.name, train.steps, first, train.log_every, self.alarms)
         if not first:
             writer.write(0, _prefixed(base_on_dev))
         batches = training_batches(
@@ -67,26 +72,36 @@ class Arm:
             first_step=first,
         )
         compiled = None
-        for step in range(first + 1, train.steps + 1):
-            batch = sharding.put_batch(next(batches), self.mesh)
-            if compiled is None:
-                clock = time.monotonic()
-                compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
-                seconds[f"{self.name} compile"] = time.monotonic() - clock
-                writer.pause()
-            with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, self.frozen, batch)
-            writer.step(step, metrics)
-            if "first step done" not in seconds:
-                jax.block_until_ready(metrics)
-                seconds["first step done"] = time.monotonic() - started
-            if config.eval.every and step % config.eval.every == 0:
-                writer.flush()
-                writer.write(step, _prefixed(dev(self._student(state))))
-                writer.pause()
-            checkpoints.save(state, step, last=step == train.steps)
-        writer.close()
-        checkpoints.close()
+        try:
+            for step in range(first + 1, train.steps + 1):
+                batch = sharding.put_batch(next(batches), self.mesh)
+                if compiled is None:
+                    clock = time.monotonic()
+                    compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
+                    seconds[f"{self.name} compile"] = time.monotonic() - clock
+                    writer.pause()
+                with jax.transfer_guard("disallow"):
+                    state, metrics = compiled(state, self.frozen, batch)
+                writer.step(step, metrics)
+                if self.alarms.is_close_to_stopping:
+                    writer.flush()
+                if "first step done" not in seconds:
+                    jax.block_until_ready(metrics)
+                    seconds["first step done"] = time.monotonic() - started
+                if config.eval.every and step % config.eval.every == 0:
+                    writer.flush()
+                    writer.write(step, _prefixed(dev(self._student(state))))
+                    writer.pause()
+                checkpoints.save(state, step, last=step == train.steps)
+            writer.close()
+        except StopRun as stop:
+            if stop.alarm != "not_finite":
+                raise
+            tokenizer = self.folder.tokenizer
+            path = offenders.save(self.workdir, state, self.frozen, batch, self.step_config, stop.step, tokenizer)
+            raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
+        finally:
+            checkpoints.close()
         return self._student(state)
 
     def _student(self, state: TrainState) -> Params:

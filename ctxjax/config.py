@@ -12,10 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ctxjax.alarms import ALARMS, AlarmsConfig
 from ctxjax.anchors import ANCHORS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.tasks import TASKS
+from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.data.tasks.qa_jsonl import GRADINGS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.losses import GATES, LossConfig
@@ -122,6 +123,7 @@ class Experiment:
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig
+    alarms: AlarmsConfig
     arms: dict[str, LossConfig]
 
 
@@ -167,6 +169,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         optim=optim,
         train=train,
         eval=EvalConfig(decode=decode, **evaluation),
+        alarms=_alarms(config.alarms),
         arms=_arms(config, rollout.temperature),
     )
     _check_model(result)
@@ -228,6 +231,13 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
         )
 
 
+def _alarms(config: ConfigDict) -> AlarmsConfig:
+    alarms = AlarmsConfig(**config.to_dict() | {"stop": tuple(config.stop)})
+    for name in alarms.stop:
+        _one_of("alarms.stop", name, ALARMS)
+    return alarms
+
+
 def _lora(config: ConfigDict) -> LoraConfig | None:
     targets = tuple(config.targets)
     for target in targets:
@@ -258,10 +268,10 @@ def _check_model(config: Experiment) -> None:
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     if config.model.path:
         return
-    if not config.base.steps or config.task != "rules":
+    if not config.base.steps or config.task not in WORLDS:
         raise ValueError(
-            f"model.path is empty; give the folder or the Hub id of a model (only task = 'rules' can train its own "
-            f"base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
+            f"model.path is empty; give the folder or the Hub id of a model (only task = {' or '.join(WORLDS)} can "
+            f"train its own base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
         )
     if config.base.query_heads % config.base.kv_heads:
         raise ValueError(
@@ -277,7 +287,10 @@ _MAY_BE_ZERO = {
     "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
     "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
-    "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped",
+    "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
+    "alarms.parse_rate", "alarms.agreement",
+    "qa_jsonl.limit", "optim.lr", "lora.rank", "records.max_skipped", "qa_jsonl.context_seed", "safety.context_seed",
+    "safety.train_questions", "safety.dev_questions", "safety.test_questions",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng, sharding
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import checks, prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, Task, evaluation_views
@@ -107,10 +107,10 @@ class Evaluator:
         kept = [tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
         for row, ids, text in zip(self._rows[view], kept, texts):
-            grade = self._task.grade(text, row.reference)
+            grade = checks.graded(self._task, text, row)
             items.append({
                 "id": row.id, "view": view, "question": row.question, "context": row.context,
-                "reference": row.reference, "text": text, "parsed": grade.parsed, "correct": grade.correct,
+                "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
                 "length": len(ids), "truncated": int(ids[-1]) not in self._folder.stop_ids,
             })  # fmt: skip
         return items

@@ -11,7 +11,7 @@ import numpy as np
 
 from ctxjax import pretrain
 from ctxjax.config import DecodeConfig, Experiment
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS
@@ -36,9 +36,15 @@ class Inputs(NamedTuple):
 def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
     task = TASKS[config.task][1](config.task_config)
+    splits.check(task)
+    if contexts_lib.one_each(task.rows("train")):
+        print(
+            "warning: every training question has a context of its own; what such contexts teach often does not carry "
+            "over to questions without one, as what a shared context teaches does"
+        )
     if config.teacher.path:
         local_folder(config.teacher.path)  # missing: said now, and not when the student is loaded or even trained
-    folder, teacher = with_teacher(config, _open_model(config, mesh, seconds), mesh, seconds)
+    folder, teacher = with_teacher(config, _open_model(config, task, mesh, seconds), mesh, seconds)
     if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
     rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
@@ -65,11 +71,11 @@ def with_teacher(
     return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
 
 
-def _open_model(config: Experiment, mesh, seconds: dict[str, float]) -> ModelFolder:
+def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> ModelFolder:
     clock = time.monotonic()
     path = config.model.path
     if not path:
-        path = pretrain.ensure_base(config.base, config.task_config, mesh)
+        path = pretrain.ensure_base(config.base, config.task, task, mesh)
         seconds["base from scratch"] = time.monotonic() - clock
         clock = time.monotonic()
     folder = open_folder(path, mesh, config.model.dtype, config.model.param_dtype, config.model.remat)

@@ -123,7 +123,7 @@ def bare_and_context_terms(
     terms = {name: average(values.pop(name), mask, config.averaging) for name in weights}
     metrics = terms | {name: Mean.of(value, mask) for name, value in values.items()}
     if config.is_on_policy:
-        metrics["logprob_gap_max"] = Max(jnp.max(gap_BxT))
+        metrics |= {"logprob_gap": Mean.of(gap_BxT, mask), "logprob_gap_max": Max(jnp.max(gap_BxT))}
     if has_anchor and not on_all_rows:
         anchored, more = _anchor_on_some_rows(models, config, rows, passes, beta)
         loss, metrics = loss + anchored, metrics | more

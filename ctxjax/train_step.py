@@ -18,13 +18,14 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from ctxjax import losses, masks, objective, optim, rng, sharding
+from ctxjax import losses, objective, optim, rng, sharding
 from ctxjax.losses import LossConfig
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.objective import Models, Rows
 from ctxjax.optim import OptimConfig
+from ctxjax.responses import response_metrics
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.types import Batch, Frozen, Max, Mean, Params, Rollout, TrainState, map_rows
 
@@ -107,20 +108,31 @@ def update_step(
     other_rollout: Rollout | None,
     config: StepConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The new state and the step's metrics, float32 scalars (losses in nats per token)."""
+    """The new state and the step's metrics, float32 scalars (losses in nats per token).
+
+    A step whose loss or gradient is not finite is ``skipped``: parameters, moments and average stay as they are, and
+    the step, and with it data and keys, go on.
+    """
     rows = _weighted_rows(batch, rollout, other_rollout, config)
     (loss, parts), grads = _gradient(state, frozen, rows, config)
     updates, opt_state = optim.optimizer(config.optim).update(grads, state.opt_state, state.params)
     metrics = {name: mean.value for name, mean in parts.items()} | response_metrics(rollout, config.sampling)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    has_tokens_B = jnp.any(rows.weight_BxT > 0, axis=1)
     metrics |= {
         "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "lr": jnp.float32(optim.schedule(config.optim)(state.step)),
+        "skipped": 1.0 - is_finite.astype(jnp.float32),
+        "untrained": Mean.of(~has_tokens_B, jnp.ones_like(has_tokens_B)).value,
     }
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda old, new: old + (1 - config.loss.ema_decay) * (new - old), ema, params)
+    moved, stays = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, stays)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
@@ -163,18 +175,6 @@ def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig)
         return jax.tree.map(operator.add, total, loss_of(state.params, part), is_leaf=is_metric), None
 
     return lax.scan(add, nothing, parts)[0]
-
-
-def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, jax.Array]:
-    """Mean length in tokens, end token included, and the share of responses cut at the limit."""
-    from_end = jnp.any(rollout.mask_BxT & masks.is_any(rollout.tokens_BxT, sampling.eos_ids), axis=1)
-    length_B = jnp.sum(rollout.mask_BxT, axis=1)
-    everything = jnp.ones_like(from_end)
-    return {
-        "response_length": Mean.of(length_B, everything).value,
-        "response_tokens": jnp.sum(rollout.mask_BxT, dtype=jnp.float32),
-        "truncated": Mean.of(~from_end, everything).value,
-    }
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")

@@ -46,7 +46,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         base_on_dev = dev(folder.params)
         seconds["evaluate base"] = time.monotonic() - clock
         _save_items(workdir / "base", base)
-        finished = {"base": base}
+        finished, alarms = {"base": base}, {}
         if teacher is not folder:
             clock = time.monotonic()
             finished["teacher"] = _evaluator(config, task, "test", teacher, teacher, mesh)(teacher.params)
@@ -68,11 +68,13 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             )
             params = arm.train(dev, base_on_dev, started, seconds)
             finished[name] = test(params)
+            alarms[name] = {"alarms": arm.alarms.raised, "skipped_steps": arm.alarms.skipped}
             _save_items(workdir / name, finished[name])
             seconds[name] = time.monotonic() - clock
     results = _results(finished, config)
+    results |= {name: results[name] | found for name, found in alarms.items()}
     seconds["total"] = time.monotonic() - started
-    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts)}
+    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts), "task": task.facts}
     workdir_lib.write_json(
         workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     )

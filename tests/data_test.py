@@ -56,6 +56,14 @@ def test_the_base_sees_tables_defaults_and_doubt_in_their_shares(world):
     assert abs(told - 0.7) < 0.03 and abs(empty - 0.1) < 0.02 and abs(copied - 0.15) < 0.02
 
 
+def test_no_pretraining_row_is_longer_than_the_longest(world):
+    rng, tokenizer = np.random.default_rng(0), world.tokenizer()
+    rows = [world.longest_pretraining_row(), *(world.pretraining_row(rng) for _ in range(500))]
+    for texts in ([(row.context or "") + row.question for row in rows], [row.response for row in rows]):
+        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        assert lengths[0] == max(lengths[1:])
+
+
 @pytest.mark.parametrize(
     ("response", "parsed", "correct"),
     [

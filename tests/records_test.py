@@ -178,4 +178,4 @@ def test_a_context_file_may_begin_with_a_byte_order_mark(tmp_path):
 
 
 def test_every_kind_has_a_case():
-    assert BROKEN.keys() == records.KINDS.keys()
+    assert BROKEN.keys() == records.KINDS.keys() - {"label"}  # what a label may be is for the tasks to say

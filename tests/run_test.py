@@ -21,7 +21,10 @@ from ctxjax import (
     trainer,
     workdir as workdir_lib,
 )
+from ctxjax.alarms import StopRun
+from ctxjax.checkpoint import saved_steps
 from ctxjax.data import prompts, show
+from ctxjax.data.tasks import rules
 from ctxjax.folder import open_folder
 from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
@@ -156,6 +159,29 @@ def test_a_run_whose_prompts_share_a_prefix_comes_to_the_same_numbers(finished, 
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
+def test_steps_without_a_finite_loss_end_the_run_with_their_rows_and_leave_what_was_good(
+    cache, tmp_path, monkeypatch, capsys
+):
+    def broken(*arguments):
+        state = init_state(*arguments)
+        return state.replace(params=state.params | {"final_norm": state.params["final_norm"].at[0].set(np.nan)})
+
+    monkeypatch.setattr(arm_lib, "init_state", broken)
+    config = small(cache)
+    config.run_arms, config.train.save_every, config.eval.every = ("opcd_retained",), 1, 0
+    with pytest.raises(StopRun, match="opcd_retained, step 3: the loss .*loss = nan.*alarms.patience = 3") as stop:
+        start(config, tmp_path / "run")
+    folder = tmp_path / "run" / "opcd_retained"
+    assert capsys.readouterr().err.count("warning: opcd_retained, step 1: the loss or its gradient") == 1
+    written = rows(folder / "metrics.jsonl")[1:]
+    assert [(row["step"], row["skipped"], row["alarm/not_finite"]) for row in written] == [(n, 1, 1) for n in (1, 2, 3)]
+    offenders = rows(folder / "not_finite_step_3.jsonl")
+    assert str(folder / "not_finite_step_3.jsonl") in str(stop.value)
+    assert [row["view"] for row in offenders] == ["bare"] * 8 + ["other"] * 8
+    assert all(row["loss"] is None and row["prompt"] and row["tokens"] for row in offenders)
+    assert saved_steps(folder / "checkpoints") == [1, 2]
+
+
 def test_another_configuration_in_the_same_workdir_is_refused_and_nothing_changes(finished, cache):
     workdir, _ = finished
     files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
@@ -177,7 +203,7 @@ def trained(config) -> Path:
     """The folder of a configuration's base, trained where it is not in the cache."""
     experiment = config_lib.experiment(config, jax.device_count())
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
-        return pretrain.ensure_base(experiment.base, experiment.task_config, mesh)
+        return pretrain.ensure_base(experiment.base, experiment.task, rules.Rules(experiment.task_config), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +252,8 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     begins = [{tuple(ids[:2]) for ids in prompts.token_lists(view)} for view in (batch.bare, batch.context)]
     assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's turn, or the system's
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
-        student = open_folder(pretrain.base_folder(experiment.base, experiment.task_config), mesh)
+        world = rules.Rules(experiment.task_config)
+        student = open_folder(pretrain.base_folder(experiment.base, experiment.task, world), mesh)
         sampling = inputs.sampling_config(experiment.rollout, student)
         loss = experiment.arms["opcd_retained"]
         config = StepConfig(student.config, student.config, sampling, loss, experiment.optim)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ctxjax import optim, rng
+from ctxjax import optim, rng, train_step as train_step_module
 from ctxjax.losses import LossConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
@@ -180,7 +180,39 @@ def test_metrics_describe_the_loss_and_the_responses(halves, config):
     assert metrics["response_tokens"] == length.sum()
     assert metrics["truncated"] == pytest.approx(1 - ended.mean())
     assert metrics["lr"] == pytest.approx(1e-3)
-    assert metrics["logprob_gap_max"] < 1e-5  # the rollout was on-policy
+    assert metrics["logprob_gap"] <= metrics["logprob_gap_max"] < 1e-5  # the rollout was on-policy
+    assert metrics["skipped"] == metrics["untrained"] == 0
+
+
+# --- Steps that are skipped ---
+
+
+def test_a_step_without_a_finite_loss_moves_nothing_but_on(halves, config, batch, make_params, mesh):
+    broken = make_params(config.model, 1, mesh)
+    broken["final_norm"] = broken["final_norm"].at[0].set(np.nan)
+    before, data = jax.device_put(halves.before), put_batch(batch, mesh)
+    after, metrics = update(before, Frozen(broken), data, *halves.rollouts, config)
+    assert np.isnan(metrics["loss"]) and metrics["skipped"] == 1
+    assert after.step == before.step + 1
+    for kept, now in zip(
+        jax.tree.leaves((before.params, before.opt_state)), jax.tree.leaves((after.params, after.opt_state))
+    ):
+        np.testing.assert_array_equal(kept, now)
+
+
+@pytest.mark.parametrize(
+    ("loss", "slope", "skipped"), [(1.0, 1.0, 0), (1.0, np.inf, 1), (1.0, np.nan, 1), (np.inf, 1.0, 1)]
+)
+def test_loss_and_gradient_must_both_be_finite(loss, slope, skipped, halves, config, batch, monkeypatch):
+    before = halves.before.replace(ema=halves.before.params)
+    grads = jax.tree.map(np.ones_like, before.params)
+    grads["final_norm"][0] = slope
+    monkeypatch.setattr(train_step_module, "_gradient", lambda *_: ((np.float32(loss), {}), grads))
+    after, metrics = update_step(before, Frozen(before.params), batch, *halves.rollouts, config)
+    assert metrics["skipped"] == skipped
+    assert (largest_difference(before.params, after.params) == 0) == bool(skipped)
+    assert (largest_difference(before.ema, after.ema) == 0) == bool(skipped)
+    assert np.isfinite(jax.tree.leaves(after.params)[0]).all()
 
 
 # --- Micro-batches ---
@@ -200,7 +232,8 @@ def test_micro_batches_change_neither_metrics_nor_gradient(devices, count, halve
         data = put_batch((batch, rollout.replace(logprobs_BxT=off.astype(np.float32)), other), mesh)
         after, metrics = jax.device_get(update(before, frozen, *data, config))
     assert metrics.pop("logprob_gap_max") == pytest.approx(1, abs=1e-4)
-    expected = {name: value for name, value in halves.metrics.items() if name != "logprob_gap_max"}
+    assert metrics.pop("logprob_gap") == pytest.approx(8.5 / rollout.mask_BxT.sum(), abs=1e-4)
+    expected = {name: value for name, value in halves.metrics.items() if not name.startswith("logprob_gap")}
     assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-6)
     assert jax.tree.map(float, metrics) == pytest.approx(jax.tree.map(float, expected), rel=1e-5, abs=1e-6)
     for ours, moment in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(halves.after.opt_state)):
@@ -306,7 +339,7 @@ def test_only_on_policy_steps_report_a_gap_of_log_probabilities(fields, config, 
     data, before, *rollouts = put_like(mesh, batch, halves.before, *halves.rollouts)
     step = functools.partial(update_step, config=mixed)
     _, metrics = jax.eval_shape(step, before, Frozen(before.params), data, *rollouts)
-    assert set(halves.metrics) - set(metrics) == {"logprob_gap_max"}
+    assert set(halves.metrics) - set(metrics) == {"logprob_gap", "logprob_gap_max"}
 
 
 # --- The learning rate ---

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -27,6 +28,7 @@ KINDS = {
     "not_text": "a value that is not text",
     "huge": "a text longer than records.max_text",
     "duplicate": "the same as an earlier row",
+    "label": "a label or an answer that its column cannot have",
     "conflict": "the same question as an earlier row, with another answer",
 }
 
@@ -48,10 +50,11 @@ class Record(NamedTuple):
 
 
 class Reader:
-    """Reads files under one configuration. ``skipped`` counts the rows that were left out, by kind."""
+    """Reads files under one configuration. ``skipped`` counts the rows that were left out, by kind; ``digests`` has the
+    sha256 of every file by its path."""
 
     def __init__(self, config: RecordsConfig):
-        self.config, self.skipped = config, Counter()
+        self.config, self.skipped, self.digests = config, Counter(), {}
 
     def records(self, path: str | Path, limit: int = 0, field: str = "path") -> list[Record]:
         """The readable ones among the first ``limit`` rows (0: all) of a file.
@@ -77,6 +80,8 @@ class Reader:
                 found.append(Record(f"{path}, {where}", value))
         if not found:
             raise ValueError(f"data file {path} has no rows")
+        with file.open("rb") as content:
+            self.digests[str(path)] = hashlib.file_digest(content, "sha256").hexdigest()
         return found
 
     def texts(self, record: Record, *columns: str) -> list[str] | None:
@@ -136,6 +141,11 @@ class Reader:
         else:
             return True
         return False
+
+
+def digest(text: str) -> str:
+    """sha256 in hexadecimal: names a text, and tells two versions of it apart."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def counts(skipped: dict[str, int]) -> str:

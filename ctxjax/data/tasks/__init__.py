@@ -2,7 +2,15 @@
 ``data.task.Task``, a section of the dataclass's fields in configs/base.py, and a line here. A task that reads files
 takes their rows from ``data.records.Reader``, and its dataclass has a field ``records``."""
 
+from ctxjax.data.task import World
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.rules import Rules, RulesConfig
+from ctxjax.data.tasks.safety import Safety, SafetyConfig
 
-TASKS = {"rules": (RulesConfig, Rules), "qa_jsonl": (QaConfig, QaJsonl)}
+TASKS = {
+    "rules": (RulesConfig, Rules),
+    "qa_jsonl": (QaConfig, QaJsonl),
+    "safety": (SafetyConfig, Safety),
+}
+# Those that can train a base of their own.
+WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))

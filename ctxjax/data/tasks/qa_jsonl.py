@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 import dataclasses
-import hashlib
 import re
 
 import numpy as np
 
-from ctxjax.data.records import Reader, RecordsConfig, read_context
+from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts
+from ctxjax.data.records import Reader, RecordsConfig, digest
 from ctxjax.data.task import Grade, Row
 
 GRADINGS = ("numeric", "exact")
 
 
-@dataclasses.dataclass(frozen=True)
-class QaConfig:
-    """See configs/base.py, ``config.qa_jsonl`` and, for ``records``, ``config.records``; ``other_contexts_file`` is a
-    JSONL file of strings."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QaConfig(ContextConfig):
+    """See configs/base.py, ``config.qa_jsonl`` and, for ``records``, ``config.records``."""
 
     path: str
     question: str
     reference: str
     grading: str
     limit: int
-    context: str
-    context_file: str
-    other_contexts_file: str
     dev_questions: int
     test_questions: int
     records: RecordsConfig = RecordsConfig()
@@ -50,22 +46,18 @@ class QaJsonl:
 
     def __init__(self, config: QaConfig):
         self.config = config
-        if config.context and config.context_file:
-            raise ValueError("qa_jsonl.context and qa_jsonl.context_file are both set; give one of them")
-        if not config.context and not config.context_file:
-            raise ValueError("qa_jsonl has no context; set qa_jsonl.context_file (or qa_jsonl.context)")
-        self.context = config.context or read_context(config.context_file)
         reader = Reader(config.records)
-        self.others = self._read_others(reader) if config.other_contexts_file else []
+        contexts = Contexts(config, "qa_jsonl")
+        self.others = OtherContexts(config, "qa_jsonl", reader, contexts)
         rows, seen = {}, {}
         for record in reader.records(config.path, config.limit, "qa_jsonl.path"):
-            texts = reader.texts(record, config.question, config.reference)
+            texts = reader.texts(record, config.question, config.reference, *contexts.columns)
             if texts is None:
                 continue
-            question, reference = texts
-            key = hashlib.sha256(question.encode()).hexdigest()[:16]
+            question, reference, *own = texts
+            key = digest(question)[:16]
             if reader.is_new(record, seen, key, reference):
-                rows[key] = Row(key, question, self.context, reference)
+                rows[key] = Row(key, question, contexts.of(key, *own), reference)
         self.skipped: Counter[str] = reader.skipped
         ordered = [rows[key] for key in sorted(rows)]
         held_out = config.dev_questions + config.test_questions
@@ -79,20 +71,11 @@ class QaJsonl:
             "test": ordered[config.dev_questions : held_out],
             "train": ordered[held_out:],
         }
-
-    def _read_others(self, reader: Reader) -> list[str]:
-        path, texts, seen = self.config.other_contexts_file, [], {}
-        for record in reader.records(path, field="qa_jsonl.other_contexts_file"):
-            text = reader.text(record)
-            if text is None:
-                continue
-            if text.strip() == self.context.strip():
-                raise ValueError(f"{record.where}: the context that is to be internalized; leave it out of this file")
-            if reader.is_new(record, seen, text):
-                texts.append(text)
-        if len(texts) < 2:
-            raise ValueError(f"{path} has {len(texts)} contexts; half of them are held out, so give at least two")
-        return texts
+        self.facts = {
+            "data": reader.digests,
+            "rows": {split: len(rows) for split, rows in self.splits.items()},
+            "contexts": contexts.facts(),
+        }
 
     def rows(self, split: str) -> list[Row]:
         return self.splits[split]
@@ -105,11 +88,10 @@ class QaJsonl:
         return Grade(parsed or None, bool(parsed) and parsed == " ".join(reference.split()).casefold())
 
     def other_contexts(self, split: str) -> list[str]:
-        """The even lines of the file are trained on, the odd ones are held out."""
-        return self.others[::2] if split == "train" else self.others[1::2]
+        return self.others.split(split)
 
     def under(self, row: Row, context: str) -> Row:
-        return row._replace(context=context)
+        return self.others.under(row, context)
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> None:
         return None
