@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import itertools
+import math
 from pathlib import Path
 import time
 
 import jax
 
-from ctxjax import offenders, sharding
+from ctxjax import offenders, preemption, sharding
 from ctxjax.alarms import Alarms, StopRun
-from ctxjax.checkpoint import Checkpoints
+from ctxjax.checkpoint import Checkpoints, best_step, read_params, saved_steps
 from ctxjax.config import Experiment
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, training_batches
 from ctxjax.evaluator import Evaluation, Evaluator
@@ -17,12 +20,17 @@ from ctxjax.folder import ModelFolder
 from ctxjax.inputs import sampling_config
 from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
+from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.train_step import StepConfig, init_state, student_params, train_step
-from ctxjax.types import Frozen, Params, PrefixKV, TrainState
+from ctxjax.types import Batch, Frozen, Params, PrefixKV, TrainState
 
 
 class Arm:
-    """One arm: the same base, seed and data order as the others, its own loss."""
+    """One arm: the same base, seed and data order as the others, its own loss.
+
+    ``record``: configuration and manifest of the run, which every checkpoint carries. ``scores``: the dev metric by
+    which checkpoints are chosen (config.eval.select) at every step that was evaluated, higher being better.
+    """
 
     def __init__(
         self,
@@ -36,9 +44,10 @@ class Arm:
         teacher_prefix: PrefixKV | None,
         mesh,
         workdir: Path,
+        record: dict,
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
-        self.mesh, self.workdir = mesh, workdir
+        self.mesh, self.workdir, self.record = mesh, workdir, record
         sampling = sampling_config(config.rollout, folder)
         micro_batches = config.train.micro_batches
         self.step_config = StepConfig(
@@ -46,54 +55,58 @@ class Arm:
         )
         self.frozen = Frozen(teacher.params, folder.params if config.lora else None, teacher_prefix)
         self.alarms = Alarms(config.alarms, name)
+        self.scores: dict[int, float] = {}
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
         """Runs the arm's steps, from its latest checkpoint where there is one; returns the trained parameters.
 
-        Raises StopRun where an alarm ends the run; checkpoints stay.
+        Raises StopRun where an alarm ends the run, and Preempted where SIGTERM does; checkpoints stay.
         """
         config, train = self.config, self.config.train
         state = init_state(self.folder.params, self.step_config, jax.random.key(config.seed))
-        checkpoints = Checkpoints(self.workdir / "checkpoints", train.keep, train.save_every)
-        first = checkpoints.latest_step or 0
-        if first:
-            state = checkpoints.restore(state)
+        checkpoints = Checkpoints(self.workdir / "checkpoints", train.keep, self.scores)
+        first, found = 0, checkpoints.restore(state)
+        if found is not None:
+            state, record = found
+            first = record["data_position"]
             print(f"{self.name}: continues from the checkpoint of step {first}", flush=True)
         writer = Writer(self.workdir, self.name, train.steps, first, train.log_every, self.alarms)
+        self.scores |= {row["step"]: self._score(row) for row in writer.kept if row["step"] and _is_dev(row)}
         if not first:
             writer.write(0, _prefixed(base_on_dev))
-        batches = training_batches(
-            self.rows,
-            self.retention,
-            seed=config.seed,
-            batch_size=train.batch_size,
-            retention_rows=train.retention_rows,
-            pad_id=self.folder.pad_id,
-            first_step=first,
-        )
-        compiled = None
+        batches = (sharding.put_batch(batch, self.mesh) for batch in self._batches(first))
+        if first < train.steps:
+            batch = next(batches)
+            clock = time.monotonic()
+            compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
+            seconds[f"{self.name} compile"] = time.monotonic() - clock
+            batches = itertools.chain([batch], batches)
         try:
-            for step in range(first + 1, train.steps + 1):
-                batch = sharding.put_batch(next(batches), self.mesh)
-                if compiled is None:
-                    clock = time.monotonic()
-                    compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
-                    seconds[f"{self.name} compile"] = time.monotonic() - clock
-                    writer.pause()
-                with jax.transfer_guard("disallow"):
-                    state, metrics = compiled(state, self.frozen, batch)
-                writer.step(step, metrics)
-                if self.alarms.is_close_to_stopping:
-                    writer.flush()
-                if "first step done" not in seconds:
-                    jax.block_until_ready(metrics)
-                    seconds["first step done"] = time.monotonic() - started
-                if config.eval.every and step % config.eval.every == 0:
-                    writer.flush()
-                    writer.write(step, _prefixed(dev(self._student(state))))
-                    writer.pause()
-                checkpoints.save(state, step, last=step == train.steps)
-            writer.close()
+            with preemption.held():
+                # A run that was preempted in an evaluation saved without it.
+                evaluated = any(row["step"] == first and _is_dev(row) for row in writer.kept)
+                if self._is_evaluated(first) and not evaluated and not self._evaluate(first, state, dev, writer):
+                    raise preemption.Preempted
+                writer.pause()
+                for step, batch in zip(range(first + 1, train.steps + 1), batches):
+                    with jax.transfer_guard("disallow"):
+                        state, metrics = compiled(state, self.frozen, batch)
+                    writer.step(step, metrics)
+                    if self.alarms.is_close_to_stopping:
+                        writer.flush()
+                    if "first step done" not in seconds:
+                        jax.block_until_ready(metrics)
+                        seconds["first step done"] = time.monotonic() - started
+                    if self._is_evaluated(step):
+                        self._evaluate(step, state, dev, writer)
+                    preempted = preemption.reached(step)
+                    is_due = step in (train.steps, best_step(self.scores)) or step % train.save_every == 0
+                    if is_due or preempted:
+                        writer.sync()
+                        checkpoints.save(state, step, self.record | {"data_position": step})
+                    if preempted:
+                        raise preemption.Preempted
+                writer.close()
         except StopRun as stop:
             if stop.alarm != "not_finite":
                 raise
@@ -104,9 +117,60 @@ class Arm:
             checkpoints.close()
         return self._student(state)
 
+    @property
+    def selected_step(self) -> int | None:
+        """The step of the checkpoint that is best on dev; None where no checkpoint was evaluated there."""
+        saved = saved_steps(self.workdir / "checkpoints")
+        return best_step({step: self.scores[step] for step in saved if step in self.scores})
+
+    def params_at(self, step: int) -> Params:
+        """The student of an earlier checkpoint."""
+        mesh, model, lora = self.mesh, self.folder.config, self.config.lora
+        specs = transformer.param_specs(model) if lora is None else lora_lib.specs(model, lora)
+        kind = self.config.model.param_dtype if lora is None else "float32"
+        trained = read_params(self.workdir / "checkpoints", step, params_lib.abstract(specs, mesh, kind))
+        return student_params(trained, self.frozen, self.step_config)
+
+    def _batches(self, first: int) -> Iterator[Batch]:
+        return training_batches(
+            self.rows,
+            self.retention,
+            seed=self.config.seed,
+            batch_size=self.config.train.batch_size,
+            retention_rows=self.config.train.retention_rows,
+            pad_id=self.folder.pad_id,
+            first_step=first,
+        )
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.config.eval.every
+        return every > 0 and step > 0 and step % every == 0
+
+    def _evaluate(self, step: int, state: TrainState, dev: Evaluator, writer: Writer) -> bool:
+        """Adds the step's row of dev metrics; False where SIGTERM came while they were made."""
+        writer.flush()
+        try:
+            with preemption.interruptible():
+                row = _prefixed(dev(self._student(state)))
+        except preemption.Interrupted:
+            return False
+        writer.write(step, row)
+        self.scores[step] = self._score(row)
+        writer.pause()
+        return True
+
+    def _score(self, row: dict[str, float]) -> float:
+        name = self.config.eval.select
+        value = row.get(f"dev/{name.removeprefix('-')}", math.nan)
+        return -value if name.startswith("-") else value
+
     def _student(self, state: TrainState) -> Params:
         return student_params(state.params, self.frozen, self.step_config)
 
 
 def _prefixed(evaluation: Evaluation) -> dict[str, float]:
     return {f"dev/{name}": value for name, value in evaluation.metrics.items() if isinstance(value, float)}
+
+
+def _is_dev(row: dict[str, float]) -> bool:
+    return any(name.startswith("dev/") for name in row)

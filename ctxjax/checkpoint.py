@@ -1,7 +1,7 @@
 """Checkpoints by orbax: everything that a run needs to go on exactly, saved in the background, checked when it is read.
 
-    checkpoints/<step>/state   what is trained, optimiser, moving average, step, root key; any mesh can read it
-    checkpoints/<step>/run     position in the data, configuration, manifest, checksums of the state
+checkpoints/<step>/state   what is trained, optimiser, moving average, step, root key; any mesh can read it
+checkpoints/<step>/run     position in the data, configuration, manifest, checksums of the state
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers that tell the bits of arrays apart, on any mesh: a checkpoint that was damaged, a model that was exchanged."""
+"""Numbers that tell arrays apart by their bits, on any mesh: a damaged checkpoint, an exchanged model."""
 
 from __future__ import annotations
 

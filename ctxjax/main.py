@@ -5,6 +5,7 @@ With ``--dump_batch`` it shows the first training batch, token by token, and end
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 import shutil
@@ -14,10 +15,14 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
+from ctxjax import preemption
 from ctxjax.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
+_RESUME = flags.DEFINE_enum(
+    "resume", "auto", ["auto", "never", "must"], "Whether a run that lies in the workdir goes on, may not, or must."
+)
 _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training batch and end; needs no workdir.")
 
 
@@ -40,13 +45,15 @@ def main(_) -> None:
         return
     folder = Path(_WORKDIR.value).expanduser()
     facts = workdir.facts(_CONFIG.value)
-    workdir.check(folder, facts["config"])
+    workdir.check(folder, facts["config"], _RESUME.value)
     trainer.run(experiment, folder, facts)
 
 
 def _quiet() -> None:
-    """Leaves warnings, and drops the libraries' accounts of what they are doing, which would bury the bar."""
+    """Leaves warnings, and drops the libraries' accounts of what they are doing, which would bury the bar, and of
+    errors in their threads, which end the run with a message of their own."""
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
 
 
 def _split_cpu(count: int) -> None:
@@ -80,15 +87,22 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def command_line() -> None:
-    """Runs the command. Bad input ends with one readable message and exit code 2, without a traceback; an alarm that
-    ends the run (config.alarms.stop) likewise, with exit code 3."""
+    """Runs the command. Bad input, a full disk or one that cannot be written to end with one readable message and exit
+    code 2, without a traceback; an alarm that ends the run (config.alarms.stop) likewise, with exit code 3; SIGTERM
+    with preemption.EXIT_CODE, after which the same command goes on."""
+    preemption.listen()
     try:
         app.run(main, flags_parser=_parse)
+    except preemption.Preempted:
+        print("\nSIGTERM: the run ends; the same command goes on", file=sys.stderr)
+        sys.exit(preemption.EXIT_CODE)
     except StopRun as stop:
         print(f"\nstopped: {stop}", file=sys.stderr)
         sys.exit(3)
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
+        print(f"error: {error}{remedy if no_room else ''}", file=sys.stderr)
         sys.exit(2)
 
 
