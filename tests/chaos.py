@@ -1,14 +1,15 @@
 """Ends small runs at random moments, gives the same command again, and compares with a run that nobody disturbed.
 
-    python -m tests.chaos --kills=30 --terms=10 [--seed=0] [--keep]
+    python -m tests.chaos --kills=30 --terms=10 [--seed=0] [--arms=opcd,opcd_retained] [--keep]
 
-Moments are drawn in turn from: training the base, a training step, a save (or its background part), an evaluation,
+Moments are drawn in turn from: a save (or its background part), an evaluation, a training step, training the base,
 and anywhere. A kill is SIGKILL (-9) and must leave what the same command finishes; SIGTERM must moreover end in its
 own exit code. Compared are, bit for bit: every array of the last checkpoints, all rows of metrics.jsonl and all
 TensorBoard scalars but for times, all items, and results.json. Prints one JSON object as the last line; exit code 1
 if any differs.
 
-Runs are forked off a process that has imported everything and used no device yet, which saves most of their time.
+Runs are forked off a process that has imported everything and used no device yet, and leave out the report's page:
+that saves most of their time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -36,32 +38,32 @@ os.environ["TQDM_DISABLE"] = "1"
 from ctxjax import checkpoint, evaluator, main, metrics, preemption, pretrain, trainer  # noqa: E402, F401
 
 ROOT = Path(__file__).parents[1]
-ARMS = ("opcd", "opcd_retained")
 SETTINGS = {
-    "cpu_devices": 2, "base.steps": 12, "base.warmup_steps": 2, "base.width": 16, "base.layers": 1,
+    "cpu_devices": 1, "base.steps": 12, "base.warmup_steps": 2, "base.width": 16, "base.layers": 1,
     "base.query_heads": 2, "base.kv_heads": 1, "base.head_dim": 8, "base.mlp_width": 32, "base.batch_size": 8,
     "train.steps": 8, "train.batch_size": 8, "train.save_every": 2, "eval.every": 3, "eval.batch_size": 16,
-    "eval.bootstrap": 20, "optim.warmup_steps": 1, "rules.train_questions": 64, "rules.dev_questions": 8,
-    "rules.test_questions": 16, "loss.anchor": "ema", "run_arms": ARMS,
+    "eval.bootstrap": 20, "optim.warmup_steps": 1, "rules.train_questions": 64, "rules.dev_questions": 16,
+    "rules.test_questions": 16, "loss.anchor": "ema",
 }  # fmt: skip
 TIMES = ("time", "tokens_per_second")
 LIMIT = 600  # seconds after which a run hangs
 
-# Where the signal comes: the call to wait for, how often it is called in a run at least, seconds to wait after it.
+# Where the signal comes: the call to wait for, how often it is called in a run of one arm, seconds to wait after it.
 PLACES = {
+    "save": ((checkpoint.Checkpoints, "save"), 5, 0.3),
+    "evaluation": ((evaluator.Evaluator, "__call__"), 5, 0.5),
+    "step": ((metrics.Writer, "step"), 8, 0.05),
     "base": ((pretrain, "_base_step"), 12, 0.05),
-    "step": ((metrics.Writer, "step"), 16, 0.05),
-    "save": ((checkpoint.Checkpoints, "save"), 8, 0.3),
-    "evaluation": ((evaluator.Evaluator, "__call__"), 8, 0.5),
 }
 
 
 class Moment:
     """When a signal comes: at the ``call``-th call at a place and ``delay`` seconds, or just after ``delay``."""
 
-    def __init__(self, place: str, rng: random.Random, whole: float):
+    def __init__(self, place: str, rng: random.Random, whole: float, arms: int):
         self.place = place
         _, calls, longest = PLACES.get(place, (None, 1, whole))
+        calls *= 1 if place in ("base", "anywhere") else arms
         self.call, self.delay = rng.randint(1, calls), rng.uniform(0, longest)
 
     def arm(self, number: signal.Signals, sent: Path) -> None:
@@ -123,10 +125,11 @@ def forked(function: Callable[[], object], log: Path) -> int:
 class Run:
     """A workdir, with a cache of its own for the base, below ``folder``."""
 
-    def __init__(self, folder: Path, compiled: Path):
+    def __init__(self, folder: Path, compiled: Path, arms: tuple[str, ...]):
         folder.mkdir()
+        self._arms = arms
         self.workdir, self.log, self._sent = folder / "run", folder / "log.txt", folder / "sent"
-        settings = SETTINGS | {"base.cache": folder / "cache", "compile_cache": compiled}
+        settings = SETTINGS | {"base.cache": folder / "cache", "compile_cache": compiled, "run_arms": arms}
         self._line = ["chaos", f"--config={ROOT}/configs/tiny.py", f"--workdir={self.workdir}"]
         self._line += [f"--config.{name}={value}" for name, value in settings.items()]
 
@@ -136,6 +139,7 @@ class Run:
         def command():
             if moment is not None:
                 moment.arm(number, self._sent)
+            trainer.write_report = lambda workdir: workdir
             sys.argv = self._line
             main.command_line()
 
@@ -148,13 +152,13 @@ class Run:
     def traces(self) -> dict[str, str]:
         """Everything that is compared, by name, as digests."""
         out = self.workdir.parent / "arrays.json"
-        code = forked(lambda: out.write_text(json.dumps(arrays(self.workdir))) * 0, self.log)
+        code = forked(lambda: out.write_text(json.dumps(arrays(self.workdir, self._arms))) * 0, self.log)
         assert code == 0, f"{self.workdir}: the checkpoints cannot be read, see {self.log}"
         found = json.loads(out.read_text())
         for path in sorted(self.workdir.rglob("*.jsonl")):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             found[str(path.relative_to(self.workdir))] = digest([without_times(row) for row in rows])
-        for arm in ARMS:
+        for arm in self._arms:
             found[f"{arm}/events"] = digest(scalars(self.workdir / arm / "events"))
         return found | {"results.json": digest(json.loads((self.workdir / "results.json").read_text()))}
 
@@ -167,14 +171,14 @@ def without_times(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in TIMES}
 
 
-def arrays(workdir: Path) -> dict[str, str]:
+def arrays(workdir: Path, arms: tuple[str, ...]) -> dict[str, str]:
     """Digests of the bytes of all arrays of every arm's last checkpoint. Uses a device."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     found = {}
-    for arm in ARMS:
+    for arm in arms:
         folder = workdir / arm / "checkpoints"
         step = checkpoint.saved_steps(folder)[-1]
         place = folder.absolute() / str(step) / "state"
@@ -204,58 +208,61 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
-def disturb(folder: Path, compiled: Path, whole: float, number: signal.Signals, place: str, rng: random.Random) -> dict:
-    """One run that is sent a signal and started again: how it ended, and how it differs from nothing yet."""
+def disturb(run: Callable[[], Run], number: signal.Signals, moment: Callable[[], Moment]) -> dict:
+    """One run that is sent a signal at a moment that it lives to see: how it ended. It is not started again yet."""
     while True:
-        moment = Moment(place, rng, whole)
-        run = Run(folder, compiled)
-        code = run(moment, number)
-        seconds = run.seconds_since_signal
+        new, when = run(), moment()
+        code, seconds = new(when, number), new.seconds_since_signal
         if seconds is not None and code != 0:
-            break
-        shutil.rmtree(folder)  # it had ended before
-    again = run()
-    return {"moment": str(moment), "exit_code": code, "seconds": seconds, "again": again, "run": run}
+            return {"run": new, "moment": when, "code": code, "seconds": seconds}
+        shutil.rmtree(new.workdir.parent)
 
 
-def chaos(kills: int, terms: int, seed: int, root: Path) -> dict:
-    """The counts of the runs that were disturbed and of those that ended as if they had not been."""
+def differences(run: Run, expected: dict[str, str]) -> list[str]:
+    """Starts the run again, to its end: what of it is not as expected."""
+    code = run()
+    if code:
+        return [f"the same command ended with exit code {code}"]
+    found = run.traces()
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+
+
+def chaos(kills: int, terms: int, seed: int, arms: tuple[str, ...], root: Path) -> dict:
+    """The counts of the runs that were disturbed, and of those of them that ended as if they had not been."""
     rng, compiled = random.Random(seed), root / "compiled"
-    expected = Run(root / "undisturbed", compiled)
-    assert expected() == 0, f"the undisturbed run failed: {expected.log.read_text()[-2000:]}"
-    traces, start = expected.traces(), time.monotonic()
-    repeated = Run(root / "repeated", compiled)
-    assert repeated() == 0
+    undisturbed = Run(root / "undisturbed", compiled, arms)
+    if undisturbed():
+        raise RuntimeError(f"the undisturbed run failed: {undisturbed.log.read_text()[-2000:]}")
+    expected, start = undisturbed.traces(), time.monotonic()
+    repeated = Run(root / "repeated", compiled, arms)
+    different = differences(repeated, expected)
+    if different:
+        raise RuntimeError(f"two undisturbed runs differ in {different}: there is nothing to compare with")
     whole = time.monotonic() - start
-    assert repeated.traces() == traces, "two undisturbed runs differ: there is nothing to compare with"
-    print(f"an undisturbed run takes {whole:.1f} s; {len(traces)} traces of it are compared", flush=True)
-    result = {"seed": seed, "undisturbed_seconds": round(whole, 1)}
-    places = [*PLACES, "anywhere"]
+    print(f"an undisturbed run takes {whole:.1f} s; {len(expected)} traces of it are compared", flush=True)
+    places = itertools.cycle([*PLACES, "anywhere"])
+    result = {"seed": seed, "arms": arms, "undisturbed_seconds": round(whole, 1)}
     for name, count, number, wanted in (
         ("kills", kills, signal.SIGKILL, -signal.SIGKILL),
         ("terms", terms, signal.SIGTERM, preemption.EXIT_CODE),
     ):
-        alike, slowest, failed = 0, 0.0, []
-        for index in range(count):
+        alike, slowest = 0, 0.0
+        for index, place in zip(range(count), places):
             folder = root / f"{name}-{index}"
-            found = disturb(folder, compiled, whole, number, places[index % len(places)], rng)
-            other = [found["again"]] if found["again"] else []
-            if not other:
-                now = found["run"].traces()
-                other = sorted(key for key in traces.keys() | now.keys() if traces.get(key) != now.get(key))
-            good = found["exit_code"] == wanted and not other
-            slowest = max(slowest, found["seconds"])
-            told = (
-                f"{name} {index + 1}: {found['moment']}; exit code {found['exit_code']} after {found['seconds']:.2f} s"
+            found = disturb(
+                lambda: Run(folder, compiled, arms),  # noqa: B023
+                number,
+                lambda: Moment(place, rng, whole, len(arms)),  # noqa: B023
             )
-            print(f"{told}; {'alike' if good else f'DIFFERS: {other}, see {folder}'}", flush=True)
-            if good:
+            wrong = [] if found["code"] == wanted else [f"exit code {found['code']} and not {wanted}"]
+            wrong += differences(found["run"], expected)
+            slowest = max(slowest, found["seconds"])
+            verdict = f"DIFFERS: {wrong}, see {folder}" if wrong else "alike"
+            print(f"{name} {index + 1}: {found['moment']}; ended after {found['seconds']:.2f} s; {verdict}", flush=True)
+            if not wrong:
                 alike += 1
                 shutil.rmtree(folder)
-            else:
-                failed.append(str(folder))
         result |= {name: count, f"{name}_alike": alike, f"{name}_slowest_seconds": round(slowest, 2)}
-        result |= {f"{name}_failed": failed} if failed else {}
     return result
 
 
@@ -264,10 +271,11 @@ def run_command() -> int:
     parser.add_argument("--kills", type=int, default=30, help="runs to kill")
     parser.add_argument("--terms", type=int, default=0, help="runs to send SIGTERM")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--arms", default="opcd,opcd_retained", help="arms of the runs, with commas between them")
     parser.add_argument("--keep", action="store_true", help="keep the folders of the runs")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="chaos-"))
-    result = chaos(options.kills, options.terms, options.seed, root)
+    result = chaos(options.kills, options.terms, options.seed, tuple(options.arms.split(",")), root)
     good = result["kills_alike"] == options.kills and result["terms_alike"] == options.terms
     if good and not options.keep:
         shutil.rmtree(root)
