@@ -30,10 +30,11 @@ import tempfile
 import threading
 import time
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # small programs, compiled rather than run
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["TQDM_DISABLE"] = "1"
+if __name__ == "__main__":  # read when jax and tqdm are imported
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # small programs, compiled rather than run
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["TQDM_DISABLE"] = "1"
 
 from ctxjax import checkpoint, evaluator, main, metrics, preemption, pretrain, trainer  # noqa: E402, F401
 
