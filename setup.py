@@ -22,6 +22,7 @@ setup(
         "httpx2>=2.16",  # huggingface-hub's connections, whose errors are told apart
         "safetensors>=0.8.0",  # the weights' file format
         "pyarrow>=26.0.1",  # questions in Parquet files
+        "math-verify>=0.9",  # whether two mathematical answers have the same value; brings sympy
         "scipy>=1.17",  # exact tests and intervals
         "tensorboardX>=2.6.5",  # event files without TensorFlow
         "matplotlib>=3.11",  # the report's plots
@@ -29,7 +30,7 @@ setup(
         "tqdm>=4.67",  # progress bar
     ],
     extras_require={
-        "test": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.15"],
+        "test": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.15", "hypothesis>=6.170"],  # hypothesis: bad input
         "parity": ["torch>=2.13", "peft>=0.19"],  # the other side of parity tests
         "games": ["textarena>=0.7"],  # text games
         "tpu": ["jax[tpu]>=0.10.2"],

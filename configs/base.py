@@ -74,8 +74,15 @@ def get_config() -> ConfigDict:
     config.rollout.top_k = 0  # 0: off
     config.rollout.top_p = 1.0  # 1: off
 
+    # How the teacher draws the responses, with the context, that off-policy steps learn from: once for all arms, and
+    # kept in the workdir's teacher_samples.jsonl.
+    config.teacher.temperature = config.rollout.get_oneway_ref("temperature")
+    config.teacher.top_k = config.rollout.get_oneway_ref("top_k")
+    config.teacher.top_p = config.rollout.get_oneway_ref("top_p")
+
     config.loss = ConfigDict()  # ctxjax/losses.py explains every field
     # Of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
+    # "cross_entropy": of the tokens of the teacher's samples, without its distributions (on_policy_fraction 0).
     config.loss.divergence = "reverse_kl"
     config.loss.alpha = 0.5  # of jsd (the teacher's weight) and of the skewed ones (the share that is not mixed)
     config.loss.support = "full"  # tokens L_distill sums over: "full", "teacher_top_k", "student_top_k", "union_top_k"
@@ -147,6 +154,7 @@ def get_config() -> ConfigDict:
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
     config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
+    config.arms.sft = ConfigDict({"divergence": "cross_entropy", "on_policy_fraction": 0.0})
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
     config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # which of them to run, in this order
@@ -171,28 +179,51 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # "numeric": last number; "exact": same text, white space and case aside
+    config.qa_jsonl.grading = "numeric"  # the last number; or "exact", "math", "letter", "yes_no": data/graders.py
     config.qa_jsonl.limit = 0  # first rows read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64
 
-    config.safety = ConfigDict()  # offensive and hateful language, three public sets pooled: yes or no
+    config.medical = ConfigDict()  # multiple choice as in MedMCQA: the letter in <answer> tags
+    config.medical.first_label = 0  # what cop is where option A is right: 0 in the Hub's files, 1 in the authors'
+    config.medical.ask_format = True  # whether the question asks for the tags; else only a context can
+
+    config.safety = ConfigDict()  # offensive and hateful language, three public sets pooled: yes or no in <answer> tags
     config.safety.path = ""  # folder with the sets' published files; ctxjax/data/tasks/safety.py names them
     config.safety.sets = ("tweeteval", "hatecheck", "ethos")  # which of them
-    config.safety.ask_format = True  # whether the question asks for <answer> tags; else only a context can
-    config.safety.train_questions = 0  # at most; 0: all
-    config.safety.dev_questions = 128  # at most, of those held out; 0: all
-    config.safety.test_questions = 500
+    config.safety.ask_format = True
 
-    # Contexts, in the section of every task that reads files. The one to internalize comes from one of the first four.
-    for section in (config.qa_jsonl, config.safety):
+    config.math = ConfigDict()  # problems as in GSM8K and DAPO-Math, by the value of the answer
+    config.math.ask_format = True  # whether the question asks for a boxed answer
+
+    config.hints = ConfigDict()  # any rows, each with a context of its own
+    config.hints.question = "question"  # column
+    config.hints.reference = "answer"  # column
+    config.hints.hint = "answer"  # column of what the teacher may see
+    config.hints.template = "A solution that may help, which the user does not see:\n\n{hint}"  # the context
+    config.hints.grading = "math"  # as qa_jsonl.grading
+
+    for section in (config.medical, config.math, config.hints):
+        # A JSONL, Parquet or CSV file, a pattern of several, or files of a Hub data set, "org/name:PATTERN" (with
+        # "@revision" behind the name).
+        section.path = ""
+        section.test_path = ""  # likewise, where test questions have files of their own; "": a fifth of the questions
+        section.limit = 0  # first rows read of each file; 0: all
+    for section in (config.medical, config.safety, config.math, config.hints):
+        section.train_questions = 0  # at most; 0: all
+        section.dev_questions = 128  # at most, of a tenth that is held out by the question's hash; 0: all
+        section.test_questions = 500
+
+    # The context to internalize comes from one of the first four.
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math):
         section.context = ""  # inline
         section.context_file = ""  # a text file
         section.context_files = ()  # or several: every row has one of them, drawn by context_seed and its id
         section.context_seed = config.get_oneway_ref("seed")
-        # Other contexts, to keep obeying (retention) and to measure obedience with: "builtin", the 72 of
-        # ctxjax/data/other_contexts.jsonl, or a file like it; "": none. Every second line is held out from training.
-        section.other_contexts_file = "builtin"
-    for section in (config.qa_jsonl,):
+    for section in (config.qa_jsonl, config.medical, config.math):
         section.context_column = ""  # or a column of the data, which holds each row's own
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints):
+        # Other contexts, to keep obeying (retention) and to measure obedience with: "builtin", the 72 of
+        # ctxjax/data/other_contexts.jsonl, or a file like it; "": none. Every second one is held out from training.
+        section.other_contexts_file = "builtin"
     return config

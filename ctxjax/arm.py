@@ -7,6 +7,7 @@ import itertools
 import math
 from pathlib import Path
 import time
+from typing import Any
 
 import jax
 
@@ -22,14 +23,15 @@ from ctxjax.losses import LossConfig
 from ctxjax.metrics import Writer
 from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.train_step import StepConfig, init_state, student_params, train_step
-from ctxjax.types import Batch, Frozen, Params, PrefixKV, TrainState
+from ctxjax.types import Batch, Frozen, Params, PrefixKV, Rollout, TrainState
 
 
 class Arm:
     """One arm: the same base, seed and data order as the others, its own loss.
 
-    ``record``: configuration and manifest of the run, which every checkpoint carries. ``scores``: the dev metric by
-    which checkpoints are chosen (config.eval.select) at every step that was evaluated, higher being better.
+    ``samples`` are the responses that the teacher gives to its off-policy steps. ``record``: configuration and manifest
+    of the run, which every checkpoint carries. ``scores``: the dev metric by which checkpoints are chosen
+    (config.eval.select) at every step that was evaluated, higher being better.
     """
 
     def __init__(
@@ -42,12 +44,13 @@ class Arm:
         rows: EncodedRows,
         retention: RetentionRows | None,
         teacher_prefix: PrefixKV | None,
+        samples: dict[int, Rollout],
         mesh,
         workdir: Path,
         record: dict,
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
-        self.mesh, self.workdir, self.record = mesh, workdir, record
+        self.samples, self.mesh, self.workdir, self.record = samples, mesh, workdir, record
         sampling = sampling_config(config.rollout, folder)
         micro_batches = config.train.micro_batches
         self.step_config = StepConfig(
@@ -74,13 +77,17 @@ class Arm:
         self.scores |= {row["step"]: self._score(row) for row in writer.kept if row["step"] and _is_dev(row)}
         if not first:
             writer.write(0, _prefixed(base_on_dev))
-        batches = (sharding.put_batch(batch, self.mesh) for batch in self._batches(first))
+        batches = (
+            sharding.put_batch((batch, self.samples.get(step)), self.mesh)
+            for step, batch in enumerate(self._batches(first), start=first + 1)
+        )
+        programs = {}  # by whether they are given the teacher's samples
         if first < train.steps:
-            batch = next(batches)
+            inputs = next(batches)
+            batches = itertools.chain([inputs], batches)
             clock = time.monotonic()
-            compiled = train_step.lower(state, self.frozen, batch, config=self.step_config).compile()
+            programs = self._programs(state, inputs[0], range(first + 1, train.steps + 1))
             seconds[f"{self.name} compile"] = time.monotonic() - clock
-            batches = itertools.chain([batch], batches)
         try:
             with preemption.held():
                 # A run that was preempted in an evaluation saved without it.
@@ -88,9 +95,10 @@ class Arm:
                 if self._is_evaluated(first) and not evaluated and not self._evaluate(first, state, dev, writer):
                     raise preemption.Preempted
                 writer.pause()
-                for step, batch in zip(range(first + 1, train.steps + 1), batches):
+                for step, (batch, samples) in zip(range(first + 1, train.steps + 1), batches):
                     with jax.transfer_guard("disallow"):
-                        state, metrics = compiled(state, self.frozen, batch)
+                        program = programs[samples is not None]
+                        state, metrics = program(state, self.frozen, batch, samples=samples)
                     writer.step(step, metrics)
                     if self.alarms.is_close_to_stopping:
                         writer.flush()
@@ -111,11 +119,23 @@ class Arm:
             if stop.alarm != "not_finite":
                 raise
             tokenizer = self.folder.tokenizer
-            path = offenders.save(self.workdir, state, self.frozen, batch, self.step_config, stop.step, tokenizer)
+            inputs = (state, self.frozen, batch, samples)
+            path = offenders.save(self.workdir, *inputs, self.step_config, stop.step, tokenizer)
             raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
         finally:
             checkpoints.close()
         return self._student(state)
+
+    def _programs(self, state: TrainState, batch: Batch, steps: range) -> dict[bool, Any]:
+        """The compiled step, with and without samples of the teacher, as ``steps`` need it: before the first one, since
+        SIGTERM can then end the run at once."""
+        given = [step for step in steps if step in self.samples]
+        examples = {} if len(given) == len(steps) else {False: None}
+        examples |= {True: sharding.put_batch(self.samples[given[0]], self.mesh)} if given else {}
+        return {
+            is_given: train_step.lower(state, self.frozen, batch, config=self.step_config, samples=samples).compile()
+            for is_given, samples in examples.items()
+        }
 
     @property
     def selected_step(self) -> int | None:

@@ -96,11 +96,17 @@ class Evaluator:
         rollouts = {v: self._decode(params, prompts, self._judged) for v, prompts in self._prompts.items()}
         items = [item for view, rollout in rollouts.items() for item in self._grade(view, rollout)]
         outcomes = _outcomes(items)
-        result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
+        with_context = "context" in outcomes
+        if with_context:
+            result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
+        else:
+            result = metrics_lib.one_view("x", outcomes["bare"])
         for view, name in ACCURACY_OF_VIEW.items():
             if view in outcomes:
                 result |= metrics_lib.rate(name, outcomes[view].correct)
         result |= self._default_rate(items)
+        if not with_context:
+            return Evaluation(result, items, outcomes)
         bare, context = self._prompts["bare"], self._prompts["context"]
         control = self._prompts.get("other", self._prompts["empty"])
         kl, cosines = views_lib.compare(
@@ -166,6 +172,13 @@ def _outcomes(items: list[dict]) -> dict[str, Outcomes]:
             parsed=np.array([item["parsed"] is not None for item in own]),
             truncated=np.array([item["truncated"] for item in own]),
             length=np.array([item["length"] for item in own]),
+            lenient=_lenient(own),
+            reasons=[item["reason"] for item in own],
         )
         for view, own in by_view.items()
     }
+
+
+def _lenient(items: list[dict]) -> np.ndarray | None:
+    lenient = [item["lenient"] for item in items]
+    return None if None in lenient else np.array(lenient)

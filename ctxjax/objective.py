@@ -105,7 +105,9 @@ def bare_and_context_terms(
     configs = (models.config, models.teacher_config)
     has_anchor = config.beta > 0
     on_all_rows = has_anchor and config.anchor_fraction == 1
-    weights, views, function = {"distill": weight}, ["q_x", "f"], losses.bare_values
+    weights, views, function = {"distill": weight}, ["q_x"], losses.bare_values
+    if config.needs_teacher:
+        views.append("f")
     if config.reference:
         weights["reference"] = config.reference * weight
         views.append("f_x")

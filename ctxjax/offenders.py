@@ -20,15 +20,22 @@ from ctxjax.workdir import write_text
 
 
 def save(
-    folder: Path, state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, step: int, tokenizer
+    folder: Path,
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    samples: Rollout | None,
+    config: StepConfig,
+    step: int,
+    tokenizer,
 ) -> Path:
     """Writes the batch of ``step``, which was skipped, with its responses; those that have no finite loss come first.
 
     ``state`` is the state after that step: its parameters are still those that sampled the responses, which are drawn
-    again. Where every row has a finite loss, the gradient had none.
+    again where they are not the teacher's ``samples``. Where every row has a finite loss, the gradient had none.
     """
     state = state.replace(step=jnp.int32(step - 1))
-    rollout, other_rollout = jax.jit(rollout_step, static_argnames="config")(state, frozen, batch, config)
+    rollout, other_rollout = jax.jit(rollout_step, static_argnames="config")(state, frozen, batch, config, samples)
     rows = _rows("bare", batch.bare, batch.context, rollout, state, frozen, batch, config, tokenizer)
     if batch.other is not None:
         rows += _rows("other", batch.other, batch.other, other_rollout, state, frozen, batch, config, tokenizer)

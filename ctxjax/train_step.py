@@ -4,7 +4,8 @@
 
 ``rollout_step`` samples y from the bare student (and y' under the other contexts); ``update_step`` scores
 them, takes the gradient and moves the parameters. The halves are public for hosts that must act between
-them, such as a game's environment.
+them, such as a game's environment. An off-policy step is given its y instead: the frozen teacher's, from
+``teacher_rollout``, which are the same for every arm of a run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import operator
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ctxjax import losses, objective, optim, rng, sharding
@@ -65,38 +67,41 @@ def student_params(trained: Params, frozen: Frozen, config: StepConfig) -> Param
     return trained if config.lora is None else lora_lib.join(frozen.base, trained, config.lora)
 
 
+def off_policy_steps(loss: LossConfig, key: jax.Array, steps: int) -> np.ndarray:
+    """bool [steps]: which steps of a run with the root ``key`` learn from the teacher's samples."""
+    uniform = jax.vmap(lambda step: jax.random.uniform(rng.key_for(key, step, "policy")))(jnp.arange(steps))
+    return (np.arange(steps) < loss.off_policy_steps) | (np.asarray(uniform) >= loss.on_policy_fraction)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"))
+def teacher_rollout(
+    teacher: Params, batch: Batch, key: jax.Array, step: jax.Array, model: ModelConfig, sampling: SamplingConfig
+) -> Rollout:
+    """The frozen teacher's responses to the context view at ``step`` of a run with the root ``key``."""
+    keys_B = rng.row_keys(rng.key_for(key, step, "rollout"), batch.example_id_B)
+    return sample(teacher, model, sampling, batch.context, keys_B)
+
+
 def _teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> Params:
     return student_params(ema, frozen, config) if config.loss.teacher == "ema" else frozen.teacher
 
 
-def rollout_step(state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig) -> tuple[Rollout, Rollout | None]:
-    """(y, y'): responses to learn from, and the student's to the other contexts where there are any.
+def rollout_step(
+    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, samples: Rollout | None = None
+) -> tuple[Rollout, Rollout | None]:
+    """(y, y'): the student's responses to the bare view, and to the other contexts where there are any.
 
-    y is the student's response to the bare view or, in steps that are off-policy, the teacher's to the context view.
+    y are the ``samples`` instead where they are given, in an off-policy step.
     """
-    loss = config.loss
     student = student_params(state.params, frozen, config)
 
-    def respond(params, model, prompts, stream):
+    def respond(prompts, stream):
         rows_B = batch.example_id_B[: prompts.tokens_BxP.shape[0]]
         keys_B = rng.row_keys(rng.key_for(state.key, state.step, stream), rows_B)
-        return sample(params, model, config.sampling, prompts, keys_B)
+        return sample(student, config.model, config.sampling, prompts, keys_B)
 
-    def on_policy():
-        return respond(student, config.model, batch.bare, "rollout")
-
-    def off_policy():
-        return respond(_teacher_params(state.ema, frozen, config), config.teacher_model, batch.context, "rollout")
-
-    if loss.is_on_policy:
-        rollout = on_policy()
-    elif loss.on_policy_fraction == 0:
-        rollout = off_policy()
-    else:
-        uniform = jax.random.uniform(rng.key_for(state.key, state.step, "policy"))
-        is_on = (state.step >= loss.off_policy_steps) & (uniform < loss.on_policy_fraction)
-        rollout = lax.cond(is_on, on_policy, off_policy)
-    other = respond(student, config.model, batch.other, "retention") if batch.other is not None else None
+    rollout = samples if samples is not None else respond(batch.bare, "rollout")
+    other = respond(batch.other, "retention") if batch.other is not None else None
     return rollout, other
 
 
@@ -179,8 +184,10 @@ def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig)
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def train_step(
-    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig
+    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, samples: Rollout | None = None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Sample, score, update: the whole step in one program. ``state`` is donated, ``frozen`` is not."""
-    rollout, other_rollout = rollout_step(state, frozen, batch, config)
+    """Sample, score, update: the whole step in one program. ``state`` is donated, the rest is not.
+
+    Off-policy steps are given the teacher's ``samples``; which steps those are, ``off_policy_steps`` says."""
+    rollout, other_rollout = rollout_step(state, frozen, batch, config, samples)
     return update_step(state, frozen, batch, rollout, other_rollout, config)

@@ -19,6 +19,7 @@ from ctxjax.folder import ModelFolder
 from ctxjax.inputs import digests, open_inputs, sampling_config, teacher_prefix
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
+from ctxjax.teacher_samples import steps_of, teacher_samples
 from ctxjax.types import Params
 
 
@@ -69,6 +70,10 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             own = _evaluator(config, task, "test", teacher, teacher, mesh)
             finished["teacher"] = evaluated(workdir / "teacher", own, teacher.params, 0)
             seconds["evaluate teacher"] = time.monotonic() - clock
+        clock = time.monotonic()
+        samples = teacher_samples(config, inputs, workdir, mesh)
+        if samples:
+            seconds["teacher's samples"] = time.monotonic() - clock
         for name, loss in config.arms.items():
             clock = time.monotonic()
             arm = Arm(
@@ -80,6 +85,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 train_rows,
                 retention if loss.mu > 0 else None,
                 prefix,
+                {step: samples[step] for step in steps_of(config, name)},
                 mesh,
                 workdir / name,
                 {"config": manifest["config"], "manifest": {k: manifest[k] for k in manifest.keys() - {"config"}}},

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from ctxjax.data import prompts, word_tokenizer
+from ctxjax.data import graders, prompts, word_tokenizer
 from ctxjax.data.pipeline import RetentionRows, encode_rows, training_batches
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, evaluation_views
-from ctxjax.data.tasks import qa_jsonl, rules
+from ctxjax.data.tasks import rules
 
 CONTEXT = "f>b;a>e;c>d;b>a;e>f;d>c;"
 
@@ -106,7 +106,7 @@ def test_every_view_keeps_its_reference(world):
     ],
 )
 def test_the_last_number_is_read(text, number):
-    assert qa_jsonl.last_number(text) == number
+    assert graders.last_number(text) == number
 
 
 def test_text_survives_the_tokenizer(tokenizer):

@@ -72,7 +72,7 @@ def test_weights_tokenizer_and_templates_are_fetched_but_no_pickles_no_code_no_c
             PermissionError,
             "gated: accept its terms at https://huggingface.co/org/name",
         ),
-        (answered(errors.RepositoryNotFoundError), FileNotFoundError, "org/name@v1 is neither a folder here nor"),
+        (answered(errors.RepositoryNotFoundError), FileNotFoundError, "org/name@v1 is neither on this machine nor"),
         (answered(errors.RevisionNotFoundError), FileNotFoundError, "org/name has no revision 'v1'"),
         (errors.OfflineModeIsEnabled("no"), FileNotFoundError, "HF_HUB_OFFLINE is set"),
         (answered(errors.HfHubHTTPError), FileNotFoundError, "did not deliver org/name@v1: "),

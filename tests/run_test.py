@@ -18,6 +18,7 @@ from ctxjax import (
     pretrain,
     preview,
     sharding,
+    teacher_samples,
     trainer,
     workdir as workdir_lib,
 )
@@ -204,6 +205,52 @@ def trained(config) -> Path:
     experiment = config_lib.experiment(config, jax.device_count())
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
         return pretrain.ensure_base(experiment.base, experiment.task, rules.Rules(experiment.task_config), mesh)
+
+
+def taught_by_samples(cache: Path):
+    """Two arms that learn from the teacher's samples, one of them in its first step alone."""
+    config = small(cache)
+    config.run_arms, config.train.steps, config.train.save_every, config.eval.every = ("sft", "opcd"), 2, 2, 0
+    config.arms.opcd.off_policy_steps = 1
+    config.teacher.temperature = 0.5
+    return config
+
+
+@pytest.fixture(scope="module")
+def sampled(cache):
+    """The workdir of that run."""
+    start(taught_by_samples(cache), cache / "sampled")
+    return cache / "sampled"
+
+
+def response_lengths(arm: Path) -> list[float]:
+    return [row["response_length"] for row in rows(arm / "metrics.jsonl") if "response_length" in row]
+
+
+def test_the_teachers_samples_are_kept_with_their_ids_and_shared_by_the_arms(sampled):
+    kept = rows(sampled / teacher_samples.FILE)
+    assert [row["step"] for row in kept] == [1] * 8 + [2] * 8
+    assert len({(row["step"], row["id"]) for row in kept}) == 16 and all(row["question"] == row["id"] for row in kept)
+    assert all(len(row["tokens"]) == len(row["logprobs"]) <= 19 for row in kept)
+    length = [np.mean([len(row["tokens"]) for row in kept if row["step"] == step]) for step in (1, 2)]
+    of_arm = {arm: response_lengths(sampled / arm) for arm in ("sft", "opcd")}
+    assert of_arm["sft"] == pytest.approx(length)
+    assert of_arm["opcd"][0] == pytest.approx(length[0]) and of_arm["opcd"][1] != pytest.approx(length[1])
+
+
+def test_a_run_taken_up_again_learns_from_the_samples_that_it_kept(sampled, cache, tmp_path):
+    config = taught_by_samples(cache)
+    config.run_arms = ("sft",)
+    workdir_lib.claim(tmp_path, workdir_lib.facts(config)["config"])
+    text = (sampled / teacher_samples.FILE).read_text()
+    file = tmp_path / teacher_samples.FILE
+    file.write_text(text.split("\n", 1)[1])
+    with pytest.raises(ValueError, match=r"teacher_samples.jsonl does not hold 8 responses .* for step 1; delete"):
+        start(config, tmp_path)
+    kept = [json.loads(line) for line in text.splitlines()]
+    file.write_text("".join(json.dumps(row | {"tokens": [3], "logprobs": [0.0]}) + "\n" for row in kept))
+    start(config, tmp_path)
+    assert response_lengths(tmp_path / "sft") == [1.0, 1.0]
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,23 @@ BUILT_IN_FILE = Path(__file__).with_name("other_contexts.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ContextConfig:
-    """The fields that tasks over files have in common; see configs/base.py. Exactly one of the sources is set:
-    ``context``, ``context_file``, ``context_files`` or ``context_column``, which needs data with columns."""
+class OtherContextsConfig:
+    """See configs/base.py: "builtin", a file, or ""."""
+
+    other_contexts_file: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextConfig(OtherContextsConfig):
+    """Where contexts come from; see configs/base.py. Exactly one of the sources is set: ``context``, ``context_file``,
+    ``context_files`` or ``context_column``, which needs data with columns; or none, where it is not ``required``."""
 
     context: str
     context_file: str
     context_files: tuple[str, ...]
     context_seed: int
-    other_contexts_file: str
     context_column: str = ""
+    required: bool = True
 
 
 class Contexts:
@@ -41,7 +48,7 @@ class Contexts:
     def __init__(self, config: ContextConfig, section: str):
         fields = ("context", "context_file", "context_files", "context_column")
         given = [f"{section}.{field}" for field in fields if getattr(config, field)]
-        if not given:
+        if not given and config.required:
             raise ValueError(f"{section} has no context; set {section}.context_file (or {section}.context)")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both set; give one of them")
@@ -50,10 +57,10 @@ class Contexts:
         files = config.context_files or ((config.context_file,) if config.context_file else ())
         self.texts = {"inline": config.context} if config.context else {str(f): read_context(f) for f in files}
 
-    def of(self, row_id: str, own: str | None = None) -> str:
+    def of(self, row_id: str, own: str | None = None) -> str | None:
         """The context of a row: its ``own``, from the column, or a draw that is a pure function of the seed and its
-        id."""
-        if own is not None:
+        id. None where there are no contexts."""
+        if own is not None or not self.texts:
             return own
         texts = list(self.texts.values())
         return texts[int(digest(f"{self._seed}:{row_id}"), 16) % len(texts)]
@@ -70,18 +77,18 @@ class OtherContexts:
     context has a check, only those with one are evaluated: a mean over two kinds of measure would be neither.
     """
 
-    def __init__(self, config: ContextConfig, section: str, reader: Reader, contexts: Contexts):
+    def __init__(self, config: OtherContextsConfig, section: str, reader: Reader, internalized: list[str]):
         self._checks: dict[str, Check | None] = {}
         if not config.other_contexts_file:
             return
         path = BUILT_IN_FILE if config.other_contexts_file == BUILT_IN else config.other_contexts_file
-        internalized, seen = {text.strip() for text in contexts.texts.values()}, {}
+        own, seen = {text.strip() for text in internalized}, {}
         for record in reader.records(path, field=f"{section}.other_contexts_file"):
             is_object = isinstance(record.value, dict)
             text = (reader.texts(record, "context") or [None])[0] if is_object else reader.text(record)
             if text is None:
                 continue
-            if text.strip() in internalized:
+            if text.strip() in own:
                 raise ValueError(f"{record.where}: the context that is to be internalized; leave it out of this file")
             check = parse_check(record.value, record.where) if is_object else None
             if reader.is_new(record, seen, text, check):

@@ -3,6 +3,9 @@
 takes their rows from ``data.records.Reader``, and its dataclass has a field ``records``."""
 
 from ctxjax.data.task import World
+from ctxjax.data.tasks.hints import Hints, HintsConfig
+from ctxjax.data.tasks.math import Math, MathConfig
+from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.rules import Rules, RulesConfig
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
@@ -10,7 +13,10 @@ from ctxjax.data.tasks.safety import Safety, SafetyConfig
 TASKS = {
     "rules": (RulesConfig, Rules),
     "qa_jsonl": (QaConfig, QaJsonl),
+    "medical": (MedicalConfig, Medical),
     "safety": (SafetyConfig, Safety),
+    "math": (MathConfig, Math),
+    "hints": (HintsConfig, Hints),
 }
 # Those that can train a base of their own.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))

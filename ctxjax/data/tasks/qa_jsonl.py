@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 import dataclasses
-import re
 
 import numpy as np
 
 from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts
+from ctxjax.data.graders import GRADERS
 from ctxjax.data.records import Reader, RecordsConfig, digest
 from ctxjax.data.task import Grade, Row
-
-GRADINGS = ("numeric", "exact")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,18 +27,6 @@ class QaConfig(ContextConfig):
     records: RecordsConfig = RecordsConfig()
 
 
-def last_number(text: str) -> str | None:
-    """The last number of a text in a canonical form ("1,234.50" -> "1234.5"), or None.
-
-    It stands where a solution's answer stands in GSM8K ("#### 72") and in most chat answers.
-    """
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not found:
-        return None
-    number = float(found[-1].replace(",", ""))
-    return str(int(number)) if number.is_integer() else repr(number)
-
-
 class QaJsonl:
     """The task over one file; a question's split is a hash of its text, so it never changes sides."""
 
@@ -48,7 +34,7 @@ class QaJsonl:
         self.config = config
         reader = Reader(config.records)
         contexts = Contexts(config, "qa_jsonl")
-        self.others = OtherContexts(config, "qa_jsonl", reader, contexts)
+        self.others = OtherContexts(config, "qa_jsonl", reader, list(contexts.texts.values()))
         rows, seen = {}, {}
         for record in reader.records(config.path, config.limit, "qa_jsonl.path"):
             texts = reader.texts(record, config.question, config.reference, *contexts.columns)
@@ -81,11 +67,7 @@ class QaJsonl:
         return self.splits[split]
 
     def grade(self, response: str, reference: str) -> Grade:
-        if self.config.grading == "numeric":
-            parsed = last_number(response)
-            return Grade(parsed, parsed is not None and parsed == last_number(reference))
-        parsed = " ".join(response.split()).casefold()
-        return Grade(parsed or None, bool(parsed) and parsed == " ".join(reference.split()).casefold())
+        return GRADERS[self.config.grading](response, reference)
 
     def other_contexts(self, split: str) -> list[str]:
         return self.others.split(split)

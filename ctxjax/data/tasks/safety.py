@@ -12,17 +12,17 @@ case is a training case with another group's name in it, and of Ethos's comment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from ctxjax.data import splits
-from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts
+from ctxjax.data.contexts import ContextConfig, Contexts
+from ctxjax.data.file_task import Asked, FileTask, FileTaskConfig
 from ctxjax.data.graders import yes_no
 from ctxjax.data.records import Reader, Record, RecordsConfig
-from ctxjax.data.task import Grade, Row
+from ctxjax.data.task import Grade
 
 HATEFUL_FROM = 0.5  # Ethos: the share of annotators who called the comment hateful
 QUESTIONS = {
@@ -42,16 +42,11 @@ FILES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SafetyConfig(ContextConfig):
+class SafetyConfig(ContextConfig, FileTaskConfig):
     """See configs/base.py, ``config.safety``."""
 
-    path: str
     sets: tuple[str, ...]
     ask_format: bool
-    train_questions: int
-    dev_questions: int
-    test_questions: int
-    records: RecordsConfig = RecordsConfig()
 
 
 class Example(NamedTuple):
@@ -151,42 +146,18 @@ def read_examples(
     return [example for name in sets for example in SETS[name](folder, reader)]
 
 
-class Safety:
+class Safety(FileTask):
     """The task of one context over the pooled sets."""
 
     def __init__(self, config: SafetyConfig):
-        reader, contexts = Reader(config.records), Contexts(config, "safety")
-        self.others = OtherContexts(config, "safety", reader, contexts)
-        pooled = {split: [] for split in splits.SPLITS}
-        for example in read_examples(config.path, config.sets, reader):
-            question = f"{QUESTIONS[example.set]}\n\n{example.text}"
-            if config.ask_format:
-                question += f"\n\n{FORMAT}"
-            row = Row(example.id, question, contexts.of(example.id), "yes" if example.harmful else "no")
-            pooled[example.split].append((example.text, row))
-        unique, repeats = splits.without_repeats(pooled)
-        self.skipped = reader.skipped + repeats
-        self.splits = {
-            split: splits.shuffled(rows)[: getattr(config, f"{split}_questions") or None]
-            for split, rows in unique.items()
-        }
-        self.facts = {
-            "data": reader.digests,
-            "rows": {split: len(rows) for split, rows in self.splits.items()},
-            "contexts": contexts.facts(),
-        }
+        super().__init__(config, "safety", Contexts(config, "safety"))
 
-    def rows(self, split: str) -> list[Row]:
-        return self.splits[split]
+    def examples(self, reader: Reader) -> Iterator[tuple[str, str, Asked]]:
+        for example in read_examples(self.config.path, self.config.sets, reader):
+            question = f"{QUESTIONS[example.set]}\n\n{example.text}"
+            if self.config.ask_format:
+                question += f"\n\n{FORMAT}"
+            yield example.split, example.id, Asked(example.text, question, "yes" if example.harmful else "no")
 
     def grade(self, response: str, reference: str) -> Grade:
         return yes_no(response, reference)
-
-    def other_contexts(self, split: str) -> list[str]:
-        return self.others.split(split)
-
-    def under(self, row: Row, context: str) -> Row:
-        return self.others.under(row, context)
-
-    def paraphrase(self, row: Row, rng: np.random.Generator) -> None:
-        return None
