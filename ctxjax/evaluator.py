@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from ctxjax import rng, sharding
+from ctxjax import rng
 from ctxjax.data import checks, prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
@@ -86,8 +86,7 @@ class Evaluator:
         self._prompts = {
             v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id, prefixes[v]) for v, lists in tokens.items()
         }
-        ways = sharding.batch_ways(mesh)
-        self._batch = min(batch_size, -(-len(encoded.rows) // ways) * ways)
+        self._batch = views_lib.batch_size(len(encoded.rows), batch_size, mesh)
         self._key = rng.key_for(jax.random.key(seed), 0, "evaluation")
 
     def __call__(self, params: Params) -> Evaluation:

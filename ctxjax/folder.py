@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ctxjax.data import tokenizer_match
 from ctxjax.hub import local_folder
-from ctxjax.models import hf
+from ctxjax.models import hf, mesh_fit
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
@@ -67,7 +67,7 @@ def open_folder(
     mesh: Mesh,
     dtype: str = "float32",
     param_dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
     student: ModelFolder | None = None,
 ) -> ModelFolder:
     """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.
@@ -80,14 +80,23 @@ def open_folder(
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     config = hf.read_config(path, dtype, remat)
+    mesh_fit.check(config, mesh, str(path))
     tokenizer = load_tokenizer(path)
     if student is not None:
         tokenizer_match.require_same(student.tokenizer, tokenizer)
     # Not len(tokenizer), which counts tokens: some vocabularies leave ids out.
     ids = max(tokenizer.get_vocab().values()) + 1
     if ids > config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {ids} ids, the head only {config.vocab_size} rows")
+        raise ValueError(
+            f"{path}: the tokenizer has {ids} ids, the head only {config.vocab_size} rows; copy the tokenizer files "
+            "that belong to these weights"
+        )
     ends = stop_ids(path, tokenizer)
+    if not 0 <= ends[0] <= ends[-1] < config.vocab_size:
+        raise ValueError(
+            f"{path}: the end tokens {ends} are not all ids of the head, which has {config.vocab_size} rows; mend "
+            "eos_token_id in generation_config.json"
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     if ids < config.vocab_size:
         config = dataclasses.replace(config, tokens=ids)

@@ -5,17 +5,16 @@ With ``--dump_batch`` it shows the first training batch, token by token, and end
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 import shutil
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 from ml_collections import config_flags
 
-from ctxjax import preemption
+from ctxjax import command, preemption, secrets
 from ctxjax.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
@@ -35,7 +34,7 @@ def main(_) -> None:
     from ctxjax import config, preview, trainer, workdir
 
     _quiet()
-    _split_cpu(_CONFIG.value.cpu_devices)
+    _split_cpu(_CONFIG.value.get("cpu_devices", 0))
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _CONFIG.value.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
@@ -68,42 +67,19 @@ def _split_cpu(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count or 1 << (min(cores, 8).bit_length() - 1))
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-        # A config file that could not be loaded says so only when something is asked of it.
-        getattr(_CONFIG.value, "seed", None)
-    except AttributeError as error:
-        inner = error.args[0]
-        name = inner.args[0] if isinstance(inner, KeyError) else inner
-        raise ValueError(f"the configuration has no field {name}; configs/base.py lists them all") from None
-    except OSError as error:
-        raise ValueError(f"the config file cannot be loaded: {error.__cause__ or error}") from None
-    except (flags.Error, TypeError, ValueError) as error:
-        raise ValueError(f"bad command line: {error}") from None
-    if len(rest) > 1:
-        raise ValueError(f"unexpected argument {rest[1]!r}; options are written --config.field=value")
-    return rest
-
-
 def command_line() -> None:
     """Runs the command. Bad input, a full disk or one that cannot be written to end with one readable message and exit
     code 2, without a traceback; an alarm that ends the run (config.alarms.stop) likewise, with exit code 3; SIGTERM
     with preemption.EXIT_CODE, after which the same command goes on."""
     preemption.listen()
     try:
-        app.run(main, flags_parser=_parse)
+        command.run(main, _CONFIG)
     except preemption.Preempted:
         print("\nSIGTERM: the run ends; the same command goes on", file=sys.stderr)
         sys.exit(preemption.EXIT_CODE)
     except StopRun as stop:
-        print(f"\nstopped: {stop}", file=sys.stderr)
+        print(f"\nstopped: {secrets.hidden(str(stop))}", file=sys.stderr)
         sys.exit(3)
-    except (ValueError, OSError) as error:
-        no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-        remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
-        print(f"error: {error}{remedy if no_room else ''}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 import resource
 import time
@@ -31,7 +32,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     """
     started = time.monotonic()
     seconds: dict[str, float] = {}
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with workdir_lib.Lock(workdir) as lock, jax.set_mesh(mesh):
         if (workdir / "config.json").exists():
             lock.take()

@@ -16,6 +16,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
+from ctxjax import secrets
 from ctxjax.checksum import digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -152,9 +153,10 @@ def _differences(before, now, name: str = "") -> list[str]:
 
 
 def facts(config: ConfigDict) -> dict:
-    """What run.json says of a run before it begins: configuration, seed, command line, versions, device, time."""
+    """What run.json says of a run before it begins: configuration, seed, command line, versions, device, time; no
+    secrets."""
     device = jax.devices()[0]
-    return {
+    found = {
         "config": json.loads(config.to_json()),
         "seed": config.seed,
         "command": shlex.join(["python", "-m", "ctxjax.main", *sys.argv[1:]]),
@@ -164,6 +166,7 @@ def facts(config: ConfigDict) -> dict:
         "host": socket.gethostname(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    return secrets.hidden(found)
 
 
 def code(facts: dict) -> dict:
