@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import errno
 import sys
 
 from absl import app, flags
 from ml_collections import ConfigDict
 
 from ctxjax import secrets
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def parse(config) -> Callable[[list[str]], list[str]]:
@@ -41,9 +44,12 @@ def parse(config) -> Callable[[list[str]], list[str]]:
 
 
 def run(main: Callable, config) -> None:
-    """Runs a command; bad input ends with one readable message and exit code 2, without a traceback."""
+    """Runs a command; bad input, or a disk that is full or cannot be written to, ends with one readable message and
+    exit code 2, without a traceback."""
     try:
         app.run(main, flags_parser=parse(config))
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        print(f"error: {secrets.hidden(str(error))}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        no_room = isinstance(error, OSError) and error.errno in NO_ROOM
+        remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
+        print(f"error: {secrets.hidden(str(error))}{remedy if no_room else ''}", file=sys.stderr)
         sys.exit(2)

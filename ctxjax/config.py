@@ -109,6 +109,7 @@ class EvalConfig:
     every: int
     batch_size: int
     bootstrap: int
+    select: str
     decode: DecodeConfig
 
 
