@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import errno
 import sys
 
 from absl import app, flags
@@ -10,6 +11,8 @@ import jax
 from ml_collections import ConfigDict
 
 from ctxjax import processes, secrets
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def parse(config) -> Callable[[list[str]], list[str]]:
@@ -42,12 +45,14 @@ def parse(config) -> Callable[[list[str]], list[str]]:
 
 
 def run(main: Callable, config) -> None:
-    """Runs a command; bad input ends with one readable message and exit code 2, without a traceback, and the loss of
-    another process with exit code 4."""
+    """Runs a command; bad input, or a disk that is full or cannot be written to, ends with one readable message and
+    exit code 2, without a traceback, and the loss of another process with exit code 4."""
     try:
         app.run(main, flags_parser=parse(config))
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, ConnectionError) as error:
-        print(f"error: {secrets.hidden(str(error))}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        no_room = isinstance(error, OSError) and error.errno in NO_ROOM
+        remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
+        print(f"error: {secrets.hidden(str(error))}{remedy if no_room else ''}", file=sys.stderr)
         processes.leave(2)
     except jax.errors.JaxRuntimeError as error:
         if not processes.is_loss(error):
