@@ -94,7 +94,11 @@ def _save(folder: Path, params: Params, model: ModelConfig, tokenizer) -> None:
     """Of several processes the first writes, and then, where they do not share a disk, whoever lacks the folder."""
     for is_turn in (processes.is_first(), not processes.is_first()):
         if is_turn and not folder.exists():
-            hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+            try:
+                hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+            except OSError:
+                if not folder.exists():  # else another run has just made the same one
+                    raise
         processes.wait("base model written")
 
 
