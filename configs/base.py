@@ -200,6 +200,15 @@ def get_config() -> ConfigDict:
     config.hints.template = "A solution that may help, which the user does not see:\n\n{hint}"  # the context
     config.hints.grading = "math"  # as qa_jsonl.grading
 
+    config.tiny_safety = ConfigDict()  # the texts of safety as a world with a base of its own
+    config.tiny_safety.path = config.safety.get_oneway_ref("path")
+    config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts, and which of them are held out
+    config.tiny_safety.vocabulary = 4096  # tokens of the byte-level BPE that is trained on the texts
+    config.tiny_safety.longest = 32  # tokens of a text; longer ones are left out, and counted
+    config.tiny_safety.train_questions = 0  # at most; 0: all
+    config.tiny_safety.dev_questions = 256
+    config.tiny_safety.test_questions = 0
+
     for section in (config.medical, config.math, config.hints):
         # A JSONL, Parquet or CSV file, a pattern of several, or files of a Hub data set, "org/name:PATTERN" (with
         # "@revision" behind the name).

@@ -296,7 +296,8 @@ def _check_model(config: Experiment) -> None:
 
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
-    "teacher.temperature", "teacher.top_k",
+    "teacher.temperature", "teacher.top_k", "tiny_safety.seed",
+    "tiny_safety.train_questions", "tiny_safety.dev_questions", "tiny_safety.test_questions",
     "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
     "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
     "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
