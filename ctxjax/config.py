@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,12 +18,14 @@ from ctxjax.anchors import ANCHORS
 from ctxjax.data.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.tasks import TASKS, WORLDS
+from ctxjax.data.tasks import TASKS, WORLDS, check_task
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
+from ctxjax.fields import check_numbers, checked, one_of as _one_of, require as _require
 from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
+from ctxjax.models.remat import POLICIES
 from ctxjax.optim import SCHEDULES, OptimConfig
-from ctxjax.sharding import check_divisible
+from ctxjax.sharding import DECODE_RULES, check_divisible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,7 @@ class ModelSource:
     path: str
     dtype: str
     param_dtype: str
-    remat: bool
+    remat: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +60,12 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis."""
+    """Devices along each mesh axis, and over how many slices the first is spread; see sharding.make_mesh."""
 
     data: int
     fsdp: int
     tensor: int
+    slices: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ class DecodeConfig:
     temperature: float
     top_k: int
     top_p: float
+    weights: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,20 +134,33 @@ class Experiment:
     arms: dict[str, LossConfig]
 
 
+_SECTIONS = {
+    "model": (ModelSource,), "teacher": (TeacherSource, DecodeConfig), "lora": (LoraConfig,), "base": (BaseConfig,),
+    "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,), "loss": (LossConfig,),
+    "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
+    "records": (RecordsConfig,),
+}  # fmt: skip
+_MADE = {  # taken from other sections
+    "loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens", "eval.weights", "teacher.weights",
+}  # fmt: skip
+_TOP = {"seed": int, "task": str, "compile_cache": str, "cpu_devices": int, "slice": str, "run_arms": tuple[str, ...]}
+
+
 def experiment(config: ConfigDict, device_count: int) -> Experiment:
     """Checks a run's configuration and turns it into an Experiment.
 
     Raises ValueError whose message names the field, its value, and what would be right.
     """
-    _check_numbers(config, "")
-    _one_of("task", config.task, TASKS)
+    values = checked(config, _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}, _MADE, _TOP)
+    check_numbers(values, _MAY_BE_ZERO)
+    config = ConfigDict(values)
+    check_task(config.task)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
-    _check_decoding("rollout", rollout)
+    _one_of("rollout.weights", rollout.weights, DECODE_RULES)
     _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
     evaluation = config.eval.to_dict()
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
-    _check_decoding("eval", decode)
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     _one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)
@@ -192,7 +210,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
 
 def _shared(config: ConfigDict, task_class) -> dict[str, Any]:
     """What all tasks that read files have in common: the section ``records``, for those that have a field for it."""
-    records = RecordsConfig(**config.records.to_dict() | {"skip": tuple(config.records.skip)})
+    records = RecordsConfig(**config.records)
     for kind in records.skip:
         _one_of("records.skip", kind, KINDS)
     return {"records": records} if "records" in task_class.__dataclass_fields__ else {}
@@ -201,7 +219,6 @@ def _shared(config: ConfigDict, task_class) -> dict[str, Any]:
 def _teacher(config: ConfigDict, rollout: DecodeConfig) -> TeacherSource:
     fields = config.to_dict()
     decode = dataclasses.replace(rollout, **{name: fields.pop(name) for name in ("temperature", "top_k", "top_p")})
-    _check_decoding("teacher", decode)
     return TeacherSource(decode=decode, **fields)
 
 
@@ -211,9 +228,8 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
     arms = {}
     for name in config.run_arms:
         _one_of("run_arms", name, config.arms)
-        unknown = set(config.arms[name]) - set(config.loss)
-        if unknown:
-            raise ValueError(f"arms.{name} sets {sorted(unknown)}; config.loss has {sorted(config.loss)}")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise ValueError(f"run_arms: {name!r} names a folder of the workdir; use letters, digits, '_', '-' and '.'")
         arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
         _check_loss(arms[name], config)
     for taken in {"base", "teacher"} & arms.keys():
@@ -230,8 +246,6 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
     for field, known in names.items():
         _one_of(f"loss.{field}", getattr(loss, field), known)
     _require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
-    for field in ("anchor_fraction", "gate_threshold", "on_policy_fraction", "ema_decay"):
-        _require(getattr(loss, field) <= 1, f"loss.{field}", getattr(loss, field), "at most 1")
     if not loss.needs_teacher and (loss.on_policy_fraction > 0 or loss.support != "full"):
         raise ValueError(
             f"loss.divergence = {loss.divergence!r} is of the teacher's own tokens; set loss.on_policy_fraction = 0 "
@@ -247,14 +261,14 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
 
 
 def _alarms(config: ConfigDict) -> AlarmsConfig:
-    alarms = AlarmsConfig(**config.to_dict() | {"stop": tuple(config.stop)})
+    alarms = AlarmsConfig(**config)
     for name in alarms.stop:
         _one_of("alarms.stop", name, ALARMS)
     return alarms
 
 
 def _lora(config: ConfigDict) -> LoraConfig | None:
-    targets = tuple(config.targets)
+    targets = config.targets
     for target in targets:
         _one_of("lora.targets", target, TARGETS)
     _require(0 < len(targets) == len(set(targets)), "lora.targets", targets, "at least one matrix, each named once")
@@ -263,6 +277,8 @@ def _lora(config: ConfigDict) -> LoraConfig | None:
 
 def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     sizes = config.to_dict()
+    slices = sizes.pop("slices")
+    _require(slices >= 0, "mesh.slices", slices, "0 or more")
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -272,12 +288,23 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     if math.prod(sizes.values()) != device_count:
         raise ValueError(
             f"mesh = {sizes} needs {math.prod(sizes.values())} devices, and there are {device_count}; "
-            f"mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"
+            f"{_nearest_mesh(config.to_dict(), device_count)}"
         )
-    return MeshConfig(**sizes)
+    check_divisible("mesh.data", sizes["data"], max(slices, 1), "mesh.slices")
+    return MeshConfig(**sizes, slices=slices)
+
+
+def _nearest_mesh(sizes: dict[str, int], device_count: int) -> str:
+    """The sizes nearest to these that fit, with one axis changed; else those that fit any number of devices."""
+    for axis in ("data", "fsdp", "tensor"):
+        others = math.prod(abs(size) for name, size in sizes.items() if name not in (axis, "slices"))
+        if device_count % others == 0:
+            return f"mesh.{axis}={device_count // others} fits, and so does mesh.data=1, mesh.fsdp=-1, mesh.tensor=1"
+    return "mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"
 
 
 def _check_model(config: Experiment) -> None:
+    _one_of("model.remat", config.model.remat, POLICIES)
     _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     _one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
@@ -313,28 +340,3 @@ _MAY_BE_ZERO = {
     for field in ("context_seed", "limit", "train_questions", "dev_questions", "test_questions")
     if (task, field) not in (("qa_jsonl", "dev_questions"), ("qa_jsonl", "test_questions"))
 }  # fmt: skip
-
-
-def _check_numbers(config: ConfigDict, prefix: str) -> None:
-    for name, value in config.items():
-        field = f"{prefix}{name}"
-        if isinstance(value, ConfigDict):
-            _check_numbers(value, f"{field}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not field.startswith("mesh."):
-            zero = field in _MAY_BE_ZERO or field.startswith("arms.")
-            _require(math.isfinite(value), field, value, "finite")
-            _require(value > 0 or (zero and value == 0), field, value, "0 or more" if zero else "above 0")
-
-
-def _check_decoding(section: str, decode: DecodeConfig) -> None:
-    _require(decode.top_p <= 1, f"{section}.top_p", decode.top_p, "at most 1")
-
-
-def _require(good: bool, field: str, value, rule: str) -> None:
-    if not good:
-        raise ValueError(f"{field} = {value} must be {rule}")
-
-
-def _one_of(field: str, value: str, known) -> None:
-    if value not in known:
-        raise ValueError(f"{field} = {value!r} is not known; choose from {', '.join(sorted(known))}")

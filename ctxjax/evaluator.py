@@ -86,11 +86,17 @@ class Evaluator:
                 lenient=_lenient(view_items),
                 reasons=[item["reason"] for item in view_items],
             )
-        result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
+        with_context = "context" in outcomes
+        if with_context:
+            result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
+        else:
+            result = metrics_lib.one_view("x", outcomes["bare"])
         for view, name in ACCURACY_OF_VIEW.items():
             if view in outcomes:
                 result |= metrics_lib.rate(name, outcomes[view].correct)
         result |= self._default_rate(items)
+        if not with_context:
+            return Evaluation(result, items, outcomes)
         bare, context = self._prompts["bare"], self._prompts["context"]
         control = self._prompts.get("other", self._prompts["empty"])
         kl, cosines = views_lib.compare(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ctxjax.data import tokenizer_match
 from ctxjax.hub import local_folder
-from ctxjax.models import hf
+from ctxjax.models import hf, mesh_fit
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
@@ -67,7 +67,7 @@ def open_folder(
     mesh: Mesh,
     dtype: str = "float32",
     param_dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
     student: ModelFolder | None = None,
 ) -> ModelFolder:
     """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.
@@ -80,6 +80,7 @@ def open_folder(
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     config = hf.read_config(path, dtype, remat)
+    mesh_fit.check(config, mesh, str(path))
     tokenizer = load_tokenizer(path)
     if student is not None:
         tokenizer_match.require_same(student.tokenizer, tokenizer)

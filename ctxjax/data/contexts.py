@@ -28,13 +28,14 @@ class OtherContextsConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContextConfig(OtherContextsConfig):
     """Where contexts come from; see configs/base.py. Exactly one of the sources is set: ``context``, ``context_file``,
-    ``context_files`` or ``context_column``, which needs data with columns."""
+    ``context_files`` or ``context_column``, which needs data with columns; or none, where it is not ``required``."""
 
     context: str
     context_file: str
     context_files: tuple[str, ...]
     context_seed: int
     context_column: str = ""
+    required: bool = True
 
 
 class Contexts:
@@ -47,7 +48,7 @@ class Contexts:
     def __init__(self, config: ContextConfig, section: str):
         fields = ("context", "context_file", "context_files", "context_column")
         given = [f"{section}.{field}" for field in fields if getattr(config, field)]
-        if not given:
+        if not given and config.required:
             raise ValueError(f"{section} has no context; set {section}.context_file (or {section}.context)")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both set; give one of them")
@@ -56,10 +57,10 @@ class Contexts:
         files = config.context_files or ((config.context_file,) if config.context_file else ())
         self.texts = {"inline": config.context} if config.context else {str(f): read_context(f) for f in files}
 
-    def of(self, row_id: str, own: str | None = None) -> str:
+    def of(self, row_id: str, own: str | None = None) -> str | None:
         """The context of a row: its ``own``, from the column, or a draw that is a pure function of the seed and its
-        id."""
-        if own is not None:
+        id. None where there are no contexts."""
+        if own is not None or not self.texts:
             return own
         texts = list(self.texts.values())
         return texts[int(digest(f"{self._seed}:{row_id}"), 16) % len(texts)]

@@ -91,14 +91,13 @@ def evaluation_views(task: Task, rows: list[Row], split: str) -> dict[str, list[
 
     bare: no context; context: the one internalized; empty: a context block without content; other: another
     context of this split, with the reference or check that holds under it (obedience); paraphrase: the context in
-    other words. A view that a task cannot give is left out. Which other context a row gets depends on its
-    place alone, so all arms and all steps are asked the same.
+    other words. A view that a task cannot give is left out, as "context" is where no row has one. Which other
+    context a row gets depends on its place alone, so all arms and all steps are asked the same.
     """
-    views = {
-        "bare": [row._replace(context=None) for row in rows],
-        "context": list(rows),
-        "empty": [row._replace(context="") for row in rows],
-    }
+    views = {"bare": [row._replace(context=None) for row in rows]}
+    if any(row.context is not None for row in rows):
+        views["context"] = list(rows)
+    views["empty"] = [row._replace(context="") for row in rows]
     others = task.other_contexts(split)
     if others:
         views["other"] = [task.under(row, others[place % len(others)]) for place, row in enumerate(rows)]

@@ -18,7 +18,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from ctxjax.sharding import batch_spec
+from ctxjax.sharding import batch_spec, platform
 from ctxjax.types import PrefixKV
 
 # Scores (float32) that one device holds at one time; more are computed in chunks of query columns. On CPUs what
@@ -56,7 +56,7 @@ def attention(
         sources = [Source(prefix.keys, prefix.values, None), *sources]
     L = q_BxHxLxDh.shape[2]
     queries = math.prod(jax.typeof(q_BxHxLxDh).sharding.shard_shape(q_BxHxLxDh.shape)[:3])
-    limit = CHUNK_SCORES.get(jax.default_backend(), CHUNK_SCORES_ELSEWHERE)
+    limit = CHUNK_SCORES.get(platform(), CHUNK_SCORES_ELSEWHERE)
     chunks = min(L, -(-queries * sum(source.keys.shape[-2] for source in sources) // limit))
     if chunks <= 1:
         return _attend(q_BxHxLxDh, sources)
