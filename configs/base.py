@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.teacher = ConfigDict()
     config.teacher.path = ""  # its folder; "": the student's initial weights teach, and are held once
     config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves them
+    config.teacher.offload = False  # whether they wait in the hosts' memory between the teacher's passes
 
     config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B, of which only A and B are trained
     config.lora.rank = 0  # 0: all weights are trained
@@ -55,6 +56,12 @@ def get_config() -> ConfigDict:
     config.base.head_dim = 32
     config.base.mlp_width = 352
     config.base.rope_theta = 10000.0
+
+    # A teacher to be trained from scratch likewise, where teacher.path is empty; what is not set is as in config.base.
+    config.teacher_base = ConfigDict()
+    for name in config.base:
+        config.teacher_base[name] = config.base.get_oneway_ref(name)
+    config.teacher_base.steps = 0  # 0: there is none to train
 
     config.mesh = ConfigDict()  # devices along each axis; -1, in at most one place: all that remain
     config.mesh.data = 1

@@ -45,14 +45,18 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         )
         workdir_lib.claim(workdir, facts["config"])
         clock = time.monotonic()
-        base = test(folder.params)
-        base_on_dev = dev(folder.params)
+        initial = sharding.on_device(folder.params)
+        base = test(initial)
+        base_on_dev = dev(initial)
+        del initial
         seconds["evaluate base"] = time.monotonic() - clock
         _save_items(workdir / "base", base)
         finished, alarms = {"base": base}, {}
         if teacher is not folder:
             clock = time.monotonic()
-            finished["teacher"] = _evaluator(config, task, "test", teacher, teacher, mesh)(teacher.params)
+            params = sharding.on_device(teacher.params)
+            finished["teacher"] = _evaluator(config, task, "test", teacher, teacher, mesh)(params)
+            del params
             _save_items(workdir / "teacher", finished["teacher"])
             seconds["evaluate teacher"] = time.monotonic() - clock
         clock = time.monotonic()
