@@ -354,6 +354,7 @@ def test_an_off_policy_step_is_that_of_the_formula_written_out(divergence, confi
 
 def test_a_teacher_that_waits_in_the_hosts_memory_teaches_the_same(config, taught):
     state, frozen, data, samples, _ = taught
+    config = dataclasses.replace(config, loss=LossConfig(temperature=0.8, chunk=4))
     away = frozen.replace(teacher=on_host(frozen.teacher))
     places = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.teacher)}
     assert places == {"pinned_host"} and on_device(frozen.teacher)["embedding"] is frozen.teacher["embedding"]
