@@ -109,6 +109,7 @@ class EvalConfig:
     every: int
     batch_size: int
     bootstrap: int
+    select: str
     decode: DecodeConfig
 
 
@@ -159,7 +160,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     Raises ValueError whose message names the field, its value, and what would be right.
     """
     values = checked(config, _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}, _MADE, _TOP)
-    check_numbers(values, _MAY_BE_ZERO)
+    check_numbers(values)
     config = ConfigDict(values)
     check_task(config.task)
     task_class, _ = TASKS[config.task]
@@ -327,16 +328,14 @@ def _check_model(config: Experiment) -> None:
             "teacher.offload = True, but an adapter's base, which every pass uses, is its own teacher (lora.rank = "
             f"{config.lora.rank}); leave one of the two out"
         )
-    if from_scratch:
-        if config.task not in WORLDS:
-            raise ValueError(
-                f"teacher_base.steps = {from_scratch}, but only task = {' or '.join(WORLDS)} can train a base; give "
-                "teacher.path instead"
-            )
-        _check_heads("teacher_base", config.teacher_base)
+    if from_scratch and config.task not in WORLDS:
+        raise ValueError(
+            f"teacher_base.steps = {from_scratch}: only task = {' or '.join(WORLDS)} can train one; set teacher.path"
+        )
+    _check_heads("base", config.base)
+    _check_heads("teacher_base", config.teacher_base)
     if config.model.path:
         return
-    _check_heads("base", config.base)
     if not config.base.steps or config.task not in WORLDS:
         raise ValueError(
             f"model.path is empty; give the folder or the Hub id of a model (only task = {' or '.join(WORLDS)} can "
@@ -349,25 +348,3 @@ def _check_heads(section: str, base: BaseConfig) -> None:
         raise ValueError(
             f"{section}.query_heads = {base.query_heads} is not a multiple of {section}.kv_heads = {base.kv_heads}"
         )
-
-
-# Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
-_MAY_BE_ZERO = {
-    "teacher.temperature", "teacher.top_k", "tiny_safety.seed",
-    "teacher_base.seed", "teacher_base.steps", "teacher_base.warmup_steps", "teacher_base.weight_decay",
-    "tiny_safety.train_questions", "tiny_safety.dev_questions", "tiny_safety.test_questions",
-    "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
-    "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
-    "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
-    "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
-    "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
-    "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
-    "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
-    "alarms.parse_rate", "alarms.agreement",
-    "optim.lr", "lora.rank", "records.max_skipped", "medical.first_label",
-}  | {  # of tasks over files, 0 is no limit
-    f"{task}.{field}"
-    for task in ("qa_jsonl", "medical", "safety", "math", "hints")
-    for field in ("context_seed", "limit", "train_questions", "dev_questions", "test_questions")
-    if (task, field) not in (("qa_jsonl", "dev_questions"), ("qa_jsonl", "test_questions"))
-}  # fmt: skip
