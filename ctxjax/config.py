@@ -337,19 +337,15 @@ def _check_model(config: Experiment) -> None:
         raise ValueError(
             f"teacher_base.steps = {from_scratch}: only task = {' or '.join(WORLDS)} can train one; set teacher.path"
         )
-    _check_heads("base", config.base)
-    _check_heads("teacher_base", config.teacher_base)
+    for name, base in (("base", config.base), ("teacher_base", config.teacher_base)):
+        if base.query_heads % base.kv_heads:
+            raise ValueError(
+                f"{name}.query_heads = {base.query_heads} is not a multiple of {name}.kv_heads = {base.kv_heads}"
+            )
     if config.model.path:
         return
     if not config.base.steps or config.task not in WORLDS:
         raise ValueError(
             f"model.path is empty; give the folder or the Hub id of a model (only task = {' or '.join(WORLDS)} can "
             f"train its own base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
-        )
-
-
-def _check_heads(section: str, base: BaseConfig) -> None:
-    if base.query_heads % base.kv_heads:
-        raise ValueError(
-            f"{section}.query_heads = {base.query_heads} is not a multiple of {section}.kv_heads = {base.kv_heads}"
         )
