@@ -324,10 +324,8 @@ def _check_model(config: Experiment) -> None:
     _one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     teacher, from_scratch = config.teacher, config.teacher_base.steps
-    if teacher.path and from_scratch:
-        raise ValueError(
-            f"teacher.path = {teacher.path!r} and teacher_base.steps = {from_scratch} are two teachers; leave one out"
-        )
+    is_one = not (teacher.path and from_scratch)
+    _require(is_one, "teacher_base.steps", from_scratch, f"0 beside teacher.path = {teacher.path!r}")
     if teacher.offload and config.lora is not None and not config.has_teacher:
         raise ValueError(
             "teacher.offload = True, but an adapter's base, which every pass uses, is its own teacher (lora.rank = "
