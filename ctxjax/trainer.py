@@ -56,7 +56,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             identity = {"step": step} | code
             found = Evaluation.load(folder, identity)
             if not processes.of_first(found is not None):
-                found = evaluator(params)
+                found = evaluator(sharding.on_device(params))
                 found.save(folder, identity)
             if found is None:
                 raise FileNotFoundError(f"{folder}: the first process sees an evaluation there, and this one does not")

@@ -26,6 +26,7 @@ from ctxjax.alarms import StopRun
 from ctxjax.checkpoint import saved_steps
 from ctxjax.data import prompts, show
 from ctxjax.data.tasks import rules
+from ctxjax.evaluator import Evaluator
 from ctxjax.folder import open_folder
 from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
@@ -137,6 +138,36 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, fin
     after = [row["loss"] for row in rows(stopped / "opcd_retained" / "metrics.jsonl") if "loss" in row]
     assert len(before) == 4 and after == before
     assert results["opcd_retained"]["view_kl"] == uninterrupted["opcd_retained"]["view_kl"]
+
+
+def test_a_finished_run_is_not_evaluated_again_and_says_the_same(finished, cache, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+
+    def fails(self, params):
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(Evaluator, "__call__", fails)
+    (workdir / "results.json").unlink()
+    start(small(cache), workdir)
+    assert (workdir / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
+    stored = json.loads((workdir / "opcd" / "evaluation.json").read_text())
+    stored["of"]["step"] = 2  # of another step
+    (workdir / "opcd" / "evaluation.json").write_text(json.dumps(stored))
+    with pytest.raises(AssertionError, match="evaluated again"):
+        start(small(cache), workdir)
+
+
+def test_the_checkpoint_that_is_best_on_dev_is_kept_and_measured_beside_the_last(finished, cache, tmp_path):
+    written = rows(finished[0] / "opcd" / "metrics.jsonl")
+    first, last = (row["dev/distill"] for row in written if row.get("dev/distill") is not None and row["step"])
+    config = small(cache)
+    config.run_arms, config.eval.select = ("opcd",), "distill" if first > last else "-distill"
+    config.train.save_every, config.train.keep = 4, 1
+    results = start(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run" / "opcd" / "checkpoints") == [2, 4]
+    assert results["opcd"]["step"] == 4 and results["opcd"]["selected"]["step"] == 2
+    assert results["opcd"]["selected"]["view_kl"] != results["opcd"]["view_kl"]
+    assert "opcd, step 2, best on dev" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_is_held_is_printed_once(cache, capsys):
@@ -261,13 +292,20 @@ def larger(tmp_path_factory):
     return trained(config)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(rank, finished, cache, larger, tmp_path):
+@pytest.mark.parametrize("rank", [0, 2], ids=["all_weights_and_a_teacher_from_scratch", "adapter_and_a_folder"])
+def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(
+    rank, finished, cache, larger, tmp_path, capsys
+):
     config = small(cache)
     config.lora.rank = rank
-    config.run_arms, config.train.steps, config.teacher.path = ("opcd",), 2, str(larger)
+    config.run_arms, config.train.steps = ("opcd",), 2
+    if rank:
+        config.teacher.path = str(larger)
+    else:
+        config.teacher.offload = True
+        config.teacher_base.steps, config.teacher_base.width, config.teacher_base.cache = 2, 48, str(larger.parent)
     results = start(config, tmp_path / "run")
-    assert list(results) == ["base", "teacher", "opcd"]
+    assert list(results) == ["base", "teacher", "opcd"] and f"teacher: {larger}" in capsys.readouterr().out
     # The base is the same as in the run that taught itself; what it is to learn is not.
     _, alone = finished
     assert results["base"]["view_kl"] == pytest.approx(alone["base"]["view_kl"], rel=1e-5)
@@ -282,9 +320,9 @@ def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_on
     config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
     (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     student = open_folder(trained(config), mesh)
-    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=8), student, mesh, {})
+    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=8), "", student, mesh, {})
     assert all(folder is student for folder in alone)
-    both = inputs.with_teacher(config_lib.experiment(config, device_count=8), student, mesh, {})
+    both = inputs.with_teacher(config_lib.experiment(config, 8), config.teacher.path, student, mesh, {})
     assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
     assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 
