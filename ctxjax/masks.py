@@ -56,7 +56,7 @@ def until_eos(tokens_BxT: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
 
 def is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     """True where a token is one of ``ids`` (static; may be empty)."""
-    found = jnp.zeros(tokens.shape, bool)
+    found = jnp.zeros_like(tokens, bool)
     for token in ids:
         found |= tokens == token
     return found

@@ -102,12 +102,13 @@ def draw(logits_BxV: jax.Array, config: SamplingConfig, uniform_B: jax.Array) ->
     """
     if config.temperature == 0:
         token_B = jnp.argmax(logits_BxV, axis=-1)
+        logprobs_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
     else:
-        logits_BxV = filtered(logits_BxV, config)
-        token_B = inverse_cdf(jax.nn.softmax(logits_BxV, axis=-1), uniform_B)
+        logprobs_BxV = jax.nn.log_softmax(filtered(logits_BxV, config), axis=-1)
+        token_B = inverse_cdf(jnp.exp(logprobs_BxV), uniform_B)
     # Not take_along_axis, which drops a batch of one row and with it the batch's sharding.
-    chosen_B = jax.vmap(lambda logits_V, token: logits_V[token])(logits_BxV, token_B)
-    return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BxV, axis=-1)
+    chosen_B = jax.vmap(lambda logprobs_V, token: logprobs_V[token])(logprobs_BxV, token_B)
+    return token_B.astype(jnp.int32), chosen_B
 
 
 def _growth(max_tokens: int) -> list[int]:
@@ -132,11 +133,13 @@ def sample(
     T = config.max_tokens
     head_DxV = transformer.head_weights(params, model)
     decoding_params = transformer.for_decoding(params, model)
+    uniforms_BxT = rng.token_uniforms(row_keys_B, T)  # all at once: hashing a few numbers takes as long as many
 
     def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:
         logits_BxV = transformer.finished(transformer.apply_head(hidden_BxD, head_DxV), model)
         logits_BxV = jax.reshard(logits_BxV, batch_spec(None))  # sampled with the vocabulary whole
-        token_B, logprob_B = draw(logits_BxV, config, rng.token_uniform(row_keys_B, state.column))
+        uniform_B = lax.dynamic_index_in_dim(uniforms_BxT, state.column, axis=1, keepdims=False)
+        token_B, logprob_B = draw(logits_BxV, config, uniform_B)
         token_B = jnp.where(state.has_ended_B, config.pad_id, token_B)
         logprob_B = jnp.where(state.has_ended_B, 0.0, logprob_B)
         place = (0, state.column)

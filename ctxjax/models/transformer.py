@@ -306,7 +306,9 @@ def decode_step(
     but never read by another. The cache is a loop carry, updated in place at one column.
     """
     position_Bx1 = jnp.sum(cache.mask_BxM, axis=1, dtype=jnp.int32)[:, None] + _length(cache.prefix)
-    x, rope = _embed(params, config, token_B[:, None]), rotation(position_Bx1, rope_frequencies(config))
+    x = _embed(params, config, token_B[:, None])
+    # Behind the barrier, since compilers make cosines again for every head of every layer that reads them.
+    rope = lax.optimization_barrier(rotation(position_Bx1, rope_frequencies(config)))
     mask_BxM = lax.dynamic_update_slice(cache.mask_BxM, real_B[:, None], (0, cache.length))
     # An ended row reads itself too, so that its softmax is not empty.
     mask_Bx1xM = (mask_BxM | (jnp.arange(mask_BxM.shape[1]) == cache.length))[:, None, :]
