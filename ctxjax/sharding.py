@@ -66,6 +66,13 @@ def batch_spec(*rest: str | None) -> P:
     return P(BATCH, *(None if axis is None else WEIGHT_RULES[axis] for axis in rest))
 
 
+def platform() -> str:
+    """What the current mesh's devices are: "cpu", "gpu" or "tpu", also where a program is compiled for a mesh of
+    devices that are elsewhere."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def batch_ways(mesh: Mesh | None = None) -> int:
     """Over how many devices a mesh, or the current one, spreads the rows of a batch."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape
