@@ -17,9 +17,11 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel_lib,
+    splash_attention_mask as mask_lib,
+)
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 import numpy as np
 
 from ctxjax.sharding import batch_spec, platform, weight_spec
