@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ctxjax", "ctxjax.*"]),
-    package_data={"ctxjax.report": ["*.j2"]},
+    package_data={"ctxjax.report": ["*.j2"], "ctxjax.data": ["*.jsonl"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",  # flax.struct PyTrees
@@ -19,8 +19,10 @@ setup(
         "transformers>=5.23",  # tokenizers and chat templates; its models are never used
         "ml-collections>=1.1.0",
         "huggingface-hub>=2.4",  # models by their Hub id; transformers brings it too
+        "httpx2>=2.16",  # huggingface-hub's connections, whose errors are told apart
         "safetensors>=0.8.0",  # the weights' file format
         "pyarrow>=26.0.1",  # questions in Parquet files
+        "math-verify>=0.9",  # whether two mathematical answers have the same value; brings sympy
         "scipy>=1.17",  # exact tests and intervals
         "tensorboardX>=2.6.5",  # event files without TensorFlow
         "matplotlib>=3.11",  # the report's plots
@@ -28,7 +30,7 @@ setup(
         "tqdm>=4.67",  # progress bar
     ],
     extras_require={
-        "test": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.15"],
+        "test": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.15", "hypothesis>=6.170"],  # hypothesis: bad input
         "parity": ["torch>=2.13", "peft>=0.19"],  # the other side of parity tests
         "games": ["textarena>=0.7"],  # text games
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -41,8 +41,9 @@ def main() -> None:
     config = config_lib.experiment(tiny.get_config(), jax.device_count())
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        folder = open_folder(pretrain.ensure_base(config.base, config.task_config, mesh), mesh)
-        rows = encode_rows(folder.tokenizer, TASKS[config.task][1](config.task_config).rows("train"), config.prompt)
+        task = TASKS[config.task][1](config.task_config)
+        folder = open_folder(pretrain.ensure_base(config.base, config.task, task, mesh), mesh)
+        rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
         batches = training_batches(
             rows, None, seed=0, batch_size=config.train.batch_size, retention_rows=0, pad_id=folder.pad_id
         )

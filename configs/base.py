@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # root of all randomness of the run: sampling, data order
-    config.task = "qa_jsonl"  # which task's rows and grader: "rules" or "qa_jsonl"
+    config.task = "qa_jsonl"  # which task's rows and grader: the name of one of the last sections here
 
     # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
     config.compile_cache = "~/.cache/ctxjax/xla"
@@ -74,8 +74,15 @@ def get_config() -> ConfigDict:
     config.rollout.top_k = 0  # 0: off
     config.rollout.top_p = 1.0  # 1: off
 
+    # How the teacher draws the responses, with the context, that off-policy steps learn from: once for all arms, and
+    # kept in the workdir's teacher_samples.jsonl.
+    config.teacher.temperature = config.rollout.get_oneway_ref("temperature")
+    config.teacher.top_k = config.rollout.get_oneway_ref("top_k")
+    config.teacher.top_p = config.rollout.get_oneway_ref("top_p")
+
     config.loss = ConfigDict()  # ctxjax/losses.py explains every field
     # Of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
+    # "cross_entropy": of the tokens of the teacher's samples, without its distributions (on_policy_fraction 0).
     config.loss.divergence = "reverse_kl"
     config.loss.alpha = 0.5  # of jsd (the teacher's weight) and of the skewed ones (the share that is not mixed)
     config.loss.support = "full"  # tokens L_distill sums over: "full", "teacher_top_k", "student_top_k", "union_top_k"
@@ -127,10 +134,24 @@ def get_config() -> ConfigDict:
     config.eval.top_p = 1.0
     config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval
 
+    config.alarms = ConfigDict()  # what a run warns of, once each (ctxjax/alarms.py); a threshold of 0: not of that
+    # Those that end the run. All: "not_finite" (loss or gradient; such a step is skipped), "no_end" (not one response
+    # ends), and the names of the thresholds below.
+    config.alarms.stop = ("not_finite",)
+    config.alarms.patience = 3  # steps in a row that are too much
+    config.alarms.untrained = 0.5  # share of responses without a token that is trained on
+    config.alarms.logprob_gap = 0.05  # between sampling and scoring, mean nats per token
+    config.alarms.truncated = 0.5  # share of responses cut at the length limit
+    config.alarms.repetition = 0.3  # share of runs of 8 tokens that occurred before in the same response
+    config.alarms.no_distillation = 1e-6  # L_distill, nats per token, that is as good as none: no context?
+    config.alarms.parse_rate = 0.3  # fall of the share of readable dev answers, from its best
+    config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher, from its best
+
     # The arms: name -> what it changes in config.loss. All start from the same base, seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
     config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
+    config.arms.sft = ConfigDict({"divergence": "cross_entropy", "on_policy_fraction": 0.0})
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
     config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # which of them to run, in this order
@@ -143,15 +164,63 @@ def get_config() -> ConfigDict:
     config.rules.test_questions = 512
     config.rules.empty_share = 0.0  # of the base's training rows without a table: with an empty context block, not none
 
-    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl or .parquet file
+    config.records = ConfigDict()  # of all files of rows: what becomes of a row that cannot be used
+    # Kinds that are left out and counted; others are an error that names the row: "unreadable" (no valid JSON, CSV
+    # or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "label" (none that its column can have),
+    # "duplicate", "conflict" (one question, with two answers).
+    config.records.skip = ("duplicate",)
+    config.records.max_skipped = 100  # rows; more of them are an error
+    config.records.max_text = 1_000_000  # characters; longer texts are "huge"
+
+    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl, .parquet or .csv file
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # "numeric": last number; "exact": same text, white space and case aside
+    config.qa_jsonl.grading = "numeric"  # the last number; or "exact", "math", "letter", "yes_no": data/graders.py
     config.qa_jsonl.limit = 0  # first rows read; 0: all
-    config.qa_jsonl.context = ""  # the context to internalize, inline
-    config.qa_jsonl.context_file = ""  # or a text file that holds it
-    config.qa_jsonl.other_contexts_file = ""  # .jsonl of strings: contexts to keep obeying (retention, obedience)
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64
+
+    config.medical = ConfigDict()  # multiple choice as in MedMCQA: the letter in <answer> tags
+    config.medical.first_label = 0  # what cop is where option A is right: 0 in the Hub's files, 1 in the authors'
+    config.medical.ask_format = True  # whether the question asks for the tags; else only a context can
+
+    config.safety = ConfigDict()  # offensive and hateful language, three public sets pooled: yes or no in <answer> tags
+    config.safety.path = ""  # folder with the sets' published files; ctxjax/data/tasks/safety.py names them
+    config.safety.sets = ("tweeteval", "hatecheck", "ethos")  # which of them
+    config.safety.ask_format = True
+
+    config.math = ConfigDict()  # problems as in GSM8K and DAPO-Math, by the value of the answer
+    config.math.ask_format = True  # whether the question asks for a boxed answer
+
+    config.hints = ConfigDict()  # any rows, each with a context of its own
+    config.hints.question = "question"  # column
+    config.hints.reference = "answer"  # column
+    config.hints.hint = "answer"  # column of what the teacher may see
+    config.hints.template = "A solution that may help, which the user does not see:\n\n{hint}"  # the context
+    config.hints.grading = "math"  # as qa_jsonl.grading
+
+    for section in (config.medical, config.math, config.hints):
+        # A JSONL, Parquet or CSV file, a pattern of several, or files of a Hub data set, "org/name:PATTERN" (with
+        # "@revision" behind the name).
+        section.path = ""
+        section.test_path = ""  # likewise, where test questions have files of their own; "": a fifth of the questions
+        section.limit = 0  # first rows read of each file; 0: all
+    for section in (config.medical, config.safety, config.math, config.hints):
+        section.train_questions = 0  # at most; 0: all
+        section.dev_questions = 128  # at most, of a tenth that is held out by the question's hash; 0: all
+        section.test_questions = 500
+
+    # The context to internalize comes from one of the first four.
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math):
+        section.context = ""  # inline
+        section.context_file = ""  # a text file
+        section.context_files = ()  # or several: every row has one of them, drawn by context_seed and its id
+        section.context_seed = config.get_oneway_ref("seed")
+    for section in (config.qa_jsonl, config.medical, config.math):
+        section.context_column = ""  # or a column of the data, which holds each row's own
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints):
+        # Other contexts, to keep obeying (retention) and to measure obedience with: "builtin", the 72 of
+        # ctxjax/data/other_contexts.jsonl, or a file like it; "": none. Every second one is held out from training.
+        section.other_contexts_file = "builtin"
     return config

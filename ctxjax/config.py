@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from ctxjax.alarms import ALARMS, AlarmsConfig
 from ctxjax.anchors import ANCHORS
+from ctxjax.data.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
-from ctxjax.data.tasks import TASKS
-from ctxjax.data.tasks.qa_jsonl import GRADINGS
+from ctxjax.data.records import KINDS, RecordsConfig
+from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
-from ctxjax.losses import GATES, LossConfig
+from ctxjax.fields import check_numbers, checked, one_of as _one_of, require as _require
+from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.optim import SCHEDULES, OptimConfig
 from ctxjax.sharding import check_divisible
@@ -31,14 +35,6 @@ class ModelSource:
     dtype: str
     param_dtype: str
     remat: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherSource:
-    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights."""
-
-    path: str
-    param_dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +74,16 @@ class DecodeConfig:
     temperature: float
     top_k: int
     top_p: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSource:
+    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights. ``decode`` is how
+    it draws samples for off-policy steps."""
+
+    path: str
+    param_dtype: str
+    decode: DecodeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +127,18 @@ class Experiment:
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig
+    alarms: AlarmsConfig
     arms: dict[str, LossConfig]
+
+
+_SECTIONS = {
+    "model": (ModelSource,), "teacher": (TeacherSource, DecodeConfig), "lora": (LoraConfig,), "base": (BaseConfig,),
+    "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,), "loss": (LossConfig,),
+    "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
+    "records": (RecordsConfig,),
+}  # fmt: skip
+_MADE = {"loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens"}  # taken from other sections
+_TOP = {"seed": int, "task": str, "compile_cache": str, "cpu_devices": int, "run_arms": tuple[str, ...]}
 
 
 def experiment(config: ConfigDict, device_count: int) -> Experiment:
@@ -129,15 +146,15 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
 
     Raises ValueError whose message names the field, its value, and what would be right.
     """
-    _check_numbers(config, "")
+    values = checked(config, _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}, _MADE, _TOP)
+    check_numbers(values, _MAY_BE_ZERO)
+    config = ConfigDict(values)
     _one_of("task", config.task, TASKS)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
-    _check_decoding("rollout", rollout)
     _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
     evaluation = config.eval.to_dict()
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
-    _check_decoding("eval", decode)
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     _one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)
@@ -150,14 +167,14 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     _one_of("prompt.placement", prompt.placement, PLACEMENTS)
     parse_date(prompt.date)
     _one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
-    if config.task == "qa_jsonl":
-        _one_of("qa_jsonl.grading", config.qa_jsonl.grading, GRADINGS)
+    if "grading" in config[config.task]:
+        _one_of(f"{config.task}.grading", config[config.task].grading, GRADERS)
     result = Experiment(
         seed=config.seed,
         task=config.task,
-        task_config=task_class(**config[config.task]),
+        task_config=task_class(**config[config.task], **_shared(config, task_class)),
         model=ModelSource(**config.model),
-        teacher=TeacherSource(**config.teacher),
+        teacher=_teacher(config.teacher, rollout),
         lora=_lora(config.lora),
         base=BaseConfig(**config.base),
         mesh=_mesh(config.mesh, device_count),
@@ -166,6 +183,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         optim=optim,
         train=train,
         eval=EvalConfig(decode=decode, **evaluation),
+        alarms=_alarms(config.alarms),
         arms=_arms(config, rollout.temperature),
     )
     _check_model(result)
@@ -184,15 +202,28 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     return result
 
 
+def _shared(config: ConfigDict, task_class) -> dict[str, Any]:
+    """What all tasks that read files have in common: the section ``records``, for those that have a field for it."""
+    records = RecordsConfig(**config.records)
+    for kind in records.skip:
+        _one_of("records.skip", kind, KINDS)
+    return {"records": records} if "records" in task_class.__dataclass_fields__ else {}
+
+
+def _teacher(config: ConfigDict, rollout: DecodeConfig) -> TeacherSource:
+    fields = config.to_dict()
+    decode = dataclasses.replace(rollout, **{name: fields.pop(name) for name in ("temperature", "top_k", "top_p")})
+    return TeacherSource(decode=decode, **fields)
+
+
 def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
     if not config.run_arms:
         raise ValueError(f"run_arms is empty; name at least one of {sorted(config.arms)}")
     arms = {}
     for name in config.run_arms:
         _one_of("run_arms", name, config.arms)
-        unknown = set(config.arms[name]) - set(config.loss)
-        if unknown:
-            raise ValueError(f"arms.{name} sets {sorted(unknown)}; config.loss has {sorted(config.loss)}")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise ValueError(f"run_arms: {name!r} names a folder of the workdir; use letters, digits, '_', '-' and '.'")
         arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
         _check_loss(arms[name], config)
     for taken in {"base", "teacher"} & arms.keys():
@@ -202,14 +233,18 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
 
 def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
     names = {
-        "divergence": DIVERGENCES, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS, "gate": GATES,
+        "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS,
+        "gate": GATES,
         "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
     }  # fmt: skip
     for field, known in names.items():
         _one_of(f"loss.{field}", getattr(loss, field), known)
     _require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
-    for field in ("anchor_fraction", "gate_threshold", "on_policy_fraction", "ema_decay"):
-        _require(getattr(loss, field) <= 1, f"loss.{field}", getattr(loss, field), "at most 1")
+    if not loss.needs_teacher and (loss.on_policy_fraction > 0 or loss.support != "full"):
+        raise ValueError(
+            f"loss.divergence = {loss.divergence!r} is of the teacher's own tokens; set loss.on_policy_fraction = 0 "
+            f"(here {loss.on_policy_fraction}) and loss.support = full (here {loss.support})"
+        )
     most = config.rollout.max_tokens
     _require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")
     if loss.teacher == "ema" and config.teacher.path:
@@ -219,8 +254,15 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
         )
 
 
+def _alarms(config: ConfigDict) -> AlarmsConfig:
+    alarms = AlarmsConfig(**config)
+    for name in alarms.stop:
+        _one_of("alarms.stop", name, ALARMS)
+    return alarms
+
+
 def _lora(config: ConfigDict) -> LoraConfig | None:
-    targets = tuple(config.targets)
+    targets = config.targets
     for target in targets:
         _one_of("lora.targets", target, TARGETS)
     _require(0 < len(targets) == len(set(targets)), "lora.targets", targets, "at least one matrix, each named once")
@@ -249,10 +291,10 @@ def _check_model(config: Experiment) -> None:
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     if config.model.path:
         return
-    if not config.base.steps or config.task != "rules":
+    if not config.base.steps or config.task not in WORLDS:
         raise ValueError(
-            f"model.path is empty; give the folder or the Hub id of a model (only task = 'rules' can train its own "
-            f"base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
+            f"model.path is empty; give the folder or the Hub id of a model (only task = {' or '.join(WORLDS)} can "
+            f"train its own base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
         )
     if config.base.query_heads % config.base.kv_heads:
         raise ValueError(
@@ -262,36 +304,19 @@ def _check_model(config: Experiment) -> None:
 
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
+    "teacher.temperature", "teacher.top_k",
     "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
     "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
     "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
     "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
     "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
     "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
-    "qa_jsonl.limit", "optim.lr", "lora.rank",
+    "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
+    "alarms.parse_rate", "alarms.agreement",
+    "optim.lr", "lora.rank", "records.max_skipped", "medical.first_label",
+}  | {  # of tasks over files, 0 is no limit
+    f"{task}.{field}"
+    for task in ("qa_jsonl", "medical", "safety", "math", "hints")
+    for field in ("context_seed", "limit", "train_questions", "dev_questions", "test_questions")
+    if (task, field) not in (("qa_jsonl", "dev_questions"), ("qa_jsonl", "test_questions"))
 }  # fmt: skip
-
-
-def _check_numbers(config: ConfigDict, prefix: str) -> None:
-    for name, value in config.items():
-        field = f"{prefix}{name}"
-        if isinstance(value, ConfigDict):
-            _check_numbers(value, f"{field}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not field.startswith("mesh."):
-            zero = field in _MAY_BE_ZERO or field.startswith("arms.")
-            _require(math.isfinite(value), field, value, "finite")
-            _require(value > 0 or (zero and value == 0), field, value, "0 or more" if zero else "above 0")
-
-
-def _check_decoding(section: str, decode: DecodeConfig) -> None:
-    _require(decode.top_p <= 1, f"{section}.top_p", decode.top_p, "at most 1")
-
-
-def _require(good: bool, field: str, value, rule: str) -> None:
-    if not good:
-        raise ValueError(f"{field} = {value} must be {rule}")
-
-
-def _one_of(field: str, value: str, known) -> None:
-    if value not in known:
-        raise ValueError(f"{field} = {value!r} is not known; choose from {', '.join(sorted(known))}")

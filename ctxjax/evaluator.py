@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng, sharding
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import checks, prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, Task, evaluation_views
@@ -83,12 +83,20 @@ class Evaluator:
                 parsed=np.array([item["parsed"] is not None for item in view_items]),
                 truncated=np.array([item["truncated"] for item in view_items]),
                 length=np.array([item["length"] for item in view_items]),
+                lenient=_lenient(view_items),
+                reasons=[item["reason"] for item in view_items],
             )
-        result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
+        with_context = "context" in outcomes
+        if with_context:
+            result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
+        else:
+            result = metrics_lib.one_view("x", outcomes["bare"])
         for view, name in ACCURACY_OF_VIEW.items():
             if view in outcomes:
                 result |= metrics_lib.rate(name, outcomes[view].correct)
         result |= self._default_rate(items)
+        if not with_context:
+            return Evaluation(result, items, outcomes)
         bare, context = self._prompts["bare"], self._prompts["context"]
         control = self._prompts.get("other", self._prompts["empty"])
         kl, cosines = views_lib.compare(
@@ -107,10 +115,10 @@ class Evaluator:
         kept = [tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
         for row, ids, text in zip(self._rows[view], kept, texts):
-            grade = self._task.grade(text, row.reference)
+            grade = checks.graded(self._task, text, row)
             items.append({
                 "id": row.id, "view": view, "question": row.question, "context": row.context,
-                "reference": row.reference, "text": text, "parsed": grade.parsed, "correct": grade.correct,
+                "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
                 "length": len(ids), "truncated": int(ids[-1]) not in self._folder.stop_ids,
             })  # fmt: skip
         return items
@@ -141,3 +149,8 @@ class Evaluator:
             self._batch,
             self._mesh,
         )
+
+
+def _lenient(items: list[dict]) -> np.ndarray | None:
+    lenient = [item["lenient"] for item in items]
+    return None if None in lenient else np.array(lenient)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ctxjax import checkpoint, config as config_lib, pretrain, sharding, workdir as workdir_lib
 from ctxjax.config import Experiment
+from ctxjax.data.tasks import TASKS
 from ctxjax.hub import local_folder
 from ctxjax.models import hf, hf_save, lora, params as params_lib, transformer
 from ctxjax.report.model_card import model_card
@@ -49,7 +50,7 @@ def export(
         raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
     arm, step = _choose(workdir, config, arm, step)
     checkpoints = workdir / arm / "checkpoints"
-    name = config.model.path or str(pretrain.base_folder(config.base, config.task_config))
+    name = config.model.path or str(_own_base(config))
     source = local_folder(name)
     model = hf.read_config(source)
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -84,6 +85,11 @@ def _experiment(workdir: Path, stored: dict) -> Experiment:
         return config_lib.experiment(ConfigDict(stored | one_device), device_count=1)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{workdir}/config.json is not of this version of ctxjax: {error}") from None
+
+
+def _own_base(config: Experiment) -> Path:
+    task = TASKS[config.task][1](config.task_config)
+    return pretrain.base_folder(config.base, config.task, task)
 
 
 def _choose(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:

@@ -10,6 +10,9 @@
     f     teacher(. | c, x, y<t)       frozen, sees the context
     q_c', f'  student and teacher (. | c', x', y'<t), where y' was sampled by the student from (c', x')
 
+    On samples of the teacher, -log q_x(y_t) may take the place of the first term: "cross_entropy", supervised
+    fine-tuning, which has no use for the teacher's distributions.
+
 All in nats per response token, over the whole vocabulary, at the rollout's temperature. ``q_x`` receives gradient from
 the first term only and ``q_c`` from the second only. The first two share the response y and so one denominator, which
 makes beta portable between batch sizes. LossConfig has the variants that the literature compares; the other anchors
@@ -33,6 +36,7 @@ from ctxjax.models.transformer import ModelConfig, finished
 from ctxjax.types import Mean, Rollout
 
 GATES = ("none", "token", "response")
+CROSS_ENTROPY = "cross_entropy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,8 @@ class LossConfig:
     """The objective and its variants. ``beta`` = 0 and ``mu`` = 0 are plain OPCD: the passes that a term of weight 0
     needs are not run.
 
-    divergence, alpha   of L_distill: a name in divergences.DIVERGENCES, and its parameter where it has one
+    divergence, alpha   of L_distill: a name in divergences.DIVERGENCES, and its parameter where it has one; or
+                        "cross_entropy", of the response's own tokens
     support, top_k, remainder   the tokens that L_distill sums over: divergences.Support
     anchor              what L_anchor holds q_c to: a name in anchors.ANCHORS
     gate, gate_threshold   anchor only where the student has internalized: "none" (everywhere), "token" (where q_x's
@@ -54,7 +59,8 @@ class LossConfig:
     masked_ids          token ids that are not trained on
     drop_truncated      responses cut at the length limit are not trained on
     teacher, ema_decay  "frozen", or "ema": the student's own moving average (decay per step) with context
-    on_policy_fraction  chance of a step to learn from the student's samples; else from the teacher's, with context
+    on_policy_fraction  chance of a step to learn from the student's samples; else from the frozen teacher's, which it
+                        drew with the context
     off_policy_steps    so many first steps are off-policy whatever the fraction
     temperature         divides the logits of all models
     averaging           "token_mean" (over all response tokens of the global batch) or "sequence_mean" (within each
@@ -91,6 +97,11 @@ class LossConfig:
     @property
     def needs_ema(self) -> bool:
         return self.teacher == "ema" or (self.beta > 0 and self.anchor == "ema")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether L_distill compares distributions; else it has tokens to hit."""
+        return self.divergence != CROSS_ENTROPY
 
     @property
     def is_on_policy(self) -> bool:
@@ -179,14 +190,16 @@ def _prepared(config: LossConfig, models: tuple[ModelConfig, ModelConfig], raw: 
 def bare_values(config: LossConfig, models, raw, tokens_Bxt) -> dict[str, jax.Array]:
     """L_distill, the reference term, and what the same logits tell for free."""
     logits = _prepared(config, models, raw)
-    q_x, f = logits["q_x"], logits["f"]
+    q_x, f = logits["q_x"], logits.get("f")
+    logprob = divergences.token_logprob(q_x, tokens_Bxt)
     values = {
-        "distill": distillation(config, q_x, f),
+        "distill": distillation(config, q_x, f) if config.needs_teacher else -logprob,
         "entropy": divergences.entropy(stop_gradient(q_x)),
-        "teacher_entropy": divergences.entropy(stop_gradient(f)),
-        "top1_agreement": _agreement(logits).astype(jnp.float32),
-        "logprob": divergences.token_logprob(stop_gradient(q_x), tokens_Bxt),
+        "logprob": stop_gradient(logprob),
     }
+    if f is not None:
+        values["teacher_entropy"] = divergences.entropy(stop_gradient(f))
+        values["top1_agreement"] = _agreement(logits).astype(jnp.float32)
     if config.clip:
         values["clipped"] = (values["distill"] > config.clip).astype(jnp.float32)
         values["distill"] = jnp.minimum(values["distill"], config.clip)

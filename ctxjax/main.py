@@ -14,6 +14,8 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
+from ctxjax.alarms import StopRun
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
 _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training batch and end; needs no workdir.")
@@ -78,9 +80,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def command_line() -> None:
-    """Runs the command; bad input ends with one readable message and exit code 2, without a traceback."""
+    """Runs the command. Bad input ends with one readable message and exit code 2, without a traceback; an alarm that
+    ends the run (config.alarms.stop) likewise, with exit code 3."""
     try:
         app.run(main, flags_parser=_parse)
+    except StopRun as stop:
+        print(f"\nstopped: {stop}", file=sys.stderr)
+        sys.exit(3)
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -105,7 +105,9 @@ def bare_and_context_terms(
     configs = (models.config, models.teacher_config)
     has_anchor = config.beta > 0
     on_all_rows = has_anchor and config.anchor_fraction == 1
-    weights, views, function = {"distill": weight}, ["q_x", "f"], losses.bare_values
+    weights, views, function = {"distill": weight}, ["q_x"], losses.bare_values
+    if config.needs_teacher:
+        views.append("f")
     if config.reference:
         weights["reference"] = config.reference * weight
         views.append("f_x")
@@ -123,7 +125,7 @@ def bare_and_context_terms(
     terms = {name: average(values.pop(name), mask, config.averaging) for name in weights}
     metrics = terms | {name: Mean.of(value, mask) for name, value in values.items()}
     if config.is_on_policy:
-        metrics["logprob_gap_max"] = Max(jnp.max(gap_BxT))
+        metrics |= {"logprob_gap": Mean.of(gap_BxT, mask), "logprob_gap_max": Max(jnp.max(gap_BxT))}
     if has_anchor and not on_all_rows:
         anchored, more = _anchor_on_some_rows(models, config, rows, passes, beta)
         loss, metrics = loss + anchored, metrics | more

@@ -1,7 +1,8 @@
 """A base model from scratch, for worlds that fit on a laptop, as an ordinary Hugging Face folder.
 
-The run that follows loads the folder exactly as it would load Llama. Folders are cached under a hash of
-everything that shapes them, and trained again only when that changes.
+The world, a task that can write its own training text (data.task.World), gives the tokenizer and the rows; the
+procedure here is the same for all. The run that follows loads the folder exactly as it would load Llama. Folders are
+cached under a hash of everything that shapes them, and trained again only when that changes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from tqdm import tqdm
 
 from ctxjax import objective, optim, rng, sharding
 from ctxjax.config import BaseConfig
-from ctxjax.data import prompts as prompts_lib, word_tokenizer
+from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
-from ctxjax.data.task import Row
-from ctxjax.data.tasks import rules
+from ctxjax.data.task import PretrainingRow, Row, World
 from ctxjax.models import hf_save, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
@@ -34,18 +34,18 @@ from ctxjax.types import Prompts, Rollout
 RECIPE = 1
 
 
-def base_folder(config: BaseConfig, world: rules.RulesConfig) -> Path:
-    """Where the base of this configuration lives, whether it exists already or not."""
-    facts = dataclasses.asdict(config) | {"world_seed": world.seed, "empty_share": world.empty_share, "recipe": RECIPE}
-    facts |= {"vocabulary": rules.vocabulary(), "weights": repr(transformer.param_specs(_model(config, 1)))}
+def base_folder(config: BaseConfig, name: str, world: World) -> Path:
+    """Where the base of this configuration lives, whether it exists already or not. ``name`` is the task's."""
+    facts = dataclasses.asdict(config) | world.pretraining_facts() | {"recipe": RECIPE}
+    facts |= {"weights": repr(transformer.param_specs(_model(config, 1)))}
     del facts["cache"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(config.cache).expanduser() / f"rules-base-{digest}"
+    return Path(config.cache).expanduser() / f"{name}-base-{digest}"
 
 
-def ensure_base(config: BaseConfig, world: rules.RulesConfig, mesh: Mesh) -> Path:
+def ensure_base(config: BaseConfig, name: str, world: World, mesh: Mesh) -> Path:
     """The base's folder; trains it first where it is not in the cache."""
-    folder = base_folder(config, world)
+    folder = base_folder(config, name, world)
     if not folder.exists():
         train_base(config, world, mesh, folder)
     return folder
@@ -64,9 +64,9 @@ def _model(config: BaseConfig, vocab_size: int) -> ModelConfig:
     )
 
 
-def train_base(config: BaseConfig, world: rules.RulesConfig, mesh: Mesh, folder: Path) -> None:
+def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> None:
     """Next-token training on the world's text, responses only, then a Hugging Face folder."""
-    tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+    tokenizer = world.tokenizer()
     model = _model(config, len(tokenizer))
     optimizer = OptimConfig(
         lr=config.lr, steps=config.steps, schedule="cosine", warmup_steps=config.warmup_steps, b2=0.98,
@@ -94,23 +94,28 @@ def _base_step(params, opt_state, prompts: Prompts, responses: Rollout, model: M
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-def _batches(config: BaseConfig, world: rules.RulesConfig, tokenizer):
+def _batches(config: BaseConfig, world: World, tokenizer):
     """Host batches (Prompts, responses as a Rollout), rows a pure function of (seed, place)."""
-    task = rules.Rules(world)
-    longest = Row("", f"#1:{'a' * max(rules.LENGTHS)}", task.context, "")
-    columns = len(prompts_lib.encode(tokenizer, [longest], PromptConfig())[0])
+
+    def asked(drawn: list[PretrainingRow]) -> list[list[int]]:
+        rows = [Row("", question, context, "") for question, context, _ in drawn]
+        return prompts_lib.encode(tokenizer, rows, PromptConfig())
+
+    def answered(drawn: list[PretrainingRow]) -> list[list[int]]:
+        answers = tokenizer([text for _, _, text in drawn], add_special_tokens=False)["input_ids"]
+        return [[*ids, tokenizer.eos_token_id] for ids in answers]
+
+    longest = [world.longest_pretraining_row()]
+    columns, responses = len(asked(longest)[0]), len(answered(longest)[0])
 
     def collate(places) -> tuple[Prompts, Rollout]:
-        drawn = [task.pretraining_row(np.random.default_rng([config.seed, 3, int(place)])) for place in places]
-        rows = [Row("", question, context, "") for question, context, _ in drawn]
-        asked = prompts_lib.encode(tokenizer, rows, PromptConfig())
-        prompts = prompts_lib.left_pad(asked, columns, tokenizer.pad_token_id)
-        answers = tokenizer([text for _, _, text in drawn], add_special_tokens=False)["input_ids"]
-        tokens = np.full((len(drawn), rules.LONGEST_RESPONSE), tokenizer.pad_token_id, np.int32)
+        drawn = [world.pretraining_row(np.random.default_rng([config.seed, 3, int(place)])) for place in places]
+        prompts = prompts_lib.left_pad(asked(drawn), columns, tokenizer.pad_token_id)
+        tokens = np.full((len(drawn), responses), tokenizer.pad_token_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        for row, ids in enumerate(answers):
-            tokens[row, : len(ids) + 1] = [*ids, tokenizer.eos_token_id]
-            mask[row, : len(ids) + 1] = True
+        for row, ids in enumerate(answered(drawn)):
+            tokens[row, : len(ids)] = ids
+            mask[row, : len(ids)] = True
         return prompts, Rollout(tokens, mask, np.zeros(tokens.shape, np.float32))
 
     places = grain.MapDataset.range(config.steps * config.batch_size)

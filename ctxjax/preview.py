@@ -9,7 +9,7 @@ from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib, show
 from ctxjax.data.pipeline import training_batches
 from ctxjax.evaluation.views import decode
-from ctxjax.trainer import open_inputs, sampling_config
+from ctxjax.inputs import open_inputs, sampling_config
 from ctxjax.types import Prompts, map_rows
 
 ROWS = 2

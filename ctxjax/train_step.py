@@ -4,7 +4,8 @@
 
 ``rollout_step`` samples y from the bare student (and y' under the other contexts); ``update_step`` scores
 them, takes the gradient and moves the parameters. The halves are public for hosts that must act between
-them, such as a game's environment.
+them, such as a game's environment. An off-policy step is given its y instead: the frozen teacher's, from
+``teacher_rollout``, which are the same for every arm of a run.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import operator
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ctxjax import losses, masks, objective, optim, rng, sharding
+from ctxjax import losses, objective, optim, rng, sharding
 from ctxjax.losses import LossConfig
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.objective import Models, Rows
 from ctxjax.optim import OptimConfig
+from ctxjax.responses import response_metrics
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.types import Batch, Frozen, Max, Mean, Params, Rollout, TrainState, map_rows
 
@@ -64,38 +67,41 @@ def student_params(trained: Params, frozen: Frozen, config: StepConfig) -> Param
     return trained if config.lora is None else lora_lib.join(frozen.base, trained, config.lora)
 
 
+def off_policy_steps(loss: LossConfig, key: jax.Array, steps: int) -> np.ndarray:
+    """bool [steps]: which steps of a run with the root ``key`` learn from the teacher's samples."""
+    uniform = jax.vmap(lambda step: jax.random.uniform(rng.key_for(key, step, "policy")))(jnp.arange(steps))
+    return (np.arange(steps) < loss.off_policy_steps) | (np.asarray(uniform) >= loss.on_policy_fraction)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"))
+def teacher_rollout(
+    teacher: Params, batch: Batch, key: jax.Array, step: jax.Array, model: ModelConfig, sampling: SamplingConfig
+) -> Rollout:
+    """The frozen teacher's responses to the context view at ``step`` of a run with the root ``key``."""
+    keys_B = rng.row_keys(rng.key_for(key, step, "rollout"), batch.example_id_B)
+    return sample(teacher, model, sampling, batch.context, keys_B)
+
+
 def _teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> Params:
     return student_params(ema, frozen, config) if config.loss.teacher == "ema" else frozen.teacher
 
 
-def rollout_step(state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig) -> tuple[Rollout, Rollout | None]:
-    """(y, y'): responses to learn from, and the student's to the other contexts where there are any.
+def rollout_step(
+    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, samples: Rollout | None = None
+) -> tuple[Rollout, Rollout | None]:
+    """(y, y'): the student's responses to the bare view, and to the other contexts where there are any.
 
-    y is the student's response to the bare view or, in steps that are off-policy, the teacher's to the context view.
+    y are the ``samples`` instead where they are given, in an off-policy step.
     """
-    loss = config.loss
     student = student_params(state.params, frozen, config)
 
-    def respond(params, model, prompts, stream):
+    def respond(prompts, stream):
         rows_B = batch.example_id_B[: prompts.tokens_BxP.shape[0]]
         keys_B = rng.row_keys(rng.key_for(state.key, state.step, stream), rows_B)
-        return sample(params, model, config.sampling, prompts, keys_B)
+        return sample(student, config.model, config.sampling, prompts, keys_B)
 
-    def on_policy():
-        return respond(student, config.model, batch.bare, "rollout")
-
-    def off_policy():
-        return respond(_teacher_params(state.ema, frozen, config), config.teacher_model, batch.context, "rollout")
-
-    if loss.is_on_policy:
-        rollout = on_policy()
-    elif loss.on_policy_fraction == 0:
-        rollout = off_policy()
-    else:
-        uniform = jax.random.uniform(rng.key_for(state.key, state.step, "policy"))
-        is_on = (state.step >= loss.off_policy_steps) & (uniform < loss.on_policy_fraction)
-        rollout = lax.cond(is_on, on_policy, off_policy)
-    other = respond(student, config.model, batch.other, "retention") if batch.other is not None else None
+    rollout = samples if samples is not None else respond(batch.bare, "rollout")
+    other = respond(batch.other, "retention") if batch.other is not None else None
     return rollout, other
 
 
@@ -107,20 +113,31 @@ def update_step(
     other_rollout: Rollout | None,
     config: StepConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The new state and the step's metrics, float32 scalars (losses in nats per token)."""
+    """The new state and the step's metrics, float32 scalars (losses in nats per token).
+
+    A step whose loss or gradient is not finite is ``skipped``: parameters, moments and average stay as they are, and
+    the step, and with it data and keys, go on.
+    """
     rows = _weighted_rows(batch, rollout, other_rollout, config)
     (loss, parts), grads = _gradient(state, frozen, rows, config)
     updates, opt_state = optim.optimizer(config.optim).update(grads, state.opt_state, state.params)
     metrics = {name: mean.value for name, mean in parts.items()} | response_metrics(rollout, config.sampling)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    has_tokens_B = jnp.any(rows.weight_BxT > 0, axis=1)
     metrics |= {
         "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "lr": jnp.float32(optim.schedule(config.optim)(state.step)),
+        "skipped": 1.0 - is_finite.astype(jnp.float32),
+        "untrained": Mean.of(~has_tokens_B, jnp.ones_like(has_tokens_B)).value,
     }
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda old, new: old + (1 - config.loss.ema_decay) * (new - old), ema, params)
+    moved, stays = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, stays)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
@@ -165,22 +182,12 @@ def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig)
     return lax.scan(add, nothing, parts)[0]
 
 
-def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, jax.Array]:
-    """Mean length in tokens, end token included, and the share of responses cut at the limit."""
-    from_end = jnp.any(rollout.mask_BxT & masks.is_any(rollout.tokens_BxT, sampling.eos_ids), axis=1)
-    length_B = jnp.sum(rollout.mask_BxT, axis=1)
-    everything = jnp.ones_like(from_end)
-    return {
-        "response_length": Mean.of(length_B, everything).value,
-        "response_tokens": jnp.sum(rollout.mask_BxT, dtype=jnp.float32),
-        "truncated": Mean.of(~from_end, everything).value,
-    }
-
-
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def train_step(
-    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig
+    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, samples: Rollout | None = None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Sample, score, update: the whole step in one program. ``state`` is donated, ``frozen`` is not."""
-    rollout, other_rollout = rollout_step(state, frozen, batch, config)
+    """Sample, score, update: the whole step in one program. ``state`` is donated, the rest is not.
+
+    Off-policy steps are given the teacher's ``samples``; which steps those are, ``off_policy_steps`` says."""
+    rollout, other_rollout = rollout_step(state, frozen, batch, config, samples)
     return update_step(state, frozen, batch, rollout, other_rollout, config)

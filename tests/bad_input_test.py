@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, folder as folder_lib, sharding, trainer
+from ctxjax import config as config_lib, folder as folder_lib, inputs, sharding, trainer
 from ctxjax.data import prompts, word_tokenizer
 from ctxjax.data.pipeline import RetentionRows, encode_rows
 from ctxjax.data.prompts import PromptConfig
@@ -56,7 +56,7 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("task", "chess", "task = 'chess' is not known; choose from qa_jsonl, rules"),
+        ("task", "chess", "task = 'chess' is not known; choose from hints, math, medical, qa_jsonl, rules, safety"),
         ("train.batch_size", 12, r"train.batch_size = 12 is not divisible by mesh data\*fsdp = 8; use 8 or 16"),
         ("train.batch_size", -3, "train.batch_size = -3 must be above 0"),
         ("train.retention_rows", 64, "train.retention_rows = 64 is more than train.batch_size = 32"),
@@ -133,7 +133,7 @@ def test_models_that_cannot_take_part_are_refused_before_the_run_leaves_anything
 def test_a_thinking_switch_that_the_template_lacks_is_warned_of_once(tmp_path, capsys, thinking, warnings):
     config = tiny.get_config()
     config.model.path, config.prompt.thinking = str(model_folder(tmp_path / "model", rules.vocabulary())), thinking
-    trainer.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
+    inputs.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
     assert capsys.readouterr().out.count(f"warning: prompt.thinking = {thinking} changes nothing") == warnings
 
 
@@ -158,7 +158,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh):
 def qa(path, **changes) -> QaJsonl:
     settings = {
         "path": str(path), "question": "question", "reference": "answer", "grading": "numeric", "limit": 0,
-        "context": "Think.", "context_file": "", "other_contexts_file": "", "dev_questions": 1, "test_questions": 1,
+        "context": "Think.", "context_file": "", "context_files": (), "context_column": "", "context_seed": 0,
+        "other_contexts_file": "", "dev_questions": 1, "test_questions": 1,
     }  # fmt: skip
     return QaJsonl(QaConfig(**(settings | changes)))
 
@@ -173,11 +174,11 @@ def questions(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"question": "prompt"}, r"row 0: no text in column 'prompt'; its columns are \['answer', 'question'\]"),
+        ({"question": "prompt"}, r"line 1: no text in column 'prompt'; its columns are \['answer', 'question'\]"),
         ({"context": ""}, "qa_jsonl has no context"),
         ({"context": "", "context_file": "missing.txt"}, "context file missing.txt does not exist"),
         ({"context_file": "both.txt"}, "are both set"),
-        ({"other_contexts_file": "missing.jsonl"}, "missing.jsonl does not exist"),
+        ({"other_contexts_file": "missing.jsonl"}, "missing.jsonl' does not exist; set qa_jsonl.other_contexts_file"),
         ({"dev_questions": 8}, "has 9 different questions, and .* = 9 of them are to be held out"),
     ],
 )
@@ -191,9 +192,9 @@ def test_questions_that_cannot_be_used_are_refused(questions, changes, message):
     [
         ("a.jsonl", b'{"question": "x", "answer": "1"}\n{"question": \n', "line 2: not valid JSON"),
         ("a.jsonl", b"", "has no rows"),
-        ("a.jsonl", b'{"question": "\xff", "answer": "1"}\n', "cannot be read"),
-        ("a.jsonl", b"[1, 2]\n", "row 0: no text in column 'question'; it is not an object"),
-        ("a.jsonl", b'{"question": null, "answer": "1"}\n', "row 0: no text in column 'question'"),
+        ("a.jsonl", b'{"question": "\xff", "answer": "1"}\n', "line 1: not UTF-8 text"),
+        ("a.jsonl", b"[1, 2]\n", "line 1: no text in column 'question'; the row is not an object"),
+        ("a.jsonl", b'{"question": null, "answer": "1"}\n', "line 1: no text in column 'question'; its columns are"),
         ("a.parquet", b"not parquet", "cannot be read"),
     ],
 )

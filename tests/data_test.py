@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from ctxjax.data import prompts, word_tokenizer
+from ctxjax.data import graders, prompts, word_tokenizer
 from ctxjax.data.pipeline import RetentionRows, encode_rows, training_batches
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, evaluation_views
-from ctxjax.data.tasks import qa_jsonl, rules
+from ctxjax.data.tasks import rules
 
 CONTEXT = "f>b;a>e;c>d;b>a;e>f;d>c;"
 
@@ -56,6 +56,14 @@ def test_the_base_sees_tables_defaults_and_doubt_in_their_shares(world):
     assert abs(told - 0.7) < 0.03 and abs(empty - 0.1) < 0.02 and abs(copied - 0.15) < 0.02
 
 
+def test_no_pretraining_row_is_longer_than_the_longest(world):
+    rng, tokenizer = np.random.default_rng(0), world.tokenizer()
+    rows = [world.longest_pretraining_row(), *(world.pretraining_row(rng) for _ in range(500))]
+    for texts in ([(row.context or "") + row.question for row in rows], [row.response for row in rows]):
+        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        assert lengths[0] == max(lengths[1:])
+
+
 @pytest.mark.parametrize(
     ("response", "parsed", "correct"),
     [
@@ -98,7 +106,7 @@ def test_every_view_keeps_its_reference(world):
     ],
 )
 def test_the_last_number_is_read(text, number):
-    assert qa_jsonl.last_number(text) == number
+    assert graders.last_number(text) == number
 
 
 def test_text_survives_the_tokenizer(tokenizer):

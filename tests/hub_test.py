@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import httpx2
 import huggingface_hub
 from huggingface_hub import errors
 import pytest
 
-from ctxjax import hub
+from ctxjax import hub, retry
 
 
 def fails(error):
@@ -16,8 +17,14 @@ def fails(error):
     return snapshot_download
 
 
-def answered(kind):
-    return kind("no", response=SimpleNamespace(headers={}, request=None))
+def answered(kind, status=404):
+    return kind("no", response=SimpleNamespace(headers={}, request=None, status_code=status))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "counts", type(retry.counts)())
 
 
 def test_a_folder_is_itself_and_is_not_looked_up(tmp_path, monkeypatch):
@@ -65,7 +72,7 @@ def test_weights_tokenizer_and_templates_are_fetched_but_no_pickles_no_code_no_c
             PermissionError,
             "gated: accept its terms at https://huggingface.co/org/name",
         ),
-        (answered(errors.RepositoryNotFoundError), FileNotFoundError, "org/name@v1 is neither a folder here nor"),
+        (answered(errors.RepositoryNotFoundError), FileNotFoundError, "org/name@v1 is neither on this machine nor"),
         (answered(errors.RevisionNotFoundError), FileNotFoundError, "org/name has no revision 'v1'"),
         (errors.OfflineModeIsEnabled("no"), FileNotFoundError, "HF_HUB_OFFLINE is set"),
         (answered(errors.HfHubHTTPError), FileNotFoundError, "did not deliver org/name@v1: "),
@@ -75,6 +82,45 @@ def test_what_the_hub_refuses_is_said_with_the_remedy(error, kind, message, monk
     monkeypatch.setattr(hub, "snapshot_download", fails(error))
     with pytest.raises(kind, match=message):
         hub.local_folder("org/name@v1")
+
+
+BROKEN = [
+    httpx2.ReadError("reset"), httpx2.ConnectTimeout("slow"), httpx2.RemoteProtocolError("cut off"),
+    ConnectionResetError(104, "reset"), TimeoutError("slow"), answered(errors.HfHubHTTPError, 503),
+    answered(errors.HfHubHTTPError, 429),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=lambda error: type(error).__name__)
+def test_a_broken_connection_is_tried_again_counted_and_at_last_said(error, tmp_path, monkeypatch):
+    answers = iter([error, error, str(tmp_path)])
+
+    def shaky(*_, **__):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(hub, "snapshot_download", shaky)
+    assert hub.local_folder("org/name") == tmp_path
+    assert retry.counts["the Hub model org/name"] == 2
+    monkeypatch.setattr(hub, "snapshot_download", fails(error))
+    with pytest.raises(FileNotFoundError, match="the Hub did not deliver org/name: "):
+        hub.local_folder("org/name")
+    assert retry.counts["the Hub model org/name"] == 2 + len(retry.WAITS)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [answered(errors.GatedRepoError, 403), answered(errors.HfHubHTTPError, 401), errors.OfflineModeIsEnabled("no"),
+     errors.LocalEntryNotFoundError("no"), httpx2.ProxyError("no")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_a_refusal_is_not_asked_again(error, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", fails(error))
+    with pytest.raises((FileNotFoundError, PermissionError)):
+        hub.local_folder("org/name")
+    assert not retry.counts
 
 
 def test_offline_an_id_that_is_not_cached_says_so(tmp_path, monkeypatch):

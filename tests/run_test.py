@@ -11,8 +11,21 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, pretrain, preview, sharding, trainer, workdir as workdir_lib
+from ctxjax import (
+    arm as arm_lib,
+    config as config_lib,
+    inputs,
+    pretrain,
+    preview,
+    sharding,
+    teacher_samples,
+    trainer,
+    workdir as workdir_lib,
+)
+from ctxjax.alarms import StopRun
+from ctxjax.checkpoint import saved_steps
 from ctxjax.data import prompts, show
+from ctxjax.data.tasks import rules
 from ctxjax.folder import open_folder
 from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
@@ -106,19 +119,19 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, fin
         workdir = cache / "adapter"
         uninterrupted = start(config, workdir)
     stopped = cache / f"stopped-{rank}"
-    original = trainer.Writer.step
+    original = arm_lib.Writer.step
 
     def stop_after_two(self, step, metrics):
         if step == 3:
             raise KeyboardInterrupt
         original(self, step, metrics)
 
-    trainer.Writer.step = stop_after_two
+    arm_lib.Writer.step = stop_after_two
     try:
         with pytest.raises(KeyboardInterrupt):
             start(config, stopped)
     finally:
-        trainer.Writer.step = original
+        arm_lib.Writer.step = original
     results = start(config, stopped)
     before = [row["loss"] for row in rows(workdir / "opcd_retained" / "metrics.jsonl") if "loss" in row]
     after = [row["loss"] for row in rows(stopped / "opcd_retained" / "metrics.jsonl") if "loss" in row]
@@ -147,6 +160,29 @@ def test_a_run_whose_prompts_share_a_prefix_comes_to_the_same_numbers(finished, 
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
+def test_steps_without_a_finite_loss_end_the_run_with_their_rows_and_leave_what_was_good(
+    cache, tmp_path, monkeypatch, capsys
+):
+    def broken(*arguments):
+        state = init_state(*arguments)
+        return state.replace(params=state.params | {"final_norm": state.params["final_norm"].at[0].set(np.nan)})
+
+    monkeypatch.setattr(arm_lib, "init_state", broken)
+    config = small(cache)
+    config.run_arms, config.train.save_every, config.eval.every = ("opcd_retained",), 1, 0
+    with pytest.raises(StopRun, match="opcd_retained, step 3: the loss .*loss = nan.*alarms.patience = 3") as stop:
+        start(config, tmp_path / "run")
+    folder = tmp_path / "run" / "opcd_retained"
+    assert capsys.readouterr().err.count("warning: opcd_retained, step 1: the loss or its gradient") == 1
+    written = rows(folder / "metrics.jsonl")[1:]
+    assert [(row["step"], row["skipped"], row["alarm/not_finite"]) for row in written] == [(n, 1, 1) for n in (1, 2, 3)]
+    offenders = rows(folder / "not_finite_step_3.jsonl")
+    assert str(folder / "not_finite_step_3.jsonl") in str(stop.value)
+    assert [row["view"] for row in offenders] == ["bare"] * 8 + ["other"] * 8
+    assert all(row["loss"] is None and row["prompt"] and row["tokens"] for row in offenders)
+    assert saved_steps(folder / "checkpoints") == [1, 2]
+
+
 def test_another_configuration_in_the_same_workdir_is_refused_and_nothing_changes(finished, cache):
     workdir, _ = finished
     files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
@@ -168,7 +204,53 @@ def trained(config) -> Path:
     """The folder of a configuration's base, trained where it is not in the cache."""
     experiment = config_lib.experiment(config, jax.device_count())
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
-        return pretrain.ensure_base(experiment.base, experiment.task_config, mesh)
+        return pretrain.ensure_base(experiment.base, experiment.task, rules.Rules(experiment.task_config), mesh)
+
+
+def taught_by_samples(cache: Path):
+    """Two arms that learn from the teacher's samples, one of them in its first step alone."""
+    config = small(cache)
+    config.run_arms, config.train.steps, config.train.save_every, config.eval.every = ("sft", "opcd"), 2, 2, 0
+    config.arms.opcd.off_policy_steps = 1
+    config.teacher.temperature = 0.5
+    return config
+
+
+@pytest.fixture(scope="module")
+def sampled(cache):
+    """The workdir of that run."""
+    start(taught_by_samples(cache), cache / "sampled")
+    return cache / "sampled"
+
+
+def response_lengths(arm: Path) -> list[float]:
+    return [row["response_length"] for row in rows(arm / "metrics.jsonl") if "response_length" in row]
+
+
+def test_the_teachers_samples_are_kept_with_their_ids_and_shared_by_the_arms(sampled):
+    kept = rows(sampled / teacher_samples.FILE)
+    assert [row["step"] for row in kept] == [1] * 8 + [2] * 8
+    assert len({(row["step"], row["id"]) for row in kept}) == 16 and all(row["question"] == row["id"] for row in kept)
+    assert all(len(row["tokens"]) == len(row["logprobs"]) <= 19 for row in kept)
+    length = [np.mean([len(row["tokens"]) for row in kept if row["step"] == step]) for step in (1, 2)]
+    of_arm = {arm: response_lengths(sampled / arm) for arm in ("sft", "opcd")}
+    assert of_arm["sft"] == pytest.approx(length)
+    assert of_arm["opcd"][0] == pytest.approx(length[0]) and of_arm["opcd"][1] != pytest.approx(length[1])
+
+
+def test_a_run_taken_up_again_learns_from_the_samples_that_it_kept(sampled, cache, tmp_path):
+    config = taught_by_samples(cache)
+    config.run_arms = ("sft",)
+    workdir_lib.claim(tmp_path, workdir_lib.facts(config)["config"])
+    text = (sampled / teacher_samples.FILE).read_text()
+    file = tmp_path / teacher_samples.FILE
+    file.write_text(text.split("\n", 1)[1])
+    with pytest.raises(ValueError, match=r"teacher_samples.jsonl does not hold 8 responses .* for step 1; delete"):
+        start(config, tmp_path)
+    kept = [json.loads(line) for line in text.splitlines()]
+    file.write_text("".join(json.dumps(row | {"tokens": [3], "logprobs": [0.0]}) + "\n" for row in kept))
+    start(config, tmp_path)
+    assert response_lengths(tmp_path / "sft") == [1.0, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +282,9 @@ def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_on
     config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
     (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     student = open_folder(trained(config), mesh)
-    alone = trainer.with_teacher(config_lib.experiment(small(cache), device_count=8), student, mesh, {})
+    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=8), student, mesh, {})
     assert all(folder is student for folder in alone)
-    both = trainer.with_teacher(config_lib.experiment(config, device_count=8), student, mesh, {})
+    both = inputs.with_teacher(config_lib.experiment(config, device_count=8), student, mesh, {})
     assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
     assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 
@@ -217,8 +299,9 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     begins = [{tuple(ids[:2]) for ids in prompts.token_lists(view)} for view in (batch.bare, batch.context)]
     assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's turn, or the system's
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
-        student = open_folder(pretrain.base_folder(experiment.base, experiment.task_config), mesh)
-        sampling = trainer.sampling_config(experiment.rollout, student)
+        world = rules.Rules(experiment.task_config)
+        student = open_folder(pretrain.base_folder(experiment.base, experiment.task, world), mesh)
+        sampling = inputs.sampling_config(experiment.rollout, student)
         loss = experiment.arms["opcd_retained"]
         config = StepConfig(student.config, student.config, sampling, loss, experiment.optim)
         state = init_state(student.params, config, jax.random.key(experiment.seed))

@@ -9,15 +9,26 @@ import logging
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from ctxjax import optim, rng
+from ctxjax import optim, rng, train_step as train_step_module
 from ctxjax.losses import LossConfig
+from ctxjax.models import transformer
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.sharding import make_mesh, put_batch
-from ctxjax.train_step import StepConfig, init_state, rollout_step, train_step, update_step
+from ctxjax.train_step import (
+    StepConfig,
+    init_state,
+    off_policy_steps,
+    rollout_step,
+    teacher_rollout,
+    train_step,
+    update_step,
+)
 from ctxjax.types import Batch, Frozen, Rollout, TrainState
 
 ROWS, RETAINED = 16, 8
@@ -180,7 +191,39 @@ def test_metrics_describe_the_loss_and_the_responses(halves, config):
     assert metrics["response_tokens"] == length.sum()
     assert metrics["truncated"] == pytest.approx(1 - ended.mean())
     assert metrics["lr"] == pytest.approx(1e-3)
-    assert metrics["logprob_gap_max"] < 1e-5  # the rollout was on-policy
+    assert metrics["logprob_gap"] <= metrics["logprob_gap_max"] < 1e-5  # the rollout was on-policy
+    assert metrics["skipped"] == metrics["untrained"] == 0
+
+
+# --- Steps that are skipped ---
+
+
+def test_a_step_without_a_finite_loss_moves_nothing_but_on(halves, config, batch, make_params, mesh):
+    broken = make_params(config.model, 1, mesh)
+    broken["final_norm"] = broken["final_norm"].at[0].set(np.nan)
+    before, data = jax.device_put(halves.before), put_batch(batch, mesh)
+    after, metrics = update(before, Frozen(broken), data, *halves.rollouts, config)
+    assert np.isnan(metrics["loss"]) and metrics["skipped"] == 1
+    assert after.step == before.step + 1
+    for kept, now in zip(
+        jax.tree.leaves((before.params, before.opt_state)), jax.tree.leaves((after.params, after.opt_state))
+    ):
+        np.testing.assert_array_equal(kept, now)
+
+
+@pytest.mark.parametrize(
+    ("loss", "slope", "skipped"), [(1.0, 1.0, 0), (1.0, np.inf, 1), (1.0, np.nan, 1), (np.inf, 1.0, 1)]
+)
+def test_loss_and_gradient_must_both_be_finite(loss, slope, skipped, halves, config, batch, monkeypatch):
+    before = halves.before.replace(ema=halves.before.params)
+    grads = jax.tree.map(np.ones_like, before.params)
+    grads["final_norm"][0] = slope
+    monkeypatch.setattr(train_step_module, "_gradient", lambda *_: ((np.float32(loss), {}), grads))
+    after, metrics = update_step(before, Frozen(before.params), batch, *halves.rollouts, config)
+    assert metrics["skipped"] == skipped
+    assert (largest_difference(before.params, after.params) == 0) == bool(skipped)
+    assert (largest_difference(before.ema, after.ema) == 0) == bool(skipped)
+    assert np.isfinite(jax.tree.leaves(after.params)[0]).all()
 
 
 # --- Micro-batches ---
@@ -200,7 +243,8 @@ def test_micro_batches_change_neither_metrics_nor_gradient(devices, count, halve
         data = put_batch((batch, rollout.replace(logprobs_BxT=off.astype(np.float32)), other), mesh)
         after, metrics = jax.device_get(update(before, frozen, *data, config))
     assert metrics.pop("logprob_gap_max") == pytest.approx(1, abs=1e-4)
-    expected = {name: value for name, value in halves.metrics.items() if name != "logprob_gap_max"}
+    assert metrics.pop("logprob_gap") == pytest.approx(8.5 / rollout.mask_BxT.sum(), abs=1e-4)
+    expected = {name: value for name, value in halves.metrics.items() if not name.startswith("logprob_gap")}
     assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-6)
     assert jax.tree.map(float, metrics) == pytest.approx(jax.tree.map(float, expected), rel=1e-5, abs=1e-6)
     for ours, moment in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(halves.after.opt_state)):
@@ -250,53 +294,72 @@ def test_an_average_starts_as_a_copy_and_keeps_its_place_on_the_mesh(fields, con
 # --- Whose responses ---
 
 
-class Policies(NamedTuple):
-    """Rollouts of steps 0 to 5: the student's, the teacher's, and of a mixture whose first two are off-policy; what the
-    teacher samples itself; and whose steps they are by chance alone."""
-
-    student: list[Rollout]
-    teacher: list[Rollout]
-    mixed: list[Rollout]
-    sampled: Rollout
-    by_chance: list[bool]
-
-
 @pytest.fixture(scope="module")
-def policies(config, batch, make_params) -> Policies:
+def taught(config, batch, make_params):
+    """(state, frozen, device batch, the teacher's responses at step 3, those drawn by hand), on one device."""
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         key, frozen = jax.random.key(0), Frozen(make_params(config.model, 1, mesh))
         data = put_batch(batch.replace(other=None), mesh)
-        state = TrainState(jax.numpy.int32(0), make_params(config.model, 0, mesh), (), key)
-
-        def draw(steps, **fields):
-            own = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **fields))
-            rollouts = [rollouts_of(state.replace(step=state.step + s), frozen, data, own) for s in range(steps)]
-            assert all(other is None for _, other in rollouts)
-            return jax.device_get([rollout for rollout, _ in rollouts])
-
-        row_keys = rng.row_keys(rng.key_for(key, 0, "rollout"), data.example_id_B)
-        sampler = jax.jit(lambda params: sample(params, config.model, config.sampling, data.context, row_keys))
-        uniform = [float(jax.random.uniform(rng.key_for(key, step, "policy"))) for step in range(6)]
-        return Policies(
-            student=draw(6),
-            teacher=draw(6, on_policy_fraction=0.0),
-            mixed=draw(6, on_policy_fraction=0.6, off_policy_steps=2),
-            sampled=jax.device_get(sampler(frozen.teacher)),
-            by_chance=[u < 0.6 for u in uniform],
-        )
+        state = init_state(make_params(config.model, 0, mesh), config, key)
+        samples = teacher_rollout(frozen.teacher, data, key, 3, config.model, config.sampling)
+        row_keys = rng.row_keys(rng.key_for(key, 3, "rollout"), data.example_id_B)
+        by_hand = jax.jit(lambda params: sample(params, config.model, config.sampling, data.context, row_keys))
+        yield state, frozen, data, samples, by_hand(frozen.teacher)
 
 
-def test_off_policy_responses_are_the_teachers_with_context(policies):
-    jax.tree.map(np.testing.assert_array_equal, policies.teacher[0], policies.sampled)
-    assert (policies.teacher[0].tokens_BxT != policies.student[0].tokens_BxT).any(axis=1).sum() > ROWS / 2
+def test_the_teachers_responses_are_its_own_with_context_and_another_steps_are_others(config, taught):
+    _, frozen, data, samples, by_hand = taught
+    jax.tree.map(np.testing.assert_array_equal, samples, by_hand)
+    later = teacher_rollout(frozen.teacher, data, jax.random.key(0), 4, config.model, config.sampling)
+    assert (later.tokens_BxT != samples.tokens_BxT).any(axis=1).sum() > ROWS / 2
 
 
-@pytest.mark.parametrize("step", range(6))
-def test_a_mixture_draws_whose_step_it_is_after_the_first_which_are_off_policy(step, policies):
-    assert any(policies.by_chance[:2]) and {True, False} == set(policies.by_chance[2:])
-    expected = policies.student if step >= 2 and policies.by_chance[step] else policies.teacher
-    jax.tree.map(np.testing.assert_array_equal, policies.mixed[step], expected[step])
+def test_a_step_that_is_given_responses_learns_from_them_and_samples_no_others(config, taught, products):
+    state, frozen, data, samples, _ = taught
+    rollout, other = rollout_step(state, frozen, data, config, samples)
+    assert rollout is samples and other is None
+    assert not products(lambda: rollout_step(state, frozen, data, config, samples))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "cross_entropy"])
+def test_an_off_policy_step_is_that_of_the_formula_written_out(divergence, config, taught):
+    """Whole logits, one sum, one gradient, one optimiser step: classical distillation, and supervised fine-tuning."""
+    state, frozen, data, samples, _ = taught
+    loss = LossConfig(divergence=divergence, on_policy_fraction=0.0, temperature=0.8, chunk=4)
+    config = dataclasses.replace(config, loss=loss)
+    tokens, mask = samples.tokens_BxT, samples.mask_BxT
+
+    def log_probabilities(params, prompts):
+        sequences = [jnp.concatenate(pair, axis=1) for pair in ((prompts.tokens_BxP, tokens), (prompts.mask_BxP, mask))]
+        hidden = transformer.forward(params, config.model, *sequences)[:, prompts.tokens_BxP.shape[1] - 1 : -1]
+        logits = transformer.apply_head(hidden, transformer.head_weights(params, config.model))
+        return jax.nn.log_softmax(logits / 0.8, axis=-1)
+
+    def formula(params):
+        student, teacher = log_probabilities(params, data.bare), log_probabilities(frozen.teacher, data.context)
+        if divergence == "forward_kl":
+            per_token = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+        else:
+            per_token = -jnp.sum(jax.nn.one_hot(tokens, student.shape[-1]) * student, axis=-1)
+        return jnp.sum(per_token * mask) / jnp.sum(mask)
+
+    expected, gradient = jax.jit(jax.value_and_grad(formula))(state.params)
+    after, metrics = update(state, frozen, data, samples, None, config)
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert ("teacher_entropy" in metrics) == (divergence == "forward_kl")
+    updates, _ = optim.optimizer(config.optim).update(gradient, state.opt_state, state.params)
+    assert largest_difference(after.params, optax.apply_updates(state.params, updates)) < 2e-5
+
+
+def test_a_mixture_draws_whose_step_it_is_after_the_first_which_are_off_policy():
+    key = jax.random.key(0)
+    uniform = [float(jax.random.uniform(rng.key_for(key, step, "policy"))) for step in range(8)]
+    assert any(u < 0.6 for u in uniform[:2]) and {u < 0.6 for u in uniform[2:]} == {True, False}
+    mixed = off_policy_steps(LossConfig(on_policy_fraction=0.6, off_policy_steps=2), key, 8)
+    assert mixed.tolist() == [True, True, *(u >= 0.6 for u in uniform[2:])]
+    assert off_policy_steps(LossConfig(on_policy_fraction=0.0), key, 8).all()
+    assert not off_policy_steps(LossConfig(), key, 8).any()
 
 
 @pytest.mark.parametrize("fields", [{"on_policy_fraction": 0.5}, {"off_policy_steps": 1}])
@@ -306,7 +369,7 @@ def test_only_on_policy_steps_report_a_gap_of_log_probabilities(fields, config, 
     data, before, *rollouts = put_like(mesh, batch, halves.before, *halves.rollouts)
     step = functools.partial(update_step, config=mixed)
     _, metrics = jax.eval_shape(step, before, Frozen(before.params), data, *rollouts)
-    assert set(halves.metrics) - set(metrics) == {"logprob_gap_max"}
+    assert set(halves.metrics) - set(metrics) == {"logprob_gap", "logprob_gap_max"}
 
 
 # --- The learning rate ---

@@ -101,6 +101,11 @@ class RetentionRows:
                 return tokens
 
 
+def order(count: int, seed: int) -> grain.MapDataset:
+    """Which of ``count`` questions every row of the run asks, row ``batch_size * step`` the first of a step."""
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+
+
 def training_batches(
     encoded: EncodedRows,
     retention: RetentionRows | None,
@@ -132,7 +137,6 @@ def training_batches(
             example_id_B=np.asarray([i % 2**31 for i in index], np.int32),
         )
 
-    order = grain.MapDataset.range(len(encoded.rows)).seed(seed).shuffle().repeat()
-    batches = order.map_with_index(element).batch(batch_size, batch_fn=collate)
+    batches = order(len(encoded.rows), seed).map_with_index(element).batch(batch_size, batch_fn=collate)
     batches = batches.slice(slice(first_step, None))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 
+class Check(NamedTuple):
+    """What a context demands of every response: a name in data/checks.py and its argument, a text or a number."""
+
+    name: str
+    argument: str | int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.argument is None else f"{self.name} {self.argument!r}"
+
+
 class Row(NamedTuple):
     """A question as one view shows it. ``context`` None: no context block at all; "": an empty one.
-    ``default`` is the answer that the base gives when nobody tells it otherwise, where a task knows it."""
+    ``default`` is the answer that the base gives when nobody tells it otherwise, where a task knows it.
+    ``check`` is what the response is judged by instead of the reference, where the context says what it demands."""
 
     id: str
     question: str
     context: str | None
     reference: str
     default: str | None = None
+    check: Check | None = None
 
 
 class Grade(NamedTuple):
-    """``parsed`` is the answer read from a response, None where none was readable."""
+    """``parsed`` is the answer read from a response, None where none was readable, and ``reason`` why not.
+    ``lenient`` is whether the response is right for a reader who does without the format, where that differs."""
 
     parsed: str | None
     correct: bool
+    reason: str | None = None
+    lenient: bool | None = None
 
 
 class Task(Protocol):
+    skipped: dict[str, int]  # rows of its files that were left out, by kind (data.records.KINDS)
+    facts: dict  # what a run notes of its data and contexts: names with sha256 digests, rows by split
+
     def rows(self, split: str) -> list[Row]:
         """The rows of "train", "dev" or "test", each with the context to internalize. Splits are disjoint."""
 
@@ -33,29 +51,53 @@ class Task(Protocol):
         """Reads the answer from a response and compares it with a row's reference."""
 
     def other_contexts(self, split: str) -> list[str]:
-        """Contexts that the student should keep obeying, none of them the one to internalize, disjoint between
-        splits; may be empty."""
+        """Contexts that the student should keep obeying, none of them the one to internalize, those of "train"
+        disjoint from the others; may be empty."""
 
     def under(self, row: Row, context: str) -> Row:
-        """The same question under another context, with the reference that holds there."""
+        """The same question under another context, with the reference or the check that holds there."""
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str | None:
         """The row's context in other words, or None where the task cannot tell."""
+
+
+class PretrainingRow(NamedTuple):
+    """A row of a base model's training text; ``context`` as in Row."""
+
+    question: str
+    context: str | None
+    response: str
+
+
+@runtime_checkable
+class World(Protocol):
+    """What a task has besides, if it can write the training text of a base model of its own (pretrain.py)."""
+
+    def tokenizer(self):
+        """The base's tokenizer, a transformers one with a chat template."""
+
+    def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
+        """A row drawn by ``rng``; its text shares no question with dev and test rows."""
+
+    def longest_pretraining_row(self) -> PretrainingRow:
+        """A row whose prompt and response have as many tokens as any that is drawn, possibly none of those."""
+
+    def pretraining_facts(self) -> dict:
+        """All that shapes the tokenizer and the rows, as JSON: a base is trained again when it changes."""
 
 
 def evaluation_views(task: Task, rows: list[Row], split: str) -> dict[str, list[Row]]:
     """The views in which a split is evaluated, each a list parallel to ``rows``.
 
     bare: no context; context: the one internalized; empty: a context block without content; other: another
-    context of this split, with the reference that holds under it (obedience); paraphrase: the context in
-    other words. A view that a task cannot give is left out. Which other context a row gets depends on its
-    place alone, so all arms and all steps are asked the same.
+    context of this split, with the reference or check that holds under it (obedience); paraphrase: the context in
+    other words. A view that a task cannot give is left out, as "context" is where no row has one. Which other
+    context a row gets depends on its place alone, so all arms and all steps are asked the same.
     """
-    views = {
-        "bare": [row._replace(context=None) for row in rows],
-        "context": list(rows),
-        "empty": [row._replace(context="") for row in rows],
-    }
+    views = {"bare": [row._replace(context=None) for row in rows]}
+    if any(row.context is not None for row in rows):
+        views["context"] = list(rows)
+    views["empty"] = [row._replace(context="") for row in rows]
     others = task.other_contexts(split)
     if others:
         views["other"] = [task.under(row, others[place % len(others)]) for place, row in enumerate(rows)]

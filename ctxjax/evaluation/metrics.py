@@ -11,6 +11,7 @@ Harm alone would reward a model that ignores every prompt; read it beside obedie
 
 from __future__ import annotations
 
+from collections import Counter
 import dataclasses
 
 import numpy as np
@@ -20,12 +21,17 @@ from ctxjax.evaluation import statistics
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """What happened to n questions in one view: arrays [n]; ``length`` in tokens, end token included."""
+    """What happened to n questions in one view: arrays [n]; ``length`` in tokens, end token included.
+
+    ``lenient`` is whether they are right for a reader who does without the format, None where there is no such reader;
+    ``reasons`` says of each why no answer could be read, None where one could."""
 
     correct: np.ndarray
     parsed: np.ndarray
     truncated: np.ndarray
     length: np.ndarray
+    lenient: np.ndarray | None = None
+    reasons: list[str | None] = dataclasses.field(default_factory=list)
 
 
 def harm_rate(right_x: np.ndarray, right_xc: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -53,17 +59,26 @@ def regime(right_x: np.ndarray, right_xc: np.ndarray) -> str:
     return "perturbation" if np.mean(right_xc) < np.mean(right_x) else "scaffold"
 
 
+def one_view(view: str, outcomes: Outcomes) -> dict:
+    """Accuracy, length, truncated and readable shares of one view, "x" or "xc"."""
+    result = {"n": len(outcomes.correct)} | rate(f"acc_{view}", outcomes.correct)
+    if outcomes.lenient is not None:
+        result |= rate(f"acc_{view}_lenient", outcomes.lenient)
+    return result | {
+        f"length_{view}": float(np.mean(outcomes.length)),
+        f"truncated_{view}": float(np.mean(outcomes.truncated)),
+        f"parse_{view}": float(np.mean(outcomes.parsed)),
+        f"unparsed_{view}": dict(Counter(reason for reason in outcomes.reasons if reason).most_common()),
+    }
+
+
 def removability(bare: Outcomes, context: Outcomes) -> dict:
     """The metrics of the two views on the same questions."""
     x, xc = bare.correct, context.correct
-    result = {"n": len(x)} | rate("acc_x", x) | rate("acc_xc", xc)
+    result = one_view("x", bare) | one_view("xc", context)
     result["gap"] = float(np.mean(xc) - np.mean(x))
     result |= rate("harm", ~xc, among=x) | rate("benefit", xc, among=~x) | rate("both_correct", x & xc)
     result["dlen"] = float(np.mean(context.length) / np.mean(bare.length) - 1)
-    for view, outcomes in (("x", bare), ("xc", context)):
-        result[f"length_{view}"] = float(np.mean(outcomes.length))
-        result[f"truncated_{view}"] = float(np.mean(outcomes.truncated))
-        result[f"parse_{view}"] = float(np.mean(outcomes.parsed))
     result["flips"] = {
         "right_right": int(np.sum(x & xc)),
         "right_wrong": int(np.sum(x & ~xc)),

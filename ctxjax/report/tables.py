@@ -113,6 +113,7 @@ CHECK_HEADERS = (
     "length x / xc",
     "truncated x / xc %",
     "readable x / xc %",
+    "lenient x / xc %",
     "step",
 )
 
@@ -136,6 +137,7 @@ def check_rows(results: dict) -> list[tuple[str, list[Cell]]]:
                     _two(decimals(row.get("length_x"), 1), decimals(row.get("length_xc"), 1)),
                     _two(percent(row.get("truncated_x")), percent(row.get("truncated_xc"))),
                     _two(percent(row.get("parse_x")), percent(row.get("parse_xc"))),
+                    _two(percent(row.get("acc_x_lenient")), percent(row.get("acc_xc_lenient"))),
                     Cell(DASH if step is None else f"{step:g}"),
                 ],
             )

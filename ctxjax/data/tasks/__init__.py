@@ -1,7 +1,22 @@
 """The tasks, one file each. To add one: a module with a frozen config dataclass and a class with the methods of
-``data.task.Task``, a section of the dataclass's fields in configs/base.py, and a line here."""
+``data.task.Task``, a section of the dataclass's fields in configs/base.py, and a line here. A task that reads files
+takes their rows from ``data.records.Reader``, and its dataclass has a field ``records``."""
 
+from ctxjax.data.task import World
+from ctxjax.data.tasks.hints import Hints, HintsConfig
+from ctxjax.data.tasks.math import Math, MathConfig
+from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.rules import Rules, RulesConfig
+from ctxjax.data.tasks.safety import Safety, SafetyConfig
 
-TASKS = {"rules": (RulesConfig, Rules), "qa_jsonl": (QaConfig, QaJsonl)}
+TASKS = {
+    "rules": (RulesConfig, Rules),
+    "qa_jsonl": (QaConfig, QaJsonl),
+    "medical": (MedicalConfig, Medical),
+    "safety": (SafetyConfig, Safety),
+    "math": (MathConfig, Math),
+    "hints": (HintsConfig, Hints),
+}
+# Those that can train a base of their own.
+WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))

@@ -1,94 +1,30 @@
-"""Questions with reference answers in a local JSONL or Parquet file, under one context of the user's."""
+"""Questions with reference answers in a local JSONL, Parquet or CSV file, under one context of the user's."""
 
 from __future__ import annotations
 
+from collections import Counter
 import dataclasses
-import hashlib
-import json
-from pathlib import Path
-import re
 
 import numpy as np
-import pyarrow.lib
-import pyarrow.parquet
 
+from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts
+from ctxjax.data.graders import GRADERS
+from ctxjax.data.records import Reader, RecordsConfig, digest
 from ctxjax.data.task import Grade, Row
 
-GRADINGS = ("numeric", "exact")
 
-
-@dataclasses.dataclass(frozen=True)
-class QaConfig:
-    """See configs/base.py, ``config.qa_jsonl``; ``other_contexts_file`` is a JSONL file of strings."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QaConfig(ContextConfig):
+    """See configs/base.py, ``config.qa_jsonl`` and, for ``records``, ``config.records``."""
 
     path: str
     question: str
     reference: str
     grading: str
     limit: int
-    context: str
-    context_file: str
-    other_contexts_file: str
     dev_questions: int
     test_questions: int
-
-
-def read_context(path: str) -> str:
-    """A context from a text file. A missing or empty file is an error: training on nothing looks like success."""
-    try:
-        text = Path(path).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"context file {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"context file {path} is not UTF-8 text: {error}") from None
-    if not text:
-        raise ValueError(f"context file {path} is empty; the teacher would see no context")
-    return text
-
-
-def _read_jsonl(path: Path, limit: int) -> list:
-    values = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit and len(values) >= limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                values.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
-    return values
-
-
-def read_records(path: str, limit: int) -> list[dict]:
-    """The first ``limit`` rows (0: all) of a .jsonl or .parquet file, as dicts."""
-    file = Path(path)
-    if not path or not file.is_file():
-        raise FileNotFoundError(f"data file {path!r} does not exist; set qa_jsonl.path to a .jsonl or .parquet file")
-    try:
-        if file.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(file)
-            records = table.slice(0, limit or None).to_pylist()
-        else:
-            records = _read_jsonl(file, limit)
-    except (UnicodeDecodeError, pyarrow.lib.ArrowInvalid) as error:
-        raise ValueError(f"data file {path} cannot be read: {error}") from None
-    if not records:
-        raise ValueError(f"data file {path} has no rows")
-    return records
-
-
-def last_number(text: str) -> str | None:
-    """The last number of a text in a canonical form ("1,234.50" -> "1234.5"), or None.
-
-    It stands where a solution's answer stands in GSM8K ("#### 72") and in most chat answers.
-    """
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not found:
-        return None
-    number = float(found[-1].replace(",", ""))
-    return str(int(number)) if number.is_integer() else repr(number)
+    records: RecordsConfig = RecordsConfig()
 
 
 class QaJsonl:
@@ -96,23 +32,19 @@ class QaJsonl:
 
     def __init__(self, config: QaConfig):
         self.config = config
-        if config.context and config.context_file:
-            raise ValueError("qa_jsonl.context and qa_jsonl.context_file are both set; give one of them")
-        if not config.context and not config.context_file:
-            raise ValueError("qa_jsonl has no context; set qa_jsonl.context_file (or qa_jsonl.context)")
-        self.context = config.context or read_context(config.context_file)
-        self.others = self._read_others() if config.other_contexts_file else []
-        records = read_records(config.path, config.limit)
-        for column in (config.question, config.reference):
-            for number, record in enumerate(records):
-                if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                    has = f"its columns are {sorted(record)}" if isinstance(record, dict) else "it is not an object"
-                    raise ValueError(f"{config.path}, row {number}: no text in column {column!r}; {has}")
-        rows = {}
-        for record in records:
-            question = record[config.question]
-            key = hashlib.sha256(question.encode()).hexdigest()[:16]
-            rows[key] = Row(key, question, self.context, record[config.reference])
+        reader = Reader(config.records)
+        contexts = Contexts(config, "qa_jsonl")
+        self.others = OtherContexts(config, "qa_jsonl", reader, list(contexts.texts.values()))
+        rows, seen = {}, {}
+        for record in reader.records(config.path, config.limit, "qa_jsonl.path"):
+            texts = reader.texts(record, config.question, config.reference, *contexts.columns)
+            if texts is None:
+                continue
+            question, reference, *own = texts
+            key = digest(question)[:16]
+            if reader.is_new(record, seen, key, reference):
+                rows[key] = Row(key, question, contexts.of(key, *own), reference)
+        self.skipped: Counter[str] = reader.skipped
         ordered = [rows[key] for key in sorted(rows)]
         held_out = config.dev_questions + config.test_questions
         if len(ordered) <= held_out:
@@ -125,32 +57,23 @@ class QaJsonl:
             "test": ordered[config.dev_questions : held_out],
             "train": ordered[held_out:],
         }
-
-    def _read_others(self) -> list[str]:
-        path = Path(self.config.other_contexts_file)
-        if not path.is_file():
-            raise FileNotFoundError(f"qa_jsonl.other_contexts_file = {path} does not exist")
-        texts = _read_jsonl(path, 0)
-        if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"{path} must hold at least two lines, each a JSON string with a context")
-        return texts
+        self.facts = {
+            "data": reader.digests,
+            "rows": {split: len(rows) for split, rows in self.splits.items()},
+            "contexts": contexts.facts(),
+        }
 
     def rows(self, split: str) -> list[Row]:
         return self.splits[split]
 
     def grade(self, response: str, reference: str) -> Grade:
-        if self.config.grading == "numeric":
-            parsed = last_number(response)
-            return Grade(parsed, parsed is not None and parsed == last_number(reference))
-        parsed = " ".join(response.split()).casefold()
-        return Grade(parsed or None, bool(parsed) and parsed == " ".join(reference.split()).casefold())
+        return GRADERS[self.config.grading](response, reference)
 
     def other_contexts(self, split: str) -> list[str]:
-        """The even lines of the file are trained on, the odd ones are held out."""
-        return self.others[::2] if split == "train" else self.others[1::2]
+        return self.others.split(split)
 
     def under(self, row: Row, context: str) -> Row:
-        return row._replace(context=context)
+        return self.others.under(row, context)
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> None:
         return None

@@ -21,7 +21,9 @@ import re
 
 import numpy as np
 
-from ctxjax.data.task import Grade, Row
+from ctxjax.data import word_tokenizer
+from ctxjax.data.records import digest
+from ctxjax.data.task import Grade, PretrainingRow, Row
 
 LETTERS = "abcdef"
 REPEATS = (1, 2, 3)
@@ -30,7 +32,6 @@ TARGETS = 8
 HELD_OUT_TABLES = {"dev": 60, "test": 60}
 # The shares of each (repeats, length) stratum's questions that are held out.
 HELD_OUT_QUESTIONS = {"dev": 0.15, "test": 0.35}
-LONGEST_RESPONSE = len(REPEATS) * (1 + max(LENGTHS)) + 1  # a step token and letters each, and the end token
 
 TOKEN_PATTERN = r"#\d:|[a-f]>[a-f];| ?s\d |[a-f]"
 
@@ -87,6 +88,8 @@ def is_six_cycle(table: str) -> bool:
 class Rules:
     """The task of one world and one table in it."""
 
+    skipped: dict[str, int] = {}  # it reads no files
+
     def __init__(self, config: RulesConfig):
         self.config = config
         rng = np.random.default_rng([config.seed, 7])
@@ -104,6 +107,7 @@ class Rules:
             raise ValueError(f"rules.context_index = {config.context_index}; this world has tables 0 to {TARGETS - 1}")
         target = self.targets[config.context_index]
         self.context = table_text(target, rng.permutation(len(LETTERS)))
+        self.facts = {"contexts": {f"table {config.context_index}": digest(self.context)}}
 
     @staticmethod
     def _split_questions(rng: np.random.Generator) -> dict[str, list[list[str]]]:
@@ -134,7 +138,7 @@ class Rules:
 
     def grade(self, response: str, reference: str) -> Grade:
         steps = re.fullmatch(r"s1 [a-f]+(?: s2 [a-f]+)?(?: s3 [a-f]+)?", response)
-        return Grade(response if steps else None, response == reference)
+        return Grade(response if steps else None, response == reference, None if steps else "no steps")
 
     def other_contexts(self, split: str) -> list[str]:
         rng = np.random.default_rng([self.config.seed, 11])
@@ -147,10 +151,19 @@ class Rules:
         pairs = row.context.split(";")[:-1]
         return "".join(f"{pairs[i]};" for i in rng.permutation(len(pairs)))
 
-    def pretraining_row(self, rng: np.random.Generator) -> tuple[str, str | None, str]:
-        """(question, context, response) of the base's training text.
+    def tokenizer(self):
+        return word_tokenizer.build(vocabulary(), TOKEN_PATTERN)
 
-        70 % under a random table of the train pool, 15 % without one and copied, 15 % without one but
+    def pretraining_facts(self) -> dict:
+        seed, empty_share = self.config.seed, self.config.empty_share
+        return {"world_seed": seed, "empty_share": empty_share, "vocabulary": vocabulary()}
+
+    def longest_pretraining_row(self) -> PretrainingRow:
+        question = f"#{max(REPEATS)}:{LETTERS[0] * max(LENGTHS)}"
+        return PretrainingRow(question, self.context, answer(question, parse_table(self.context)))
+
+    def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
+        """70 % under a random table of the train pool, 15 % without one and copied, 15 % without one but
         answered by a random table, so that the base is unsure when not told.
         """
         strata = self.strata["train"]
@@ -160,8 +173,8 @@ class Rules:
         context = table_text(table, rng.permutation(len(LETTERS)))
         kind = rng.random()
         if kind < 0.7:
-            return question, context, answer(question, parse_table(context))
+            return PretrainingRow(question, context, answer(question, parse_table(context)))
         nothing = "" if rng.random() < self.config.empty_share else None
         if kind < 0.85:
-            return question, nothing, answer(question, {letter: letter for letter in LETTERS})
-        return question, nothing, answer(question, parse_table(context))
+            return PretrainingRow(question, nothing, answer(question, {letter: letter for letter in LETTERS}))
+        return PretrainingRow(question, nothing, answer(question, parse_table(context)))

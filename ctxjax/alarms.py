@@ -1,0 +1,180 @@
+"""What goes wrong in a run that looks as if it went well, found in the rows of its metrics.
+
+An alarm holds in a row where its metric is beyond its threshold. It is warned of once, marked as ``alarm/NAME`` in
+every row of metrics.jsonl in which it holds, listed in results.json with the step at which it was raised, and ends the
+run where ``config.alarms.stop`` names it. All of that is a function of the rows alone, so that a run that was
+interrupted, and reads its own rows again, is alarmed as one that was not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+import dataclasses
+import operator
+import sys
+from typing import NamedTuple
+
+SMOOTHING = 0.8  # of the agreement of student and teacher: the weight of the past, per step
+
+
+@dataclasses.dataclass(frozen=True)
+class AlarmsConfig:
+    """``stop``: names of ALARMS that end the run. ``patience``: rows in a row in which an alarm must hold before it is
+    raised, or, where it is raised at once, before it ends the run. The others are thresholds, 0 turning theirs off."""
+
+    stop: tuple[str, ...] = ("not_finite",)
+    patience: int = 3
+    untrained: float = 0.5
+    logprob_gap: float = 0.05
+    truncated: float = 0.5
+    repetition: float = 0.3
+    no_distillation: float = 1e-6
+    parse_rate: float = 0.3
+    agreement: float = 0.2
+
+
+class Alarm(NamedTuple):
+    """Holds where ``metric`` (one of a row's, or of _Falls) is ``beyond`` the threshold: the field of the alarm's own
+    name, or ``fixed``. ``message`` may use the metrics by name. ``at_once``: raised in the first such row."""
+
+    metric: str
+    message: str
+    beyond: Callable[[float, float], bool] = operator.gt
+    fixed: float | None = None
+    at_once: bool = False
+
+
+class StopRun(RuntimeError):
+    """An alarm that ends the run. ``alarm`` and ``step`` say which, and in which row."""
+
+    def __init__(self, message: str, alarm: str, step: int):
+        super().__init__(message)
+        self.alarm, self.step = alarm, step
+
+
+class Alarms:
+    """The alarms of one arm. ``raised``: alarm -> the step at which it was raised first; ``skipped``: steps skipped."""
+
+    def __init__(self, config: AlarmsConfig, arm: str):
+        self._config, self._arm = config, arm
+        self._falls, self._in_a_row = _Falls(), Counter()
+        self.raised: dict[str, int] = {}
+        self.skipped = 0
+
+    def observe(self, step: int, row: dict[str, float], quiet: bool = False) -> dict[str, float]:
+        """What the alarms add to the metrics of a row. ``quiet``: an earlier process has warned of it."""
+        added = self._falls.of(row)
+        row = row | added
+        self.skipped += int(row.get("skipped", 0))
+        for name, alarm in ALARMS.items():
+            threshold = alarm.fixed if alarm.fixed is not None else getattr(self._config, name)
+            off = alarm.fixed is None and not threshold
+            if off or alarm.metric not in row:
+                continue
+            holds = alarm.beyond(row[alarm.metric], threshold)
+            self._in_a_row[name] = self._in_a_row[name] + 1 if holds else 0
+            if holds and (alarm.at_once or self._in_a_row[name] >= self._config.patience):
+                added[f"alarm/{name}"] = 1.0
+                if name not in self.raised:
+                    self.raised[name] = step
+                    if not quiet:
+                        print(f"warning: {self._text(name, step, row)}", file=sys.stderr, flush=True)
+        return added
+
+    def check(self, step: int, row: dict[str, float]) -> None:
+        """Raises StopRun where the row, once observed, has brought an alarm that ends the run to its patience."""
+        for name in self._config.stop:
+            if f"alarm/{name}" in row and self._in_a_row[name] >= self._config.patience:
+                raise StopRun(
+                    f"{self._text(name, step, row)}. This ends the run, for alarms.stop names {name!r}, after "
+                    f"alarms.patience = {self._config.patience} in a row; its files and checkpoints are kept",
+                    name,
+                    step,
+                )
+
+    @property
+    def is_close_to_stopping(self) -> bool:
+        """Whether one more skipped step ends the run, which then needs that step's own state."""
+        in_a_row = self._in_a_row["not_finite"] + 1
+        return "not_finite" in self._config.stop and in_a_row >= self._config.patience
+
+    def _text(self, name: str, step: int, row: dict[str, float]) -> str:
+        return f"{self._arm}, step {step}: {ALARMS[name].message.format(**row)}"
+
+
+class _Falls:
+    """How far a share has come down from its best: of the rows so far, or of their moving average."""
+
+    def __init__(self):
+        self._best: dict[str, float] = {}
+        self._smooth: float | None = None
+
+    def of(self, row: dict[str, float]) -> dict[str, float]:
+        falls = {}
+        agreement = row.get("top1_agreement")
+        if agreement is not None and agreement == agreement:  # a step that was skipped has none
+            past = agreement if self._smooth is None else self._smooth
+            self._smooth = SMOOTHING * past + (1 - SMOOTHING) * agreement
+            falls["agreement_fall"] = self._below_best("agreement", self._smooth)
+        parsed = [self._below_best(view, row[view]) for view in ("dev/parse_x", "dev/parse_xc") if view in row]
+        if parsed:
+            falls["dev/parse_fall"] = max(parsed)
+        return falls
+
+    def _below_best(self, name: str, value: float) -> float:
+        self._best[name] = max(self._best.get(name, value), value)
+        return self._best[name] - value
+
+
+ALARMS = {
+    "not_finite": Alarm(
+        "skipped",
+        "the loss or its gradient is not a finite number (loss = {loss}, grad_norm = {grad_norm}), and the step was "
+        "skipped; lower optim.lr, or compute in float32 (model.dtype)",
+        fixed=0.0,
+        at_once=True,
+    ),
+    "untrained": Alarm(
+        "untrained",
+        "{untrained:.0%} of the responses have no token that is trained on; look at loss.skip_first, loss.masked_ids "
+        "and loss.drop_truncated",
+    ),
+    "logprob_gap": Alarm(
+        "logprob_gap",
+        "what was sampled has other log-probabilities when it is scored, by {logprob_gap:.3g} nats per token, so that "
+        "training is not on-policy; look at rollout.top_k and rollout.top_p, or compute in float32 (model.dtype)",
+    ),
+    "truncated": Alarm(
+        "truncated", "{truncated:.0%} of the responses are cut at the length limit; raise rollout.max_tokens"
+    ),
+    "no_end": Alarm(
+        "truncated",
+        "no response ends, all are cut at the length limit; raise rollout.max_tokens, and see whether the model's end "
+        "token is in its generation_config.json (--dump_batch shows the first responses)",
+        beyond=operator.ge,
+        fixed=1.0,
+    ),
+    "repetition": Alarm(
+        "repetition",
+        "the responses repeat themselves: {repetition:.0%} of their runs of 8 tokens occurred before in the same "
+        "response; look at samples, and lower optim.lr if they were better before",
+    ),
+    "no_distillation": Alarm(
+        "distill",
+        "there is nothing to distill, L_distill = {distill:.2g}: the teacher, who sees the context, says what the "
+        "student says without. Is the context in the prompts (--dump_batch), and does it matter?",
+        beyond=lambda value, least: abs(value) <= least,  # with loss.remainder = "raw" it may be negative
+    ),
+    "parse_rate": Alarm(
+        "dev/parse_fall",
+        "the share of dev responses with a readable answer has fallen by {dev/parse_fall:.0%} from its best; the "
+        "accuracies say little now. Look at samples, and lower optim.lr",
+        at_once=True,
+    ),
+    "agreement": Alarm(
+        "agreement_fall",
+        "student and teacher agree on the likeliest token less than before, by {agreement_fall:.0%} of the tokens; "
+        "training diverges: lower optim.lr",
+    ),
+}

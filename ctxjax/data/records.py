@@ -1,0 +1,282 @@
+"""Rows of data files: JSONL, Parquet, CSV and plain lines, read with every bad row named, or left out and counted.
+
+What becomes of a bad row is decided by its kind, in one place (``config.records``): an error with the file and the row,
+or, for the kinds in ``skip``, a count, up to a limit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+import csv
+import dataclasses
+import hashlib
+import itertools
+import json
+from pathlib import Path
+import sys
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from ctxjax.retry import retry
+
+KINDS = {
+    "unreadable": "not valid JSON or CSV, or not UTF-8",
+    "missing": "no such column, null, or an empty text",
+    "not_text": "a value that is not text",
+    "huge": "a text longer than records.max_text",
+    "duplicate": "the same as an earlier row",
+    "label": "a label or an answer that its column cannot have",
+    "conflict": "the same question as an earlier row, with another answer",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordsConfig:
+    """See configs/base.py, ``config.records``; ``skip`` holds names of KINDS."""
+
+    skip: tuple[str, ...] = ("duplicate",)
+    max_skipped: int = 100
+    max_text: int = 1_000_000
+
+
+class Record(NamedTuple):
+    """One row: its place in words, for messages, and its value, in most files a dict of columns."""
+
+    where: str
+    value: Any
+
+
+class Reader:
+    """Reads files under one configuration. ``skipped`` counts the rows that were left out, by kind; ``digests`` has the
+    sha256 of every file by its path."""
+
+    def __init__(self, config: RecordsConfig):
+        self.config, self.skipped, self.digests = config, Counter(), {}
+
+    def records(self, path: str | Path, limit: int = 0, field: str = "path") -> list[Record]:
+        """The readable ones among the first ``limit`` rows (0: all) of a file.
+
+        ``field`` is what the configuration calls the path. Raises FileNotFoundError or ValueError that names the file
+        and, where one is to blame, the row.
+        """
+        file = Path(path).expanduser()
+        if not str(path) or not file.is_file():
+            raise FileNotFoundError(f"data file {str(path)!r} does not exist; set {field} to a {_ENDINGS} file")
+        if file.suffix.lower() not in READERS:
+            raise ValueError(f"data file {path}: {file.suffix!r} is not known; set {field} to a {_ENDINGS} file")
+        read = READERS[file.suffix.lower()]
+        try:
+            rows = retry(lambda: list(itertools.islice(read(file), limit or None)), f"data file {path}")
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException, csv.Error) as error:
+            raise ValueError(f"data file {path} cannot be read: {error}") from None
+        found = []
+        for where, value in rows:
+            if isinstance(value, _Unreadable):
+                self.reject("unreadable", f"{path}, {where}", value.why)
+            else:
+                found.append(Record(f"{path}, {where}", value))
+        if not found:
+            raise ValueError(f"data file {path} has no rows")
+        with file.open("rb") as content:
+            self.digests[str(path)] = hashlib.file_digest(content, "sha256").hexdigest()
+        return found
+
+    def texts(self, record: Record, *columns: str) -> list[str] | None:
+        """The texts of these columns, "a.b" being b inside of a; None where the row was left out."""
+        if not isinstance(record.value, dict):
+            self.reject("not_text", record.where, f"no text in column {columns[0]!r}; the row is not an object")
+            return None
+        found = []
+        for column in columns:
+            value = _lookup(record.value, column)
+            if not self._is_good(value, record.where, f"no text in column {column!r}", record.value):
+                return None
+            found.append(value)
+        return found
+
+    def text(self, record: Record) -> str | None:
+        """The row that is itself a text; None where it was left out."""
+        return record.value if self._is_good(record.value, record.where, "not a text") else None
+
+    def is_new(self, record: Record, seen: dict[str, tuple[str, Any]], key: str, content: Any = None) -> bool:
+        """Whether no row before this one had ``key``; ``seen``, at first empty, keeps the keys. A repeated key is a
+        "duplicate", or a "conflict" where ``content`` differs, and the first row is the one that stays."""
+        where, before = seen.setdefault(key, (record.where, content))
+        if where == record.where:
+            return True
+        place = where.rsplit(", ", 1)[-1]
+        if before == content:
+            self.reject("duplicate", record.where, f"the same as {place}")
+        else:
+            self.reject("conflict", record.where, f"the same as {place}, with another answer")
+        return False
+
+    def reject(self, kind: str, where: str, why: str) -> None:
+        """Counts a bad row, or raises ValueError, as is configured for its kind."""
+        if kind not in self.config.skip:
+            skip = (*self.config.skip, kind)
+            raise ValueError(f'{where}: {why}; mend the row, or leave such rows out: --config.records.skip="{skip}"')
+        self.skipped[kind] += 1
+        if (total := self.skipped.total()) > self.config.max_skipped:
+            raise ValueError(
+                f"{where}: {why}; with it {total} rows are left out ({counts(self.skipped)}), more than "
+                f"records.max_skipped = {self.config.max_skipped}; mend them, or raise the limit"
+            )
+
+    def _is_good(self, value, where: str, complaint: str, row: dict | None = None) -> bool:
+        if value is None or (isinstance(value, str) and not value.strip()):
+            is_there = row is None or value is not None
+            has = "it is empty" if is_there else f"its columns are {sorted(map(str, row))}"
+            self.reject("missing", where, f"{complaint}; {has}")
+        elif not isinstance(value, str):
+            self.reject("not_text", where, f"{complaint}, but {_shortly(value)}")
+        elif len(value) > self.config.max_text:
+            size = f"{len(value)} characters are more than records.max_text = {self.config.max_text}"
+            self.reject("huge", where, f"{complaint} that could be used: {size}")
+        elif not _is_unicode(value):
+            self.reject("unreadable", where, f"{complaint} that is valid Unicode; it begins {_shortly(value)}")
+        else:
+            return True
+        return False
+
+
+def digest(text: str) -> str:
+    """sha256 in hexadecimal: names a text, and tells two versions of it apart."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def counts(skipped: dict[str, int]) -> str:
+    """The counts in words, "missing 3, huge 1"."""
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
+
+
+def read_context(path: str) -> str:
+    """A context from a text file. A missing or empty file is an error: training on nothing looks like success."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"context file {path} does not exist") from None
+    except IsADirectoryError:
+        raise ValueError(f"context file {path} is a folder; name the text file itself") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"context file {path} is not UTF-8 text: {error}") from None
+    if not text:
+        raise ValueError(f"context file {path} is empty; the teacher would see no context")
+    return text
+
+
+class _Unreadable(NamedTuple):
+    why: str
+
+
+def _jsonl(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                value = _Unreadable(f"not UTF-8 text: {error}")
+            except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, and of depth
+                torn = "" if line.endswith(b"\n") else " (the file ends here: is it whole?)"
+                value = _Unreadable(f"not valid JSON: {error}{torn}")
+            yield f"line {number}", value
+
+
+def _csv(file: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # long texts are judged by records.max_text, like those of other files
+    # Bytes that are no UTF-8 become lone surrogates, which the texts are searched for.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        delimiter = max(",;\t", key=lines.readline().count)
+        lines.seek(0)
+        rows = csv.reader(lines, strict=True, delimiter=delimiter)
+        header = next(rows, [])
+        if len(set(header)) != len(header):
+            raise ValueError(f"data file {file}: its header names a column twice: {header}")
+        while True:
+            start = rows.line_num + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"line {start}", _Unreadable(f"not valid CSV: {error}")
+                continue
+            if not row:
+                continue
+            value: Any = dict(zip(header, row))
+            if len(row) != len(header):
+                value = _Unreadable(f"not valid CSV: {len(row)} fields, and the header names {len(header)}")
+            yield f"line {start}", value
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """Each line as a text, empty ones too, since such files often go in pairs."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                value: Any = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                value = _Unreadable(f"not UTF-8 text: {error}")
+            yield f"line {number}", value
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    with pyarrow.parquet.ParquetFile(file) as table:
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            columns = {name: _python(column) for name, column in zip(batch.schema.names, batch.columns)}
+            for place in range(batch.num_rows):
+                number += 1
+                row = {name: values[place] for name, values in columns.items()}
+                broken = [(name, v.why) for name, v in row.items() if isinstance(v, _Unreadable)]
+                yield f"row {number}", _Unreadable("column {!r}: {}".format(*broken[0])) if broken else row
+
+
+def _python(column: pyarrow.Array) -> list:
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, times out of range: only their rows are bad
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pyarrow.Scalar):
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError) as error:
+        return _Unreadable(str(error))
+
+
+def _lookup(row: dict, column: str):
+    """The value of a column; of "a.b", where there is no such column, b in the dict in column a."""
+    if column in row or "." not in column:
+        return row.get(column)
+    first, rest = column.split(".", 1)
+    inner = row.get(first)
+    return _lookup(inner, rest) if isinstance(inner, dict) else None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON may escape half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shortly(value) -> str:
+    shown = repr(value)
+    return f"{type(value).__name__} {shown[:60]}{'...' if len(shown) > 60 else ''}"
+
+
+READERS = {
+    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _jsonl, ".parquet": _parquet,
+    ".csv": _csv, ".tsv": _csv, ".txt": _lines,
+}  # fmt: skip
+_ENDINGS = " or ".join([", ".join(list(READERS)[:-1]), list(READERS)[-1]])

@@ -1,0 +1,128 @@
+"""Evaluates any model folder: ``python -m ctxjax.evaluate --model=FOLDER --task=NAME [--context=FILE] --out=FOLDER``.
+
+The questions, views, decoding and graders are those of a training run (configs/base.py: ``--config.TASK.path=...``,
+``--config.eval.temperature=...``). Without a context there is no context view, and nothing that compares views.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+import shlex
+import sys
+
+from absl import flags, logging
+import jax
+from ml_collections import ConfigDict, config_flags
+
+from ctxjax import command
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/base.py", "The configuration that --config.* change.")
+_MODEL = flags.DEFINE_string("model", None, "A Hugging Face folder or Hub id; left out: config.model.path.")
+_TASK = flags.DEFINE_string("task", None, "Whose questions and grader; left out: config.task.")
+_CONTEXT = flags.DEFINE_string("context", None, "Text file with the context; left out: the task's own, or none.")
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which questions.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
+
+NAME = "model"  # of the evaluated model in results.json
+
+
+def main(_) -> None:
+    config = _CONFIG.value
+    if _OUT.value is None:
+        raise ValueError("--out is missing; name a folder for results.json and the responses")
+    out = Path(_OUT.value).expanduser()
+    if out.exists():
+        raise FileExistsError(f"--out={out} exists; choose another, nothing is overwritten")
+    logging.set_verbosity(logging.WARNING)
+    choose(config, _MODEL.value, _TASK.value, _CONTEXT.value)
+    from ctxjax import report, workdir
+
+    evaluation, facts = evaluate(config, _SPLIT.value)
+    own = out / NAME
+    own.mkdir(parents=True)
+    workdir.write_text(own / "items.jsonl", "".join(json.dumps(item) + "\n" for item in evaluation.items))
+    line = shlex.join(["python", "-m", "ctxjax.evaluate", *sys.argv[1:]])
+    workdir.write_json(out / "run.json", workdir.facts(config) | facts | {"command": line})
+    workdir.write_json(out / "results.json", {NAME: evaluation.metrics})
+    print(f"\n{report.results_table({NAME: evaluation.metrics})}\n")
+    print(_readable(evaluation.metrics))
+    print(f"results and responses: {out}")
+
+
+def choose(config: ConfigDict, model: str | None, task: str | None, context: str | None) -> None:
+    """Puts the command's flags into the configuration. Raises ValueError where the task takes no context."""
+    if model is not None:
+        config.model.path = model
+    if not config.model.path:
+        raise ValueError("--model is missing; name the folder or the Hub id of a model")
+    if task is not None:
+        config.task = task
+    if context is None:
+        return
+    section = config.get(config.task, ConfigDict())
+    if "context_file" not in section:
+        raise ValueError(f"--context={context}: task {config.task!r} makes its own contexts; leave --context out")
+    for field, value in (("context", ""), ("context_files", ()), ("context_column", "")):
+        if field in section:
+            section[field] = value
+    section.context_file = context
+
+
+def evaluate(config: ConfigDict, split: str):
+    """(Evaluation, facts) of config.model.path on a split of config.task; the model is its own teacher."""
+    from ctxjax import config as config_lib, sharding
+    from ctxjax.data import splits
+    from ctxjax.data.records import counts
+    from ctxjax.data.tasks import TASKS
+    from ctxjax.evaluator import Evaluator
+    from ctxjax.folder import open_folder
+    from ctxjax.inputs import sampling_config
+
+    experiment = config_lib.experiment(config, jax.device_count())
+    task_config = experiment.task_config
+    if hasattr(task_config, "required"):
+        task_config = dataclasses.replace(task_config, required=False)
+    task = TASKS[experiment.task][1](task_config)
+    splits.check(task, (split,))
+    mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
+    with jax.set_mesh(mesh):
+        model = experiment.model
+        folder = open_folder(model.path, mesh, model.dtype, model.param_dtype)
+        evaluator = Evaluator(
+            task,
+            split,
+            folder,
+            folder,
+            experiment.prompt,
+            judged=sampling_config(experiment.eval.decode, folder),
+            rollout=sampling_config(experiment.rollout, folder),
+            batch_size=experiment.eval.batch_size,
+            seed=experiment.seed,
+            mesh=mesh,
+        )
+        left_out = counts(task.skipped) or "none"
+        print(
+            f"{len(task.rows(split))} {split} questions; over-long and dropped: {evaluator.dropped}; rows of data "
+            f"files left out: {left_out}",
+            flush=True,
+        )
+        return evaluator(folder.params), {"task": task.facts, "split": split, "rows_left_out": dict(task.skipped)}
+
+
+def _readable(metrics: dict) -> str:
+    """How many responses have a readable answer, and what kept the others from having one."""
+    lines = []
+    for view, name in (("x", "without context"), ("xc", "with context")):
+        if f"parse_{view}" in metrics:
+            lenient = metrics.get(f"acc_{view}_lenient")
+            line = f"{name}: {100 * metrics[f'parse_{view}']:.1f} % of the responses are readable"
+            line += "" if lenient is None else f"; read leniently, {100 * lenient:.1f} % are right"
+            reasons = "; ".join(f"{reason}: {count}" for reason, count in metrics[f"unparsed_{view}"].items())
+            lines.append(line + (f" ({reasons})" if reasons else ""))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command.run(main, _CONFIG)

@@ -1,0 +1,105 @@
+"""What a run reads, opened before anything is computed: task, models, encoded questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ctxjax import pretrain
+from ctxjax.config import DecodeConfig, Experiment
+from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
+from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
+from ctxjax.data.task import Task
+from ctxjax.data.tasks import TASKS
+from ctxjax.folder import ModelFolder, open_folder
+from ctxjax.hub import local_folder
+from ctxjax.models import transformer
+from ctxjax.sampling import SamplingConfig
+from ctxjax.types import PrefixKV
+
+
+class Inputs(NamedTuple):
+    """What training reads. ``teacher`` is ``student`` itself where it has no folder of its own; ``retention`` has the
+    rows under other contexts, where an arm wants them."""
+
+    task: Task
+    student: ModelFolder
+    teacher: ModelFolder
+    rows: EncodedRows
+    retention: RetentionRows | None
+
+
+def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
+    """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
+    task = TASKS[config.task][1](config.task_config)
+    splits.check(task)
+    if contexts_lib.one_each(task.rows("train")):
+        print(
+            "warning: every training question has a context of its own; what such contexts teach often does not carry "
+            "over to questions without one, as what a shared context teaches does"
+        )
+    if config.teacher.path:
+        local_folder(config.teacher.path)  # missing: said now, and not when the student is loaded or even trained
+    folder, teacher = with_teacher(config, _open_model(config, task, mesh, seconds), mesh, seconds)
+    if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
+        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
+    retention = None
+    if any(loss.mu > 0 for loss in config.arms.values()):
+        retention = RetentionRows.of(folder.tokenizer, task, rows, config.prompt)
+    return Inputs(task, folder, teacher, rows, retention)
+
+
+def with_teacher(
+    config: Experiment, student: ModelFolder, mesh, seconds: dict[str, float]
+) -> tuple[ModelFolder, ModelFolder]:
+    """(student, teacher), which are one and the same where the teacher has no folder of its own.
+
+    Both read the student's tokens and stop at the ends of either: a base student comes to end as its teacher does.
+    """
+    if not config.teacher.path:
+        return student, student
+    clock = time.monotonic()
+    loaded = open_folder(config.teacher.path, mesh, config.model.dtype, config.teacher.param_dtype, student=student)
+    seconds["load teacher"] = time.monotonic() - clock
+    print(f"teacher: {config.teacher.path}", flush=True)
+    student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
+    return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
+
+
+def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> ModelFolder:
+    clock = time.monotonic()
+    path = config.model.path
+    if not path:
+        path = pretrain.ensure_base(config.base, config.task, task, mesh)
+        seconds["base from scratch"] = time.monotonic() - clock
+        clock = time.monotonic()
+    folder = open_folder(path, mesh, config.model.dtype, config.model.param_dtype, config.model.remat)
+    seconds["load"] = time.monotonic() - clock
+    print(f"model: {path}", flush=True)
+    return folder
+
+
+def teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
+    """What the teacher makes of the context that all rows start with: its weights are frozen, so once for all arms."""
+    prefix_C = rows.prefixes["context"]
+    if not prefix_C:
+        return None
+    print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
+    compute = jax.jit(transformer.prefix_kv, static_argnames="config")
+    return compute(teacher.params, config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
+
+
+def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
+    return SamplingConfig(
+        max_tokens=decode.max_tokens,
+        eos_ids=folder.stop_ids,
+        pad_id=folder.pad_id,
+        temperature=decode.temperature,
+        top_k=decode.top_k,
+        top_p=decode.top_p,
+    )

@@ -1,0 +1,149 @@
+"""Each alarm is raised by the rows it is meant for and by no others, warned of once, and may end the run."""
+
+import jax
+import numpy as np
+import pytest
+
+from ctxjax import main
+from ctxjax.alarms import ALARMS, Alarms, AlarmsConfig, StopRun
+from ctxjax.responses import repetition
+from ctxjax.types import Rollout
+
+# A step of the run of configs/tiny.py, and its evaluation.
+HEALTHY = {
+    "loss": 0.02, "grad_norm": 0.3, "skipped": 0.0, "untrained": 0.0, "logprob_gap": 1e-7, "truncated": 0.0,
+    "repetition": 0.01, "distill": 0.02, "top1_agreement": 0.95, "dev/parse_x": 1.0, "dev/parse_xc": 0.99,
+}  # fmt: skip
+NAN = float("nan")
+# For each alarm: what is wrong in every row from the fourth on, and what is no reason yet.
+WRONG = {
+    "not_finite": ({"loss": NAN, "grad_norm": NAN, "skipped": 1.0, "distill": NAN, "top1_agreement": NAN}, {}),
+    "untrained": ({"untrained": 0.6}, {"untrained": 0.5}),
+    "logprob_gap": ({"logprob_gap": 0.2}, {"logprob_gap": 0.02}),
+    "truncated": ({"truncated": 0.7}, {"truncated": 0.4}),
+    "no_end": ({"truncated": 1.0}, {"truncated": 0.99}),
+    "repetition": ({"repetition": 0.9}, {"repetition": 0.2}),
+    "no_distillation": ({"distill": 1e-9}, {"distill": 1e-5}),
+    "parse_rate": ({"dev/parse_xc": 0.5}, {"dev/parse_xc": 0.8}),
+    "agreement": ({"top1_agreement": 0.4}, {"top1_agreement": 0.8}),
+}
+AT_ONCE = {"not_finite", "parse_rate"}
+
+
+def observed(rows: list[dict], quiet: int = 0, **config) -> Alarms:
+    alarms = Alarms(AlarmsConfig(**config), "opcd")
+    for step, row in enumerate(rows, 1):
+        added = alarms.observe(step, row, quiet=step <= quiet)
+        alarms.check(step, row | added)
+    return alarms
+
+
+def story(changes: dict, bad_rows: int = 20) -> list[dict]:
+    return [HEALTHY] * 3 + [HEALTHY | changes] * bad_rows
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_an_alarm_is_raised_once_by_what_it_is_meant_for(name, capsys):
+    wrong, _ = WRONG[name]
+    alarms = observed(story(wrong), stop=())
+    expected = {name, "truncated"} if name == "no_end" else {name}
+    assert alarms.raised.keys() == expected
+    if name != "agreement":  # which is smoothed
+        assert alarms.raised[name] == (4 if name in AT_ONCE else 6)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == len(expected) and all(line.startswith("warning: opcd, step ") for line in warnings)
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_healthy_rows_and_small_changes_raise_nothing(name, capsys):
+    _, harmless = WRONG[name]
+    alarms = observed(story(harmless), stop=(), truncated=0.0 if name == "no_end" else 0.5)
+    assert alarms.raised == {} and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_two_bad_rows_are_no_reason_to_stop_but_three_in_a_row_are(name):
+    wrong, _ = WRONG[name]
+    blinks = [HEALTHY, HEALTHY, HEALTHY | wrong, HEALTHY | wrong] * (1 if name == "agreement" else 5)
+    observed(blinks, stop=(name,))
+    with pytest.raises(StopRun, match=f"^opcd, step .* ends the run, for alarms.stop names '{name}'") as stop:
+        observed(story(wrong), stop=(name,))
+    assert stop.value.alarm == name and (stop.value.step == 6 or name == "agreement")
+    observed(story(wrong), stop=tuple(ALARMS.keys() - {name, "truncated"}))
+
+
+@pytest.mark.parametrize("name", [name for name, alarm in ALARMS.items() if alarm.fixed is None])
+def test_a_threshold_of_zero_turns_an_alarm_off(name):
+    assert observed(story(WRONG[name][0]), **{name: 0.0}).raised.keys() <= {"no_end"}
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_rows_in_which_it_holds_are_marked(name):
+    wrong, _ = WRONG[name]
+    alarms = Alarms(AlarmsConfig(stop=()), "opcd")
+    marks = [f"alarm/{name}" in alarms.observe(step, row) for step, row in enumerate(story(wrong), 1)]
+    assert marks.index(True) + 1 == alarms.raised[name] and all(marks[marks.index(True) :])
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_a_run_that_reads_its_rows_again_goes_on_as_one_that_was_not_interrupted(name, capsys):
+    rows = story(WRONG[name][0])
+    whole = observed(rows, stop=())
+    capsys.readouterr()
+    assert observed(rows, stop=(), quiet=len(rows)).raised == whole.raised
+    assert capsys.readouterr().err == ""
+    assert observed(rows, stop=()).skipped == (20 if name == "not_finite" else 0)
+
+
+def test_a_step_is_waited_for_where_it_may_be_the_last():
+    steps = [HEALTHY | WRONG["not_finite"][0]]
+    for patience, before in ((1, []), (3, 2 * steps)):
+        assert observed(before, patience=patience).is_close_to_stopping
+        assert not observed(before, patience=patience, stop=()).is_close_to_stopping
+    assert not observed(steps).is_close_to_stopping
+
+
+def test_every_threshold_belongs_to_an_alarm_and_every_alarm_has_a_case():
+    fields = AlarmsConfig.__dataclass_fields__.keys() - {"stop", "patience"}
+    assert fields == {name for name, alarm in ALARMS.items() if alarm.fixed is None}
+    assert ALARMS.keys() == WRONG.keys()
+
+
+def test_the_command_says_why_it_stops_and_has_a_code_of_its_own(monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise StopRun("opcd, step 4: too bad", "not_finite", 4)
+
+    monkeypatch.setattr(main.app, "run", stopped)
+    with pytest.raises(SystemExit) as end:
+        main.command_line()
+    assert end.value.code == 3 and capsys.readouterr().err == "\nstopped: opcd, step 4: too bad\n"
+
+
+# --- Repetition ---
+
+
+def slow_repetition(tokens, mask, n) -> float:
+    again, total = 0, 0
+    for row, length in zip(tokens, mask.sum(axis=1)):
+        grams = [tuple(row[place : place + n]) for place in range(length - n + 1)]
+        again, total = again + len(grams) - len(set(grams)), total + len(grams)
+    return again / max(total, 1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_repetition_is_the_share_of_ngrams_that_occurred_before(n, mesh8):
+    rng = np.random.default_rng(n)
+    tokens = rng.integers(0, 3, (8, 24)).astype(np.int32)
+    tokens[0], tokens[1] = 7, np.tile([1, 2, 3, 4, 5], 5)[:24]  # loops
+    tokens[2] = np.arange(24)
+    mask = np.arange(24) < rng.integers(1, 25, (8, 1))
+    mask[:3] = True
+    data = jax.device_put(Rollout(tokens, mask, np.zeros((8, 24), np.float32)), jax.P(("data", "fsdp")))
+    measured = jax.jit(repetition, static_argnames="n")(data, n=n)
+    assert float(measured.value) == pytest.approx(slow_repetition(tokens, mask, n))
+    assert 0 < float(measured.value) < 1
+
+
+def test_responses_shorter_than_an_ngram_do_not_repeat():
+    rollout = Rollout(np.zeros((2, 5), np.int32), np.ones((2, 5), bool), np.zeros((2, 5), np.float32))
+    assert float(repetition(rollout).value) == 0

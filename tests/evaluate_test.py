@@ -1,0 +1,149 @@
+"""The command that evaluates a folder, and a training run, on questions in files: a model of one layer that reads and
+writes single letters."""
+
+import json
+from pathlib import Path
+import string
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import base
+from ctxjax import config as config_lib, evaluate, sharding, trainer, workdir as workdir_lib
+from ctxjax.data import word_tokenizer
+from ctxjax.models import hf_save, params as params_lib
+from ctxjax.models.transformer import ModelConfig, param_specs
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random model whose tokens are letters."""
+    tokenizer = word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
+    model = ModelConfig(len(tokenizer), width=16, layers=1, query_heads=2, kv_heads=1, head_dim=8, mlp_width=16)
+    mesh = sharding.make_mesh(fsdp=8)
+    with jax.set_mesh(mesh):
+        params = params_lib.init(param_specs(model), jax.random.key(0), mesh)
+    path = tmp_path_factory.mktemp("models") / "letters"
+    hf_save.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), "llama")
+    return path
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Forty problems in GSM8K's layout, and a context of 45 letters."""
+    path = tmp_path_factory.mktemp("data")
+    rows = [{"question": f"{n} + 1?", "answer": f"Count {n}, one more.\n#### {n + 1}"} for n in range(40)]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "context.txt").write_text("You are a careful teacher of arithmetic. Ok!")
+    return path
+
+
+def settings(folder: Path, questions: Path):
+    config = base.get_config()
+    config.model.path, config.task, config.math.path = str(folder), "math", str(questions / "rows.jsonl")
+    config.rollout.max_tokens, config.eval.batch_size, config.compile_cache = 6, 8, ""
+    return config
+
+
+def items(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+
+
+def command(folder: Path, questions: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "ctxjax.evaluate", f"--model={folder}", "--task=math", *arguments]
+    line += [f"--config.math.path={questions / 'rows.jsonl'}", "--config.rollout.max_tokens=6"]
+    line += ["--config.eval.batch_size=8", "--config.compile_cache=", "--config.math.other_contexts_file="]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_writes_results_and_responses_and_prints_a_table(folder, questions, tmp_path):
+    out = tmp_path / "out"
+    result = command(folder, questions, f"--context={questions / 'context.txt'}", f"--out={out}")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((out / "results.json").read_text())["model"]
+    written = items(out / "model")
+    assert {item["view"] for item in written} == {"bare", "context", "empty"}
+    assert len(written) == 3 * metrics["n"] and 0 < metrics["n"] < 20  # a fifth of forty, by hash
+    assert {item["context"] for item in written if item["view"] == "context"} == {
+        (questions / "context.txt").read_text()
+    }
+    assert metrics["parse_x"] == 0 and metrics["unparsed_x"] == {"no boxed, #### or Answer:": metrics["n"]}
+    assert "| model |" in result.stdout and "without context: 0.0 % of the responses are readable" in result.stdout
+    run = json.loads((out / "run.json").read_text())
+    assert run["command"].startswith("python -m ctxjax.evaluate") and run["task"]["rows"]["test"] == metrics["n"]
+    again = command(folder, questions, f"--out={out}")
+    assert again.returncode == 2 and f"--out={out} exists; choose another" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.path", "nowhere", "model folder nowhere does not exist"),
+        ("task", "chess", "task = 'chess' is not known; choose from"),
+        ("math.context_file", "none.txt", "context file none.txt does not exist"),
+        ("math.path", "none.jsonl", "data file 'none.jsonl' does not exist; set math.path"),
+        ("math.test_questions", -1, "math.test_questions = -1 must be 0 or more"),
+    ],
+)
+def test_bad_input_is_named(field, value, message, folder, questions):
+    config = settings(folder, questions)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate.evaluate(config, "test")
+
+
+def test_the_command_says_in_one_line_what_is_missing(folder, questions):
+    result = command(folder, questions)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: --out is missing; name a folder" in result.stderr
+
+
+def test_without_a_context_there_is_no_context_view(folder, questions):
+    evaluation, facts = evaluate.evaluate(settings(folder, questions), "test")
+    assert {item["view"] for item in evaluation.items} == {"bare", "empty", "other"}
+    assert "acc_x" in evaluation.metrics and "obedience" in evaluation.metrics
+    assert not {"acc_xc", "harm", "view_kl", "distill"} & evaluation.metrics.keys()
+    obeyed = [item for item in evaluation.items if item["view"] == "other"]
+    assert len({item["context"] for item in obeyed}) == len(obeyed) and obeyed[0]["reference"] != "1"
+    assert facts["task"]["contexts"] == {}
+
+
+def test_a_context_for_a_task_that_makes_its_own_is_refused():
+    with pytest.raises(ValueError, match="--context=c.txt: task 'rules' makes its own contexts"):
+        evaluate.choose(base.get_config(), "folder", "rules", "c.txt")
+    with pytest.raises(ValueError, match="--model is missing"):
+        evaluate.choose(base.get_config(), None, "rules", None)
+
+
+def test_the_context_of_the_command_takes_the_place_of_the_configurations(folder):
+    config = base.get_config()
+    config.safety.context, config.math.context_column = "inline", "hint"
+    evaluate.choose(config, "folder", "safety", "c.txt")
+    assert (config.safety.context, config.safety.context_file, config.model.path) == ("", "c.txt", "folder")
+    evaluate.choose(config, "folder", "math", "c.txt")
+    assert (config.math.context_column, config.math.context_file, config.task) == ("", "c.txt", "math")
+
+
+def start(config, workdir: Path) -> dict:
+    return trainer.run(config_lib.experiment(config, jax.device_count()), workdir, workdir_lib.facts(config))
+
+
+def test_hints_are_distilled_and_the_run_warns_that_they_may_not_transfer(folder, questions, tmp_path, capsys):
+    """A whole run: held-out distillation loss falls, though every question has a context of its own; and what the
+    trainer says of a folder is what the command says of it."""
+    config = settings(folder, questions)
+    config.task, config.hints.path, config.run_arms = "hints", str(questions / "rows.jsonl"), ("opcd_retained",)
+    config.hints.dev_questions = config.hints.test_questions = 8
+    config.train.steps, config.train.batch_size, config.optim.lr, config.eval.every = 20, 8, 1e-2, 0
+    config.eval.bootstrap, config.train.save_every = 20, 20
+    results = start(config, tmp_path / "run")
+    assert "warning: every training question has a context of its own" in capsys.readouterr().out
+    assert results["opcd_retained"]["distill"] < 0.7 * results["base"]["distill"]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["task"]["contexts"] == "each row's own" and len(run["task"]["data"]) == 2
+    evaluation, _ = evaluate.evaluate(config, "test")
+    assert evaluation.items == items(tmp_path / "run" / "base")

@@ -1,0 +1,259 @@
+"""Tasks over files of rows: medical, math and hints in their published layouts, their splits, and rows that are bad."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctxjax import hub
+from ctxjax.data import splits
+from ctxjax.data.records import RecordsConfig
+from ctxjax.data.tasks.hints import Hints, HintsConfig
+from ctxjax.data.tasks.math import FORMAT, Math, MathConfig
+from ctxjax.data.tasks.medical import Medical, MedicalConfig
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data"
+ROWS = {
+    "test_path": "", "limit": 0, "train_questions": 0, "dev_questions": 0, "test_questions": 0,
+    "other_contexts_file": "",
+}  # fmt: skip
+CONTEXT = {"context": "Think.", "context_file": "", "context_files": (), "context_seed": 0, "ask_format": True}
+HINTS = {"question": "q", "reference": "a", "hint": "h", "template": "Look: {hint}", "grading": "math"}
+
+
+def written(path: Path, rows: list) -> str:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def math(path, **changes) -> Math:
+    return Math(MathConfig(**(ROWS | CONTEXT | {"path": str(path)} | changes)))
+
+
+def medical(path, **changes) -> Medical:
+    return Medical(MedicalConfig(**(ROWS | CONTEXT | {"path": str(path), "first_label": 0} | changes)))
+
+
+def hints(path, **changes) -> Hints:
+    return Hints(HintsConfig(**(ROWS | HINTS | {"path": str(path)} | changes)))
+
+
+def gsm8k(n: int) -> dict:
+    return {"question": f"What is {n} + 1?", "answer": f"<<{n}+1={n + 1}>>\n#### {n + 1:,}"}
+
+
+def dapo(n: int, column: str = "prompt") -> dict:
+    chat = [{"role": "user", "content": f"Solve {n} + 1. Answer: on the last line."}]
+    return {column: chat, "reward_model": {"ground_truth": str(n + 1), "style": "rule"}, "data_source": "x"}
+
+
+def medmcqa(n: int) -> dict:
+    return {"id": f"{n}", "question": f"Which organ, {n}?", "opa": "liver", "opb": "lung", "opc": "eye", "opd": "ear",
+            "cop": n % 4, "choice_type": "single", "exp": None, "subject_name": "Anatomy"}  # fmt: skip
+
+
+def every_row(task) -> list:
+    return [row for split in splits.SPLITS for row in task.rows(split)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("row", [gsm8k, dapo, lambda n: dapo(n, "content")], ids=["gsm8k", "dapo", "reference"])
+def test_mathematics_in_every_layout(row, ending, tmp_path):
+    task = math(written(tmp_path / f"rows.{ending}", [row(n) for n in range(1100)]))
+    rows = every_row(task)
+    assert len({row.id for row in rows}) == 1100 and {row.context for row in rows} == {"Think."}
+    by_question = {row.question: row for row in rows}
+    if row is gsm8k:
+        asked = by_question[f"What is 1000 + 1?\n\n{FORMAT}"]
+        assert asked.reference == "1,001"
+    else:  # a chat is asked as it stands
+        asked = by_question["Solve 1000 + 1. Answer: on the last line."]
+    assert task.grade(r"\boxed{1001}", asked.reference).correct
+    assert not task.grade(r"\boxed{1002}", asked.reference).correct
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_medmcqa(ending, tmp_path):
+    path, rows = tmp_path / f"rows.{ending}", [medmcqa(n) for n in range(40)]
+    if ending == "csv":
+        lines = [",".join(str(row[c]) for c in ("id", "opa", "opb", "opc", "opd", "cop")) for row in rows]
+        questions = [f'"{row["question"]}"' for row in rows]
+        body = "".join(f"{line},{question}\n" for line, question in zip(lines, questions))
+        path.write_text("id,opa,opb,opc,opd,cop,question\n" + body)
+    else:
+        written(path, rows)
+    task = medical(path)
+    first = next(row for row in every_row(task) if row.question.startswith("Which organ, 6?"))
+    assert first.question.startswith("Which organ, 6?\nA. liver\nB. lung\nC. eye\nD. ear\n\nGive the letter")
+    assert first.reference == "C" and task.grade("<answer>C</answer>", "C").correct
+    assert sorted(row.reference for row in every_row(task)) == sorted("ABCD" * 10)
+
+
+def test_the_authors_files_of_medmcqa_count_options_from_one(tmp_path):
+    rows = [medmcqa(n) | {"cop": 1 + n % 4} for n in range(40)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"line 4: cop = 4 is not one of 0 to 3; .*\(medical.first_label\)"):
+        medical(path)
+    assert sorted(row.reference for row in every_row(medical(path, first_label=1))) == sorted("ABCD" * 10)
+
+
+def test_the_references_copy_of_medmcqa_is_asked_as_it_stands(tmp_path):
+    rows = [{"content": [{"role": "user", "content": f"Which, {n}? A..D"}], "answer": "ABCD"[n % 4]} for n in range(40)]
+    task = medical(written(tmp_path / "rows.parquet", rows))
+    assert {row.question for row in every_row(task)} == {f"Which, {n}? A..D" for n in range(40)}
+
+
+def test_hints_are_each_rows_own_and_graded_as_configured(tmp_path):
+    rows = [{"q": f"{n} + 1?", "a": str(n + 1), "h": f"count from {n}"} for n in range(40)]
+    task = hints(written(tmp_path / "rows.jsonl", rows))
+    contexts = {row.context for row in every_row(task)}
+    assert len(contexts) == 40 and "Look: count from 7" in contexts
+    assert task.grade("#### 8", "8").correct and not task.grade("8", "8").correct
+    assert hints(tmp_path / "rows.jsonl", grading="numeric").grade("8", "8").correct
+
+
+def test_a_column_may_hold_the_context(tmp_path):
+    rows = [gsm8k(n) | {"note": f"note {n % 3}"} for n in range(40)]
+    task = math(written(tmp_path / "rows.jsonl", rows), context="", context_column="note")
+    assert {row.context for row in every_row(task)} == {"note 0", "note 1", "note 2"}
+
+
+def test_splits_go_by_the_question_and_not_by_its_place_or_file(tmp_path):
+    rows = [gsm8k(n) for n in range(300)]
+    whole = math(written(tmp_path / "a.jsonl", rows))
+    sizes = {split: len(whole.rows(split)) for split in splits.SPLITS}
+    assert sum(sizes.values()) == 300 and 15 < sizes["dev"] < 50 and 40 < sizes["test"] < 80
+    written(tmp_path / "b1.jsonl", rows[:150:-1])
+    written(tmp_path / "b2.jsonl", rows[150::-1] + rows[:10])  # ten questions stand there twice
+    shuffled = math(tmp_path / "b*.jsonl")
+    assert all(shuffled.rows(split) == whole.rows(split) for split in splits.SPLITS)
+    assert shuffled.skipped == {"duplicate": 10}
+    fewer = math(tmp_path / "a.jsonl", test_questions=5, train_questions=7)
+    assert fewer.rows("test") == whole.rows("test")[:5] and fewer.rows("train") == whole.rows("train")[:7]
+    assert fewer.facts["rows"] == {"train": 7, "dev": sizes["dev"], "test": 5}
+
+
+def test_published_test_files_are_the_test_split_and_are_not_trained_on(tmp_path):
+    train = written(tmp_path / "train.jsonl", [gsm8k(n) for n in range(100)])
+    test = written(tmp_path / "test.jsonl", [gsm8k(n) for n in range(95, 115)])
+    task = math(train, test_path=test)
+    assert {row.reference for row in task.rows("test")} == {str(n + 1) for n in range(95, 115)}
+    assert len(task.rows("train")) + len(task.rows("dev")) == 95 and task.skipped == {"duplicate": 5}
+    assert len(task.rows("dev")) < 20
+
+
+def test_a_question_with_two_answers_is_left_out_and_counted(tmp_path):
+    rows = [gsm8k(n) for n in range(40)] + [gsm8k(3) | {"answer": "#### 5"}]
+    assert math(written(tmp_path / "rows.jsonl", rows)).skipped == {"conflict": 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        (
+            math,
+            {"problem": "?", "answer": "#### 1"},
+            "no columns question and answer or .*; its columns are .'answer', ",
+        ),
+        (math, {"question": "?", "answer": "one"}, "column 'answer'|\"answer\" has no final answer behind ####"),
+        (math, {"question": "?", "answer": "#### seven"}, "the answer 'seven' is not a number or an expression"),
+        (math, {"question": "", "answer": "#### 1"}, "no text in column 'question'; it is empty"),
+        (math, dapo(1) | {"reward_model": {}}, "no text in column 'reward_model.ground_truth'"),
+        (
+            math,
+            dapo(1) | {"prompt": [{"role": "system", "content": "x"}]},
+            "must have one message, of the user; the roles",
+        ),
+        (math, dapo(1) | {"prompt": ["x"]}, "the roles are .None."),
+        (math, dapo(1) | {"prompt": []}, "the roles are .."),
+        (math, [1], "its columns are .."),
+        (medical, medmcqa(1) | {"cop": -1}, "cop = -1 is not one of 0 to 3"),
+        (medical, medmcqa(1) | {"cop": "b"}, "cop = 'b' is not one of 0 to 3"),
+        (medical, medmcqa(1) | {"opc": None}, "no text in column 'opc'"),
+        (medical, {"question": "?", "answer": "A"}, "no text in column 'opa'"),
+        (
+            medical,
+            {"content": [{"role": "user", "content": "?"}], "answer": "E"},
+            "answer = 'E' is not one of A, B, C, D",
+        ),
+        (hints, {"q": "?", "a": "1"}, "no text in column 'h'"),
+    ],
+)
+def test_a_bad_row_is_named_or_left_out_and_counted(task, row, message, tmp_path):
+    good = {math: gsm8k, medical: medmcqa, hints: lambda n: {"q": f"{n}", "a": "1", "h": "x"}}[task]
+    path = written(tmp_path / "rows.jsonl", [good(0), row, *map(good, range(1, 40))])
+    with pytest.raises(ValueError, match=message) as error:
+        task(path)
+    assert "rows.jsonl, line 2: " in str(error.value) and "--config.records.skip=" in str(error.value)
+    skip = ("missing", "not_text", "label")
+    left = task(path, records=RecordsConfig(skip=skip))
+    assert left.skipped.total() == 1 and len(every_row(left)) == 40
+
+
+def test_where_all_rows_are_left_out_nothing_is_trained(tmp_path):
+    path = written(tmp_path / "rows.jsonl", [medmcqa(n) | {"cop": -1} for n in range(9)])
+    with pytest.raises(ValueError, match="no train rows are left"):
+        splits.check(medical(path, records=RecordsConfig(skip=("label",))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": ""}, "data file '' does not exist; set math.path to a file, a pattern"),
+        ({"path": "rows.jsonl"}, "data file 'rows.jsonl' does not exist"),
+        ({"path": "openai/gsm8k"}, "is no file here; of a Hub data set name the files too, such as openai/gsm8k:data/"),
+        ({"test_path": "missing.jsonl"}, "data file 'missing.jsonl' does not exist; set math.test_path"),
+        ({"context": "", "context_column": "hint"}, "line 1: no text in column 'hint'; its columns are"),
+    ],
+)
+def test_a_missing_file_or_column_is_named(changes, message, tmp_path):
+    path = written(tmp_path / "rows.jsonl", [gsm8k(n) for n in range(40)])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        math(**({"path": path} | changes))
+
+
+def test_a_template_without_a_place_for_the_hint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="hints.template = 'Look!' must have {hint}"):
+        hints(tmp_path, template="Look!")
+
+
+def test_a_hub_data_sets_files_are_fetched_and_read_in_order(tmp_path, monkeypatch):
+    (tmp_path / "main").mkdir()
+    for shard in range(2):
+        rows = [gsm8k(n) for n in range(20 * shard, 20 * shard + 20)]
+        written(tmp_path / "main" / f"train-{shard:05}-of-00002.parquet", rows)
+    calls = []
+
+    def fetch(name, **options):
+        calls.append((name, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    task = math("openai/gsm8k@v1:main/train-*")
+    assert len(every_row(task)) == 40
+    assert calls == [("openai/gsm8k", {"repo_type": "dataset", "allow_patterns": ["main/train-*"], "revision": "v1"})]
+    with pytest.raises(FileNotFoundError, match="the Hub data set openai/gsm8k has no file 'dev-.*'"):
+        math("openai/gsm8k:dev-*")
+
+
+def test_offline_a_data_set_that_is_not_here_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match="data set openai/gsm8k is neither on this machine nor in the Hub's cache"
+    ):
+        math("openai/gsm8k:main/train-*")
+
+
+def test_gsm8k_as_published():
+    if not GSM8K.exists():
+        pytest.skip(f"{GSM8K} is not here")
+    task = math(GSM8K / "gsm8k_train.jsonl", test_path=str(GSM8K / "gsm8k_test.jsonl"))
+    assert len(every_row(task)) + task.skipped.total() == 7473 + 1319 and len(task.rows("test")) == 1319
+    splits.check(task)

@@ -1,0 +1,257 @@
+"""Graders, by tables of hand-written responses: right, wrong, unreadable, and made to mislead."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ctxjax.data import graders, math_answers
+from ctxjax.data.graders import (
+    EMPTY,
+    ENDLESS_REASONING,
+    NO_NUMBER,
+    NO_PLACE,
+    NO_TAGS,
+    NO_VALUE,
+    NOT_CLOSED,
+    ONLY_REASONING,
+    TWO,
+)  # fmt: skip
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
+NOT_YES_NO, NOT_LETTER = "not yes or no", "not one of ABCD"
+
+# response, reference, right, lenient, parsed or the reason why not (in capitals above, or as it is said)
+YES_NO = [
+    ("<answer>yes</answer>", "yes", True, True, "yes"),
+    ("<answer>no</answer>", "no", True, True, "no"),
+    ("<answer>no</answer>", "yes", False, False, "no"),
+    ("<answer>yes</answer>", "no", False, False, "yes"),
+    ("<answer>Yes</answer>", "yes", True, True, "yes"),
+    ("<ANSWER>NO</ANSWER>", "no", True, True, "no"),
+    ("<answer> yes </answer>", "yes", True, True, "yes"),
+    ("<answer>\nno\n</answer>\n", "no", True, True, "no"),
+    ("<answer>yes.</answer>", "yes", True, True, "yes"),
+    ('<answer>"no"</answer>', "no", True, True, "no"),
+    ("<answer>**yes**</answer>", "yes", True, True, "yes"),
+    ("It insults a group. <answer>yes</answer> That is why.", "yes", True, True, "yes"),
+    ("No slur is used, so <answer>no</answer>", "no", True, True, "no"),
+    ("No doubt about it: <answer>yes</answer>", "yes", True, True, "yes"),
+    ("<answer>yes</answer> To sum up: <answer>yes</answer>", "yes", True, True, "yes"),
+    ("<answer>yes</answer> On reflection <answer>no</answer>", "no", False, True, TWO),
+    ("<answer>yes</answer> or <answer>no</answer>", "yes", False, False, TWO),
+    ("<answer>yes</answer><answer>maybe</answer>", "yes", False, False, NOT_YES_NO),
+    ("<answer>yes or no</answer>", "yes", False, True, NOT_YES_NO),
+    ("<answer>yes, it is</answer>", "yes", False, True, NOT_YES_NO),
+    ("<answer>not offensive</answer>", "no", False, False, NOT_YES_NO),
+    ("<answer>hateful</answer>", "yes", False, False, NOT_YES_NO),
+    ("<answer>1</answer>", "yes", False, False, NOT_YES_NO),
+    ("<answer>１</answer>", "yes", False, False, NOT_YES_NO),
+    ("<answer>ｙｅｓ</answer>", "yes", True, True, "yes"),  # full width
+    ("<answer>уеs</answer>", "yes", False, False, NOT_YES_NO),  # Cyrillic letters that look alike
+    ("<answer>да</answer>", "yes", False, False, NOT_YES_NO),
+    ("<answer></answer>", "no", False, False, NOT_YES_NO),
+    ("<answer>yes", "yes", False, True, NOT_CLOSED),
+    ("yes</answer>", "yes", False, True, NO_TAGS),
+    ("answer: yes", "yes", False, True, NO_TAGS),
+    ("Yes", "yes", False, True, NO_TAGS),
+    ("No, this is a compliment.", "no", False, True, NO_TAGS),
+    ("Yes. It is not a question of no or yes.", "yes", False, True, NO_TAGS),
+    ("I would say yes, others would say no.", "yes", False, False, NO_TAGS),
+    ("This is offensive.", "yes", False, False, NO_TAGS),
+    ("I know nothing of yesterday.", "no", False, False, NO_TAGS),  # neither "no" nor "yes" is a word here
+    ("I'm sorry, but I can't help with hateful content.", "yes", False, False, NO_TAGS),
+    ("", "no", False, False, EMPTY),
+    ("   \n", "no", False, False, EMPTY),
+    ("<think>It is <answer>yes</answer></think>I cannot say.", "yes", False, False, ONLY_REASONING),
+    ("<think><answer>yes</answer></think>", "yes", False, False, ONLY_REASONING),
+    ("<think><answer>yes</answer></think><answer>no</answer>", "no", True, True, "no"),
+    ("<think>Is it <answer>yes</answer>? I still wonder", "yes", False, False, ENDLESS_REASONING),
+    ("reasoning without its opening mark</think>\n<answer>no</answer>", "no", True, True, "no"),
+    ("<answer>{yes}</answer>", "yes", False, True, NOT_YES_NO),
+    ("<final>yes</final>", "no", False, False, NO_TAGS),
+]
+
+LETTER = [
+    ("<answer>A</answer>", "A", True, True, "A"),
+    ("<answer>D</answer>", "D", True, True, "D"),
+    ("<answer>B</answer>", "C", False, False, "B"),
+    ("<answer>c</answer>", "C", True, True, "C"),
+    ("<answer>(B)</answer>", "B", True, True, "B"),
+    ("<answer>B.</answer>", "B", True, True, "B"),
+    ("<answer>B)</answer>", "B", True, True, "B"),
+    ("<answer>B. Insulin</answer>", "B", True, True, "B"),
+    ("<answer>B: Insulin\nbecause of its half-life</answer>", "B", True, True, "B"),
+    ("<answer>**D**</answer>", "D", True, True, "D"),
+    ("<answer>\nA\n</answer>", "A", True, True, "A"),
+    ("<Answer>C</Answer>", "C", True, True, "C"),
+    ("The liver does this. <answer>C</answer>", "C", True, True, "C"),
+    ("A and B are wrong. <answer>C</answer>", "C", True, True, "C"),
+    ("<answer>C</answer> again: <answer>C. Liver</answer>", "C", True, True, "C"),
+    ("<answer>A</answer> no, <answer>B</answer>", "B", False, True, TWO),
+    ("<answer>A</answer> or <answer>B</answer>", "A", False, False, TWO),
+    ("<answer>A or B</answer>", "A", False, False, NOT_LETTER),
+    ("<answer>A, B</answer>", "A", False, False, NOT_LETTER),
+    ("<answer>AB</answer>", "A", False, False, NOT_LETTER),
+    ("<answer>Aspirin</answer>", "A", False, False, NOT_LETTER),
+    ("<answer>Insulin</answer>", "B", False, False, NOT_LETTER),
+    ("<answer>Option B</answer>", "B", False, True, NOT_LETTER),
+    ("<answer>E</answer>", "A", False, False, NOT_LETTER),
+    ("<answer>2</answer>", "B", False, False, NOT_LETTER),
+    ("<answer>②</answer>", "B", False, False, NOT_LETTER),
+    ("<answer>Ｂ</answer>", "B", True, True, "B"),  # full width
+    ("<answer>𝐂</answer>", "C", True, True, "C"),  # mathematical bold
+    ("<answer>В</answer>", "B", False, False, NOT_LETTER),  # Cyrillic
+    ("<answer></answer>", "A", False, False, NOT_LETTER),
+    ("<answer>B", "B", False, True, NOT_CLOSED),
+    ("B", "B", False, True, NO_TAGS),
+    ("The answer is B.", "B", False, True, NO_TAGS),
+    ("Answer: (D)", "D", False, True, NO_TAGS),
+    ("**Answer:** C", "C", False, True, NO_TAGS),
+    ("The right choice is option D", "D", False, True, NO_TAGS),
+    ("Not option A. The answer is C", "C", False, True, NO_TAGS),
+    ("A vitamin that the body cannot make.", "A", False, False, NO_TAGS),  # an article
+    ("The answer is a vitamin.", "A", False, False, NO_TAGS),
+    ("Vitamin C or vitamin D", "C", False, False, NO_TAGS),
+    ("It is C. Liver", "C", False, True, NO_TAGS),
+    ("I am not a doctor and cannot answer that.", "A", False, False, NO_TAGS),
+    ("", "A", False, False, EMPTY),
+    ("<think>Surely <answer>B</answer></think>I am not sure.", "B", False, False, ONLY_REASONING),
+    ("<think>Option B</think>", "B", False, False, ONLY_REASONING),
+    ("<think>B, or A?</think><answer>A</answer>", "A", True, True, "A"),
+    ("<think>The answer is B", "B", False, False, ENDLESS_REASONING),
+]
+
+MATH = [
+    ("#### 72", "72", True, True, "72"),
+    (r"\boxed{72}", "72", True, True, "72"),
+    ("Answer: 72", "72", True, True, "72"),
+    (r"\boxed{71}", "72", False, False, "71"),
+    ("#### 72", "27", False, False, "72"),
+    ("so\n#### 1,234", "1234", True, True, "1,234"),
+    (r"\boxed{1{,}234}", "1,234", True, True, "1{,}234"),
+    (r"\boxed{1\,234\,567}", "1234567", True, True, r"1\,234\,567"),
+    ("Answer: 1 234", "1234", True, True, "1 234"),
+    ("Answer: 12,34", "1234", False, True, None),  # no thousands are written so; the lenient reader only counts digits
+    (r"\boxed{\frac{1}{2}}", "0.5", True, True, r"\frac{1}{2}"),
+    (r"\boxed{\dfrac{6}{8}}", r"\frac{3}{4}", True, True, r"\dfrac{6}{8}"),
+    (r"\boxed{\frac12}", "1/2", True, True, r"\frac12"),
+    ("Answer: 3/4", "0.75", True, True, "3/4"),
+    ("Answer: 1 1/2", "1.5", True, True, "1 1/2"),
+    (r"\boxed{0.33}", "1/3", False, False, "0.33"),
+    ("#### 5.0", "5", True, True, "5.0"),
+    ("#### .5", "1/2", True, True, ".5"),
+    ("#### -3", "-3", True, True, "-3"),
+    ("#### 3", "-3", False, False, "3"),
+    ("#### $18", "18", True, True, "$18"),
+    ("Answer: 18 dollars per day.", "18", True, True, "18 dollars per day."),
+    ("Answer: $18.00", "18", True, True, "$18.00"),
+    (r"\boxed{\$18}", "18", True, True, r"\$18"),
+    (r"\boxed{5\text{ km}}", "5", True, True, r"5\text{ km}"),
+    (r"\boxed{12\ \text{cm}^2}", "12", True, True, r"12\ \text{cm}^2"),
+    (r"\boxed{\text{5 km}}", "5", True, True, r"\text{5 km}"),
+    (r"\boxed{90^\circ}", "90", True, True, r"90^\circ"),
+    ("Answer: 25%", "25", True, True, "25%"),
+    (r"\boxed{2\sqrt{2}}", r"\sqrt{8}", True, True, r"2\sqrt{2}"),
+    (r"\boxed{\{1, 2\}}", r"\{2, 1\}", True, True, r"\{1, 2\}"),
+    (r"\boxed{(1, 2)}", "(2, 1)", False, False, "(1, 2)"),
+    (r"\boxed{x = 5}", "5", True, True, "x = 5"),
+    (r"\boxed{x^2 + 1}", "1 + x^2", True, True, "x^2 + 1"),
+    ("**Answer:** $\\frac{3}{4}$.", "3/4", True, True, "$\\frac{3}{4}$."),
+    (r"First \boxed{10}." "\n" r"Then \boxed{12}.", "12", True, True, "12"),
+    (r"\boxed{3} or \boxed{4}", "3", False, False, TWO),
+    (r"\boxed{3} and again \boxed{3.0}", "3", True, True, "3.0"),
+    ("#### 3\n#### 4", "4", True, True, "4"),
+    ("Answer: 3 or 4", "3", False, False, None),
+    (r"#### 7" "\n" r"\boxed{8}", "8", True, True, "8"),
+    ("The answer is 72.", "72", False, True, NO_PLACE),
+    ("72", "72", False, True, NO_PLACE),
+    ("It took 72 steps and gave 18.", "72", False, False, NO_PLACE),
+    (r"\boxed{72", "72", False, True, NO_PLACE),
+    (r"\boxed{}", "72", False, False, NO_VALUE),
+    (r"\boxed{seven}", "7", False, False, NO_VALUE),
+    ("Answer: I cannot say", "7", False, False, NO_VALUE),
+    ("I'm sorry, I cannot do this.", "7", False, False, NO_PLACE),
+    ("#### １２", "12", True, True, "12"),  # full width
+    ("#### ٤٢", "42", True, True, "٤٢"),  # Arabic digits
+    ("", "7", False, False, EMPTY),
+    (r"<think>\boxed{7}</think>I do not know.", "7", False, False, ONLY_REASONING),
+    (r"<think>\boxed{7}</think>", "7", False, False, ONLY_REASONING),
+    (r"<think>\boxed{8}</think>\boxed{7}", "7", True, True, "7"),
+    (r"<think>\boxed{7}", "7", False, False, ENDLESS_REASONING),
+    (r"\boxed{172}", "72", False, False, "172"),  # "72" is a part of it
+    (r"\boxed{7}2", "72", False, False, "7"),
+]  # fmt: skip
+
+
+def check(grade, right, lenient, outcome):
+    assert (grade.correct, grade.lenient) == (right, lenient)
+    assert (grade.parsed is None) == (grade.reason is not None)
+    if outcome is not None:
+        assert outcome in (grade.parsed, grade.reason)
+
+
+def test_the_tables_are_long_enough():
+    assert min(len(table) for table in (YES_NO, LETTER, MATH)) >= 40
+
+
+@pytest.mark.parametrize(("response", "reference", "right", "lenient", "outcome"), YES_NO)
+def test_yes_or_no(response, reference, right, lenient, outcome):
+    check(graders.yes_no(response, reference), right, lenient, outcome)
+
+
+@pytest.mark.parametrize(("response", "reference", "right", "lenient", "outcome"), LETTER)
+def test_letters(response, reference, right, lenient, outcome):
+    check(graders.letter(response, reference), right, lenient, outcome)
+
+
+@pytest.mark.parametrize(("response", "reference", "right", "lenient", "outcome"), MATH)
+def test_mathematics(response, reference, right, lenient, outcome):
+    check(graders.math(response, reference), right, lenient, outcome)
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "right", "outcome"),
+    [
+        ("It is 1,234.50 then", "#### 1234.5", True, "1234.5"),
+        ("first 3, then 4", "3", False, "4"),
+        ("<think>7</think>8", "8", True, "8"),
+        ("<think>8</think>none", "8", False, NO_NUMBER),
+        ("no number", "8", False, NO_NUMBER),
+        ("", "8", False, EMPTY),
+    ],
+)
+def test_last_numbers(response, reference, right, outcome):
+    grade = graders.numeric(response, reference)
+    assert grade.correct == right and outcome in (grade.parsed, grade.reason)
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "right"),
+    [
+        (" Two\n words ", "two words", True),
+        ("two", "two words", False),
+        ("", "", False),
+        ("<think>x</think>y", "Y", True),
+    ],
+)
+def test_exact_texts(response, reference, right):
+    assert graders.exact(response, reference).correct == right
+
+
+def test_ten_options_have_ten_letters():
+    grade = graders.GRADERS["letter_of_ten"]
+    assert grade("<answer>J</answer>", "J").correct and not graders.letter("<answer>J</answer>", "J").correct
+
+
+def test_a_number_too_large_to_compare_is_wrong_and_not_waited_for(monkeypatch):
+    monkeypatch.setattr(math_answers, "SECONDS", 1)
+    assert not graders.math(r"\boxed{9^{9^{9^{9}}}}", "5").correct
+
+
+def test_every_gsm8k_reference_parses_to_itself():
+    if not GSM8K.exists():
+        pytest.skip(f"{GSM8K} is not here")
+    answers = [json.loads(line)["answer"] for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    right = sum(graders.math(text, math_answers.answers(text)[-1]).correct for text in answers)
+    assert (right, len(answers)) == (1319, 1319)
