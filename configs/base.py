@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     # Of activations and matrix products: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPUs.
     config.model.dtype = "auto"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
+    # What computes attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or
+    # "auto": a kernel where the devices have one and the model computes in bfloat16, else the reference.
+    config.model.attention = "auto"
     config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
 
     # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and

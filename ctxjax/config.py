@@ -22,6 +22,7 @@ from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.fields import check_numbers, checked, one_of as _one_of, require as _require
 from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
+from ctxjax.models import attention
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.optim import SCHEDULES, OptimConfig
 from ctxjax.sharding import check_divisible
@@ -35,6 +36,7 @@ class ModelSource:
     dtype: str
     param_dtype: str
     remat: bool
+    attention: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +290,7 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
 def _check_model(config: Experiment) -> None:
     _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     _one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
+    _one_of("model.attention", config.model.attention, attention.KINDS)
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     if config.model.path:
         return

@@ -89,7 +89,7 @@ def evaluate(config: ConfigDict, split: str):
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with jax.set_mesh(mesh):
         model = experiment.model
-        folder = open_folder(model.path, mesh, model.dtype, model.param_dtype)
+        folder = open_folder(model.path, mesh, model.dtype, model.param_dtype, attention=model.attention)
         evaluator = Evaluator(
             task,
             split,

@@ -64,7 +64,10 @@ def with_teacher(
     if not config.teacher.path:
         return student, student
     clock = time.monotonic()
-    loaded = open_folder(config.teacher.path, mesh, config.model.dtype, config.teacher.param_dtype, student=student)
+    model = config.model
+    loaded = open_folder(
+        config.teacher.path, mesh, model.dtype, config.teacher.param_dtype, attention=model.attention, student=student
+    )
     seconds["load teacher"] = time.monotonic() - clock
     print(f"teacher: {config.teacher.path}", flush=True)
     student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
@@ -78,7 +81,8 @@ def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float])
         path = pretrain.ensure_base(config.base, config.task, task, mesh)
         seconds["base from scratch"] = time.monotonic() - clock
         clock = time.monotonic()
-    folder = open_folder(path, mesh, config.model.dtype, config.model.param_dtype, config.model.remat)
+    model = config.model
+    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention)
     seconds["load"] = time.monotonic() - clock
     print(f"model: {path}", flush=True)
     return folder

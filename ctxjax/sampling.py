@@ -171,6 +171,6 @@ def sample(
     )
     state = add_token(empty, hidden_BxD, cache)
     for stop in _growth(T):
-        state = state._replace(cache=transformer.grown(state.cache, P + stop - 1))
+        state = state._replace(cache=state.cache.grown(P + stop - 1))
         state = lax.while_loop(lambda s, stop=stop: (s.column < stop) & ~jnp.all(s.has_ended_B), step, state)
     return Rollout(state.tokens_BxT, masks.until_eos(state.tokens_BxT, config.eos_ids), state.logprobs_BxT)

@@ -67,16 +67,20 @@ def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None):
     is named that the devices cannot run.
     """
     here = platform()
-    if kind in KERNELS and KERNELS[kind][0] != here:
-        raise ValueError(
-            f"model.attention = {kind!r} runs on {KERNELS[kind][0]}, and the devices are {here}; use 'auto'"
-        )
+    check(kind, here)
     if kind == "auto" and (q_BxHxLxDh.dtype == jnp.float32 or q_BxHxLxDh.shape[2] < kernels.LEAST_BLOCK):
         return None
     for name, (there, kernel) in KERNELS.items():
         if kind in (name, "auto") and there == here and kernels.CONDITIONS[name](q_BxHxLxDh, prefix):
             return kernel
     return None
+
+
+def check(kind: str, platform: str) -> None:
+    """Raises ValueError where ``kind`` is a kernel that devices of this platform cannot run."""
+    if kind in KERNELS and KERNELS[kind][0] != platform:
+        there = KERNELS[kind][0]
+        raise ValueError(f"model.attention = {kind!r} runs on {there}, and the devices are {platform}; use 'auto'")
 
 
 def attention(

@@ -176,6 +176,11 @@ def _layer_inputs(params: Params, config: ModelConfig, tokens_BxL, mask_BxL, pre
     return _embed(params, config, tokens_BxL), rotation(positions_BxL, rope_frequencies(config))
 
 
+def _reads(config: ModelConfig, mask_BxL: jax.Array, prefix: PrefixKV | None) -> Callable:
+    """``attend`` of a layer that sees whole sequences; it keeps their keys and values."""
+    return lambda q, k, v: (self_attention(config.attention, q, k, v, mask_BxL, prefix), (k, v))
+
+
 def _length(prefix) -> int:
     """C; ``prefix`` is a PrefixKV, of all layers or one for each, or None."""
     return 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[-2]
@@ -222,11 +227,7 @@ def forward(
 
     def layer(x, weights_and_prefix):
         weights, prefix = weights_and_prefix
-
-        def attend(q, k, v):
-            return self_attention(config.attention, q, k, v, mask_BxL, prefix), None
-
-        return _block(config, weights, x, rope, attend)
+        return _block(config, weights, x, rope, _reads(config, mask_BxL, prefix))[0], None
 
     x, _ = lax.scan(jax.checkpoint(layer) if config.remat else layer, x, (params["layers"], prefix))
     return rms_norm(x, params["final_norm"], config.norm_eps)
@@ -244,14 +245,10 @@ def summarise_layers(params: Params, config: ModelConfig, views: tuple[tuple, ..
 
     def layer(xs, weights_and_prefixes):
         weights, prefixes = weights_and_prefixes
-
-        def through(x, rope, mask_BxL, prefix):
-            def attend(q, k, v):
-                return self_attention(config.attention, q, k, v, mask_BxL, prefix), None
-
-            return _block(config, weights, x, rope, attend)[0]
-
-        xs = tuple(through(x, rope, mask, prefix) for x, rope, (_, mask, _), prefix in zip(xs, ropes, views, prefixes))
+        xs = tuple(
+            _block(config, weights, x, rope, _reads(config, mask, prefix))[0]
+            for x, rope, (_, mask, _), prefix in zip(xs, ropes, views, prefixes)
+        )
         return xs, summarise(*xs)
 
     xs, after_layers = lax.scan(layer, start, (params["layers"], tuple(prefix for _, _, prefix in views)))
@@ -273,11 +270,7 @@ def prefill(
 
     def layer(x, weights_and_prefix):
         weights, prefix = weights_and_prefix
-
-        def attend(q, k, v):
-            return self_attention(config.attention, q, k, v, mask_BxP, prefix), (k, v)
-
-        return _block(config, weights, x, rope, attend)
+        return _block(config, weights, x, rope, _reads(config, mask_BxP, prefix))
 
     x, (k, v) = lax.scan(layer, x, (params["layers"], prefix))
     if _is_shallow(config):
@@ -285,15 +278,6 @@ def prefill(
         prefix = prefix and tuple(jax.tree.map(lambda x: x[i], prefix) for i in range(config.layers))  # noqa: B023
     cache = KVCache(k, v, mask_BxP, jnp.int32(tokens_BxP.shape[1]), prefix)
     return rms_norm(x[:, -1], params["final_norm"], config.norm_eps), cache
-
-
-def grown(cache: KVCache, slots: int) -> KVCache:
-    """The cache with room for ``slots`` columns."""
-    more = slots - cache.mask_BxM.shape[1]
-    keys, values = jax.tree.map(
-        lambda kept: jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, more), (0, 0)]), (cache.keys, cache.values)
-    )
-    return cache.replace(keys=keys, values=values, mask_BxM=jnp.pad(cache.mask_BxM, [(0, 0), (0, more)]))
 
 
 def _is_shallow(config: ModelConfig) -> bool:
