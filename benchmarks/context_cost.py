@@ -38,7 +38,7 @@ from ctxjax.types import Batch, Frozen, Prompts, Rollout
 SMALL = ModelConfig(512, 256, 2, 4, 2, 64, 704)
 BATCH, QUESTION, RESPONSE, ROWS_AT_A_TIME = 32, 32, 64, 2
 LLAMA31_8B = ModelConfig(
-    128256, 4096, 32, 32, 8, 128, 14336, rope_theta=500000.0, dtype="bfloat16", remat=True
+    128256, 4096, 32, 32, 8, 128, 14336, rope_theta=500000.0, dtype="bfloat16", remat="full"
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
     config.compile_cache = "~/.cache/ctxjax/xla"
 
+    config.slice = ""  # the TPU slice that the run is meant for, such as v5e:4x4; python -m ctxjax.plan reads it
     config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
 
     config.model = ConfigDict()
@@ -26,7 +27,9 @@ def get_config() -> ConfigDict:
     # What computes attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or
     # "auto": a kernel where the devices have one and the model computes in bfloat16, else the reference.
     config.model.attention = "auto"
-    config.model.remat = False  # recompute layers in the backward pass: less memory, a third more arithmetic
+    # What layers keep for the backward pass; the rest is recomputed. "none": all is kept; "dots": products with
+    # weights; "full": a layer's input, for a third more arithmetic; "offload": that, in the host's memory.
+    config.model.remat = "none"
 
     # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and
     # responses end at the end tokens of either model.
@@ -60,6 +63,9 @@ def get_config() -> ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 1
+    # Groups of devices with fast links inside and a slower network between them, over which "data" alone is spread;
+    # 0: as many as the devices say (TPU slices).
+    config.mesh.slices = 0
 
     config.prompt = ConfigDict()
     # Where the context stands: as the "system" message; in the "user" turn, a blank line ahead of the question; or as a
@@ -76,6 +82,9 @@ def get_config() -> ConfigDict:
     config.rollout.temperature = 1.0  # also divides the logits in the losses
     config.rollout.top_k = 0  # 0: off
     config.rollout.top_p = 1.0  # 1: off
+    # Where weights lie meanwhile: "gathered" over the mesh's fsdp axis once before the first token, which takes memory
+    # for all of them (over tensor), or "stored" as they are, and gathered for every token.
+    config.rollout.weights = "gathered"
 
     # How the teacher draws the responses, with the context, that off-policy steps learn from: once for all arms, and
     # kept in the workdir's teacher_samples.jsonl.

@@ -18,14 +18,15 @@ from ctxjax.anchors import ANCHORS
 from ctxjax.data.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.tasks import TASKS, WORLDS
+from ctxjax.data.tasks import TASKS, WORLDS, check_task
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.fields import check_numbers, checked, one_of as _one_of, require as _require
 from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
 from ctxjax.models import attention
 from ctxjax.models.lora import TARGETS, LoraConfig
+from ctxjax.models.remat import POLICIES
 from ctxjax.optim import SCHEDULES, OptimConfig
-from ctxjax.sharding import check_divisible
+from ctxjax.sharding import DECODE_RULES, check_divisible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ModelSource:
     path: str
     dtype: str
     param_dtype: str
-    remat: bool
+    remat: str
     attention: str
 
 
@@ -61,11 +62,12 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis."""
+    """Devices along each mesh axis, and over how many slices the first is spread; see sharding.make_mesh."""
 
     data: int
     fsdp: int
     tensor: int
+    slices: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class DecodeConfig:
     temperature: float
     top_k: int
     top_p: float
+    weights: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +142,10 @@ _SECTIONS = {
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
     "records": (RecordsConfig,),
 }  # fmt: skip
-_MADE = {"loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens"}  # taken from other sections
-_TOP = {"seed": int, "task": str, "compile_cache": str, "cpu_devices": int, "run_arms": tuple[str, ...]}
+_MADE = {  # taken from other sections
+    "loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens", "eval.weights", "teacher.weights",
+}  # fmt: skip
+_TOP = {"seed": int, "task": str, "compile_cache": str, "cpu_devices": int, "slice": str, "run_arms": tuple[str, ...]}
 
 
 def experiment(config: ConfigDict, device_count: int) -> Experiment:
@@ -151,9 +156,10 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     values = checked(config, _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}, _MADE, _TOP)
     check_numbers(values, _MAY_BE_ZERO)
     config = ConfigDict(values)
-    _one_of("task", config.task, TASKS)
+    check_task(config.task)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
+    _one_of("rollout.weights", rollout.weights, DECODE_RULES)
     _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
     evaluation = config.eval.to_dict()
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
@@ -273,6 +279,8 @@ def _lora(config: ConfigDict) -> LoraConfig | None:
 
 def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     sizes = config.to_dict()
+    slices = sizes.pop("slices")
+    _require(slices >= 0, "mesh.slices", slices, "0 or more")
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -282,12 +290,23 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     if math.prod(sizes.values()) != device_count:
         raise ValueError(
             f"mesh = {sizes} needs {math.prod(sizes.values())} devices, and there are {device_count}; "
-            f"mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"
+            f"{_nearest_mesh(config.to_dict(), device_count)}"
         )
-    return MeshConfig(**sizes)
+    check_divisible("mesh.data", sizes["data"], max(slices, 1), "mesh.slices")
+    return MeshConfig(**sizes, slices=slices)
+
+
+def _nearest_mesh(sizes: dict[str, int], device_count: int) -> str:
+    """The sizes nearest to these that fit, with one axis changed; else those that fit any number of devices."""
+    for axis in ("data", "fsdp", "tensor"):
+        others = math.prod(abs(size) for name, size in sizes.items() if name not in (axis, "slices"))
+        if device_count % others == 0:
+            return f"mesh.{axis}={device_count // others} fits, and so does mesh.data=1, mesh.fsdp=-1, mesh.tensor=1"
+    return "mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"
 
 
 def _check_model(config: Experiment) -> None:
+    _one_of("model.remat", config.model.remat, POLICIES)
     _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     _one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
     _one_of("model.attention", config.model.attention, attention.KINDS)

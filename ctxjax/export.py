@@ -80,7 +80,7 @@ def export(
 
 def _experiment(workdir: Path, stored: dict) -> Experiment:
     """The run's configuration, on whatever devices there are now: an export needs no mesh of the training's shape."""
-    one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
+    one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 0}}
     try:
         return config_lib.experiment(ConfigDict(stored | one_device), device_count=1)
     except (AttributeError, KeyError, TypeError) as error:

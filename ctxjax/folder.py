@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ctxjax.data import tokenizer_match
 from ctxjax.hub import local_folder
-from ctxjax.models import attention as attention_lib, hf
+from ctxjax.models import attention as attention_lib, hf, mesh_fit
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
@@ -67,7 +67,7 @@ def open_folder(
     mesh: Mesh,
     dtype: str = "float32",
     param_dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
     attention: str = "auto",
     student: ModelFolder | None = None,
 ) -> ModelFolder:
@@ -83,6 +83,7 @@ def open_folder(
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     config = dataclasses.replace(hf.read_config(path, dtype, remat), attention=attention)
+    mesh_fit.check(config, mesh, str(path))
     tokenizer = load_tokenizer(path)
     if student is not None:
         tokenizer_match.require_same(student.tokenizer, tokenizer)

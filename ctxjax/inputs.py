@@ -106,4 +106,5 @@ def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig
         temperature=decode.temperature,
         top_k=decode.top_k,
         top_p=decode.top_p,
+        weights=decode.weights,
     )

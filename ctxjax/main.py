@@ -10,10 +10,11 @@ from pathlib import Path
 import shutil
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 from ml_collections import config_flags
 
+from ctxjax import command
 from ctxjax.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
@@ -61,35 +62,14 @@ def _split_cpu(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count or 1 << (min(cores, 8).bit_length() - 1))
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-        # A config file that could not be loaded says so only when something is asked of it.
-        getattr(_CONFIG.value, "seed", None)
-    except AttributeError as error:
-        inner = error.args[0]
-        name = inner.args[0] if isinstance(inner, KeyError) else inner
-        raise ValueError(f"the configuration has no field {name}; configs/base.py lists them all") from None
-    except OSError as error:
-        raise ValueError(f"the config file cannot be loaded: {error.__cause__ or error}") from None
-    except (flags.Error, TypeError, ValueError) as error:
-        raise ValueError(f"bad command line: {error}") from None
-    if len(rest) > 1:
-        raise ValueError(f"unexpected argument {rest[1]!r}; options are written --config.field=value")
-    return rest
-
-
 def command_line() -> None:
     """Runs the command. Bad input ends with one readable message and exit code 2, without a traceback; an alarm that
     ends the run (config.alarms.stop) likewise, with exit code 3."""
     try:
-        app.run(main, flags_parser=_parse)
+        command.run(main, _CONFIG)
     except StopRun as stop:
         print(f"\nstopped: {stop}", file=sys.stderr)
         sys.exit(3)
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

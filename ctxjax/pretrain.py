@@ -25,7 +25,7 @@ from ctxjax.config import BaseConfig
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import PretrainingRow, Row, World
-from ctxjax.models import hf_save, params as params_lib, transformer
+from ctxjax.models import hf_save, mesh_fit, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.types import Prompts, Rollout
@@ -37,7 +37,7 @@ RECIPE = 1
 def base_folder(config: BaseConfig, name: str, world: World) -> Path:
     """Where the base of this configuration lives, whether it exists already or not. ``name`` is the task's."""
     facts = dataclasses.asdict(config) | world.pretraining_facts() | {"recipe": RECIPE}
-    facts |= {"weights": repr(transformer.param_specs(_model(config, 1)))}
+    facts |= {"weights": repr(transformer.param_specs(base_model(config, 1)))}
     del facts["cache"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.cache).expanduser() / f"{name}-base-{digest}"
@@ -51,7 +51,8 @@ def ensure_base(config: BaseConfig, name: str, world: World, mesh: Mesh) -> Path
     return folder
 
 
-def _model(config: BaseConfig, vocab_size: int) -> ModelConfig:
+def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
+    """The architecture of a base with so many tokens."""
     return ModelConfig(
         vocab_size=vocab_size,
         width=config.width,
@@ -67,7 +68,8 @@ def _model(config: BaseConfig, vocab_size: int) -> ModelConfig:
 def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> None:
     """Next-token training on the world's text, responses only, then a Hugging Face folder."""
     tokenizer = world.tokenizer()
-    model = _model(config, len(tokenizer))
+    model = base_model(config, len(tokenizer))
+    mesh_fit.check(model, mesh, "config.base")
     optimizer = OptimConfig(
         lr=config.lr, steps=config.steps, schedule="cosine", warmup_steps=config.warmup_steps, b2=0.98,
         weight_decay=config.weight_decay,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from ctxjax import rng, sharding
@@ -17,7 +19,7 @@ ROWS = 2
 
 def first_batch(config: Experiment, width: int, colour: bool) -> str:
     """The run's first batch as text, with the very responses that its first step samples for the first rows."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, mesh, {})
         student = inputs.student

@@ -28,7 +28,8 @@ NEG_INF = -1e30
 class SamplingConfig:
     """How responses are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters
     off; as in transformers, top-k comes first and top-p renormalises what it left. A response ends at any of
-    ``eos_ids`` or after ``max_tokens`` tokens. ``pad_id`` fills the columns behind the end."""
+    ``eos_ids`` or after ``max_tokens`` tokens. ``pad_id`` fills the columns behind the end. ``weights`` names the
+    sharding.DECODE_RULES by which weights lie on the mesh meanwhile; it does not change what is drawn."""
 
     max_tokens: int
     eos_ids: tuple[int, ...]
@@ -36,6 +37,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    weights: str = "gathered"
 
 
 class SamplerState(NamedTuple):
@@ -132,7 +134,7 @@ def sample(
     B, P = prompts.tokens_BxP.shape
     T = config.max_tokens
     head_DxV = transformer.head_weights(params, model)
-    decoding_params = transformer.for_decoding(params, model)
+    decoding_params = transformer.for_decoding(params, model, config.weights)
     uniforms_BxT = rng.token_uniforms(row_keys_B, T)  # all at once: hashing a few numbers takes as long as many
 
     def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:
@@ -172,5 +174,6 @@ def sample(
     state = add_token(empty, hidden_BxD, cache)
     for stop in _growth(T):
         state = state._replace(cache=state.cache.grown(P + stop - 1))
-        state = lax.while_loop(lambda s, stop=stop: (s.column < stop) & ~jnp.all(s.has_ended_B), step, state)
+        with jax.named_scope("decode"):
+            state = lax.while_loop(lambda s, stop=stop: (s.column < stop) & ~jnp.all(s.has_ended_B), step, state)
     return Rollout(state.tokens_BxT, masks.until_eos(state.tokens_BxT, config.eos_ids), state.logprobs_BxT)

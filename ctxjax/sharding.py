@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 
 import jax
+from jax import lax
+from jax.experimental import mesh_utils, multihost_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -34,10 +36,17 @@ WEIGHT_RULES = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+# Where weights lie while responses are decoded: whole along ``embed``, gathered once before the first token, which
+# takes the memory of a whole model, over ``tensor``, on every device; or as stored, and gathered for every token.
+DECODE_RULES = {"gathered": WEIGHT_RULES | {"embed": None}, "stored": WEIGHT_RULES}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | None = None, slices: int = 0) -> Mesh:
     """A mesh of data x fsdp x tensor devices, in explicit mode.
 
-    Raises ValueError where the product is not the number of devices, naming sizes that work.
+    ``slices``: groups of devices with fast links inside and a slower network between them, over which ``data`` alone
+    is spread; 0: as many as the devices say. Where they do not say, every process is one.
+    Raises ValueError where the sizes do not fit the devices, naming sizes that work.
     """
     devices = jax.devices() if devices is None else devices
     if data * fsdp * tensor != len(devices):
@@ -45,7 +54,27 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | Non
             f"mesh data*fsdp*tensor = {data}*{fsdp}*{tensor} = {data * fsdp * tensor}, but there are {len(devices)} "
             f"devices; for example data=1, fsdp={len(devices)}, tensor=1 uses all of them"
         )
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    grid = device_grid(devices, (data, fsdp, tensor), slices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def device_grid(devices: list, shape: tuple[int, int, int], slices: int = 0) -> np.ndarray:
+    """The devices as an array of this shape, neighbours on the network beside each other. See ``make_mesh``."""
+    by_slice = {getattr(device, "slice_index", None) or 0 for device in devices}
+    by_process = {device.process_index for device in devices}
+    slices = slices or len(by_slice)
+    # On these a ring of the mesh may have to bend around the torus of the chips.
+    bend = {"allow_split_physical_axes": devices[0].platform == "tpu"}
+    if slices == 1 and len(by_slice) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **bend)
+    if slices not in (len(by_slice), len(by_process)) or (slices != len(by_slice) > 1):
+        there = len(by_slice) if len(by_slice) > 1 else len(by_process)
+        kind = "slices" if len(by_slice) > 1 else "processes, and the devices name no slices"
+        raise ValueError(f"mesh.slices = {slices}, but the {len(devices)} devices lie in {there} {kind}; use {there}")
+    check_divisible("mesh.data", shape[0], slices, "mesh.slices")
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, process_is_granule=len(by_slice) == 1, **bend
+    )
 
 
 def weight_spec(axes: tuple[str | None, ...]) -> P:
@@ -61,22 +90,40 @@ def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
     return jax.reshard(weight, P(*(None if axis in (None, "embed") else WEIGHT_RULES[axis] for axis in axes)))
 
 
+def for_decoding(weight: jax.Array, rules: str) -> jax.Array:
+    """A weight, or a stack of a weight of every layer, moved to where ``DECODE_RULES[rules]`` want it."""
+    kept = {axis for axis in DECODE_RULES[rules].values() if axis is not None}
+    return jax.reshard(weight, P(*(axis if axis in kept else None for axis in jax.typeof(weight).sharding.spec)))
+
+
+def lookup(table_VxD: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
+    """The rows [B, L, D] of a table that lies over ``tensor`` along V: every device reads those that it has."""
+    vocab = WEIGHT_RULES["vocab"]
+
+    def own(table_RxD, tokens_BxL):
+        place = tokens_BxL - lax.axis_index(vocab) * table_RxD.shape[0]
+        is_here = (place >= 0) & (place < table_RxD.shape[0])
+        rows = table_RxD[jnp.where(is_here, place, 0)]
+        return lax.psum(jnp.where(is_here[..., None], rows, 0), vocab)
+
+    return jax.shard_map(own, out_specs=P(BATCH, None, None))(table_VxD, jax.reshard(tokens_BxL, P(BATCH, None)))
+
+
 def batch_spec(*rest: str | None) -> P:
     """Spec of an activation: rows over data and fsdp, the other axes as named."""
     return P(BATCH, *(None if axis is None else WEIGHT_RULES[axis] for axis in rest))
-
-
-def platform() -> str:
-    """What the current mesh's devices are: "cpu", "gpu" or "tpu", also where a program is compiled for a mesh of
-    devices that are elsewhere."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
 
 
 def batch_ways(mesh: Mesh | None = None) -> int:
     """Over how many devices a mesh, or the current one, spreads the rows of a batch."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return math.prod(shape[axis] for axis in BATCH)
+
+
+def platform() -> str:
+    """The platform of the current mesh's devices: while a program is compiled for others, not the machine's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def first_rows(x: jax.Array, count: int) -> jax.Array:
@@ -97,28 +144,43 @@ def micro_batches(x: jax.Array, count: int) -> jax.Array:
     return jnp.reshape(jnp.swapaxes(apart, 0, 1), shape, out_sharding=P(None, BATCH, *spec))
 
 
-def put_batch(tree, mesh: Mesh):
-    """Places host arrays [B, ...] on the mesh, rows over data and fsdp, and shared prefixes whole on every device.
+def own_rows(count: int, mesh: Mesh) -> np.ndarray:
+    """Which of a batch's ``count`` rows this process's devices hold, in order.
 
-    Every process holds the same global batch and places only its own rows. Raises ValueError where B is
-    not divisible by data * fsdp.
+    Raises ValueError where the rows cannot be spread over data * fsdp.
     """
-    ways = batch_ways(mesh)
+    check_divisible("batch", count, batch_ways(mesh))
+    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[rows] for (rows,) in parts]))
 
-    def put(array, spec):
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+def put_batch(tree, mesh: Mesh):
+    """Places host arrays on the mesh, rows over data and fsdp, and shared prefixes whole on every device.
+
+    Every process gives its own rows of the global batch, those of ``own_rows``; one process alone gives all.
+    """
+
+    def put(array, spec, shape):
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(array), shape)
+
+    own = len(own_rows(batch_ways(mesh), mesh))
 
     def put_rows(array):
-        check_divisible("batch", np.shape(array)[0], ways)
-        return put(array, P(BATCH))
+        shape = np.shape(array)
+        check_divisible("batch", shape[0], own)
+        return put(array, P(BATCH), (shape[0] // own * batch_ways(mesh), *shape[1:]))
 
-    return map_rows(put_rows, tree, shared=lambda array: put(array, P()))
+    return map_rows(put_rows, tree, shared=lambda array: put(array, P(), np.shape(array)))
 
 
-def check_divisible(name: str, rows: int, ways: int) -> None:
-    """Raises ValueError, with sizes that work, where ``rows`` cannot be spread over ``ways`` = data * fsdp."""
-    if rows % ways:
-        below = rows // ways * ways
+def to_host(tree):
+    """The arrays, whole, on the host of every process; all processes must call it together."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def check_divisible(name: str, size: int, ways: int, axes: str = "mesh data*fsdp") -> None:
+    """Raises ValueError, with sizes that work, where ``size`` cannot be spread over the ``ways`` of ``axes``."""
+    if size % ways:
+        below = size // ways * ways
         near = f"{below} or {below + ways}" if below else str(ways)
-        raise ValueError(f"{name} = {rows} is not divisible by mesh data*fsdp = {ways}; use {near}")
+        raise ValueError(f"{name} = {size} is not divisible by {axes} = {ways}; use {near}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 import resource
@@ -30,7 +31,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     """
     started = time.monotonic()
     seconds: dict[str, float] = {}
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, mesh, seconds)
         task, folder, teacher, train_rows, retention = inputs

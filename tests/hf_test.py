@@ -152,8 +152,8 @@ def test_a_saved_model_loads_bit_for_bit_onto_any_mesh(variant, tmp_path, tiny_m
 
 def test_a_folder_is_loaded_in_the_precision_that_is_asked_for(folder, tiny_model, mesh):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(hf.load(folder, tiny_model, mesh, "bfloat16"))} == {"bfloat16"}
-    assert hf.read_config(folder, dtype="bfloat16", remat=True) == dataclasses.replace(
-        tiny_model, dtype="bfloat16", remat=True
+    assert hf.read_config(folder, dtype="bfloat16", remat="full") == dataclasses.replace(
+        tiny_model, dtype="bfloat16", remat="full"
     )
 
 

@@ -10,7 +10,8 @@ FLOORS = {
     "types": 0,
     "sharding": 1, "masks": 1, "divergences": 1, "rng": 1,
     "models": 2.1, "models.params": 2.1, "models.projection": 2.1, "models.attention": 2.1, "models.rope": 2.1,
-    "models.transformer": 2.2, "models.lora": 2.3, "models.family": 2.3, "models.weights": 2.3,
+    "models.remat": 2.1,
+    "models.transformer": 2.2, "models.lora": 2.3, "models.mesh_fit": 2.3, "models.family": 2.3, "models.weights": 2.3,
     "models.llama": 2.4, "models.qwen2": 2.4, "models.qwen3": 2.4, "models.hf": 2.5, "models.hf_save": 2.6,
     "sampling": 3, "responses": 3, "scoring": 3, "anchors": 3, "head_scan": 3, "losses": 3, "objective": 3, "optim": 3,
     "train_step": 4, "evaluation": 4,
@@ -19,7 +20,7 @@ FLOORS = {
     "report.__main__": 7, "report": 5,
     "evaluator": 6, "pretrain": 6, "inputs": 6, "arm": 6, "trainer": 6, "offenders": 6, "preview": 6, "api": 6,
     "teacher_samples": 6,
-    "command": 5, "__init__": 6, "main": 7,
+    "command": 5, "plan": 6, "plan.__main__": 7, "__init__": 6, "main": 7,
 }  # fmt: skip
 OUTSIDE = {"ml_collections", "transformers", "grain", "time", "pathlib"}  # the world, which arrays know nothing of
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}

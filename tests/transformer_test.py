@@ -16,7 +16,7 @@ CLOSE = dict(rtol=0, atol=1e-5)
 LLAMA31_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 LLAMA31_8B = ModelConfig(
     vocab_size=128256, width=4096, layers=32, query_heads=32, kv_heads=8, head_dim=128, mlp_width=14336,
-    rope_theta=500000.0, rope_scaling=LLAMA31_SCALING, dtype="bfloat16", remat=True,
+    rope_theta=500000.0, rope_scaling=LLAMA31_SCALING, dtype="bfloat16", remat="full",
 )  # fmt: skip
 LLAMA31_70B = dataclasses.replace(LLAMA31_8B, width=8192, layers=80, query_heads=64, mlp_width=28672)
 VARIANTS = {
@@ -171,7 +171,7 @@ def test_recomputing_layers_gives_the_same_gradient(params, tiny_model, prompts)
 
         return jax.jit(jax.grad(loss))(params)
 
-    kept, recomputed = gradient(tiny_model), gradient(dataclasses.replace(tiny_model, remat=True))
+    kept, recomputed = gradient(tiny_model), gradient(dataclasses.replace(tiny_model, remat="full"))
     for one, two in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed)):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 

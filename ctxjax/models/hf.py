@@ -43,7 +43,7 @@ def read_fields(folder: Path) -> dict:
     return weights.read_json(folder / "config.json")
 
 
-def read_config(folder: Path, dtype: str = "float32", remat: bool = False) -> ModelConfig:
+def read_config(folder: Path, dtype: str = "float32", remat: str = "none") -> ModelConfig:
     """The architecture in a folder's config.json, to be computed in ``dtype``."""
     fields = read_fields(folder)
     try:

@@ -25,8 +25,9 @@ from ctxjax import masks
 from ctxjax.models.attention import attention, self_attention
 from ctxjax.models.params import ParamSpec
 from ctxjax.models.projection import project
+from ctxjax.models.remat import remat
 from ctxjax.models.rope import RopeScaling, frequencies, rotate, rotation
-from ctxjax.sharding import WEIGHT_RULES, batch_spec, batch_ways, gathered
+from ctxjax.sharding import WEIGHT_RULES, batch_spec, batch_ways, for_decoding as moved, gathered, lookup
 from ctxjax.types import KVCache, Params, PrefixKV
 
 
@@ -35,7 +36,7 @@ class ModelConfig:
     """Architecture, and the arithmetic it runs in. Hashable: a static argument of every jit.
 
     ``dtype`` is that of activations and matrix products; norms, softmax and logits are float32 always.
-    ``remat`` recomputes each layer in the backward pass, keeping only its input. ``max_positions`` is the longest
+    ``remat`` names what a layer keeps for its backward pass (models/remat.py). ``max_positions`` is the longest
     sequence, in tokens, that the model was made for; nothing computed depends on it. ``tokens`` is how many of the
     ``vocab_size`` rows are tokens of the tokenizer, 0: all; the others pad the head and are never predicted.
     ``attention`` names what computes it (models/attention.py, ``KINDS``).
@@ -60,7 +61,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     attention: str = "auto"
 
 
@@ -144,8 +145,7 @@ def _block(config: ModelConfig, weights: dict, x_BxLxD: jax.Array, rope, attend:
 
 
 def _embed(params: Params, config: ModelConfig, tokens_BxL: jax.Array) -> jax.Array:
-    table = jax.reshard(params["embedding"], jax.P(None, None))
-    return table.at[tokens_BxL].get(out_sharding=batch_spec(None, None)).astype(config.dtype)
+    return lookup(gathered(params["embedding"], "vocab", "embed"), tokens_BxL).astype(config.dtype)
 
 
 def head_weights(params: Params, config: ModelConfig) -> jax.Array:
@@ -212,7 +212,7 @@ def prefix_kv(params: Params, config: ModelConfig, prefix_C: jax.Array | None) -
 
         return _block(config, weights, x, rope, attend)
 
-    _, prefix = lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params["layers"])
+    _, prefix = lax.scan(remat(layer, config.remat), x, params["layers"])
     return prefix
 
 
@@ -229,7 +229,7 @@ def forward(
         weights, prefix = weights_and_prefix
         return _block(config, weights, x, rope, _reads(config, mask_BxL, prefix))[0], None
 
-    x, _ = lax.scan(jax.checkpoint(layer) if config.remat else layer, x, (params["layers"], prefix))
+    x, _ = lax.scan(remat(layer, config.remat), x, (params["layers"], prefix))
     return rms_norm(x, params["final_norm"], config.norm_eps)
 
 
@@ -287,12 +287,14 @@ def _is_shallow(config: ModelConfig) -> bool:
     return config.layers <= 8
 
 
-def for_decoding(params: Params, config: ModelConfig) -> Params:
-    """The weights as ``decode_step`` wants them. Call it before the loop: in there it would be done per token."""
-    cast = jax.tree.map(lambda w: w.astype(config.dtype), params["layers"])
-    if not _is_shallow(config):
-        return params | {"layers": cast}
-    return params | {"layers": tuple(jax.tree.map(lambda w: w[i], cast) for i in range(config.layers))}  # noqa: B023
+def for_decoding(params: Params, config: ModelConfig, rules: str = "gathered") -> Params:
+    """The weights as ``decode_step`` wants them, in the places of sharding.DECODE_RULES. Call it before the loop: in
+    there it would be done per token."""
+    read = {name: params[name] for name in ("embedding", "layers")}
+    read = jax.tree.map(lambda w: moved(w.astype(config.dtype), rules), read)
+    if _is_shallow(config):
+        read["layers"] = tuple(jax.tree.map(lambda w: w[i], read["layers"]) for i in range(config.layers))  # noqa: B023
+    return read | {"final_norm": params["final_norm"]}
 
 
 def decode_step(

@@ -20,3 +20,16 @@ TASKS = {
 }
 # Those that can train a base of their own.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))
+# Text games: configs/ has their recipes, whose shapes can be planned.
+PLANNED = ("frozenlake", "sokoban")
+
+
+def check_task(name: str) -> None:
+    """Raises ValueError, with what there is, for a task that is not."""
+    if name in PLANNED:
+        raise ValueError(
+            f"task = {name!r} is not part of this version of ctxjax, which has {', '.join(TASKS)}; "
+            "python -m ctxjax.plan tells what its configuration needs"
+        )
+    if name not in TASKS:
+        raise ValueError(f"task = {name!r} is not known; choose from {', '.join(sorted(TASKS))}")

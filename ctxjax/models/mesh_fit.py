@@ -1,0 +1,27 @@
+"""Whether a model's dimensions can be spread over a mesh."""
+
+from __future__ import annotations
+
+import math
+
+from jax.sharding import Mesh
+
+from ctxjax.models.transformer import ModelConfig
+
+# Mesh axis -> the dimensions that lie over it, by their names in ModelConfig. Heads are spread whole.
+DIMENSIONS = {"fsdp": ("width",), "tensor": ("query_heads", "kv_heads", "mlp_width", "vocab_size")}
+
+
+def check(config: ModelConfig, mesh: Mesh, model: str) -> None:
+    """Raises ValueError where a dimension is not divisible by its mesh axis, with the nearest sizes of the axis that
+    divide them all. ``model`` is what the message calls the model."""
+    for axis, names in DIMENSIONS.items():
+        ways, sizes = mesh.shape[axis], {name: getattr(config, name) for name in names}
+        bad = ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % ways)
+        if bad:
+            common = math.gcd(*sizes.values())
+            fitting = [n for n in range(1, common + 1) if common % n == 0]
+            near = [n for n in fitting if n < ways][-1:] + [n for n in fitting if n > ways][:1]
+            raise ValueError(
+                f"{model}: {bad} not divisible by mesh.{axis} = {ways}; use mesh.{axis} = {' or '.join(map(str, near))}"
+            )

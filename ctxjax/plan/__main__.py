@@ -1,0 +1,50 @@
+"""Plans a run: ``python -m ctxjax.plan --config=FILE[:arguments] --topology=v5e:4x4 [--json] [--config.field=value]``.
+
+Compiles the whole training step for a TPU slice that nobody has to own (with libtpu's compiler), or with
+``--devices=N`` for local devices, and prints the memory of a chip by item, arithmetic, traffic and the times below
+which no step can go. Only architectures are read: no weights, no data.
+"""
+
+from __future__ import annotations
+
+import json
+
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from ctxjax import command
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/llama3.py.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v4, v5e, v5p or v6e and its chips, such as v5e:4x4.")
+_DEVICES = flags.DEFINE_integer("devices", None, "Plan for so many local devices instead.")
+_ARM = flags.DEFINE_string("arm", None, "Which arm of the run; left out: the one with most passes.")
+_QUICK = flags.DEFINE_bool("quick", False, "Memory and arithmetic alone: with --topology, a tenth of the time.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+
+def main(_) -> int:
+    if _CONFIG.value is None:
+        raise ValueError("--config is missing; for example --config=configs/llama3.py")
+    config = _CONFIG.value
+    topology = _TOPOLOGY.value or (None if _DEVICES.value else config.get("slice") or None)
+    if bool(topology) == bool(_DEVICES.value):
+        raise ValueError("give either --topology, such as v5e:4x4, or --devices=N for local devices")
+    if _QUICK.value and not topology:
+        raise ValueError("--quick is for TPU slices, whose compiler says early what memory a program takes")
+    if _DEVICES.value and _DEVICES.value > 0:
+        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+    from ctxjax.plan import run  # after the number of devices is settled
+
+    result = run.plan(config, topology, _DEVICES.value, _ARM.value, _QUICK.value)
+    if _JSON.value:
+        print(json.dumps(result))
+    else:
+        from ctxjax.plan.report import as_text
+
+        print(as_text(result))
+    return 0 if result.get("verdict", "fits") == "fits" else 1
+
+
+if __name__ == "__main__":
+    command.run(main, _CONFIG)

@@ -1,0 +1,86 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+from ctxjax.plan.chips import CHIPS, USABLE
+from ctxjax.plan.remedies import Remedy
+from ctxjax.plan.step import Plan
+
+GIB = 2**30
+
+
+def verdict(plan: Plan, hbm_gib: float) -> str:
+    """ "fits", "tight" (more than USABLE of the memory), or "does not fit"."""
+    if plan.refused or plan.total > hbm_gib * GIB:
+        return "does not fit"
+    return "fits" if plan.total <= USABLE * hbm_gib * GIB else "tight"
+
+
+def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Remedy]) -> dict:
+    """The plan as plain values; sizes in bytes of a chip, times in seconds. ``generation`` None: local devices."""
+    chip = CHIPS.get(generation)
+    result = facts | {
+        "chips": plan.chips,
+        "bytes": plan.held | {"temporaries": plan.temporaries},
+        "inside_temporaries": plan.inside,
+        "total_bytes": plan.total,
+        "flops": plan.flops,
+        "compile_seconds": round(plan.compile_seconds, 1),
+        "collectives": None
+        if plan.traffic is None
+        else {kind: {"count": one.count, "sent_bytes": int(one.sent)} for kind, one in sorted(plan.traffic.items())},
+        "refused": plan.refused,
+        "quick": plan.quick,
+    }
+    if chip:
+        result |= {
+            "hbm_bytes": int(chip.hbm_gib * GIB),
+            "share_of_hbm": round(plan.total / (chip.hbm_gib * GIB), 4),
+            "verdict": verdict(plan, chip.hbm_gib),
+            "floor_seconds": {name: float(f"{value:.4g}") for name, value in plan.floors(chip).items()},
+            "remedies": [remedy._asdict() for remedy in remedies],
+        }
+    return result
+
+
+def as_text(result: dict) -> str:
+    """What ``as_json`` gives, for a terminal."""
+    said = ("model", "teacher", "task", "arm", "devices", "mesh", "step", "notes")
+    lines = [f"{name}: {result[name]}" for name in said if result.get(name)]
+    lines += ["", "memory of a chip"]
+    lines += [f"  {_size(size)}  {name}" for name, size in result["bytes"].items()]
+    parts = ", ".join(f"{name} {_size(size).strip()}" for name, size in result["inside_temporaries"].items())
+    lines.append(f"               (among the temporaries, not all at one time: {parts})")
+    total = f"  {_size(result['total_bytes'])}  together"
+    if "verdict" in result:
+        total += f", {100 * result['share_of_hbm']:.0f} % of {_size(result['hbm_bytes']).strip()}: {result['verdict']}"
+    lines.append(total)
+    if result["refused"]:
+        lines.append(f"  the compiler: {result['refused']}")
+    lines += ["", f"arithmetic: {result['flops']:.3g} FLOPs a step, responses of full length"]
+    if result["collectives"] is not None:
+        lines.append("collectives of a step: kind, how often, GB that a chip sends")
+        kinds = result["collectives"].items()
+        lines += [f"  {kind:20} {one['count']:>9,}  {one['sent_bytes'] / 1e9:10.3f}" for kind, one in kinds] or [
+            "  none"
+        ]
+    if "floor_seconds" in result:
+        floors = result["floor_seconds"].items()
+        known = [
+            f"{name} {value:.3g} s"
+            for name, value in floors
+            if name != "interconnect" or result["collectives"] is not None
+        ]
+        lines.append(f"a step takes at least: {', '.join(known)}")
+    done = "compiled as far as memory is known" if result["quick"] else "compiled"
+    lines.append(f"{done} in {result['compile_seconds']:.0f} s")
+    if result.get("remedies"):
+        lines += ["", "memory of a chip with one change:"]
+        for one in result["remedies"]:
+            how = "compiled" if one["compiled"] else "estimate"
+            lines.append(f"  {_size(one['total_bytes'])}  {one['flag']}  ({how})")
+    return "\n".join(lines)
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:7.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:7.2f} MiB"

@@ -1,0 +1,73 @@
+"""The configurations of the model families: every setting loads, changes fields that exist, is an experiment."""
+
+import pytest
+
+from configs import base, llama3, qwen3, qwen25, recipes
+from ctxjax import config as config_lib
+from ctxjax.data.tasks import TASKS
+from ctxjax.plan import chips
+
+FILES = {"llama3": llama3, "qwen25": qwen25, "qwen3": qwen3}
+# The twelve settings of arXiv 2606.11627.
+NCA = [
+    f"{name}:{task},{size}"
+    for task in ("medical", "safety")
+    for name, size in (("llama3", "8b"), ("llama3", "3b"), ("qwen25", "7b"), ("qwen3", "8b"))
+] + ["qwen3:frozenlake", "qwen3:sokoban", "qwen3:frozenlake,1.7b,4b", "qwen3:sokoban,1.7b,4b"]
+OTHERS = ["llama3:", "qwen25:", "qwen3:", "llama3:medical,1b", "qwen25:medical,3b", "qwen3:safety,4b"]
+OTHERS += [f"qwen3:math,{size}" for size in ("8b", "4b", "1.7b")]
+
+
+def load(name: str):
+    family, _, arguments = name.partition(":")
+    return FILES[family].get_config(arguments) if arguments else FILES[family].get_config()
+
+
+def fields(config, prefix=""):
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("name", NCA + OTHERS)
+def test_a_setting_overrides_fields_of_base_and_is_an_experiment_on_its_slice(name):
+    config = load(name)
+    assert set(fields(config)) == set(fields(base.get_config()))
+    generation = chips.generation(config.slice)
+    assert generation in chips.CHIPS
+    if config.task not in TASKS:
+        config.task = "qa_jsonl"  # as python -m ctxjax.plan does
+    experiment = config_lib.experiment(config, chips.chips(config.slice))
+    assert list(experiment.arms) == ["opcd", "opcd_anchored"]
+    assert experiment.arms["opcd_anchored"].beta == 0.5
+    assert experiment.optim.lr == 5e-6 and experiment.model.param_dtype == "float32" and experiment.lora is None
+
+
+def test_recipes_have_the_published_sizes():
+    medical, game, maths = load("llama3:medical"), load("qwen3:sokoban"), load("qwen3:math")
+    assert (medical.train.batch_size, game.train.batch_size, maths.train.batch_size) == (128, 64, 128)
+    assert (medical.rollout.max_tokens, game.rollout.max_tokens, maths.rollout.max_tokens) == (512, 1024, 16384)
+    lengths = [config.prompt.max_context_tokens for config in (medical, game, maths)]
+    assert lengths == [4096, 8192, 16384]
+    assert [config.rollout.temperature for config in (medical, game, maths)] == [1.0, 0.7, 0.6]
+    assert game.model.path == "Qwen/Qwen3-4B-Instruct-2507"
+    assert load("qwen3:frozenlake,1.7b,4b").teacher.path == "Qwen/Qwen3-4B"
+
+
+def test_an_argument_that_is_not_known_is_answered_with_those_that_are():
+    with pytest.raises(ValueError, match="'chess' is no task; choose from file, medical"):
+        load("llama3:chess")
+    with pytest.raises(ValueError, match="'70b' is no size of this family; choose from 8b, 3b, 1b"):
+        load("llama3:medical,70b")
+
+
+def test_a_game_cannot_be_run_yet_and_says_so():
+    config = load("qwen3:frozenlake")
+    with pytest.raises(ValueError, match="'frozenlake' is not part of this version of ctxjax.*ctxjax.plan"):
+        config_lib.experiment(config, chips.chips(config.slice))
+
+
+def test_every_recipe_is_covered_by_a_setting():
+    assert {load(name).task for name in NCA + OTHERS} == set(recipes.RECIPES) - {"file"} | {"qa_jsonl"}

@@ -1,0 +1,131 @@
+"""The scripts that make, use and give back TPU slices: the exact cloud commands, and going on after a preemption."""
+
+import os
+from pathlib import Path
+import shutil
+import subprocess
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "tpu"
+SETTINGS = {"PROJECT": "p", "ZONE": "z", "NAME": "n", "TYPE": "v5litepod-32", "REPOSITORY": "https://x/y.git"}
+WHERE = "--project=p --zone=z"
+
+# A cloud of its own: notes each command, keeps the slice's state in a file, and ends the run as the test wants.
+CLOUD = """#!/usr/bin/env bash
+echo "$*" >> "$CLOUD/calls"
+case "$*" in
+  *"queued-resources create"*) echo READY > "$CLOUD/state" ;;
+  *"tpu-vm describe"*) cat "$CLOUD/state" ;;
+  *ctxjax.main*)
+    code=$(head -n 1 "$CLOUD/codes"); sed -i 1d "$CLOUD/codes"
+    [ "$code" = 143 ] && echo PREEMPTED > "$CLOUD/state"
+    echo "step of the run"; exit "$code" ;;
+esac
+"""
+
+
+def script(name: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]} | SETTINGS | settings
+    command = ["bash", str(SCRIPTS / name), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "settings", "commands"),
+    [
+        ("create.sh", (), {}, [
+            f"gcloud compute tpus queued-resources create n {WHERE} --accelerator-type=v5litepod-32 "
+            "--runtime-version=v2-alpha-tpuv5-lite --node-id=n"]),
+        ("create.sh", (), {"SLICES": "2", "SPOT": "1", "TYPE": "v6e-16"}, [
+            f"gcloud compute tpus queued-resources create n {WHERE} --accelerator-type=v6e-16 "
+            "--runtime-version=v2-alpha-tpuv6e --node-count=2 --node-prefix=n --spot"]),
+        ("create.sh", ("--now",), {"TYPE": "v5p-16"}, [
+            f"gcloud compute tpus tpu-vm create n {WHERE} --accelerator-type=v5p-16 --version=v2-alpha-tpuv5"]),
+        ("delete.sh", (), {}, [f"gcloud compute tpus queued-resources delete n {WHERE} --force --quiet"]),
+        ("delete.sh", ("--now",), {}, [f"gcloud compute tpus tpu-vm delete n {WHERE} --quiet"]),
+    ],
+)  # fmt: skip
+def test_a_dry_run_prints_the_exact_commands(name, arguments, settings, commands):
+    done = script(name, *arguments, DRY_RUN="1", **settings)
+    assert done.returncode == 0, done.stderr
+    assert [line.strip() for line in done.stdout.splitlines()] == commands
+
+
+def test_a_run_reaches_every_host_of_every_slice_with_its_flags_and_its_arguments_quoted():
+    arguments = ("--config=configs/llama3.py:medical", "--workdir=gs://b/a run")
+    done = script("run.sh", *arguments, DRY_RUN="1", SLICES="2")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for index, line in enumerate(lines):
+        assert line.startswith(f"gcloud compute tpus tpu-vm ssh n-{index} {WHERE} --worker=all --command=")
+        remote = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], capture_output=True, text=True, check=True)
+        command = remote.stdout.split("--command=")[1]
+        assert (
+            f"MEGASCALE_COORDINATOR_ADDRESS=ADDRESS-OF-n-0 MEGASCALE_NUM_SLICES=2 MEGASCALE_SLICE_ID={index} "
+            in command
+        )
+        assert "--workdir=gs://b/a\\ run" in command and 'LIBTPU_INIT_ARGS="--xla' in command
+    assert "MEGASCALE" not in script("run.sh", *arguments, DRY_RUN="1").stdout
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """cloud(codes): runs run.sh --resume in a cloud whose runs end with these codes; (result, cloud commands)."""
+
+    def run(*codes: int):
+        gcloud = tmp_path / "gcloud"
+        gcloud.write_text(CLOUD)
+        gcloud.chmod(0o755)
+        (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+        (tmp_path / "state").write_text("READY\n")
+        places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CLOUD": str(tmp_path), "LOGS": str(tmp_path / "logs")}
+        done = script("run.sh", "--resume", "--config=c", "--workdir=w", WAIT="0", **places)
+        return done, (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def test_a_run_that_was_told_to_stop_is_repeated_where_it_is(cloud, tmp_path):
+    done, calls = cloud(75, 0)
+    assert done.returncode == 0, done.stderr
+    assert sum("ctxjax.main" in call for call in calls) == 2 and not any("create" in call for call in calls)
+    assert (tmp_path / "logs" / "n.log").read_text() == "step of the run\n" * 2
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again_and_the_run_goes_on(cloud):
+    done, calls = cloud(143, 0)
+    assert done.returncode == 0, done.stderr
+    kinds = [kind for call in calls for kind in ("delete", "create", "device_count", "ctxjax.main") if kind in call]
+    assert kinds == ["ctxjax.main", "delete", "create", "device_count", "ctxjax.main"]
+
+
+def test_a_run_that_fails_is_not_repeated(cloud):
+    done, calls = cloud(2, 0)
+    assert done.returncode == 2 and "failed with exit code 2" in done.stderr
+    assert sum("ctxjax.main" in call for call in calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "settings", "message"),
+    [
+        ("create.sh", (), {"ZONE": ""}, "ZONE is not set"),
+        ("create.sh", (), {"TYPE": "v9-8"}, "TYPE=v9-8 is not known"),
+        ("create.sh", ("--now",), {"SLICES": "2"}, "--now makes one slice"),
+        ("create.sh", ("--later",), {}, "unknown argument --later"),
+        ("run.sh", ("--config=c",), {}, "--workdir is missing"),
+        ("run.sh", (), {}, "what is to run"),
+        ("setup.sh", (), {"CTXJAX_TPU": "/no/file"}, "CTXJAX_TPU=/no/file cannot be read"),
+    ],
+)
+def test_a_bad_setting_is_named(name, arguments, settings, message):
+    done = script(name, *arguments, DRY_RUN="1", **settings)
+    assert done.returncode == 2 and message in done.stderr and "gcloud" not in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    files = [str(path) for path in sorted(SCRIPTS.iterdir()) if path.suffix in (".sh", ".sbatch")]
+    done = subprocess.run(["shellcheck", "-x", *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Gives the slices back. Checkpoints are in the run's workdir, not on them.
+#   tpu/delete.sh [--now]      --now: those that were made with create.sh --now
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "$0")/common.sh"
+need PROJECT ZONE NAME
+
+if [ "${1:-}" = "--now" ]; then
+  run gcloud compute tpus tpu-vm delete "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet
+else
+  run gcloud compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet
+fi
