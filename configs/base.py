@@ -142,6 +142,9 @@ def get_config() -> ConfigDict:
     config.eval.every = 10  # steps between evaluations on the dev split; 0: never
     config.eval.batch_size = 256  # questions decoded at a time
     config.eval.temperature = 0.0  # 0: greedy
+    # Responses to a question in each view; more than one need a temperature. Harm is then reported beside its floor,
+    # what two samples of the same view disagree on.
+    config.eval.samples = 1
     config.eval.top_k = 0
     config.eval.top_p = 1.0
     config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval

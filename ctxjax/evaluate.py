@@ -96,7 +96,7 @@ def evaluate(config: ConfigDict, split: str):
             folder,
             folder,
             experiment.prompt,
-            judged=sampling_config(experiment.eval.decode, folder),
+            judged=sampling_config(experiment.eval.decode, folder, experiment.eval.samples),
             rollout=sampling_config(experiment.rollout, folder),
             batch_size=experiment.eval.batch_size,
             seed=experiment.seed,

@@ -98,7 +98,7 @@ def teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
     return compute(teacher.params, config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
 
 
-def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
+def sampling_config(decode: DecodeConfig, folder: ModelFolder, samples: int = 1) -> SamplingConfig:
     return SamplingConfig(
         max_tokens=decode.max_tokens,
         eos_ids=folder.stop_ids,
@@ -107,4 +107,5 @@ def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig
         top_k=decode.top_k,
         top_p=decode.top_p,
         weights=decode.weights,
+        samples=samples,
     )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ctxjax import masks, rng
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.sharding import batch_spec
+from ctxjax.sharding import batch_spec, repeated_rows
 from ctxjax.types import KVCache, Params, Prompts, Rollout
 
 NEG_INF = -1e30
@@ -29,7 +29,8 @@ class SamplingConfig:
     """How responses are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters
     off; as in transformers, top-k comes first and top-p renormalises what it left. A response ends at any of
     ``eos_ids`` or after ``max_tokens`` tokens. ``pad_id`` fills the columns behind the end. ``weights`` names the
-    sharding.DECODE_RULES by which weights lie on the mesh meanwhile; it does not change what is drawn."""
+    sharding.DECODE_RULES by which weights lie on the mesh meanwhile; it does not change what is drawn. ``samples``
+    responses are drawn to every prompt, which is read once for all of them."""
 
     max_tokens: int
     eos_ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     weights: str = "gathered"
+    samples: int = 1
 
 
 class SamplerState(NamedTuple):
@@ -123,16 +125,24 @@ def _growth(max_tokens: int) -> list[int]:
     return [*range(size, max_tokens, size), max_tokens]
 
 
+def _repeated(cache: KVCache, count: int) -> KVCache:
+    """The cache with every row ``count`` times, one after the other; the prefix is shared as before."""
+    rows = 0 if isinstance(cache.keys, tuple) else 1
+    keys, values = jax.tree.map(lambda kept: repeated_rows(kept, count, rows), (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values, mask_BxM=repeated_rows(cache.mask_BxM, count))
+
+
 def sample(
     params: Params, model: ModelConfig, config: SamplingConfig, prompts: Prompts, row_keys_B: jax.Array
 ) -> Rollout:
-    """Samples a response for every prompt.
+    """Samples ``config.samples`` responses for every prompt, [B * samples, T], a prompt's one after the other.
 
-    ``row_keys_B``: one key per row (rng.row_keys); the token at column t of a row depends on its own
-    prompt, key and t alone, so splitting a batch does not change what is drawn.
+    ``row_keys_B``: one key per prompt (rng.row_keys); the token at column t of a row depends on its own
+    prompt, key, sample and t alone, so splitting a batch does not change what is drawn.
     """
-    B, P = prompts.tokens_BxP.shape
-    T = config.max_tokens
+    P = prompts.tokens_BxP.shape[1]
+    B, T = prompts.tokens_BxP.shape[0] * config.samples, config.max_tokens
+    row_keys_B = rng.sample_keys(row_keys_B, config.samples)
     head_DxV = transformer.head_weights(params, model)
     decoding_params = transformer.for_decoding(params, model, config.weights)
     uniforms_BxT = rng.token_uniforms(row_keys_B, T)  # all at once: hashing a few numbers takes as long as many
@@ -162,6 +172,8 @@ def sample(
 
     prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
     hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, prefix)
+    if config.samples > 1:
+        hidden_BxD, cache = repeated_rows(hidden_BxD, config.samples), _repeated(cache, config.samples)
     rows, columns = batch_spec(), batch_spec(None)
     empty = SamplerState(
         column=jnp.int32(0),
