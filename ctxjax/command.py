@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import errno
 import sys
 
 from absl import app, flags
+from ml_collections import ConfigDict
+
+from ctxjax import secrets
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def parse(config) -> Callable[[list[str]], list[str]]:
@@ -17,6 +23,8 @@ def parse(config) -> Callable[[list[str]], list[str]]:
             # A config file that could not be loaded says so only when something is asked of it.
             getattr(config.value, "seed", None)
         except AttributeError as error:
+            if "get_config" in str(error):
+                raise ValueError("the config file has no function get_config(); see configs/tiny.py") from None
             inner = error.args[0]
             name = inner.args[0] if isinstance(inner, KeyError) else inner
             raise ValueError(f"the configuration has no field {name}; configs/base.py lists them all") from None
@@ -24,6 +32,10 @@ def parse(config) -> Callable[[list[str]], list[str]]:
             raise ValueError(f"the config file cannot be loaded: {error.__cause__ or error}") from None
         except (flags.Error, TypeError, ValueError) as error:
             raise ValueError(f"bad command line: {error}") from None
+        except Exception as error:  # of the config file, which is a program
+            raise ValueError(f"the config file fails: {type(error).__name__}: {error}") from None
+        if not isinstance(config.value, ConfigDict | None):
+            raise ValueError(f"get_config() of the config file returns {config.value!r}, which is no ConfigDict")
         if len(rest) > 1:
             raise ValueError(f"unexpected argument {rest[1]!r}; options are written --config.field=value")
         return rest
@@ -32,9 +44,12 @@ def parse(config) -> Callable[[list[str]], list[str]]:
 
 
 def run(main: Callable, config) -> None:
-    """Runs a command; bad input ends with one readable message and exit code 2, without a traceback."""
+    """Runs a command; bad input, or a disk that is full or cannot be written to, ends with one readable message and
+    exit code 2, without a traceback."""
     try:
         app.run(main, flags_parser=parse(config))
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        no_room = isinstance(error, OSError) and error.errno in NO_ROOM
+        remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
+        print(f"error: {secrets.hidden(str(error))}{remedy if no_room else ''}", file=sys.stderr)
         sys.exit(2)

@@ -112,6 +112,7 @@ class EvalConfig:
     batch_size: int
     samples: int
     bootstrap: int
+    select: str
     decode: DecodeConfig
 
 

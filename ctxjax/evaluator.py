@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from ctxjax import rng, sharding
+from ctxjax import rng
 from ctxjax.data import checks, prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
@@ -19,6 +21,7 @@ from ctxjax.folder import ModelFolder
 from ctxjax.losses import LossConfig
 from ctxjax.sampling import SamplingConfig
 from ctxjax.types import Params, Rollout
+from ctxjax.workdir import write_json, write_text
 
 # The metric that a view's accuracy is reported as; the first two are reported by metrics.removability.
 ACCURACY_OF_VIEW = {"empty": "acc_empty", "other": "obedience", "paraphrase": "acc_paraphrase"}
@@ -30,6 +33,23 @@ class Evaluation(NamedTuple):
     metrics: dict
     items: list[dict]
     outcomes: dict[str, Outcomes]
+
+    def save(self, folder: Path, identity: dict) -> None:
+        """Writes items.jsonl and evaluation.json; ``identity`` says what was evaluated, and by what code."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in self.items))
+        write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics})
+
+    @classmethod
+    def load(cls, folder: Path, identity: dict) -> Evaluation | None:
+        """What ``save`` has written of the same ``identity``; None where there is nothing of it, or not all."""
+        try:
+            stored = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            with (folder / "items.jsonl").open(encoding="utf-8") as lines:
+                items = [json.loads(line) for line in lines]
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return cls(stored["metrics"], items, _outcomes(items)) if stored["of"] == identity else None
 
 
 class Evaluator:
@@ -66,27 +86,15 @@ class Evaluator:
         self._prompts = {
             v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id, prefixes[v]) for v, lists in tokens.items()
         }
-        ways = sharding.batch_ways(mesh)
-        self._batch = min(batch_size, -(-len(encoded.rows) // ways) * ways)
+        self._batch = views_lib.batch_size(len(encoded.rows), batch_size, mesh)
         self._root = jax.random.key(seed)
 
     def __call__(self, params: Params) -> Evaluation:
         """Decodes every view; the hidden states and the view KL are taken along the bare view's responses."""
         model = self._folder.config
         rollouts = {v: self._decode(params, v, self._judged) for v in self._prompts}
-        items, outcomes, samples = [], {}, self._judged.samples
-        for view, rollout in rollouts.items():
-            view_items = self._grade(view, rollout)
-            items += view_items
-            outcomes[view] = Outcomes(
-                correct=np.array([item["correct"] for item in view_items]),
-                parsed=np.array([item["parsed"] is not None for item in view_items]),
-                truncated=np.array([item["truncated"] for item in view_items]),
-                length=np.array([item["length"] for item in view_items]),
-                lenient=_lenient(view_items),
-                reasons=[item["reason"] for item in view_items],
-                samples=samples,
-            )
+        items = [item for view, rollout in rollouts.items() for item in self._grade(view, rollout)]
+        outcomes, samples = _outcomes(items), self._judged.samples
         with_context = "context" in outcomes
         if with_context:
             result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
@@ -154,6 +162,25 @@ class Evaluator:
             self._batch,
             self._mesh,
         )
+
+
+def _outcomes(items: list[dict]) -> dict[str, Outcomes]:
+    """The items' outcomes by view, in the items' order."""
+    by_view: dict[str, list[dict]] = {}
+    for item in items:
+        by_view.setdefault(item["view"], []).append(item)
+    return {
+        view: Outcomes(
+            correct=np.array([item["correct"] for item in own]),
+            parsed=np.array([item["parsed"] is not None for item in own]),
+            truncated=np.array([item["truncated"] for item in own]),
+            length=np.array([item["length"] for item in own]),
+            lenient=_lenient(own),
+            reasons=[item["reason"] for item in own],
+            samples=1 + max(item["sample"] for item in own),
+        )
+        for view, own in by_view.items()
+    }
 
 
 def _lenient(items: list[dict]) -> np.ndarray | None:

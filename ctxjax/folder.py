@@ -90,8 +90,16 @@ def open_folder(
     # Not len(tokenizer), which counts tokens: some vocabularies leave ids out.
     ids = max(tokenizer.get_vocab().values()) + 1
     if ids > config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {ids} ids, the head only {config.vocab_size} rows")
+        raise ValueError(
+            f"{path}: the tokenizer has {ids} ids, the head only {config.vocab_size} rows; copy the tokenizer files "
+            "that belong to these weights"
+        )
     ends = stop_ids(path, tokenizer)
+    if not 0 <= ends[0] <= ends[-1] < config.vocab_size:
+        raise ValueError(
+            f"{path}: the end tokens {ends} are not all ids of the head, which has {config.vocab_size} rows; mend "
+            "eos_token_id in generation_config.json"
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     if ids < config.vocab_size:
         config = dataclasses.replace(config, tokens=ids)

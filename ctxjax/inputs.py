@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ctxjax import pretrain
+from ctxjax.checksum import digest, fingerprint
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
@@ -96,6 +97,21 @@ def teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
     print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
     compute = jax.jit(transformer.prefix_kv, static_argnames="config")
     return compute(teacher.params, config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
+
+
+def digests(inputs: Inputs) -> dict:
+    """What was read, as digests by name: a run goes on only with the same. Of the models' values and of the questions,
+    contexts and references themselves, wherever they came from; ``prompts`` is what tokenizer and template make of
+    the training rows."""
+    task, rows = inputs.task, inputs.rows
+    models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
+    return {
+        **{name: fingerprint(folder.params) for name, folder in models.items()},
+        "rows": {split: digest(task.rows(split)) for split in ("train", "dev", "test")},
+        "contexts": digest(sorted({row.context or "" for row in rows.rows})),
+        "other_contexts": digest([task.other_contexts(split) for split in ("train", "dev", "test")]),
+        "prompts": digest([rows.bare, rows.context]),
+    }
 
 
 def sampling_config(decode: DecodeConfig, folder: ModelFolder, samples: int = 1) -> SamplingConfig:

@@ -14,11 +14,14 @@ from absl import flags, logging
 import jax
 from ml_collections import config_flags
 
-from ctxjax import command
+from ctxjax import command, preemption, secrets
 from ctxjax.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
+_RESUME = flags.DEFINE_enum(
+    "resume", "auto", ["auto", "never", "must"], "Whether a run that lies in the workdir goes on, may not, or must."
+)
 _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training batch and end; needs no workdir.")
 
 
@@ -31,7 +34,7 @@ def main(_) -> None:
     from ctxjax import config, preview, trainer, workdir
 
     _quiet()
-    _split_cpu(_CONFIG.value.cpu_devices)
+    _split_cpu(_CONFIG.value.get("cpu_devices", 0))
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _CONFIG.value.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
@@ -41,13 +44,15 @@ def main(_) -> None:
         return
     folder = Path(_WORKDIR.value).expanduser()
     facts = workdir.facts(_CONFIG.value)
-    workdir.check(folder, facts["config"])
+    workdir.check(folder, facts["config"], _RESUME.value)
     trainer.run(experiment, folder, facts)
 
 
 def _quiet() -> None:
-    """Leaves warnings, and drops the libraries' accounts of what they are doing, which would bury the bar."""
+    """Leaves warnings, and drops the libraries' accounts of what they are doing, which would bury the bar, and of
+    errors in their threads, which end the run with a message of their own."""
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
 
 
 def _split_cpu(count: int) -> None:
@@ -63,12 +68,17 @@ def _split_cpu(count: int) -> None:
 
 
 def command_line() -> None:
-    """Runs the command. Bad input ends with one readable message and exit code 2, without a traceback; an alarm that
-    ends the run (config.alarms.stop) likewise, with exit code 3."""
+    """Runs the command. Bad input, a full disk or one that cannot be written to end with one readable message and exit
+    code 2, without a traceback; an alarm that ends the run (config.alarms.stop) likewise, with exit code 3; SIGTERM
+    with preemption.EXIT_CODE, after which the same command goes on."""
+    preemption.listen()
     try:
         command.run(main, _CONFIG)
+    except preemption.Preempted:
+        print("\nSIGTERM: the run ends; the same command goes on", file=sys.stderr)
+        sys.exit(preemption.EXIT_CODE)
     except StopRun as stop:
-        print(f"\nstopped: {stop}", file=sys.stderr)
+        print(f"\nstopped: {secrets.hidden(str(stop))}", file=sys.stderr)
         sys.exit(3)
 
 

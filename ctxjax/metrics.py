@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+import shutil
+import sys
 import time
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from ctxjax.alarms import Alarms
+from ctxjax.workdir import write_text
 
 
 class Writer:
     """Writes the metrics of one arm, those of step n-1 while step n runs, so that the device never waits.
 
-    ``from_step``: rows of later steps, left by a run that went on after its last checkpoint, are dropped. Every row,
-    those that are kept too, is shown to ``alarms``, which may end the run: then, and only then, StopRun is raised.
+    ``from_step``: rows of later steps, left by a run that went on after its last checkpoint, are dropped, and so is a
+    line that was not finished; the event file is made anew from what remains, ``kept``. Every row, those that are kept
+    too, is shown to ``alarms``, which may end the run: then, and only then, StopRun is raised.
     """
 
     def __init__(self, folder: Path, name: str, steps: int, from_step: int, log_every: int, alarms: Alarms):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-        for row in map(json.loads, kept):
+        self.kept = [row for row in _rows(path) if row["step"] <= from_step] if from_step else []
+        write_text(path, "".join(_line(row) for row in self.kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._events = _Events(folder / "events")
+        for row in self.kept:
+            self._events.add(row)
             alarms.observe(row["step"], row, quiet=True)
         self._alarms = alarms
-        self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "events"), purge_step=from_step + 1 if from_step else None)
         self._bar = tqdm(total=steps, initial=from_step, desc=name, unit="step")
         self._log_every, self._pending, self._tokens, self._since = log_every, None, 0.0, time.monotonic()
 
@@ -64,11 +72,16 @@ class Writer:
         self._alarms.check(step, numbers)
 
     def _put(self, step: int, numbers: dict) -> None:
-        self._file.write(json.dumps({"step": step} | numbers) + "\n")
+        row = {"step": step, "time": round(time.time(), 3)} | numbers
+        self._file.write(_line(row))
         self._file.flush()
-        for name, value in numbers.items():
-            if np.isfinite(value):
-                self._events.add_scalar(name, value, step)
+        self._events.add(row)
+
+    def sync(self) -> None:
+        """Writes everything up to the last step through to the disk: a checkpoint of that step may follow."""
+        self.flush()
+        os.fsync(self._file.fileno())
+        self._events.flush()
 
     def pause(self) -> None:
         """Starts the clock of tokens per second anew, after something that was not training."""
@@ -81,5 +94,37 @@ class Writer:
         self._events.close()
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+class _Events:
+    """A TensorBoard event file in a folder of its own, without the thread of tensorboardX's writer: it would write some
+    seconds later, and what goes wrong in it would go unseen."""
+
+    def __init__(self, folder: Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self._writer = EventsWriter(str(folder / "events"))
+
+    def add(self, row: dict[str, float]) -> None:
+        numbers = {name: value for name, value in row.items() if name not in ("step", "time") and np.isfinite(value)}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._writer.write_event(Event(step=row["step"], wall_time=row["time"], summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl. A line that is no row, as a machine that stops leaves behind, is left out."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"warning: {path}, line {number} was not finished, and is left out", file=sys.stderr)
+    return rows
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 import resource
 import time
@@ -18,21 +17,25 @@ from ctxjax.data.task import Task
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import ModelFolder
-from ctxjax.inputs import open_inputs, sampling_config, teacher_prefix
+from ctxjax.inputs import digests, open_inputs, sampling_config, teacher_prefix
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
 from ctxjax.teacher_samples import steps_of, teacher_samples
+from ctxjax.types import Params
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     """Trains and evaluates every arm and writes results.json, report.html and a folder for each arm.
 
-    ``facts`` (configuration, command, versions) go into run.json. Returns the results by arm.
+    ``facts`` (configuration, command, versions) go into run.json. Returns the results by arm. A run that was ended, in
+    whatever way, goes on: arms from their latest checkpoint, and what has been evaluated is not evaluated again.
     """
     started = time.monotonic()
     seconds: dict[str, float] = {}
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    with jax.set_mesh(mesh):
+    with workdir_lib.Lock(workdir) as lock, jax.set_mesh(mesh):
+        if (workdir / "config.json").exists():
+            lock.take()
         inputs = open_inputs(config, mesh, seconds)
         task, folder, teacher, train_rows, retention = inputs
         print(_sizes(config, folder, teacher, mesh), flush=True)
@@ -43,17 +46,30 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             f"dev {dev.dropped}, test {test.dropped}; rows of data files left out: {counts(task.skipped) or 'none'}",
             flush=True,
         )
-        workdir_lib.claim(workdir, facts["config"])
+        lock.take()
+        facts |= {"rows_left_out": dict(task.skipped), "task": task.facts}
+        manifest = workdir_lib.claim(workdir, facts, digests(inputs))
+        code = workdir_lib.code(manifest)
+
+        def evaluated(folder: Path, evaluator: Evaluator, params: Params, step: int) -> Evaluation:
+            """The evaluation that lies in the folder, where it is of this step and made by this code, or a new one."""
+            identity = {"step": step} | code
+            found = Evaluation.load(folder, identity)
+            if found is None:
+                found = evaluator(params)
+                found.save(folder, identity)
+            return found
+
         clock = time.monotonic()
-        base = test(folder.params)
-        base_on_dev = dev(folder.params)
+        base = evaluated(workdir / "base", test, folder.params, 0)
+        base_on_dev = evaluated(workdir / "base" / "dev", dev, folder.params, 0)
+        _check_select(config.eval.select, base_on_dev)
         seconds["evaluate base"] = time.monotonic() - clock
-        _save_items(workdir / "base", base)
-        finished, alarms = {"base": base}, {}
+        finished, selected, alarms = {"base": base}, {}, {}
         if teacher is not folder:
             clock = time.monotonic()
-            finished["teacher"] = _evaluator(config, task, "test", teacher, teacher, mesh)(teacher.params)
-            _save_items(workdir / "teacher", finished["teacher"])
+            own = _evaluator(config, task, "test", teacher, teacher, mesh)
+            finished["teacher"] = evaluated(workdir / "teacher", own, teacher.params, 0)
             seconds["evaluate teacher"] = time.monotonic() - clock
         clock = time.monotonic()
         samples = teacher_samples(config, inputs, workdir, mesh)
@@ -73,26 +89,37 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 {step: samples[step] for step in steps_of(config, name)},
                 mesh,
                 workdir / name,
+                {"config": manifest["config"], "manifest": {k: manifest[k] for k in manifest.keys() - {"config"}}},
             )
             params = arm.train(dev, base_on_dev, started, seconds)
-            finished[name] = test(params)
+            finished[name] = evaluated(workdir / name, test, params, config.train.steps)
+            del params
+            step = arm.selected_step
+            if step not in (None, config.train.steps):
+                selected[name] = step, evaluated(workdir / name / "selected", test, arm.params_at(step), step)
             alarms[name] = {"alarms": arm.alarms.raised, "skipped_steps": arm.alarms.skipped}
-            _save_items(workdir / name, finished[name])
             seconds[name] = time.monotonic() - clock
-    results = _results(finished, config)
-    results |= {name: results[name] | found for name, found in alarms.items()}
-    seconds["total"] = time.monotonic() - started
-    facts |= {"rows_left_out": dict(task.skipped), "retries": dict(retry.counts), "task": task.facts}
-    workdir_lib.write_json(
-        workdir / "run.json", facts | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
-    )
-    workdir_lib.write_json(workdir / "results.json", results)
-    page = write_report(workdir)
+        results = _results(finished, config)
+        results |= {name: results[name] | found for name, found in alarms.items()}
+        for name, (step, evaluation) in selected.items():
+            results[name]["selected"] = {"step": step} | evaluation.metrics
+        seconds["total"] = time.monotonic() - started
+        manifest |= {"retries": dict(retry.counts)}
+        manifest |= {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
+        workdir_lib.write_json(workdir / "run.json", manifest)
+        workdir_lib.write_json(workdir / "results.json", results)
+        page = write_report(workdir)
     print(f"\n{results_table(results)}\n")
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     print(f"peak memory of the host process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     print(f"report: {page}")
     return results
+
+
+def _check_select(name: str, base_on_dev: Evaluation) -> None:
+    known = sorted(key for key, value in base_on_dev.metrics.items() if isinstance(value, float))
+    if name.removeprefix("-") not in known:
+        raise ValueError(f"eval.select = {name!r} is not a metric of this task; choose from {', '.join(known)}")
 
 
 def _sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh) -> str:
@@ -159,8 +186,3 @@ def _results(finished: dict[str, Evaluation], config: Experiment) -> dict[str, d
             config.eval.samples,
         )
     return results
-
-
-def _save_items(folder: Path, evaluation: Evaluation) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    workdir_lib.write_text(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in evaluation.items))

@@ -113,7 +113,7 @@ def test_the_command_says_why_it_stops_and_has_a_code_of_its_own(monkeypatch, ca
     def stopped(*_, **__):
         raise StopRun("opcd, step 4: too bad", "not_finite", 4)
 
-    monkeypatch.setattr(main.app, "run", stopped)
+    monkeypatch.setattr(main.command, "run", stopped)
     with pytest.raises(SystemExit) as end:
         main.command_line()
     assert end.value.code == 3 and capsys.readouterr().err == "\nstopped: opcd, step 4: too bad\n"

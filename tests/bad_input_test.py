@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from configs import tiny
 from ctxjax import config as config_lib, folder as folder_lib, inputs, sharding, trainer
@@ -127,6 +129,28 @@ def test_models_that_cannot_take_part_are_refused_before_the_run_leaves_anything
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.format(folder=folder))):
         trainer.run(config_lib.experiment(config, jax.device_count()), tmp_path / "run", {})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (np.inf, "float32"), (-np.inf, "bfloat16")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
+    folder = model_folder(tmp_path / "model", rules.vocabulary())
+    tensors = load_file(folder / "model.safetensors")
+    folder_lib.open_folder(folder, sharding.make_mesh(fsdp=8), param_dtype=dtype)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        tensors[name].flat[-1] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="weights that are not finite numbers") as error:
+        folder_lib.open_folder(folder, sharding.make_mesh(fsdp=8), param_dtype=dtype)
+    named = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert sorted(named) == ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+
+
+@pytest.mark.parametrize("ends", ["999", "[3, 999]", "-1"])
+def test_end_tokens_beyond_the_head_are_named(tmp_path, ends):
+    folder = model_folder(tmp_path / "model", rules.vocabulary())
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+    with pytest.raises(ValueError, match="are not all ids of the head, which has .* rows; mend eos_token_id"):
+        folder_lib.open_folder(folder, sharding.make_mesh(fsdp=8))
 
 
 @pytest.mark.parametrize(("thinking", "warnings"), [(None, 0), (True, 1), (False, 1)])

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from ctxjax import sharding
 from ctxjax.evaluation import metrics, statistics, views
 from ctxjax.evaluation.metrics import Outcomes
 from ctxjax.losses import LossConfig
@@ -187,6 +188,15 @@ def test_decoding_does_not_depend_on_the_batch_size(params, tiny_model, make_pro
     np.testing.assert_allclose(parts.logprobs_BxT, whole.logprobs_BxT, atol=1e-5)
     again = views.decode(params, tiny_model, SAMPLING, prompts, jax.random.key(1), 2, mesh)
     assert (again.tokens_BxT != whole.tokens_BxT).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "expected"), [(1000, 256, 250), (512, 256, 256), (257, 256, 130), (128, 256, 128), (5, 256, 6)]
+)
+def test_batches_are_as_few_and_as_even_as_they_can_be(rows, most, expected):
+    mesh = sharding.make_mesh(data=2, devices=jax.devices()[:2])
+    size = views.batch_size(rows, most, mesh)
+    assert size == expected and -(-rows // size) == -(-rows // most)
 
 
 def test_identical_views_have_no_distance_and_cosine_one(params, tiny_model, prompts, rollout, mesh):

@@ -40,7 +40,7 @@ class Trained:
             edit(self.source / "config.json", **EXTRA)
             config = tiny.get_config()
             config.model.path, config.lora.rank, config.run_arms = str(self.source), rank, ("opcd", "opcd_anchored")
-            workdir.claim(self.workdir, json.loads(config.to_json()))
+            workdir.claim(self.workdir, workdir.facts(config), {})
             experiment = config_lib.experiment(config, jax.device_count())
             sampling = train_step.SamplingConfig(max_tokens=4, eos_ids=(2,), pad_id=0)
             step_config = train_step.StepConfig(
@@ -51,10 +51,10 @@ class Trained:
             state = train_step.init_state(base, step_config, jax.random.key(0))
             batch = Batch(make_prompts(0, 8, 5), make_prompts(1, 8, 9), None, np.arange(8, dtype=np.int32))
             batch = sharding.put_batch(batch, mesh)
-            checkpoints = checkpoint.Checkpoints(self.workdir / "opcd" / "checkpoints", keep=2, every=1)
+            checkpoints = checkpoint.Checkpoints(self.workdir / "opcd" / "checkpoints", keep=2, scores={})
             for step in range(1, STEPS + 1):
                 state, _ = train_step.train_step(state, frozen, batch, step_config)
-                checkpoints.save(state, step, last=step == STEPS)
+                checkpoints.save(state, step, {"data_position": step})
             checkpoints.close()
             self.base, self.student = base, train_step.student_params(state.params, frozen, step_config)
             self.tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (2, TOKENS), dtype=np.int32)

@@ -8,14 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ctxjax"
 FLOORS = {
     "types": 0,
-    "sharding": 1, "masks": 1, "divergences": 1, "rng": 1,
+    "sharding": 1, "checksum": 1, "masks": 1, "divergences": 1, "rng": 1,
     "models": 2.1, "models.params": 2.1, "models.projection": 2.1, "models.attention": 2.1, "models.rope": 2.1,
     "models.remat": 2.1,
     "models.transformer": 2.2, "models.lora": 2.3, "models.mesh_fit": 2.3, "models.family": 2.3, "models.weights": 2.3,
     "models.llama": 2.4, "models.qwen2": 2.4, "models.qwen3": 2.4, "models.hf": 2.5, "models.hf_save": 2.6,
     "sampling": 3, "responses": 3, "scoring": 3, "anchors": 3, "head_scan": 3, "losses": 3, "objective": 3, "optim": 3,
     "train_step": 4, "evaluation": 4,
-    "retry": 5, "alarms": 5, "fields": 5,
+    "retry": 5, "alarms": 5, "fields": 5, "secrets": 5, "preemption": 5,
     "config": 5, "data": 5, "checkpoint": 5, "metrics": 5, "hub": 5, "folder": 5, "workdir": 5,
     "report.__main__": 7, "report": 5,
     "evaluator": 6, "pretrain": 6, "inputs": 6, "arm": 6, "trainer": 6, "offenders": 6, "preview": 6, "api": 6,

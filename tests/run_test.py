@@ -241,7 +241,7 @@ def test_the_teachers_samples_are_kept_with_their_ids_and_shared_by_the_arms(sam
 def test_a_run_taken_up_again_learns_from_the_samples_that_it_kept(sampled, cache, tmp_path):
     config = taught_by_samples(cache)
     config.run_arms = ("sft",)
-    workdir_lib.claim(tmp_path, workdir_lib.facts(config)["config"])
+    workdir_lib.claim(tmp_path, workdir_lib.facts(config), {})
     text = (sampled / teacher_samples.FILE).read_text()
     file = tmp_path / teacher_samples.FILE
     file.write_text(text.split("\n", 1)[1])

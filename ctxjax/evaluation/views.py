@@ -74,6 +74,13 @@ def _cosine(a, b):
     return product / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12)
 
 
+def batch_size(rows: int, most: int, mesh: Mesh) -> int:
+    """Rows in each of the fewest batches of at most ``most`` that hold ``rows``: as even as the mesh's ways allow, so
+    that the last is not filled up with copies."""
+    ways = sharding.batch_ways(mesh)
+    return -(-rows // -(-rows // most) // ways) * ways
+
+
 def _in_batches(tree, batch_size: int, mesh: Mesh):
     """(rows that count, device batch) over the leading axis of a tree of host arrays; the last batch is filled up
     with copies of its last row, so that one compiled program serves all."""
@@ -110,12 +117,18 @@ def decode(
     """Responses to all n prompts (host arrays [n, P]) as host arrays [n * samples, T], a prompt's one after the other;
     the randomness of prompt i's is (key, i). ``batch_size``: responses decoded at a time."""
     rows = np.arange(prompts.tokens_BxP.shape[0], dtype=np.int32)
-    ways, parts = sharding.batch_ways(mesh), []
+    ways, parts, running = sharding.batch_ways(mesh), [], None
     batch_size = max(batch_size // sampling.samples // ways, 1) * ways
     for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):
-        rollout = jax.device_get(_decode(params, model, sampling, batch, key, ids))
-        parts.append(_take(rollout, slice(real * sampling.samples)))
-    return _joined(parts)
+        rollout = _decode(params, model, sampling, batch, key, ids)
+        # The last batch's responses come while this one's are made.
+        parts += _fetched(running)
+        running = rollout, real * sampling.samples
+    return _joined(parts + _fetched(running))
+
+
+def _fetched(running: tuple[Rollout, int] | None) -> list[Rollout]:
+    return [] if running is None else [_take(jax.device_get(running[0]), slice(running[1]))]
 
 
 def compare(

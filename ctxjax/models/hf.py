@@ -124,7 +124,31 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     for path, names_and_layout in paths.items():
         make = functools.partial(shard, *names_and_layout)
         leaf(params, path[:-1])[path[-1]] = _sharded(leaf(specs, path).shape, leaf(shardings, path), make)
+    _check_values(folder, params, paths)
     return params
+
+
+def _check_values(folder: Path, params: Params, paths: dict) -> None:
+    """Raises ValueError with the names of the tensors in which a value is not finite, as in files that were damaged or
+    saved by a run that diverged. Reads the weights once, on their devices."""
+    stacked = frozenset(".".join(path) for path, (_, _, is_stacked) in paths.items() if is_stacked)
+    finite = jax.device_get(_finite({".".join(path): leaf(params, path) for path in paths}, stacked))
+    bad = []
+    for path, (tensors, _, _) in paths.items():
+        good = np.atleast_1d(finite[".".join(path)])
+        bad += [tensor for tensor, is_good in zip(tensors, good, strict=True) if not is_good]
+    if bad:
+        shown = "\n  ".join(bad[:8] + [f"and {len(bad) - 8} more"] * (len(bad) > 8))
+        raise ValueError(f"{folder} has weights that are not finite numbers; fetch or export it again:\n  {shown}")
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _finite(arrays: dict[str, jax.Array], stacked: frozenset[str]) -> dict[str, jax.Array]:
+    """Whether all values of an array are finite; of a stacked one, by layer."""
+    return {
+        name: jnp.all(jnp.isfinite(array), axis=tuple(range(name in stacked, array.ndim)))
+        for name, array in arrays.items()
+    }
 
 
 def _sharded(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) -> jax.Array:

@@ -38,6 +38,9 @@ def read_results(workdir: pathlib.Path) -> dict[str, dict]:
     results = _expect_object(_read_json(path), str(path))
     if not results:
         raise ValueError(f"{path} holds no arm: evaluate at least one")
+    for arm in results:
+        if pathlib.PurePath(arm).name != arm or arm == "..":  # each names a folder of the run
+            raise ValueError(f"{path}: {arm!r} is no name of an arm")
     return {arm: _expect_object(row, f"{path}, arm {arm!r}") for arm, row in results.items()}
 
 

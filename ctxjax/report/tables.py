@@ -101,6 +101,10 @@ def result_rows(results: dict) -> list[tuple[str, list[Cell]]]:
     for arm, row in assessment.trained(results).items():
         levels = assessment.levels(row, reference)
         rows.append((arm, [_cell(column, row, levels.get(column.key, "")) for column in COLUMNS]))
+        selected = row.get("selected")
+        if isinstance(selected, dict):  # the checkpoint that was best on dev, where that is not the last one
+            label = f"{arm}, step {selected.get('step')}, best on dev"
+            rows.append((label, [_cell(column, selected, "") for column in COLUMNS]))
     return rows
 
 

@@ -1,0 +1,78 @@
+"""Tokens per second of evaluation beside those of training's rollouts.
+
+    python -m benchmarks.evaluation [--quick]
+
+1,000 questions of 64 tokens are answered without and with a context of 512 tokens that all share, by a random 4-layer
+model, greedily and to 64 tokens (end tokens off), as ``ctxjax.evaluator`` does: host arrays in, batches of at most 256,
+host arrays out. Beside each view stands a rollout: the sampler alone, on a batch of the same prompts that is already on
+the device, at temperature 1. The last column reads the context in every row of one batch, which is what sharing it
+saves. All runs alternate and the best of each counts, since the machine may be shared. Prints one JSON object as the
+last line; the numbers of record stand in benchmarks/README.md.
+"""
+
+import argparse
+import json
+import os
+
+import jax
+import numpy as np
+
+from benchmarks.sampler import best_of
+from ctxjax import rng, sharding
+from ctxjax.evaluation import views
+from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.sampling import SamplingConfig, sample
+from ctxjax.types import Prompts, map_rows
+
+MODEL = ModelConfig(1024, 128, 4, 4, 2, 32, 352)
+QUESTIONS, BATCH, QUESTION, CONTEXT, RESPONSE = 1000, 256, 64, 512, 64
+
+
+def measure(questions: int, runs: int) -> dict:
+    mesh = sharding.make_mesh(data=jax.device_count())
+    params = params_lib.init(transformer.param_specs(MODEL), jax.random.key(0), mesh)
+    draw = np.random.default_rng(0).integers
+    tokens = draw(0, MODEL.vocab_size, (questions, QUESTION), dtype=np.int32)
+    context = draw(0, MODEL.vocab_size, CONTEXT, dtype=np.int32)
+    bare = Prompts(tokens, np.ones(tokens.shape, bool))
+    prompts = {"bare": bare, "context": bare.replace(prefix_C=context)}
+    spelled = np.concatenate([np.tile(context, (questions, 1)), tokens], axis=1)
+    prompts["context_in_every_row"] = Prompts(spelled, np.ones(spelled.shape, bool))
+    greedy, sampled = (SamplingConfig(RESPONSE, (), 0, temperature) for temperature in (0.0, 1.0))
+    key, size = jax.random.key(0), views.batch_size(questions, BATCH, mesh)
+
+    @jax.jit
+    def rollout(params, prompts, ids):
+        return sample(params, MODEL, sampled, prompts, rng.row_keys(key, ids))
+
+    def rolled_out(view):
+        first = map_rows(lambda rows: rows[:size], prompts[view])
+        batch, ids = sharding.put_batch((first, np.arange(size, dtype=np.int32)), mesh)
+        return lambda: jax.block_until_ready(rollout(params, batch, ids))
+
+    with jax.set_mesh(mesh):
+        evaluated = {
+            f"{view}_evaluation": lambda view=view: views.decode(params, MODEL, greedy, prompts[view], key, size, mesh)
+            for view in ("bare", "context")
+        }
+        seconds = best_of(runs, evaluated | {f"{view}_rollout": rolled_out(view) for view in prompts})
+    made = {name: (questions if name in evaluated else size) * RESPONSE for name in seconds}
+    rates = {name: made[name] / value for name, value in seconds.items()}
+    result = {f"{name}_tokens_per_second": round(value) for name, value in rates.items()}
+    for view in ("bare", "context"):
+        result[f"{view}_to_rollout"] = round(rates[f"{view}_evaluation"] / rates[f"{view}_rollout"], 3)
+    return result | {"batch": size, "questions": questions, "devices": jax.device_count()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="64 questions, one counted run of each")
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    result = measure(64, 1) if options.quick else measure(QUESTIONS, 3)
+    print(json.dumps({"benchmark": "evaluation", **result, "versions": {"jax": jax.__version__}}))
+
+
+if __name__ == "__main__":
+    main()

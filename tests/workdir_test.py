@@ -1,0 +1,87 @@
+"""A run's folder: one run in it, one process at it, the same configuration and inputs, and a record of them."""
+
+import json
+import os
+
+import pytest
+
+from configs import tiny
+from ctxjax import workdir
+from ctxjax.workdir import Lock
+
+
+@pytest.fixture
+def facts():
+    return workdir.facts(tiny.get_config())
+
+
+def test_a_folder_holds_one_process_at_a_time_and_says_which(tmp_path):
+    folder = tmp_path / "run"
+    with Lock(folder) as lock:
+        lock.take()
+        lock.take()
+        with (
+            Lock(folder) as other,
+            pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()} on"),
+        ):
+            other.take()
+    with Lock(folder) as lock:
+        lock.take()
+
+
+@pytest.mark.parametrize(
+    ("there", "resume", "message"),
+    [
+        (False, "auto", None),
+        (False, "never", None),
+        (False, "must", "holds no run to go on with"),
+        (True, "auto", None),
+        (True, "never", "holds a run already"),
+        (True, "must", None),
+    ],
+)
+def test_a_run_goes_on_may_not_or_must(there, resume, message, tmp_path, facts):
+    if there:
+        workdir.claim(tmp_path, facts, {})
+    if message is None:
+        workdir.check(tmp_path, facts["config"], resume)
+    else:
+        with pytest.raises(ValueError, match=message):
+            workdir.check(tmp_path, facts["config"], resume)
+
+
+def test_a_run_may_move_to_another_mesh_and_may_not_become_another(tmp_path, facts):
+    workdir.claim(tmp_path, facts, {})
+    config = json.loads(json.dumps(facts["config"]))
+    config["mesh"]["tensor"], config["train"]["keep"], config["cpu_devices"] = 2, 5, 1
+    workdir.check(tmp_path, config)
+    config["train"]["batch_size"] = 64
+    with pytest.raises(ValueError, match=r"another configuration(.|\n)*  train.batch_size: 32 -> 64$"):
+        workdir.check(tmp_path, config)
+
+
+def test_other_inputs_under_the_same_names_are_refused_and_nothing_changes(tmp_path, facts):
+    workdir.claim(tmp_path, facts, {"model": "aa", "rows": {"train": "bb", "dev": "cc"}})
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"other inputs(.|\n)*  inputs.rows.train: 'bb' -> 'dd'$"):
+        workdir.claim(tmp_path, facts, {"model": "aa", "rows": {"train": "dd", "dev": "cc"}})
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_the_manifest_says_what_ran_and_keeps_the_earlier_starts(tmp_path, facts):
+    workdir.claim(tmp_path, facts, {"model": "aa"})
+    workdir.claim(tmp_path, facts | {"started": "later"}, {"model": "aa"})
+    manifest = json.loads((tmp_path / "run.json").read_text())
+    assert {"config", "seed", "command", "versions", "commit", "device", "host", "inputs"} <= manifest.keys()
+    assert manifest["started"] == "later"
+    assert [start["started"] for start in manifest["earlier_starts"]] == [facts["started"]]
+
+
+def test_a_run_that_was_killed_at_its_very_begin_can_be_started_again(tmp_path, facts):
+    with Lock(tmp_path) as lock:
+        lock.take()
+        (tmp_path / "config.json.partial").write_text("{")
+        workdir.check(tmp_path, facts["config"])
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is not a run's folder"):
+        workdir.check(tmp_path, facts["config"])
