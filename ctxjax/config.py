@@ -165,11 +165,8 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
     evaluation = config.eval.to_dict()
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
-    if evaluation["samples"] > 1 and decode.temperature == 0:
-        raise ValueError(
-            f"eval.samples = {evaluation['samples']} responses would be equal at eval.temperature = 0.0, which is "
-            "greedy; set a temperature, or eval.samples = 1"
-        )
+    if decode.temperature == 0:
+        _require(evaluation["samples"] == 1, "eval.samples", evaluation["samples"], "1 where eval.temperature = 0")
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     _one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)
