@@ -285,7 +285,7 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     sizes = config.to_dict()
     slices = sizes.pop("slices")
     _require(slices >= 0, "mesh.slices", slices, "0 or more")
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    given, open_axes = dict(sizes), [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh = {sizes}: sizes are positive, and -1 (all that remain) stands at most once")
@@ -294,18 +294,23 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     if math.prod(sizes.values()) != device_count:
         raise ValueError(
             f"mesh = {sizes} needs {math.prod(sizes.values())} devices, and there are {device_count}; "
-            f"{_nearest_mesh(config.to_dict(), device_count)}"
+            f"{_nearest_mesh(given, device_count)}"
         )
     check_divisible("mesh.data", sizes["data"], max(slices, 1), "mesh.slices")
     return MeshConfig(**sizes, slices=slices)
 
 
 def _nearest_mesh(sizes: dict[str, int], device_count: int) -> str:
-    """The sizes nearest to these that fit, with one axis changed; else those that fit any number of devices."""
-    for axis in ("data", "fsdp", "tensor"):
-        others = math.prod(abs(size) for name, size in sizes.items() if name not in (axis, "slices"))
-        if device_count % others == 0:
-            return f"mesh.{axis}={device_count // others} fits, and so does mesh.data=1, mesh.fsdp=-1, mesh.tensor=1"
+    """The nearest sizes of one axis that fit the devices, the other axes as they are; or what fits any number."""
+    is_open = -1 in sizes.values()
+    for axis in sorted(("fsdp", "data", "tensor"), key=lambda axis: sizes[axis] <= 1):
+        others = math.prod(size for name, size in sizes.items() if name != axis and size != -1)
+        products = {n: others * n for n in range(1, device_count + 1)}
+        fitting = [n for n, product in products.items() if device_count % product == 0]
+        fitting = fitting if is_open else [n for n in fitting if products[n] == device_count]
+        below, above = [n for n in fitting if n < sizes[axis]][-1:], [n for n in fitting if n > sizes[axis]][:1]
+        if sizes[axis] != -1 and below + above:
+            return f"use mesh.{axis} = {' or '.join(map(str, below + above))}"
     return "mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"
 
 

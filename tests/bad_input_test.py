@@ -72,7 +72,15 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
         ("prompt.date", "", "prompt.date = '' is not a date such as '26 Jul 2024'"),
         ("prompt.date", "today", "prompt.date = 'today' is not a date"),
         ("teacher.param_dtype", "int8", "teacher.param_dtype = 'int8' is not known"),
-        ("mesh.tensor", 3, "needs 6 devices, and there are 8"),
+        ("mesh", {"tensor": 3}, "needs 6 devices, and there are 8; use mesh.tensor = 2 or 4$"),
+        ("mesh", {"tensor": 16}, "needs 16 devices, and there are 8; use mesh.tensor = 8$"),
+        ("mesh", {"data": 3, "tensor": 2}, "needs 6 devices, and there are 8; use mesh.data = 4$"),
+        ("mesh", {"data": 1}, "needs 1 devices, and there are 8; use mesh.fsdp = 8$"),
+        ("mesh", {"data": 3, "fsdp": 3}, "there are 8; mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"),
+        ("mesh", {"slices": 3}, "mesh.data = 8 is not divisible by mesh.slices = 3; use 6 or 9"),
+        ("mesh", {"slices": -1}, "mesh.slices = -1 must be 0 or more"),
+        ("model.remat", "all", "model.remat = 'all' is not known; choose from dots, full, none, offload"),
+        ("rollout.weights", "whole", "rollout.weights = 'whole' is not known; choose from gathered, stored"),
         ("run_arms", ("nca",), "run_arms = 'nca' is not known"),
         ("lora.rank", -1, "lora.rank = -1 must be 0 or more"),
         ("lora.alpha", 0.0, "lora.alpha = 0.0 must be above 0"),
@@ -86,7 +94,8 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
 )
 def test_a_bad_value_is_named_with_what_would_be_right(field, value, message):
     config = tiny.get_config()
-    config.update_from_flattened_dict({field: value})
+    values = {f"{field}.{name}": size for name, size in value.items()} if isinstance(value, dict) else {field: value}
+    config.update_from_flattened_dict(values)
     with pytest.raises(ValueError, match=message):
         config_lib.experiment(config, device_count=8)
 
@@ -177,6 +186,15 @@ def test_a_mesh_takes_all_devices_that_remain():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh):
     with pytest.raises(ValueError, match=r"3\*1\*1 = 3, but there are 8 devices"):
         sharding.make_mesh(3, 1, 1)
+
+
+def test_a_model_that_does_not_fit_the_mesh_is_refused_before_its_weights_are_read(tmp_path):
+    folder = model_folder(tmp_path / "model", rules.vocabulary())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="model: query_heads = 1, kv_heads = 1, .* not divisible by mesh.tensor = 2; use"
+    ):
+        folder_lib.open_folder(folder, sharding.make_mesh(2, 2, 2))
 
 
 def qa(path, **changes) -> QaJsonl:

@@ -1,5 +1,7 @@
 """Prompts under the templates of real families: date, thinking, roles that a template refuses, folds or forgets."""
 
+from hypothesis import given, settings, strategies as st
+import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
@@ -210,3 +212,25 @@ def test_another_tokenizer_is_named_with_the_first_differences_and_both_folders(
     student.name_or_path, teacher.name_or_path = "small", "large"
     with pytest.raises(ValueError, match=r"teacher.path = large is not the student's in small(.|\n)*" + message):
         tokenizer_match.require_same(student, teacher)
+
+
+# --- Any lists of tokens ---
+
+LISTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@given(start=st.lists(st.integers(0, 9), max_size=6), rests=LISTS, more=st.integers(0, 3), pad=st.integers(0, 9))
+def test_padding_and_a_prefix_of_any_lists_can_be_undone(start, rests, more, pad):
+    lists = [start + rest for rest in rests]
+    prefix = prompts.common_prefix(lists)
+    assert prefix[: len(start)] == start and all(ids[: len(prefix)] == prefix for ids in lists)
+    assert len({tuple(ids[: len(prefix) + 1]) for ids in lists}) > 1 or prefix == min(lists, key=len)
+    length = max(map(len, lists)) + more
+    for shared in ([], start):
+        padded = prompts.left_pad(lists, length, pad, shared)
+        assert prompts.token_lists(padded) == lists
+        assert padded.tokens_BxP.shape == (len(lists), length - len(shared))
+        assert padded.mask_BxP[:, -1].all() and (np.diff(padded.mask_BxP.astype(int), axis=1) >= 0).all()
+        whole = prompts.spelled_out(padded, pad)
+        assert whole.prefix_C is None and prompts.token_lists(whole) == lists

@@ -3,6 +3,7 @@
 import csv
 import json
 
+from hypothesis import given, settings, strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -179,3 +180,47 @@ def test_a_context_file_may_begin_with_a_byte_order_mark(tmp_path):
 
 def test_every_kind_has_a_case():
     assert BROKEN.keys() == records.KINDS.keys() - {"label"}  # what a label may be is for the tasks to say
+
+
+# --- Any bytes, any values ---
+
+FREE = RecordsConfig(skip=tuple(KINDS), max_skipped=1000)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9)),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from("qax"), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(kind=st.sampled_from(sorted(records.READERS)), content=st.binary(max_size=60))
+def test_any_bytes_are_rows_or_a_value_error_that_names_the_file(folder, kind, content):
+    path = folder / f"any{kind}"
+    path.write_bytes(content)
+    reader = Reader(FREE)
+    try:
+        for record in reader.records(path):
+            found = reader.texts(record, "q", "a")
+            assert found is None or all(isinstance(text, str) and text.strip() for text in found)
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@given(values=st.lists(VALUES, min_size=1, max_size=6))
+def test_of_any_json_the_texts_are_kept_and_the_rest_is_counted(folder, values):
+    path = jsonl(folder / "any.jsonl", values)
+    reader = Reader(FREE)
+    found = [reader.texts(record, "q") for record in reader.records(path)]
+    good = [v["q"] for v in values if isinstance(v, dict) and isinstance(v.get("q"), str) and v["q"].strip()]
+    assert [texts[0] for texts in found if texts] == good
+    assert reader.skipped.total() == len(values) - len(good)
+    try:
+        texts(path)
+    except ValueError as error:
+        assert f"{path}, line " in str(error)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("any")

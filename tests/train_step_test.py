@@ -155,6 +155,15 @@ def test_the_state_at_step_zero_is_a_copy_of_the_parameters(params, config):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
+def test_moments_lie_where_their_parameters_lie(config, make_params, mesh8):
+    state = init_state(make_params(config.model, 0, mesh8), config, jax.random.key(0))
+    adam = state.opt_state[1][0]
+    places = jax.tree.map(lambda leaf: leaf.sharding.spec, state.params)
+    assert len(set(map(str, jax.tree.leaves(places, is_leaf=lambda node: isinstance(node, jax.P))))) > 3
+    for moments in (adam.mu, adam.nu):
+        assert jax.tree.map(lambda leaf: leaf.sharding.spec, moments) == places
+
+
 def test_fewer_rows_may_be_retained_than_are_distilled(halves):
     rollout, other = halves.rollouts
     assert rollout.tokens_BxT.shape == (ROWS, 6) and other.tokens_BxT.shape == (RETAINED, 6)

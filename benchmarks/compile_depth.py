@@ -1,0 +1,70 @@
+"""How the time to compile the training step depends on the model's depth.
+
+    python benchmarks/compile_depth.py [--quick]
+
+The whole step (sampling loop, teacher and student passes, losses, gradient, AdamW) with the anchor, traced and compiled
+without values for models of the given depths that are otherwise alike, on all devices along "fsdp". Time is that of the
+process on its cores, which a busy machine does not lengthen; compiled programs are not taken from a cache. Prints one
+JSON object as the last line; the numbers of record stand in benchmarks/README.md.
+"""
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+
+from ctxjax import sharding
+from ctxjax.losses import LossConfig
+from ctxjax.models import params as params_lib
+from ctxjax.models.transformer import ModelConfig, param_specs
+from ctxjax.optim import OptimConfig
+from ctxjax.sampling import SamplingConfig
+from ctxjax.train_step import StepConfig, init_state, train_step
+from ctxjax.types import Batch, Frozen, Prompts
+
+ROWS, PROMPT, RESPONSE = 8, 32, 64
+
+
+def seconds(layers: int, mesh) -> dict[str, float]:
+    """Processor seconds to trace the step of a model of this depth, and to compile it."""
+    model = ModelConfig(512, 64, layers, 4, 2, 16, 128, remat="full")
+    sampling, loss, optim = SamplingConfig(RESPONSE, (1,), 0), LossConfig(beta=0.5), OptimConfig(1e-3, 10)
+    config = StepConfig(model, model, sampling, loss, optim)
+    params = params_lib.abstract(param_specs(model), mesh)
+    state = jax.eval_shape(lambda params: init_state(params, config, jax.random.key(0)), params)
+
+    def rows(*rest, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((ROWS, *rest), dtype, sharding=jax.NamedSharding(mesh, sharding.batch_spec()))
+
+    prompts = Prompts(rows(PROMPT), rows(PROMPT, dtype=jnp.bool))
+    batch = Batch(prompts, prompts, None, rows())
+    start = time.process_time()
+    lowered = train_step.lower(state, Frozen(params), batch, config=config)
+    traced = time.process_time()
+    lowered.compile()
+    return {"trace": traced - start, "compile": time.process_time() - traced}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the two depths of record only")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    mesh = sharding.make_mesh(fsdp=jax.device_count())
+    with jax.set_mesh(mesh):
+        seconds(1, mesh)  # what is done once in a process
+        times = {layers: seconds(layers, mesh) for layers in ((4, 32) if options.quick else (4, 8, 32, 80))}
+    total = {layers: sum(parts.values()) for layers, parts in times.items()}
+    report = {
+        "benchmark": "compile_depth",
+        "layers_32_over_4": round(total[32] / total[4], 3),
+        "processor_seconds": {n: {k: round(v, 2) for k, v in parts.items()} for n, parts in times.items()},
+        "devices": jax.device_count(), "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+    }  # fmt: skip
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
