@@ -335,16 +335,14 @@ def _check_model(config: Experiment) -> None:
 
 # Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
 _MAY_BE_ZERO = {
-    "teacher.temperature", "teacher.top_k",
-    "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
-    "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
-    "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
+    "teacher.temperature", "teacher.top_k", "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps",
+    "base.weight_decay", "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first",
+    "loss.on_policy_fraction", "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
     "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
-    "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
-    "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
-    "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
-    "alarms.parse_rate", "alarms.agreement",
-    "optim.lr", "lora.rank", "records.max_skipped", "medical.first_label",
+    "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows", "eval.every",
+    "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share", "alarms.untrained",
+    "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation", "alarms.parse_rate",
+    "alarms.agreement", "optim.lr", "lora.rank", "records.max_skipped", "medical.first_label",
 }  | {  # of tasks over files, 0 is no limit
     f"{task}.{field}"
     for task in ("qa_jsonl", "medical", "safety", "math", "hints")
