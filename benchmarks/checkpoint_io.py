@@ -1,6 +1,6 @@
 """Throughput of reading and writing model folders, beside plain copies of their files; and the memory of reading.
 
-    python benchmarks/checkpoint_io.py [--load] [--save] [--quick]
+    python benchmarks/checkpoint_io.py [--load] [--save] [--state] [--quick]
 
 Reading: a Llama folder of random weights is copied (shutil.copyfile) and loaded in turns, once with its files dropped
 from the operating system's cache before each (cold) and once not (warm); medians count. Copies land in pages that the
@@ -13,6 +13,11 @@ the largest tensor plus a tenth of the model.
 Writing: a random Llama of 2.6 GB in float32 (--quick: 0.8 GB) lies in memory; its folder is written as an export
 writes it, as it is and cast to bfloat16, and the folder's files are copied. Runs alternate and the best of each counts.
 Nobody waits for the disk itself (no fsync).
+
+Checkpoints (--state): a training state of 1 GB (--quick: 0.1 GB), a third of it weights and the rest Adam's moments, is
+saved as a run saves it; "blocking" is until training may go on, "complete" until it is on the disk. And steps of
+configs/tiny.py, batch and model as there with random weights and prompts, run with and without a save every 50 steps,
+taking turns; the best of each counts.
 
 Prints one JSON object as the last line; the numbers of record stand in benchmarks/README.md. Needs Linux.
 """
@@ -240,19 +245,102 @@ def measure_save(quick: bool) -> dict:
     return result
 
 
+def measure_state(quick: bool) -> dict:
+    """Seconds of saving a large state, and what saving adds to the steps of a small one."""
+    import jax
+    import jax.numpy as jnp
+
+    from ctxjax import sharding
+    from ctxjax.checkpoint import Checkpoints
+    from ctxjax.types import TrainState
+
+    mesh = sharding.make_mesh(fsdp=jax.device_count())
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        rng, columns = np.random.default_rng(0), 2048
+        rows = (100_000_000 if quick else 1_000_000_000) // 12 // columns // 8 * 8
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        weights, *moments = (jax.device_put(rng.random((rows, columns), np.float32), place) for _ in range(3))
+        state = TrainState(jnp.int32(0), {"weights": weights}, tuple(moments), jax.random.key(0))
+        checkpoints, times = Checkpoints(Path(folder), 1, {}), []
+        for step in range(4):
+            start = time.perf_counter()
+            checkpoints.save(state, step, {})
+            blocking = time.perf_counter() - start
+            checkpoints.wait()
+            times.append((blocking, time.perf_counter() - start))
+        checkpoints.close()
+        size = 3 * weights.nbytes / 1e9
+    blocking, complete = (round(min(values), 2) for values in zip(*times[1:]))
+    with jax.set_mesh(mesh):
+        cost = saving_cost(mesh, rounds=1 if quick else 5)
+    return {"state_gb": round(size, 2), "blocking_seconds": blocking, "complete_seconds": complete} | cost
+
+
+def saving_cost(mesh, rounds: int, steps: int = 50) -> dict:
+    """Seconds of ``steps`` steps of configs/tiny.py that end with a save, beside as many without."""
+    import jax
+
+    from configs import tiny
+    from ctxjax import config as config_lib, sharding
+    from ctxjax.checkpoint import Checkpoints
+    from ctxjax.models import params as params_lib, transformer
+    from ctxjax.pretrain import base_model
+    from ctxjax.sampling import SamplingConfig
+    from ctxjax.train_step import StepConfig, init_state, train_step
+    from ctxjax.types import Batch, Frozen, Prompts
+
+    config, rng = config_lib.experiment(tiny.get_config(), jax.device_count()), np.random.default_rng(0)
+    model = base_model(config.base, 55)
+    params = params_lib.init(transformer.param_specs(model), jax.random.key(0), mesh)
+    sampling = SamplingConfig(config.rollout.max_tokens, (3,), 0, 1.0)
+    step_config = StepConfig(model, model, sampling, config.arms["opcd"], config.optim)
+
+    def prompts(columns):
+        shape = (config.train.batch_size, columns)
+        return Prompts(rng.integers(4, 55, shape, dtype=np.int32), np.ones(shape, bool))
+
+    batch = Batch(prompts(10), prompts(18), None, np.arange(config.train.batch_size, dtype=np.int32))
+    batch, frozen = sharding.put_batch(batch, mesh), Frozen(params)
+    state = init_state(params, step_config, jax.random.key(0))
+    state, _ = train_step(state, frozen, batch, config=step_config)
+    seconds = {"without": [], "with": []}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), 2, {})
+        checkpoints.save(state, 0, {})
+        for turn in range(1, rounds + 1):
+            for name, times in seconds.items():
+                start = time.perf_counter()
+                for _ in range(steps):
+                    state, metrics = train_step(state, frozen, batch, config=step_config)
+                jax.block_until_ready(metrics)
+                if name == "with":
+                    checkpoints.save(state, turn, {})
+                    checkpoints.wait()
+                times.append(time.perf_counter() - start)
+        checkpoints.close()
+    best = {name: min(times) for name, times in seconds.items()}
+    return {
+        "steps_seconds": {name: round(value, 3) for name, value in best.items()},
+        "saving_share_percent": round(100 * (best["with"] / best["without"] - 1), 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--load", action="store_true", help="measure reading only")
     parser.add_argument("--save", action="store_true", help="measure writing only")
+    parser.add_argument("--state", action="store_true", help="measure checkpoints of a run only")
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer runs")
     options = parser.parse_args()
-    both = options.load == options.save
+    everything = not (options.load or options.save or options.state)
     result = {"benchmark": "checkpoint_io", "quick": options.quick, "cores": len(os.sched_getaffinity(0))}
-    if both or options.load:
+    if everything or options.load:
         size, rounds = ("quick", 2) if options.quick else ("full", 3)
         result["load"] = measure_load(size, rounds)
-    if both or options.save:
+    if everything or options.save:
         result["save"] = measure_save(options.quick)
+    if everything or options.state:
+        result["state"] = measure_state(options.quick)
     print(json.dumps(result))
 
 

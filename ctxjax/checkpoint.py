@@ -117,10 +117,14 @@ class Checkpoints:
             flush=True,
         )
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for what is being written. Raises OSError where that fails."""
         with self._failures():
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, too, and ends orbax's threads."""
+        self.wait()
         self._manager.close()
 
     @contextlib.contextmanager

@@ -47,7 +47,11 @@ def ensure_base(config: BaseConfig, name: str, world: World, mesh: Mesh) -> Path
     """The base's folder; trains it first where it is not in the cache."""
     folder = base_folder(config, name, world)
     if not folder.exists():
-        train_base(config, world, mesh, folder)
+        try:
+            train_base(config, world, mesh, folder)
+        except OSError:
+            if not folder.exists():  # else another run has just made the same one
+                raise
     return folder
 
 
