@@ -83,8 +83,7 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSource:
-    """See configs/base.py, ``config.teacher``; a ``path`` of "" is the student's own initial weights. ``decode`` is how
-    it draws samples for off-policy steps."""
+    """``path`` "" is the student's own initial weights; ``decode`` is how it draws samples for off-policy steps."""
 
     path: str
     param_dtype: str
