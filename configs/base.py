@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.teacher = ConfigDict()
     config.teacher.path = ""  # its folder; "": the student's initial weights teach, and are held once
     config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves them
+    config.teacher.offload = False  # whether they wait in the hosts' memory between the teacher's passes
 
     config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B, of which only A and B are trained
     config.lora.rank = 0  # 0: all weights are trained
@@ -58,6 +59,12 @@ def get_config() -> ConfigDict:
     config.base.head_dim = 32
     config.base.mlp_width = 352
     config.base.rope_theta = 10000.0
+
+    # A teacher to be trained from scratch likewise, where teacher.path is empty; what is not set is as in config.base.
+    config.teacher_base = ConfigDict()
+    for name in config.base:
+        config.teacher_base[name] = config.base.get_oneway_ref(name)
+    config.teacher_base.steps = 0  # 0: there is none to train
 
     config.mesh = ConfigDict()  # devices along each axis; -1, in at most one place: all that remain
     config.mesh.data = 1
@@ -217,6 +224,15 @@ def get_config() -> ConfigDict:
     config.hints.hint = "answer"  # column of what the teacher may see
     config.hints.template = "A solution that may help, which the user does not see:\n\n{hint}"  # the context
     config.hints.grading = "math"  # as qa_jsonl.grading
+
+    config.tiny_safety = ConfigDict()  # the texts of safety as a world with a base of its own
+    config.tiny_safety.path = config.safety.get_oneway_ref("path")
+    config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts, and which of them are held out
+    config.tiny_safety.vocabulary = 4096  # tokens of the byte-level BPE that is trained on the texts
+    config.tiny_safety.longest = 32  # tokens of a text; longer ones are left out, and counted
+    config.tiny_safety.train_questions = 0  # at most; 0: all
+    config.tiny_safety.dev_questions = 256
+    config.tiny_safety.test_questions = 0
 
     for section in (config.medical, config.math, config.hints):
         # A JSONL, Parquet or CSV file, a pattern of several, or files of a Hub data set, "org/name:PATTERN" (with

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import errno
+import os
+from pathlib import Path
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
+import jax
 from ml_collections import ConfigDict
 
 from ctxjax import secrets
@@ -53,3 +56,30 @@ def run(main: Callable, config) -> None:
         remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
         print(f"error: {secrets.hidden(str(error))}{remedy if no_room else ''}", file=sys.stderr)
         sys.exit(2)
+
+
+def prepare(config: ConfigDict) -> None:
+    """Before the first use of jax's backends: fewer accounts of the libraries, the CPU's devices, the compile cache."""
+    _quiet()
+    _split_cpu(config.get("cpu_devices", 0))
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
+
+
+def _quiet() -> None:
+    """Leaves warnings, and drops the libraries' accounts of what they are doing, which would bury the bar, and of
+    errors in their threads, which end the run with a message of their own."""
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+
+
+def _split_cpu(count: int) -> None:
+    """Makes the CPU ``count`` devices, before the first use of jax's backends; 0: the largest power of two of cores, up
+    to 8. A small model is many small operations, which gain more from a core each than from threads in each one: a
+    step of configs/tiny.py takes 1.5 times as long on one device of two cores. Accelerators are not affected."""
+    if count < 0:
+        raise ValueError(f"cpu_devices = {count} must be a number of devices, or 0 for one per core")
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", count or 1 << (min(cores, 8).bit_length() - 1))

@@ -83,10 +83,11 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSource:
-    """``path`` "" is the student's own initial weights; ``decode`` is how it draws samples for off-policy steps."""
+    """See configs/base.py, ``config.teacher``. ``decode`` is how samples for off-policy steps are drawn."""
 
     path: str
     param_dtype: str
+    offload: bool
     decode: DecodeConfig
 
 
@@ -127,6 +128,7 @@ class Experiment:
     teacher: TeacherSource
     lora: LoraConfig | None
     base: BaseConfig
+    teacher_base: BaseConfig
     mesh: MeshConfig
     prompt: PromptConfig
     rollout: DecodeConfig
@@ -136,9 +138,15 @@ class Experiment:
     alarms: AlarmsConfig
     arms: dict[str, LossConfig]
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher is another model; else the student's own initial weights teach."""
+        return bool(self.teacher.path or self.teacher_base.steps)
+
 
 _SECTIONS = {
-    "model": (ModelSource,), "teacher": (TeacherSource, DecodeConfig), "lora": (LoraConfig,), "base": (BaseConfig,),
+    "model": (ModelSource,), "teacher": (TeacherSource, DecodeConfig), "lora": (LoraConfig,),
+    "base": (BaseConfig,), "teacher_base": (BaseConfig,),
     "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,), "loss": (LossConfig,),
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
     "records": (RecordsConfig,),
@@ -155,7 +163,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     Raises ValueError whose message names the field, its value, and what would be right.
     """
     values = checked(config, _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}, _MADE, _TOP)
-    check_numbers(values, _MAY_BE_ZERO)
+    check_numbers(values)
     config = ConfigDict(values)
     check_task(config.task)
     task_class, _ = TASKS[config.task]
@@ -188,6 +196,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         teacher=_teacher(config.teacher, rollout),
         lora=_lora(config.lora),
         base=BaseConfig(**config.base),
+        teacher_base=BaseConfig(**config.teacher_base),
         mesh=_mesh(config.mesh, device_count),
         prompt=prompt,
         rollout=rollout,
@@ -202,6 +211,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     rows = {"train.batch_size": train.batch_size, "eval.batch_size": result.eval.batch_size}
     rows["train.retention_rows"] = train.retention_rows
     rows |= {} if config.model.path else {"base.batch_size": result.base.batch_size}
+    rows |= {"teacher_base.batch_size": result.teacher_base.batch_size} if result.teacher_base.steps else {}
     for name, value in rows.items():
         check_divisible(name, value, ways)
     for name in ("train.batch_size", "train.retention_rows"):
@@ -258,10 +268,10 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
         )
     most = config.rollout.max_tokens
     _require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")
-    if loss.teacher == "ema" and config.teacher.path:
+    if loss.teacher == "ema" and (config.teacher.path or config.teacher_base.steps):
         raise ValueError(
-            f"loss.teacher = 'ema' averages the student, and teacher.path = {config.teacher.path!r} names another "
-            "teacher; leave one of the two out"
+            f"loss.teacher = 'ema' averages the student, and teacher.path = {config.teacher.path!r} or "
+            f"teacher_base.steps = {config.teacher_base.steps} names another teacher; leave one of the two out"
         )
 
 
@@ -319,6 +329,23 @@ def _check_model(config: Experiment) -> None:
     _one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
     _one_of("model.attention", config.model.attention, attention.KINDS)
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
+    teacher, from_scratch = config.teacher, config.teacher_base.steps
+    is_one = not (teacher.path and from_scratch)
+    _require(is_one, "teacher_base.steps", from_scratch, f"0 beside teacher.path = {teacher.path!r}")
+    if teacher.offload and config.lora is not None and not config.has_teacher:
+        raise ValueError(
+            "teacher.offload = True, but an adapter's base, which every pass uses, is its own teacher (lora.rank = "
+            f"{config.lora.rank}); leave one of the two out"
+        )
+    if from_scratch and config.task not in WORLDS:
+        raise ValueError(
+            f"teacher_base.steps = {from_scratch}: only task = {' or '.join(WORLDS)} can train one; set teacher.path"
+        )
+    for name, base in (("base", config.base), ("teacher_base", config.teacher_base)):
+        if base.query_heads % base.kv_heads:
+            raise ValueError(
+                f"{name}.query_heads = {base.query_heads} is not a multiple of {name}.kv_heads = {base.kv_heads}"
+            )
     if config.model.path:
         return
     if not config.base.steps or config.task not in WORLDS:
@@ -326,25 +353,3 @@ def _check_model(config: Experiment) -> None:
             f"model.path is empty; give the folder or the Hub id of a model (only task = {' or '.join(WORLDS)} can "
             f"train its own base, with base.steps > 0; here task = {config.task!r}, base.steps = {config.base.steps})"
         )
-    if config.base.query_heads % config.base.kv_heads:
-        raise ValueError(
-            f"base.query_heads = {config.base.query_heads} is not a multiple of base.kv_heads = {config.base.kv_heads}"
-        )
-
-
-# Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
-_MAY_BE_ZERO = {
-    "teacher.temperature", "teacher.top_k", "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps",
-    "base.weight_decay", "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first",
-    "loss.on_policy_fraction", "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
-    "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
-    "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows", "eval.every",
-    "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share", "alarms.untrained",
-    "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation", "alarms.parse_rate",
-    "alarms.agreement", "optim.lr", "lora.rank", "records.max_skipped", "medical.first_label",
-}  | {  # of tasks over files, 0 is no limit
-    f"{task}.{field}"
-    for task in ("qa_jsonl", "medical", "safety", "math", "hints")
-    for field in ("context_seed", "limit", "train_questions", "dev_questions", "test_questions")
-    if (task, field) not in (("qa_jsonl", "dev_questions"), ("qa_jsonl", "test_questions"))
-}  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 import shlex
 import sys
 
-from absl import flags, logging
+from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
@@ -35,7 +35,7 @@ def main(_) -> None:
     out = Path(_OUT.value).expanduser()
     if out.exists():
         raise FileExistsError(f"--out={out} exists; choose another, nothing is overwritten")
-    logging.set_verbosity(logging.WARNING)
+    command.prepare(config)
     choose(config, _MODEL.value, _TASK.value, _CONTEXT.value)
     from ctxjax import report, workdir
 

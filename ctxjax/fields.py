@@ -26,6 +26,24 @@ AT_MOST = {
     "rollout.max_tokens": 1_000_000, "eval.bootstrap": 1_000_000, "cpu_devices": 1024, "lora.rank": 65536,
     "train.batch_size": 1_000_000, "eval.batch_size": 1_000_000, "base.batch_size": 1_000_000,
 }  # fmt: skip
+# Fields that may be 0, where 0 means "off", "none" or "as many as there are"; every other number is positive.
+MAY_BE_ZERO = {
+    "teacher.temperature", "teacher.top_k", "tiny_safety.seed",
+    "cpu_devices", "seed", "base.seed", "base.steps", "base.warmup_steps", "base.weight_decay",
+    "loss.beta_ramp", "loss.mu_ramp", "loss.reference", "loss.clip", "loss.skip_first", "loss.on_policy_fraction",
+    "loss.off_policy_steps", "loss.gate_threshold", "loss.ema_decay",
+    "prompt.max_bare_tokens", "prompt.max_context_tokens", "rollout.temperature", "rollout.top_k", "loss.beta",
+    "loss.mu", "optim.warmup_steps", "optim.weight_decay", "optim.b1", "optim.b2", "train.retention_rows",
+    "eval.every", "eval.temperature", "eval.top_k", "rules.seed", "rules.context_index", "rules.empty_share",
+    "alarms.untrained", "alarms.logprob_gap", "alarms.truncated", "alarms.repetition", "alarms.no_distillation",
+    "alarms.parse_rate", "alarms.agreement",
+    "optim.lr", "lora.rank", "records.max_skipped", "medical.first_label",
+}  | {  # of tasks over files, 0 is no limit
+    f"{task}.{field}"
+    for task in ("qa_jsonl", "medical", "safety", "math", "hints", "tiny_safety")
+    for field in ("context_seed", "limit", "train_questions", "dev_questions", "test_questions")
+    if (task, field) not in (("qa_jsonl", "dev_questions"), ("qa_jsonl", "test_questions"))
+}  # fmt: skip
 
 
 def checked(config: ConfigDict, sections: dict[str, tuple[type, ...]], made: set[str], top: dict[str, type]) -> dict:
@@ -84,20 +102,21 @@ def _converted(field: str, value, hint):
     raise ValueError(f"{field} = {value!r} must be {' or '.join(KINDS[kind] for kind in allowed)}")
 
 
-def check_numbers(values: dict, may_be_zero: set[str], prefix: str = "") -> None:
+def check_numbers(values: dict, prefix: str = "") -> None:
     """Raises ValueError that names the field, where a number is not finite, is negative, 0 where it may not be, or
     absurdly large. Sizes of ``mesh`` have rules of their own."""
     for name, value in values.items():
         field = f"{prefix}{name}"
         if isinstance(value, dict):
-            check_numbers(value, may_be_zero, f"{field}.")
+            check_numbers(value, f"{field}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            rules = f"loss.{name}" if field.startswith("arms.") else field  # an arm's fields are those of the loss
+            # An arm's fields are those of the loss, and a teacher's base is a base.
+            rules = f"loss.{name}" if field.startswith("arms.") else field.removeprefix("teacher_")
             require(isinstance(value, int) or math.isfinite(value), field, value, "finite")
             most = AT_MOST.get(rules, LARGEST if isinstance(value, int) else 1e9)
             require(value <= most, field, value, f"at most {most}")
             if not field.startswith("mesh."):
-                zero = rules in may_be_zero
+                zero = rules in MAY_BE_ZERO
                 require(value > 0 or (zero and value == 0), field, value, "0 or more" if zero else "above 0")
 
 

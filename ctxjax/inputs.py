@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ctxjax import pretrain
+from ctxjax import pretrain, sharding
 from ctxjax.checksum import digest, fingerprint
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
@@ -45,7 +45,13 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
         )
     if config.teacher.path:
         local_folder(config.teacher.path)  # missing: said now, and not when the student is loaded or even trained
-    folder, teacher = with_teacher(config, _open_model(config, task, mesh, seconds), mesh, seconds)
+    teacher_path = _teacher_path(config, task, mesh, seconds)
+    student = _open_model(config, task, mesh, seconds)
+    folder, teacher = with_teacher(config, teacher_path, student, mesh, seconds)
+    if config.teacher.offload:
+        is_one = teacher is folder
+        teacher = dataclasses.replace(teacher, params=sharding.on_host(teacher.params))
+        folder = teacher if is_one else folder
     if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
     rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
@@ -55,22 +61,32 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     return Inputs(task, folder, teacher, rows, retention)
 
 
+def _teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
+    """Where the teacher's own folder is, trained from scratch first where it is to be; "": it has none."""
+    if not config.teacher_base.steps:
+        return config.teacher.path
+    clock = time.monotonic()
+    path = pretrain.ensure_base(config.teacher_base, config.task, task, mesh)
+    seconds["teacher from scratch"] = time.monotonic() - clock
+    return str(path)
+
+
 def with_teacher(
-    config: Experiment, student: ModelFolder, mesh, seconds: dict[str, float]
+    config: Experiment, path: str, student: ModelFolder, mesh, seconds: dict[str, float]
 ) -> tuple[ModelFolder, ModelFolder]:
-    """(student, teacher), which are one and the same where the teacher has no folder of its own.
+    """(student, teacher), which are one and the same where ``path``, of the teacher's own folder, is "".
 
     Both read the student's tokens and stop at the ends of either: a base student comes to end as its teacher does.
     """
-    if not config.teacher.path:
+    if not path:
         return student, student
     clock = time.monotonic()
     model = config.model
     loaded = open_folder(
-        config.teacher.path, mesh, model.dtype, config.teacher.param_dtype, attention=model.attention, student=student
+        path, mesh, model.dtype, config.teacher.param_dtype, attention=model.attention, student=student
     )
     seconds["load teacher"] = time.monotonic() - clock
-    print(f"teacher: {config.teacher.path}", flush=True)
+    print(f"teacher: {path}", flush=True)
     student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
     return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
 
@@ -96,7 +112,7 @@ def teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
         return None
     print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
     compute = jax.jit(transformer.prefix_kv, static_argnames="config")
-    return compute(teacher.params, config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
+    return compute(sharding.on_device(teacher.params), config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
 
 
 def digests(inputs: Inputs) -> dict:
@@ -106,7 +122,7 @@ def digests(inputs: Inputs) -> dict:
     task, rows = inputs.task, inputs.rows
     models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
     return {
-        **{name: fingerprint(folder.params) for name, folder in models.items()},
+        **{name: fingerprint(sharding.on_device(folder.params)) for name, folder in models.items()},
         "rows": {split: digest(task.rows(split)) for split in ("train", "dev", "test")},
         "contexts": digest(sorted({row.context or "" for row in rows.rows})),
         "other_contexts": digest([task.other_contexts(split) for split in ("train", "dev", "test")]),

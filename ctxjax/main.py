@@ -10,7 +10,7 @@ from pathlib import Path
 import shutil
 import sys
 
-from absl import flags, logging
+from absl import flags
 import jax
 from ml_collections import config_flags
 
@@ -33,11 +33,8 @@ def main(_) -> None:
     # Imported here, so that a mistyped flag is answered at once.
     from ctxjax import config, preview, trainer, workdir
 
-    _quiet()
-    _split_cpu(_CONFIG.value.get("cpu_devices", 0))
+    command.prepare(_CONFIG.value)
     experiment = config.experiment(_CONFIG.value, jax.device_count())
-    if _CONFIG.value.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(_CONFIG.value.compile_cache).expanduser()))
     if _DUMP_BATCH.value:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(preview.first_batch(experiment, shutil.get_terminal_size((100, 0)).columns, colour))
@@ -46,25 +43,6 @@ def main(_) -> None:
     facts = workdir.facts(_CONFIG.value)
     workdir.check(folder, facts["config"], _RESUME.value)
     trainer.run(experiment, folder, facts)
-
-
-def _quiet() -> None:
-    """Leaves warnings, and drops the libraries' accounts of what they are doing, which would bury the bar, and of
-    errors in their threads, which end the run with a message of their own."""
-    logging.set_verbosity(logging.WARNING)
-    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
-
-
-def _split_cpu(count: int) -> None:
-    """Makes the CPU ``count`` devices, before the first use of jax's backends; 0: the largest power of two of cores, up
-    to 8. A small model is many small operations, which gain more from a core each than from threads in each one: a
-    step of configs/tiny.py takes 1.5 times as long on one device of two cores. Accelerators are not affected."""
-    if count < 0:
-        raise ValueError(f"cpu_devices = {count} must be a number of devices, or 0 for one per core")
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", count or 1 << (min(cores, 8).bit_length() - 1))
 
 
 def command_line() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ctxjax import head_scan, losses, scoring
+from ctxjax import head_scan, losses, scoring, sharding
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.models.transformer import head_weights
 from ctxjax.train_step import StepConfig, rollout_step, student_params
@@ -67,11 +67,12 @@ def _rows(
 def _row_losses(state, frozen, student: Prompts, teacher: Prompts, rollout: Rollout, config: StepConfig) -> jax.Array:
     """KL of student and teacher by row, [B], mean nats per token of the response."""
     params, models = student_params(state.params, frozen, config), (config.model, config.teacher_model)
+    frozen_teacher = sharding.on_device(frozen.teacher)
     hidden = {
         "q_x": scoring.response_hidden(params, config.model, student, rollout),
-        "f": scoring.response_hidden(frozen.teacher, config.teacher_model, teacher, rollout),
+        "f": scoring.response_hidden(frozen_teacher, config.teacher_model, teacher, rollout),
     }
-    heads = {"q_x": head_weights(params, config.model), "f": head_weights(frozen.teacher, config.teacher_model)}
+    heads = {"q_x": head_weights(params, config.model), "f": head_weights(frozen_teacher, config.teacher_model)}
     loss = dataclasses.replace(config.loss, reference=0.0, clip=0.0)  # a clipped loss hides what is infinite
     function, mask_BxT = functools.partial(losses.bare_values, loss, models), rollout.mask_BxT
     _, values = head_scan.chunked(function, loss.chunk, hidden, heads, {}, mask_BxT, rollout.tokens_BxT)

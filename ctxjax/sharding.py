@@ -109,6 +109,22 @@ def lookup(table_VxD: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     return jax.shard_map(own, out_specs=P(BATCH, None, None))(table_VxD, jax.reshard(tokens_BxL, P(BATCH, None)))
 
 
+def on_host(tree):
+    """Arrays of the mesh in the memory of the devices' hosts, shards where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), tree)
+
+
+def on_device(tree):
+    """The tree with those of its arrays that are in the hosts' memory brought to the devices, while tracing too: there
+    they come for their use and are gone after it."""
+
+    def bring(x):
+        is_away = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if is_away else x
+
+    return jax.tree.map(bring, tree)
+
+
 def batch_spec(*rest: str | None) -> P:
     """Spec of an activation: rows over data and fsdp, the other axes as named."""
     return P(BATCH, *(None if axis is None else WEIGHT_RULES[axis] for axis in rest))

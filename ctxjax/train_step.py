@@ -53,7 +53,7 @@ def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState
     its own in place: the caller's may serve as the frozen teacher.
     """
     if config.lora is None:
-        trained = jax.tree.map(jnp.copy, params)
+        trained = jax.tree.map(jnp.copy, sharding.on_device(params))
     else:
         specs = lora_lib.specs(config.model, config.lora)
         trained = params_lib.init(specs, rng.key_for(key, 0, "adapter"), jax.sharding.get_mesh())
@@ -79,11 +79,13 @@ def teacher_rollout(
 ) -> Rollout:
     """The frozen teacher's responses to the context view at ``step`` of a run with the root ``key``."""
     keys_B = rng.row_keys(rng.key_for(key, step, "rollout"), batch.example_id_B)
-    return sample(teacher, model, sampling, batch.context, keys_B)
+    return sample(sharding.on_device(teacher), model, sampling, batch.context, keys_B)
 
 
 def _teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> Params:
-    return student_params(ema, frozen, config) if config.loss.teacher == "ema" else frozen.teacher
+    if config.loss.teacher == "ema":
+        return student_params(ema, frozen, config)
+    return sharding.on_device(frozen.teacher)
 
 
 def rollout_step(

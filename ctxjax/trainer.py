@@ -56,7 +56,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             identity = {"step": step} | code
             found = Evaluation.load(folder, identity)
             if found is None:
-                found = evaluator(params)
+                found = evaluator(sharding.on_device(params))
                 found.save(folder, identity)
             return found
 

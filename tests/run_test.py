@@ -261,13 +261,20 @@ def larger(tmp_path_factory):
     return trained(config)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(rank, finished, cache, larger, tmp_path):
+@pytest.mark.parametrize("rank", [0, 2], ids=["all_weights_and_a_teacher_from_scratch", "adapter_and_a_folder"])
+def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(
+    rank, finished, cache, larger, tmp_path, capsys
+):
     config = small(cache)
     config.lora.rank = rank
-    config.run_arms, config.train.steps, config.teacher.path = ("opcd",), 2, str(larger)
+    config.run_arms, config.train.steps = ("opcd",), 2
+    if rank:
+        config.teacher.path = str(larger)
+    else:
+        config.teacher.offload = True
+        config.teacher_base.steps, config.teacher_base.width, config.teacher_base.cache = 2, 48, str(larger.parent)
     results = start(config, tmp_path / "run")
-    assert list(results) == ["base", "teacher", "opcd"]
+    assert list(results) == ["base", "teacher", "opcd"] and f"teacher: {larger}" in capsys.readouterr().out
     # The base is the same as in the run that taught itself; what it is to learn is not.
     _, alone = finished
     assert results["base"]["view_kl"] == pytest.approx(alone["base"]["view_kl"], rel=1e-5)
@@ -282,9 +289,9 @@ def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_on
     config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
     (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     student = open_folder(trained(config), mesh)
-    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=8), student, mesh, {})
+    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=8), "", student, mesh, {})
     assert all(folder is student for folder in alone)
-    both = inputs.with_teacher(config_lib.experiment(config, device_count=8), student, mesh, {})
+    both = inputs.with_teacher(config_lib.experiment(config, 8), config.teacher.path, student, mesh, {})
     assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
     assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 

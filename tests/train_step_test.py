@@ -19,7 +19,7 @@ from ctxjax.losses import LossConfig
 from ctxjax.models import transformer
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.sharding import make_mesh, put_batch
+from ctxjax.sharding import make_mesh, on_device, on_host, put_batch
 from ctxjax.train_step import (
     StepConfig,
     init_state,
@@ -359,6 +359,21 @@ def test_an_off_policy_step_is_that_of_the_formula_written_out(divergence, confi
     assert ("teacher_entropy" in metrics) == (divergence == "forward_kl")
     updates, _ = optim.optimizer(config.optim).update(gradient, state.opt_state, state.params)
     assert largest_difference(after.params, optax.apply_updates(state.params, updates)) < 2e-5
+
+
+def test_a_teacher_that_waits_in_the_hosts_memory_teaches_the_same(config, taught):
+    state, frozen, data, samples, _ = taught
+    config = dataclasses.replace(config, loss=LossConfig(temperature=0.8, chunk=4))
+    away = frozen.replace(teacher=on_host(frozen.teacher))
+    places = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.teacher)}
+    assert places == {"pinned_host"} and on_device(frozen.teacher)["embedding"] is frozen.teacher["embedding"]
+    near, far = (update(state, kept, data, samples, None, config) for kept in (frozen, away))
+    jax.tree.map(np.testing.assert_array_equal, (near[0].params, near[1]), (far[0].params, far[1]))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(far[0].params)} == {"device"}
+    again = teacher_rollout(away.teacher, data, jax.random.key(0), 3, config.model, config.sampling)
+    jax.tree.map(np.testing.assert_array_equal, again, samples)
+    own = init_state(away.teacher, config, jax.random.key(0)).params
+    assert largest_difference(own, frozen.teacher) == 0
 
 
 def test_a_mixture_draws_whose_step_it_is_after_the_first_which_are_off_policy():

@@ -25,6 +25,11 @@ def build(words: list[str], pattern: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
+    return chat(tokenizer)
+
+
+def chat(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that has the tokens of SPECIAL, as transformers knows it, with the chat template of such worlds."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -63,7 +63,7 @@ def _view_kl(model: ModelConfig, raw: dict[str, jax.Array]) -> dict[str, jax.Arr
 
 @functools.partial(jax.jit, static_argnames=("model", "teacher_model", "loss"))
 def _distillation(params, frozen, model, teacher_model, loss: LossConfig, batch: Batch, rollout: Rollout):
-    models = objective.Models(params, frozen, None, model, teacher_model)
+    models = objective.Models(params, sharding.on_device(frozen), None, model, teacher_model)
     weight_BxT = losses.token_weights(rollout.mask_BxT, "token_mean")
     _, metrics = objective.bare_and_context_terms(models, loss, objective.Rows(batch, rollout, weight_BxT), beta=0.0)
     return metrics["distill"]

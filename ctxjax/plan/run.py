@@ -80,6 +80,11 @@ def _made(config: ConfigDict, devices: list, arm: str | None, quick: bool) -> tu
     if experiment.teacher.path:
         teacher, where = architecture(experiment.teacher.path, dtype, experiment.model.remat)
         facts["teacher"] = f"{experiment.teacher.path}, read from {where}; {_size(teacher)}"
+    elif experiment.teacher_base.steps:
+        teacher = dataclasses.replace(
+            base_model(experiment.teacher_base, model.vocab_size), dtype=dtype, remat=experiment.model.remat
+        )
+        facts["teacher"] = f"a base of its own; {_size(teacher)}"
     facts["mesh"] = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(experiment.mesh).items() if size)
     facts["rows_over"] = experiment.mesh.data * experiment.mesh.fsdp
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"

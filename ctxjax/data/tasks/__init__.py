@@ -9,6 +9,7 @@ from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.rules import Rules, RulesConfig
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
+from ctxjax.data.tasks.tiny_safety import TinySafety, TinySafetyConfig
 
 TASKS = {
     "rules": (RulesConfig, Rules),
@@ -17,6 +18,7 @@ TASKS = {
     "safety": (SafetyConfig, Safety),
     "math": (MathConfig, Math),
     "hints": (HintsConfig, Hints),
+    "tiny_safety": (TinySafetyConfig, TinySafety),
 }
 # Those that can train a base of their own.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))

@@ -1,0 +1,14 @@
+"""The world of configs/tiny.py with a larger teacher: a base of 3.2M parameters, from scratch, teaches one of 0.8M."""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+    config = tiny.get_config()
+    config.teacher_base.steps = 600
+    config.teacher_base.width, config.teacher_base.mlp_width = 256, 704
+    config.teacher_base.query_heads, config.teacher_base.kv_heads = 8, 4
+    config.run_arms = ("off_policy", "opcd", "opcd_anchored", "opcd_retained")
+    return config
