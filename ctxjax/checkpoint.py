@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from ctxjax import processes
 from ctxjax.checksum import checksums
 from ctxjax.types import Params, TrainState
 
@@ -107,8 +108,10 @@ class Checkpoints:
 
     def _put_aside(self, step: int, error: Exception, used: int) -> None:
         place, aside = self._folder / str(step), self._folder / f"{step}.damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        place.rename(aside)
+        if processes.is_first():
+            shutil.rmtree(aside, ignore_errors=True)
+            place.rename(aside)
+        processes.wait("checkpoint put aside")
         self._manager.reload()
         print(
             f"warning: the checkpoint {place} is damaged ({_line(error)}); it is now {aside.name}, and the one of step "

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 import jax
 from ml_collections import ConfigDict
 
-from ctxjax import secrets
+from ctxjax import processes, secrets
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -48,14 +48,19 @@ def parse(config) -> Callable[[list[str]], list[str]]:
 
 def run(main: Callable, config) -> None:
     """Runs a command; bad input, or a disk that is full or cannot be written to, ends with one readable message and
-    exit code 2, without a traceback."""
+    exit code 2, without a traceback, and the loss of another process with exit code 4."""
     try:
         app.run(main, flags_parser=parse(config))
     except (ValueError, OSError) as error:
         no_room = isinstance(error, OSError) and error.errno in NO_ROOM
         remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
         print(f"error: {secrets.hidden(str(error))}{remedy if no_room else ''}", file=sys.stderr)
-        sys.exit(2)
+        processes.leave(2)
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.is_loss(error):
+            raise
+        print(f"\nerror: {processes.loss(error)}", file=sys.stderr)
+        processes.leave(processes.EXIT_CODE)
 
 
 def prepare(config: ConfigDict) -> None:

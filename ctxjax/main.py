@@ -1,6 +1,8 @@
 """Trains and evaluates: ``python -m ctxjax.main --config=configs/tiny.py --workdir=DIR [--config.field=value ...]``.
 
-With ``--dump_batch`` it shows the first training batch, token by token, and ends.
+With ``--dump_batch`` it shows the first training batch, token by token, and ends. Several processes train together
+where each is given the same command: on TPU pods and under Slurm they find each other, elsewhere
+``--coordinator=HOST:PORT --processes=N --process_id=I`` says where they are.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ctxjax import command, preemption, secrets
+from ctxjax import command, preemption, processes, secrets
 from ctxjax.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes the first one's address, host:port.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes train together; 1: this one alone.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 _RESUME = flags.DEFINE_enum(
     "resume", "auto", ["auto", "never", "must"], "Whether a run that lies in the workdir goes on, may not, or must."
 )
@@ -34,6 +39,10 @@ def main(_) -> None:
     from ctxjax import config, preview, trainer, workdir
 
     command.prepare(_CONFIG.value)
+    processes.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+    if jax.process_count() > 1:
+        facts = workdir.facts(_CONFIG.value)
+        processes.begin({name: facts[name] for name in ("config", "versions")})
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _DUMP_BATCH.value:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -57,7 +66,7 @@ def command_line() -> None:
         sys.exit(preemption.EXIT_CODE)
     except StopRun as stop:
         print(f"\nstopped: {secrets.hidden(str(stop))}", file=sys.stderr)
-        sys.exit(3)
+        processes.leave(3)
 
 
 if __name__ == "__main__":

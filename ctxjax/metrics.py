@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from ctxjax import processes
 from ctxjax.alarms import Alarms
 from ctxjax.workdir import write_text
 
@@ -33,13 +34,15 @@ class Writer:
         path = folder / "metrics.jsonl"
         self.kept = [row for row in _rows(path) if row["step"] <= from_step] if from_step else []
         write_text(path, "".join(_line(row) for row in self.kept))
-        self._file = path.open("a", encoding="utf-8")
-        self._events = _Events(folder / "events")
+        is_first = processes.is_first()  # the others only watch for alarms
+        self._file = path.open("a", encoding="utf-8") if is_first else None
+        self._events = _Events(folder / "events") if is_first else None
         for row in self.kept:
-            self._events.add(row)
+            if is_first:
+                self._events.add(row)
             alarms.observe(row["step"], row, quiet=True)
         self._alarms = alarms
-        self._bar = tqdm(total=steps, initial=from_step, desc=name, unit="step")
+        self._bar = tqdm(total=steps, initial=from_step, desc=name, unit="step", disable=not is_first)
         self._log_every, self._pending, self._tokens, self._since = log_every, None, 0.0, time.monotonic()
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -72,6 +75,8 @@ class Writer:
         self._alarms.check(step, numbers)
 
     def _put(self, step: int, numbers: dict) -> None:
+        if self._file is None:
+            return
         row = {"step": step, "time": round(time.time(), 3)} | numbers
         self._file.write(_line(row))
         self._file.flush()
@@ -80,8 +85,9 @@ class Writer:
     def sync(self) -> None:
         """Writes everything up to the last step through to the disk: a checkpoint of that step may follow."""
         self.flush()
-        os.fsync(self._file.fileno())
-        self._events.flush()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._events.flush()
 
     def pause(self) -> None:
         """Starts the clock of tokens per second anew, after something that was not training."""
@@ -90,8 +96,9 @@ class Writer:
     def close(self) -> None:
         self.flush()
         self._bar.close()
-        self._file.close()
-        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
 
 
 class _Events:

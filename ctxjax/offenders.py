@@ -49,7 +49,7 @@ def _rows(
     view: str, student: Prompts, teacher: Prompts, rollout: Rollout, state, frozen, batch: Batch, config, tokenizer
 ) -> list[dict]:
     loss_B = _row_losses(state, frozen, student, teacher, rollout, config)
-    student, teacher, rollout, loss_B, ids = jax.device_get((student, teacher, rollout, loss_B, batch.example_id_B))
+    student, teacher, rollout, loss_B, ids = sharding.to_host((student, teacher, rollout, loss_B, batch.example_id_B))
     reads = [tokenizer.batch_decode(prompts_lib.token_lists(prompts)) for prompts in (student, teacher)]
     rows = []
     for row, (own, teachers) in enumerate(zip(*reads)):

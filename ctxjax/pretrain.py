@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from ctxjax import objective, optim, rng, sharding
+from ctxjax import objective, optim, processes, rng, sharding
 from ctxjax.config import BaseConfig
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
@@ -28,7 +28,7 @@ from ctxjax.data.task import PretrainingRow, Row, World
 from ctxjax.models import hf_save, mesh_fit, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.optim import OptimConfig
-from ctxjax.types import Prompts, Rollout
+from ctxjax.types import Params, Prompts, Rollout
 
 # Part of the hash: raise it when the training text or the procedure changes.
 RECIPE = 1
@@ -44,14 +44,13 @@ def base_folder(config: BaseConfig, name: str, world: World) -> Path:
 
 
 def ensure_base(config: BaseConfig, name: str, world: World, mesh: Mesh) -> Path:
-    """The base's folder; trains it first where it is not in the cache."""
+    """The base's folder; trains it first where it is not in the cache. Raises ValueError where only some of several
+    processes see it: two trainings may differ in their last bits, and all must load the same."""
     folder = base_folder(config, name, world)
-    if not folder.exists():
-        try:
-            train_base(config, world, mesh, folder)
-        except OSError:
-            if not folder.exists():  # else another run has just made the same one
-                raise
+    if processes.of_all(not folder.exists()):
+        train_base(config, world, mesh, folder)
+    elif not processes.of_all(folder.exists()):
+        raise ValueError(f"{folder} is on some hosts only; copy it to all, or set config.base.cache to a shared folder")
     return folder
 
 
@@ -82,13 +81,26 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
     key = rng.key_for(jax.random.key(config.seed), 0, "init")
     params = params_lib.init(transformer.param_specs(model), key, mesh)
     opt_state = jax.jit(optim.optimizer(optimizer).init)(params)
-    bar = tqdm(_batches(config, world, tokenizer), total=config.steps, desc="base model from scratch", unit="step")
-    for prompts, responses in bar:
+    batches, silent = _batches(config, world, tokenizer), not processes.is_first()
+    bar = tqdm(batches, total=config.steps, desc="base model from scratch", unit="step", disable=silent)
+    for step, (prompts, responses) in enumerate(bar, start=1):
         prompts, responses = sharding.put_batch((prompts, responses), mesh)
         params, opt_state, loss = _base_step(params, opt_state, prompts, responses, model, optimizer)
-        if bar.n % 50 == 0:
+        if step % 50 == 0:
             bar.set_postfix(loss=f"{float(loss):.3f}")
-    hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+    _save(folder, sharding.to_host(params), model, tokenizer)
+
+
+def _save(folder: Path, params: Params, model: ModelConfig, tokenizer) -> None:
+    """Of several processes the first writes, and then, where they do not share a disk, whoever lacks the folder."""
+    for is_turn in (processes.is_first(), not processes.is_first()):
+        if is_turn and not folder.exists():
+            try:
+                hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+            except OSError:
+                if not folder.exists():  # else another run has just made the same one
+                    raise
+        processes.wait("base model written")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("params", "opt_state"))

@@ -15,7 +15,7 @@ import math
 
 import jax
 from jax import lax
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -168,38 +168,33 @@ def micro_batches(x: jax.Array, count: int) -> jax.Array:
     return jnp.reshape(jnp.swapaxes(apart, 0, 1), shape, out_sharding=P(None, BATCH, *spec))
 
 
-def own_rows(count: int, mesh: Mesh) -> np.ndarray:
-    """Which of a batch's ``count`` rows this process's devices hold, in order.
-
-    Raises ValueError where the rows cannot be spread over data * fsdp.
-    """
-    check_divisible("batch", count, batch_ways(mesh))
-    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,)).values()
-    return np.unique(np.concatenate([np.arange(count)[rows] for (rows,) in parts]))
-
-
 def put_batch(tree, mesh: Mesh):
-    """Places host arrays on the mesh, rows over data and fsdp, and shared prefixes whole on every device.
+    """Places host arrays [B, ...] on the mesh, rows over data and fsdp, and shared prefixes whole on every device.
 
-    Every process gives its own rows of the global batch, those of ``own_rows``; one process alone gives all.
+    Every process holds the same global batch and places only its own rows. Raises ValueError where B is
+    not divisible by data * fsdp.
     """
+    ways = batch_ways(mesh)
 
-    def put(array, spec, shape):
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(array), shape)
-
-    own = len(own_rows(batch_ways(mesh), mesh))
+    def put(array, spec):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
     def put_rows(array):
-        shape = np.shape(array)
-        check_divisible("batch", shape[0], own)
-        return put(array, P(BATCH), (shape[0] // own * batch_ways(mesh), *shape[1:]))
+        check_divisible("batch", np.shape(array)[0], ways)
+        return put(array, P(BATCH))
 
-    return map_rows(put_rows, tree, shared=lambda array: put(array, P(), np.shape(array)))
+    return map_rows(put_rows, tree, shared=lambda array: put(array, P()))
+
+
+def whole(tree):
+    """The arrays with a copy on every device, so that every process can fetch them; in compiled functions."""
+    return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), tree)
 
 
 def to_host(tree):
     """The arrays, whole, on the host of every process; all processes must call it together."""
-    return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree if jax.process_count() == 1 else jax.jit(whole)(tree))
 
 
 def check_divisible(name: str, size: int, ways: int, axes: str = "mesh data*fsdp") -> None:

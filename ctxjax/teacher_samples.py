@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ctxjax import sharding, workdir as workdir_lib
+from ctxjax import processes, sharding, workdir as workdir_lib
 from ctxjax.config import Experiment
 from ctxjax.data.pipeline import order, training_batches
 from ctxjax.inputs import Inputs, sampling_config
@@ -39,9 +39,16 @@ def teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> 
     """
     wanted = sorted({step for arm in config.arms for step in steps_of(config, arm)})
     path = workdir / FILE
-    if wanted and not path.exists():
-        lines = tqdm(_drawn(config, inputs, wanted, mesh), total=len(wanted), desc="teacher's samples", unit="step")
+    if wanted and not processes.of_first(path.exists()):
+        lines = tqdm(
+            _drawn(config, inputs, wanted, mesh),
+            total=len(wanted),
+            desc="teacher's samples",
+            unit="step",
+            disable=not processes.is_first(),
+        )
         workdir_lib.write_text(path, "".join(json.dumps(row) + "\n" for rows in lines for row in rows))
+        processes.wait("teacher's samples")
     return _read(path, wanted, config, inputs.student.pad_id) if wanted else {}
 
 
@@ -58,7 +65,7 @@ def _drawn(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Itera
             continue
         batch = sharding.put_batch(batch, mesh)
         rollout = teacher_rollout(teacher.params, batch, key, step - 1, teacher.config, sampling)
-        rollout = jax.device_get(rollout)
+        rollout = sharding.to_host(rollout)
         first = (step - 1) * train.batch_size
         questions = [inputs.rows.rows[places[first + row]] for row in range(train.batch_size)]
         kept = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]

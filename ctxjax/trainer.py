@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from ctxjax import optim, retry, sharding, workdir as workdir_lib
+from ctxjax import optim, processes, retry, sharding, workdir as workdir_lib
 from ctxjax.arm import Arm
 from ctxjax.config import Experiment
 from ctxjax.data.records import counts
@@ -55,9 +55,11 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             """The evaluation that lies in the folder, where it is of this step and made by this code, or a new one."""
             identity = {"step": step} | code
             found = Evaluation.load(folder, identity)
-            if found is None:
+            if not processes.of_first(found is not None):
                 found = evaluator(sharding.on_device(params))
                 found.save(folder, identity)
+            if found is None:
+                raise FileNotFoundError(f"{folder}: the first process sees an evaluation there, and this one does not")
             return found
 
         clock = time.monotonic()
@@ -108,7 +110,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         manifest |= {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
         workdir_lib.write_json(workdir / "run.json", manifest)
         workdir_lib.write_json(workdir / "results.json", results)
-        page = write_report(workdir)
+        page = write_report(workdir) if processes.is_first() else None
     print(f"\n{results_table(results)}\n")
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     print(f"peak memory of the host process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

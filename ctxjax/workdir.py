@@ -16,7 +16,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from ctxjax import secrets
+from ctxjax import processes, secrets
 from ctxjax.checksum import digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -91,8 +91,12 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
         start = {name: before.get(name) for name in ("started", "command", "device", "commit", "versions", "resumed")}
         manifest["earlier_starts"] = [*before.get("earlier_starts", []), start]
     workdir.mkdir(parents=True, exist_ok=True)
+    processes.wait("workdir read")
     write_json(workdir / "config.json", facts["config"])
     write_json(workdir / "run.json", manifest)
+    processes.wait("workdir claimed")
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is not the same folder for all processes of this run; name one that they share")
     return manifest
 
 
@@ -103,8 +107,9 @@ class Lock:
         self._path, self._file = workdir / "lock", None
 
     def take(self) -> None:
-        """Raises ValueError, with who holds it, where another process does. Makes the folder."""
-        if self._file is not None:
+        """Raises ValueError, with who holds it, where another run does; of several processes the first takes it. Makes
+        the folder."""
+        if self._file is not None or not processes.is_first():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._path.open("a+", encoding="utf-8")
@@ -139,7 +144,9 @@ def write_json(path: Path, value) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Likewise, for text."""
+    """Likewise, for text. Of several processes the first writes."""
+    if not processes.is_first():
+        return
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

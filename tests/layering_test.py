@@ -15,7 +15,7 @@ FLOORS = {
     "models.llama": 2.4, "models.qwen2": 2.4, "models.qwen3": 2.4, "models.hf": 2.5, "models.hf_save": 2.6,
     "sampling": 3, "responses": 3, "scoring": 3, "anchors": 3, "head_scan": 3, "losses": 3, "objective": 3, "optim": 3,
     "train_step": 4, "evaluation": 4,
-    "retry": 5, "alarms": 5, "fields": 5, "secrets": 5, "preemption": 5,
+    "processes": 5, "retry": 5, "alarms": 5, "fields": 5, "secrets": 5, "preemption": 5,
     "config": 5, "data": 5, "checkpoint": 5, "metrics": 5, "hub": 5, "folder": 5, "workdir": 5,
     "report.__main__": 7, "report": 5,
     "evaluator": 6, "pretrain": 6, "inputs": 6, "arm": 6, "trainer": 6, "offenders": 6, "preview": 6, "api": 6,

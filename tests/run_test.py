@@ -26,6 +26,7 @@ from ctxjax.alarms import StopRun
 from ctxjax.checkpoint import saved_steps
 from ctxjax.data import prompts, show
 from ctxjax.data.tasks import rules
+from ctxjax.evaluator import Evaluator
 from ctxjax.folder import open_folder
 from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
@@ -137,6 +138,36 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, fin
     after = [row["loss"] for row in rows(stopped / "opcd_retained" / "metrics.jsonl") if "loss" in row]
     assert len(before) == 4 and after == before
     assert results["opcd_retained"]["view_kl"] == uninterrupted["opcd_retained"]["view_kl"]
+
+
+def test_a_finished_run_is_not_evaluated_again_and_says_the_same(finished, cache, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+
+    def fails(self, params):
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(Evaluator, "__call__", fails)
+    (workdir / "results.json").unlink()
+    start(small(cache), workdir)
+    assert (workdir / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
+    stored = json.loads((workdir / "opcd" / "evaluation.json").read_text())
+    stored["of"]["step"] = 2  # of another step
+    (workdir / "opcd" / "evaluation.json").write_text(json.dumps(stored))
+    with pytest.raises(AssertionError, match="evaluated again"):
+        start(small(cache), workdir)
+
+
+def test_the_checkpoint_that_is_best_on_dev_is_kept_and_measured_beside_the_last(finished, cache, tmp_path):
+    written = rows(finished[0] / "opcd" / "metrics.jsonl")
+    first, last = (row["dev/distill"] for row in written if row.get("dev/distill") is not None and row["step"])
+    config = small(cache)
+    config.run_arms, config.eval.select = ("opcd",), "distill" if first > last else "-distill"
+    config.train.save_every, config.train.keep = 4, 1
+    results = start(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run" / "opcd" / "checkpoints") == [2, 4]
+    assert results["opcd"]["step"] == 4 and results["opcd"]["selected"]["step"] == 2
+    assert results["opcd"]["selected"]["view_kl"] != results["opcd"]["view_kl"]
+    assert "opcd, step 2, best on dev" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_is_held_is_printed_once(cache, capsys):

@@ -19,7 +19,7 @@ from ctxjax.types import Batch, Params, Prompts, Rollout, map_rows
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
 def _decode(params, model: ModelConfig, sampling: SamplingConfig, prompts: Prompts, key, example_id_B) -> Rollout:
-    return sample(params, model, sampling, prompts, rng.row_keys(key, example_id_B))
+    return sharding.whole(sample(params, model, sampling, prompts, rng.row_keys(key, example_id_B)))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -54,7 +54,7 @@ def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, contro
     _, values = head_scan.chunked(
         functools.partial(_view_kl, model), 64, hidden, dict.fromkeys(hidden, head), {}, rollout.mask_BxT
     )
-    return values["kl"], by_layer
+    return sharding.whole((values["kl"], by_layer))
 
 
 def _view_kl(model: ModelConfig, raw: dict[str, jax.Array]) -> dict[str, jax.Array]:

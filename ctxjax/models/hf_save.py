@@ -226,5 +226,5 @@ def _prepared(parts: dict, name: str, layer: jax.Array | None, dtype) -> jax.Arr
     return lora.merged_weight(parts, name, dtype)
 
 
-def _in_host_memory(array: jax.Array) -> bool:
-    return [device.platform for device in array.devices()] == ["cpu"]
+def _in_host_memory(array: jax.Array | np.ndarray) -> bool:
+    return isinstance(array, np.ndarray) or [device.platform for device in array.devices()] == ["cpu"]

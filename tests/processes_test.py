@@ -1,0 +1,142 @@
+"""Two real processes, four forced devices each, that train together over loopback."""
+
+import json
+import os
+from pathlib import Path
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from ctxjax import processes
+
+ROOT = Path(__file__).parents[1]
+COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+SMALL = [
+    "--config=configs/tiny.py", "--config.base.steps=1", "--config.base.warmup_steps=1", "--config.base.width=16",
+    "--config.base.layers=1", "--config.base.query_heads=2", "--config.base.kv_heads=1", "--config.base.head_dim=8",
+    "--config.base.mlp_width=16", "--config.base.batch_size=8", "--config.train.batch_size=8",
+    "--config.train.save_every=1", "--config.train.log_every=1", "--config.eval.every=0", "--config.eval.batch_size=8",
+    "--config.optim.warmup_steps=1", "--config.rules.train_questions=64", "--config.rules.dev_questions=8",
+    "--config.rules.test_questions=8", "--config.eval.bootstrap=10", "--config.run_arms=('opcd',)",
+]  # fmt: skip
+
+
+class Run:
+    """The command in ``count`` processes, eight devices in all."""
+
+    def __init__(
+        self, count: int, workdir: Path, cache: Path, *arguments: str, only: dict[int, list[str]] | None = None
+    ):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        flags = f"--xla_force_host_platform_device_count={8 // count} {COMPILE}"
+        self.logs = [workdir.with_name(f"{workdir.name}.{index}.log") for index in range(count)]
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            line = [sys.executable, "-m", "ctxjax.main", *SMALL, f"--workdir={workdir}", f"--config.base.cache={cache}"]
+            line += [f"--config.compile_cache={cache / 'xla'}", *arguments, *(only or {}).get(index, [])]
+            if count > 1:
+                line += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process_id={index}"]
+            with log.open("w") as out:
+                environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+                self.processes.append(subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=out, env=environment))
+
+    def codes(self, seconds: float = 600) -> list[int]:
+        try:
+            return [process.wait(seconds) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def output(self, index: int) -> str:
+        return self.logs[index].read_text()
+
+    def until(self, condition, seconds: float = 600) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end and all(process.poll() is None for process in self.processes), self.output(0)
+            time.sleep(0.1)
+
+
+def rows(workdir: Path) -> dict[int, dict]:
+    lines = (workdir / "opcd" / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folders of three steps in two processes, and of the same in one."""
+    folder = tmp_path_factory.mktemp("processes")
+    both = Run(2, folder / "two", folder / "cache", "--config.train.steps=3")
+    assert both.codes() == [0, 0], both.output(0) + both.output(1)
+    alone = Run(1, folder / "one", folder / "cache", "--config.train.steps=3")
+    assert alone.codes() == [0], alone.output(0)
+    return folder, both
+
+
+def test_two_processes_take_the_steps_of_one(runs):
+    folder, both = runs
+    one, two = rows(folder / "one"), rows(folder / "two")
+    assert list(one) == list(two) == [0, 1, 2, 3]
+    for step, row in one.items():
+        for name, value in row.items():
+            if name not in ("tokens_per_second", "time"):
+                assert two[step][name] == pytest.approx(value, rel=1e-5, abs=1e-5), (step, name)
+    assert (folder / "one/opcd/items.jsonl").read_text() == (folder / "two/opcd/items.jsonl").read_text()
+    assert "Acc_x" in both.output(0) and "report:" in both.output(0)
+    assert "Acc_x" not in both.output(1) and "step/s" not in both.output(1)
+    assert (folder / "two" / "report.html").exists()
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(runs):
+    folder, _ = runs
+    for path in (folder / "two" / "opcd" / "checkpoints").iterdir():
+        if path.name == "3":
+            for file in sorted(path.rglob("*"), reverse=True):
+                file.unlink() if file.is_file() else file.rmdir()
+            path.rmdir()
+    before = rows(folder / "two")
+    alone = Run(1, folder / "two", folder / "cache", "--config.train.steps=3")
+    assert alone.codes() == [0], alone.output(0)
+    assert "continues from the checkpoint of step 2" in alone.output(0)
+    after = rows(folder / "two")
+    assert after[3]["loss"] == pytest.approx(before[3]["loss"], rel=1e-5)
+
+
+def test_where_one_process_dies_the_other_ends_with_the_reason(runs, tmp_path):
+    folder, _ = runs
+    run = Run(2, tmp_path / "run", folder / "cache", "--config.train.steps=100000")
+    checkpoints = tmp_path / "run" / "opcd" / "checkpoints"
+    run.until(lambda: checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir()))
+    run.processes[1].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    codes = run.codes(60)
+    assert time.monotonic() - died < 60 and codes[0] not in (0, None)
+    assert re.search("another process of this run has ended|another task died", run.output(0)), run.output(0)
+
+
+def test_processes_that_are_told_different_things_end_with_what_differs(tmp_path):
+    run = Run(2, tmp_path / "run", tmp_path, "--config.train.steps=3", only={1: ["--config.seed=7"]})
+    assert run.codes() == [2, 2]
+    for index in range(2):
+        assert "config.seed: 0 in 0; 7 in 1" in run.output(index)
+        assert "Traceback" not in run.output(index)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_said_of_other_processes_is_said_in_full():
+    with pytest.raises(ValueError, match="--coordinator, --processes and --process_id go together"):
+        processes.connect("localhost:1234")
+    with pytest.raises(ValueError, match="--process_id = 2 must be from 0 to --processes - 1 = 1"):
+        processes.connect("localhost:1234", 2, 2)
+    with pytest.raises(ValueError, match="'localhost' must be host:port of the first process"):
+        processes.connect("localhost", 2, 0)
+    processes.connect(processes=1)
+    assert not jax.distributed.is_initialized() and processes.is_first()
