@@ -15,9 +15,6 @@ def get_config() -> ConfigDict:
     config.base.steps = 600
 
     config.model.dtype = "float32"  # the same numbers on accelerators
-    # A step's memory is then less than the 32 MiB above which the C library asks the system for fresh pages every time:
-    # an update with the anchor takes two thirds of the time.
-    config.model.remat = "dots"
     config.mesh.data = -1  # the model is small: every device holds it whole
     config.mesh.fsdp = 1
 

@@ -22,7 +22,6 @@ from ctxjax.data.tasks import TASKS, WORLDS, check_task
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.fields import check_numbers, checked, one_of as _one_of, require as _require
 from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
-from ctxjax.models import attention
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.optim import SCHEDULES, OptimConfig
@@ -170,18 +169,16 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     rollout = DecodeConfig(**config.rollout)
     _one_of("rollout.weights", rollout.weights, DECODE_RULES)
     _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
-    evaluation = config.eval.to_dict()
+    evaluation, samples = config.eval.to_dict(), config.eval.samples
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
-    if decode.temperature == 0:
-        _require(evaluation["samples"] == 1, "eval.samples", evaluation["samples"], "1 where eval.temperature = 0")
+    _require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 where eval.temperature = 0")
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     _one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)
     train = dataclasses.replace(train, retention_rows=train.retention_rows or train.batch_size)
     if train.retention_rows > train.batch_size:
-        raise ValueError(
-            f"train.retention_rows = {train.retention_rows} is more than train.batch_size = {train.batch_size}"
-        )
+        size = f"train.batch_size = {train.batch_size}"
+        raise ValueError(f"train.retention_rows = {train.retention_rows} is more than {size}")
     prompt = PromptConfig(**config.prompt)
     _one_of("prompt.placement", prompt.placement, PLACEMENTS)
     parse_date(prompt.date)
@@ -255,8 +252,7 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
 def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
     names = {
         "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS,
-        "gate": GATES,
-        "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
+        "gate": GATES, "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
     }  # fmt: skip
     for field, known in names.items():
         _one_of(f"loss.{field}", getattr(loss, field), known)
@@ -327,7 +323,6 @@ def _check_model(config: Experiment) -> None:
     _one_of("model.remat", config.model.remat, POLICIES)
     _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     _one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
-    _one_of("model.attention", config.model.attention, attention.KINDS)
     _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     teacher, from_scratch = config.teacher, config.teacher_base.steps
     is_one = not (teacher.path and from_scratch)

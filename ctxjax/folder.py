@@ -68,7 +68,7 @@ def open_folder(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
-    attention: str = "auto",
+    attention: str = "reference",
     student: ModelFolder | None = None,
 ) -> ModelFolder:
     """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.

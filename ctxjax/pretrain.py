@@ -65,7 +65,6 @@ def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
         head_dim=config.head_dim,
         mlp_width=config.mlp_width,
         rope_theta=config.rope_theta,
-        remat="dots",  # takes two thirds of the time of keeping everything: see configs/tiny.py
     )
 
 

@@ -77,7 +77,9 @@ def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None):
 
 
 def check(kind: str, platform: str) -> None:
-    """Raises ValueError where ``kind`` is a kernel that devices of this platform cannot run."""
+    """Raises ValueError where ``kind`` is not one of KINDS, or is a kernel that devices of this platform cannot run."""
+    if kind not in KINDS:
+        raise ValueError(f"model.attention = {kind!r} is not known; choose from {', '.join(sorted(KINDS))}")
     if kind in KERNELS and KERNELS[kind][0] != platform:
         there = KERNELS[kind][0]
         raise ValueError(f"model.attention = {kind!r} runs on {there}, and the devices are {platform}; use 'auto'")

@@ -62,7 +62,7 @@ class ModelConfig:
     logit_softcap: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "auto"
+    attention: str = "reference"
 
 
 def param_specs(config: ModelConfig) -> dict:
