@@ -14,8 +14,10 @@ from configs import tiny
 def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.task = "tiny_safety"
-    config.base.steps = 2000
+    config.base.steps = 700
     config.base.lr = 3e-3
+    config.base.width, config.base.layers, config.base.mlp_width = 96, 3, 256
+    config.base.query_heads, config.base.kv_heads = 3, 1
 
     config.rollout.max_tokens = 12  # the longest answer, its tags and the end token, and some to go wrong in
     config.train.steps = 100

@@ -18,28 +18,23 @@ from ml_collections import ConfigDict, config_flags
 
 from ctxjax import command
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/base.py", "The configuration that --config.* change.")
-_MODEL = flags.DEFINE_string("model", None, "A Hugging Face folder or Hub id; left out: config.model.path.")
-_TASK = flags.DEFINE_string("task", None, "Whose questions and grader; left out: config.task.")
-_CONTEXT = flags.DEFINE_string("context", None, "Text file with the context; left out: the task's own, or none.")
-_SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which questions.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
-
 NAME = "model"  # of the evaluated model in results.json
 
 
-def main(_) -> None:
-    config = _CONFIG.value
-    if _OUT.value is None:
+def main(
+    config: ConfigDict, model: str | None, task: str | None, context: str | None, split: str, out: str | None
+) -> None:
+    """The command, by the values of its flags (see ``command_line``)."""
+    if out is None:
         raise ValueError("--out is missing; name a folder for results.json and the responses")
-    out = Path(_OUT.value).expanduser()
+    out = Path(out).expanduser()
     if out.exists():
         raise FileExistsError(f"--out={out} exists; choose another, nothing is overwritten")
     command.prepare(config)
-    choose(config, _MODEL.value, _TASK.value, _CONTEXT.value)
+    choose(config, model, task, context)
     from ctxjax import report, workdir
 
-    evaluation, facts = evaluate(config, _SPLIT.value)
+    evaluation, facts = evaluate(config, split)
     own = out / NAME
     own.mkdir(parents=True)
     workdir.write_text(own / "items.jsonl", "".join(json.dumps(item) + "\n" for item in evaluation.items))
@@ -124,5 +119,19 @@ def _readable(metrics: dict) -> str:
     return "\n".join(lines)
 
 
+def command_line() -> None:
+    """Reads the flags and runs the command. They are declared here and not where the module is imported, since the
+    training command has flags of the same names."""
+    config = config_flags.DEFINE_config_file("config", "configs/base.py", "The configuration that --config.* change.")
+    options = (
+        flags.DEFINE_string("model", None, "A Hugging Face folder or Hub id; left out: config.model.path."),
+        flags.DEFINE_string("task", None, "Whose questions and grader; left out: config.task."),
+        flags.DEFINE_string("context", None, "Text file with the context; left out: the task's own, or none."),
+        flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which questions."),
+        flags.DEFINE_string("out", None, "Folder to write; must not exist."),
+    )
+    command.run(lambda _: main(config.value, *(option.value for option in options)), config)
+
+
 if __name__ == "__main__":
-    command.run(main, _CONFIG)
+    command_line()

@@ -83,7 +83,7 @@ def _experiment(workdir: Path, stored: dict) -> Experiment:
     one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 0}}
     try:
         return config_lib.experiment(ConfigDict(stored | one_device), device_count=1)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{workdir}/config.json is not of this version of ctxjax: {error}") from None
 
 

@@ -40,11 +40,11 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     patience = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": HEARTBEAT_SECONDS}
     try:
         jax.distributed.initialize(coordinator, processes, process_id, **patience)
-    except ValueError:  # nothing found: this process is alone
-        if any(given):
-            raise
     except jax.errors.JaxRuntimeError as error:
         raise ConnectionError(f"the processes of this run did not come together ({_line(error)})") from None
+    except (ValueError, RuntimeError):  # nothing found, or devices are in use already: this process is alone
+        if any(given):
+            raise
 
 
 def is_first() -> bool:
