@@ -76,6 +76,13 @@ def test_results_hold_the_base_and_every_arm(finished):
     for arm in results.values():
         assert wanted | {"obedience", "acc_empty", "acc_paraphrase", "distill"} <= set(arm)
         assert arm["n"] == 20 and len(arm["cosine_by_layer"]) == 2
+    for name in ARMS:
+        written = rows(workdir / name / "metrics.jsonl")
+        held = {key.removeprefix("alarm/"): 0 for row in written for key in row if key.startswith("alarm/")}
+        for key in held:
+            held[key] = sum(f"alarm/{key}" in row for row in written)
+        assert {key: alarm["rows"] for key, alarm in results[name]["alarms"].items()} == held
+        assert results[name]["skipped_steps"] == 0
 
 
 def test_every_question_is_written_once_for_every_view(finished):
