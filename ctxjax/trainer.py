@@ -99,7 +99,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             step = arm.selected_step
             if step not in (None, config.train.steps):
                 selected[name] = step, evaluated(workdir / name / "selected", test, arm.params_at(step), step)
-            alarms[name] = {"alarms": arm.alarms.raised, "skipped_steps": arm.alarms.skipped}
+            alarms[name] = arm.alarms.record
             seconds[name] = time.monotonic() - clock
         results = _results(finished, config)
         results |= {name: results[name] | found for name, found in alarms.items()}
