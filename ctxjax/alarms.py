@@ -1,9 +1,13 @@
 """What goes wrong in a run that looks as if it went well, found in the rows of its metrics.
 
 An alarm holds in a row where its metric is beyond its threshold. It is warned of once, marked as ``alarm/NAME`` in
-every row of metrics.jsonl in which it holds, listed in results.json with the step at which it was raised, and ends the
-run where ``config.alarms.stop`` names it. All of that is a function of the rows alone, so that a run that was
-interrupted, and reads its own rows again, is alarmed as one that was not.
+every row of metrics.jsonl in which it holds, listed in results.json and in the report with the step at which it was
+raised, what it said then and in how many rows it held, and ends the run where ``config.alarms.stop`` names it. All of
+that is a function of the rows alone, so that a run that was interrupted, and reads its own rows again, is alarmed as
+one that was not.
+
+Whether student and teacher drift apart is watched by their likeliest token, and not by the overlap of their top k,
+which would sort the vocabulary, where it is sharded, at every token: that metric comes with the losses for free.
 """
 
 from __future__ import annotations
@@ -54,12 +58,15 @@ class StopRun(RuntimeError):
 
 
 class Alarms:
-    """The alarms of one arm. ``raised``: alarm -> the step at which it was raised first; ``skipped``: steps skipped."""
+    """The alarms of one arm. ``raised``: alarm -> the step at which it was raised first, and ``messages``, what it said
+    then; ``held``: alarm -> rows in which it held from then on; ``skipped``: steps skipped."""
 
     def __init__(self, config: AlarmsConfig, arm: str):
         self._config, self._arm = config, arm
         self._falls, self._in_a_row = _Falls(), Counter()
         self.raised: dict[str, int] = {}
+        self.messages: dict[str, str] = {}
+        self.held: Counter[str] = Counter()
         self.skipped = 0
 
     def observe(self, step: int, row: dict[str, float], quiet: bool = False) -> dict[str, float]:
@@ -76,8 +83,9 @@ class Alarms:
             self._in_a_row[name] = self._in_a_row[name] + 1 if holds else 0
             if holds and (alarm.at_once or self._in_a_row[name] >= self._config.patience):
                 added[f"alarm/{name}"] = 1.0
+                self.held[name] += 1
                 if name not in self.raised:
-                    self.raised[name] = step
+                    self.raised[name], self.messages[name] = step, alarm.message.format(**row)
                     if not quiet:
                         print(f"warning: {self._text(name, step, row)}", file=sys.stderr, flush=True)
         return added
@@ -92,6 +100,15 @@ class Alarms:
                     name,
                     step,
                 )
+
+    @property
+    def record(self) -> dict:
+        """What results.json says of them."""
+        alarms = {
+            name: {"step": step, "rows": self.held[name], "message": self.messages[name]}
+            for name, step in self.raised.items()
+        }
+        return {"alarms": alarms, "skipped_steps": self.skipped}
 
     @property
     def is_close_to_stopping(self) -> bool:

@@ -76,6 +76,13 @@ def _quiet() -> None:
     errors in their threads, which end the run with a message of their own."""
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(event) -> None:
+    """Leaves out what tensorstore's threads say, one by one, where a write has failed and nobody waits for them."""
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
 
 
 def _split_cpu(count: int) -> None:

@@ -99,7 +99,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             step = arm.selected_step
             if step not in (None, config.train.steps):
                 selected[name] = step, evaluated(workdir / name / "selected", test, arm.params_at(step), step)
-            alarms[name] = {"alarms": arm.alarms.raised, "skipped_steps": arm.alarms.skipped}
+            alarms[name] = arm.alarms.record
             seconds[name] = time.monotonic() - clock
         results = _results(finished, config)
         results |= {name: results[name] | found for name, found in alarms.items()}
@@ -164,7 +164,7 @@ def _evaluator(
         folder,
         teacher,
         config.prompt,
-        judged=sampling_config(config.eval.decode, folder),
+        judged=sampling_config(config.eval.decode, folder, config.eval.samples),
         rollout=sampling_config(config.rollout, folder),
         batch_size=config.eval.batch_size,
         seed=config.seed,
@@ -185,5 +185,6 @@ def _results(finished: dict[str, Evaluation], config: Experiment) -> dict[str, d
             (arm["bare"].correct, arm["context"].correct),
             (plain["bare"].correct, plain["context"].correct),
             config.eval.bootstrap,
+            config.eval.samples,
         )
     return results

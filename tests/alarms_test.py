@@ -83,6 +83,9 @@ def test_rows_in_which_it_holds_are_marked(name):
     alarms = Alarms(AlarmsConfig(stop=()), "opcd")
     marks = [f"alarm/{name}" in alarms.observe(step, row) for step, row in enumerate(story(wrong), 1)]
     assert marks.index(True) + 1 == alarms.raised[name] and all(marks[marks.index(True) :])
+    record = alarms.record["alarms"][name]
+    assert record["step"] == alarms.raised[name] and record["rows"] == sum(marks)
+    assert record["message"] and "{" not in record["message"]
 
 
 @pytest.mark.parametrize("name", ALARMS)
@@ -90,7 +93,7 @@ def test_a_run_that_reads_its_rows_again_goes_on_as_one_that_was_not_interrupted
     rows = story(WRONG[name][0])
     whole = observed(rows, stop=())
     capsys.readouterr()
-    assert observed(rows, stop=(), quiet=len(rows)).raised == whole.raised
+    assert observed(rows, stop=(), quiet=len(rows)).record == whole.record
     assert capsys.readouterr().err == ""
     assert observed(rows, stop=()).skipped == (20 if name == "not_finite" else 0)
 

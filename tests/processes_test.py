@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from ctxjax import processes
+from ctxjax.checkpoint import saved_steps
 
 ROOT = Path(__file__).parents[1]
 COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -25,6 +26,8 @@ SMALL = [
     "--config.optim.warmup_steps=1", "--config.rules.train_questions=64", "--config.rules.dev_questions=8",
     "--config.rules.test_questions=8", "--config.eval.bootstrap=10", "--config.run_arms=('opcd',)",
 ]  # fmt: skip
+STEPS = 40
+LONGER = [f"--config.train.steps={STEPS}"]
 
 
 class Run:
@@ -95,31 +98,48 @@ def test_two_processes_take_the_steps_of_one(runs):
     assert (folder / "two" / "report.html").exists()
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two(runs):
+@pytest.fixture(scope="module")
+def preempted(runs):
+    """(run, its workdir): two processes, one of which was sent SIGTERM while they trained."""
     folder, _ = runs
-    for path in (folder / "two" / "opcd" / "checkpoints").iterdir():
-        if path.name == "3":
-            for file in sorted(path.rglob("*"), reverse=True):
-                file.unlink() if file.is_file() else file.rmdir()
-            path.rmdir()
-    before = rows(folder / "two")
-    alone = Run(1, folder / "two", folder / "cache", "--config.train.steps=3")
-    assert alone.codes() == [0], alone.output(0)
-    assert "continues from the checkpoint of step 2" in alone.output(0)
-    after = rows(folder / "two")
-    assert after[3]["loss"] == pytest.approx(before[3]["loss"], rel=1e-5)
+    run = Run(2, folder / "hit", folder / "cache", *LONGER)
+    run.until(lambda: saved_steps(folder / "hit" / "opcd" / "checkpoints"))
+    run.processes[1].send_signal(signal.SIGTERM)
+    run.ended_with = run.codes(60)
+    return run, folder / "hit"
 
 
-def test_where_one_process_dies_the_other_ends_with_the_reason(runs, tmp_path):
-    folder, _ = runs
-    run = Run(2, tmp_path / "run", folder / "cache", "--config.train.steps=100000")
-    checkpoints = tmp_path / "run" / "opcd" / "checkpoints"
-    run.until(lambda: checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir()))
+def test_sigterm_to_one_process_saves_the_same_step_in_all_and_ends_them_to_go_on(preempted):
+    run, workdir = preempted
+    assert run.ended_with == [75, 75], run.output(0) + run.output(1)
+    assert all("SIGTERM: the run ends; the same command goes on" in run.output(index) for index in range(2))
+    assert not any("Traceback" in run.output(index) for index in range(2))
+    last = max(rows(workdir))
+    assert saved_steps(workdir / "opcd" / "checkpoints")[-1] == last < STEPS
+
+
+def test_where_one_process_dies_the_other_ends_with_the_reason_and_one_alone_goes_on_to_the_end(preempted):
+    _, workdir = preempted
+    folder = workdir / "opcd" / "checkpoints"
+    first = saved_steps(folder)[-1]
+    run = Run(2, workdir, workdir.parent / "cache", *LONGER)
+    run.until(lambda: saved_steps(folder)[-1] > first)
     run.processes[1].send_signal(signal.SIGKILL)
     died = time.monotonic()
     codes = run.codes(60)
-    assert time.monotonic() - died < 60 and codes[0] not in (0, None)
+    assert time.monotonic() - died < 60 and codes[0] not in (0, 75) and codes[1] == -signal.SIGKILL
     assert re.search("another process of this run has ended|another task died", run.output(0)), run.output(0)
+    assert f"opcd: continues from the checkpoint of step {first}" in run.output(0)
+    last, seen = saved_steps(folder)[-1], rows(workdir)
+    alone = Run(1, workdir, workdir.parent / "cache", *LONGER)
+    assert alone.codes() == [0], alone.output(0)
+    assert f"opcd: continues from the checkpoint of step {last}" in alone.output(0)
+    lines = (workdir / "opcd" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(STEPS + 1))
+    after = rows(workdir)
+    for step in seen.keys() - {0}:  # those that the two had taken beyond the checkpoint were taken again
+        assert after[step]["loss"] == pytest.approx(seen[step]["loss"], rel=1e-5), step
+    assert (workdir / "report.html").exists()
 
 
 def test_processes_that_are_told_different_things_end_with_what_differs(tmp_path):

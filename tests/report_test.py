@@ -12,7 +12,7 @@ from ctxjax.report import results_table, write_report
 from ctxjax.report.__main__ import main
 from ctxjax.report.assessment import glance, levels, share_closed, verdict
 from ctxjax.report.samples import sample_responses
-from ctxjax.report.tables import mean_layer_cosine, result_rows
+from ctxjax.report.tables import alarm_rows, mean_layer_cosine, result_rows
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -166,6 +166,22 @@ def test_page_holds_every_part(workdir: pathlib.Path) -> None:
         assert heading in page.text, heading
     assert "Figure 7." in page.text
     assert "model.width" in page.text
+
+
+def test_alarms_are_shown_with_step_rows_and_message_and_only_where_there_are_any(workdir: pathlib.Path) -> None:
+    assert "Alarms" not in parse(write_report(workdir)).text
+    alarm = {"step": 17, "rows": 23, "message": f"the responses repeat themselves {ATTACK}"}
+    raised = {"alarms": {"repetition": alarm, "no_end": alarm | {"step": 4}}, "skipped_steps": 2}
+    results = RESULTS | {"opcd": RESULTS["opcd"] | raised, "opcd_anchored": RESULTS["opcd_anchored"] | {"alarms": {}}}
+    assert alarm_rows(results) == [
+        ("opcd", "no_end", "4", "23", alarm["message"]),
+        ("opcd", "repetition", "17", "23", alarm["message"]),
+        ("opcd", "skipped steps", "-", "2", "steps that were skipped, since their loss or gradient was not finite"),
+    ]
+    (workdir / "results.json").write_text(json.dumps(results))
+    page = parse(write_report(workdir))
+    assert "Alarms" in page.text and page.text.count(alarm["message"]) == 2 and "script" not in page.tags
+    assert "steps that were skipped" in page.text
 
 
 def test_model_text_is_shown_and_never_run(workdir: pathlib.Path) -> None:

@@ -23,7 +23,7 @@ from ctxjax import (
     workdir as workdir_lib,
 )
 from ctxjax.alarms import StopRun
-from ctxjax.checkpoint import saved_steps
+from ctxjax.checkpoint import read_params, saved_steps
 from ctxjax.data import prompts, show
 from ctxjax.data.tasks import rules
 from ctxjax.evaluator import Evaluator
@@ -76,6 +76,13 @@ def test_results_hold_the_base_and_every_arm(finished):
     for arm in results.values():
         assert wanted | {"obedience", "acc_empty", "acc_paraphrase", "distill"} <= set(arm)
         assert arm["n"] == 20 and len(arm["cosine_by_layer"]) == 2
+    for name in ARMS:
+        written = rows(workdir / name / "metrics.jsonl")
+        held = {key.removeprefix("alarm/"): 0 for row in written for key in row if key.startswith("alarm/")}
+        for key in held:
+            held[key] = sum(f"alarm/{key}" in row for row in written)
+        assert {key: alarm["rows"] for key, alarm in results[name]["alarms"].items()} == held
+        assert results[name]["skipped_steps"] == 0
 
 
 def test_every_question_is_written_once_for_every_view(finished):
@@ -111,15 +118,8 @@ def test_the_report_stands_beside_the_results(finished):
     assert "opcd_anchored" in page and "http" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["all_weights", "adapter"])
-def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, finished, cache):
-    config = small(cache)
-    config.run_arms, config.lora.rank = ("opcd_retained",), rank
-    workdir, uninterrupted = finished
-    if rank:
-        workdir = cache / "adapter"
-        uninterrupted = start(config, workdir)
-    stopped = cache / f"stopped-{rank}"
+def stopped(config, workdir: Path) -> Path:
+    """The folder of a run that ended in its third step, after the checkpoint of the second."""
     original = arm_lib.Writer.step
 
     def stop_after_two(self, step, metrics):
@@ -130,14 +130,58 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, fin
     arm_lib.Writer.step = stop_after_two
     try:
         with pytest.raises(KeyboardInterrupt):
-            start(config, stopped)
+            start(config, workdir)
     finally:
         arm_lib.Writer.step = original
-    results = start(config, stopped)
+    return workdir
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["all_weights", "adapter"])
+def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, finished, cache):
+    config = small(cache)
+    config.run_arms, config.lora.rank = ("opcd_retained",), rank
+    workdir, uninterrupted = finished
+    if rank:
+        workdir = cache / "adapter"
+        uninterrupted = start(config, workdir)
+    again = stopped(config, cache / f"stopped-{rank}")
+    results = start(config, again)
     before = [row["loss"] for row in rows(workdir / "opcd_retained" / "metrics.jsonl") if "loss" in row]
-    after = [row["loss"] for row in rows(stopped / "opcd_retained" / "metrics.jsonl") if "loss" in row]
+    after = [row["loss"] for row in rows(again / "opcd_retained" / "metrics.jsonl") if "loss" in row]
     assert len(before) == 4 and after == before
     assert results["opcd_retained"]["view_kl"] == uninterrupted["opcd_retained"]["view_kl"]
+
+
+def last_params(workdir: Path, arm: str) -> dict[str, np.ndarray]:
+    """What an arm's last checkpoint holds of the parameters, by name, on the host."""
+    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
+        folder = open_folder(next(workdir.parent.glob("**/rules-base-*")), mesh)
+        params = read_params(workdir / arm / "checkpoints", 4, folder.params)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 1)], ids=str)
+def test_a_run_interrupted_on_one_mesh_goes_on_on_another_to_the_same_parameters(shape, finished, cache, monkeypatch):
+    """From eight shards of every matrix to one device, and to two shards in four copies."""
+    config = small(cache)
+    config.run_arms = ("opcd_retained",)
+    again = stopped(config, cache / f"mesh-{shape}")
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
+    devices = jax.devices()[: int(np.prod(shape))]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
+    start(config, again)
+    monkeypatch.undo()
+    expected, found = (last_params(workdir, "opcd_retained") for workdir in (finished[0], again))
+    first = last_params(finished[0], "opcd")
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
+    assert max(np.abs(first[name] - expected[name]).max() for name in expected) > 1e-4
+    losses = [
+        [row["loss"] for row in rows(workdir / "opcd_retained" / "metrics.jsonl") if "loss" in row]
+        for workdir in (finished[0], again)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_a_finished_run_is_not_evaluated_again_and_says_the_same(finished, cache, tmp_path, monkeypatch):

@@ -89,6 +89,7 @@ def render(files: RunFiles, name: str) -> str:
         teacher_labels=tables.TEACHER_LABELS,
         check_headers=tables.CHECK_HEADERS,
         checks=tables.check_rows(results),
+        alarms=tables.alarm_rows(results),
         curves=_curve_panels(curves, results, plots),
         curves_legend=_legend(
             {

@@ -128,7 +128,6 @@ def check_rows(results: dict) -> list[tuple[str, list[Cell]]]:
     for arm, row in results.items():
         difference = finite_list(row.get("harm_minus_opcd"))
         centre = difference[0] if len(difference) == 3 else None
-        step = finite(row.get("step"))
         rows.append(
             (
                 arm,
@@ -142,11 +141,32 @@ def check_rows(results: dict) -> list[tuple[str, list[Cell]]]:
                     _two(percent(row.get("truncated_x")), percent(row.get("truncated_xc"))),
                     _two(percent(row.get("parse_x")), percent(row.get("parse_xc"))),
                     _two(percent(row.get("acc_x_lenient")), percent(row.get("acc_xc_lenient"))),
-                    Cell(DASH if step is None else f"{step:g}"),
+                    Cell(_count(row.get("step"))),
                 ],
             )
         )
     return rows
+
+
+def alarm_rows(results: dict) -> list[tuple[str, str, str, str, str]]:
+    """(arm, alarm, step at which it was raised, rows of metrics.jsonl in which it held, what it said), by step; the
+    steps that were skipped have a row of their own."""
+    found = []
+    for arm, row in results.items():
+        alarms = row.get("alarms")
+        raised = [(name, alarm) for name, alarm in alarms.items() if isinstance(alarm, dict)] if alarms else []
+        for name, alarm in sorted(raised, key=lambda pair: finite(pair[1].get("step")) or 0):
+            step, held = (_count(alarm.get(key)) for key in ("step", "rows"))
+            found.append((arm, name, step, held, str(alarm.get("message") or DASH)))
+        if finite(row.get("skipped_steps")):
+            text = "steps that were skipped, since their loss or gradient was not finite"
+            found.append((arm, "skipped steps", DASH, _count(row["skipped_steps"]), text))
+    return found
+
+
+def _count(value: object) -> str:
+    number = finite(value)
+    return DASH if number is None else f"{number:g}"
 
 
 def _cell(column: Column, row: dict, level: str) -> Cell:

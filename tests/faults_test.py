@@ -1,0 +1,92 @@
+"""A disk that fills up under a run, or may not be written to: the whole command, and the same command afterwards."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ctxjax.checkpoint import saved_steps
+
+ROOT = Path(__file__).parents[1]
+STEPS = 30
+SETTINGS = {
+    "cpu_devices": 1, "base.steps": 1, "base.warmup_steps": 1, "base.width": 16, "base.layers": 1,
+    "base.query_heads": 2, "base.kv_heads": 1, "base.head_dim": 8, "base.mlp_width": 16, "base.batch_size": 8,
+    "train.steps": STEPS, "train.batch_size": 8, "train.save_every": 1, "train.log_every": 1, "eval.every": 0,
+    "eval.batch_size": 8, "eval.bootstrap": 10, "optim.warmup_steps": 1, "rules.train_questions": 64,
+    "rules.dev_questions": 8, "rules.test_questions": 8, "run_arms": "('opcd',)",
+}  # fmt: skip
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 8 MB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+class Command:
+    """A run in ``workdir`` that is going on."""
+
+    def __init__(self, workdir: Path, cache: Path, log: Path):
+        settings = SETTINGS | {"base.cache": cache, "compile_cache": cache / "xla"}
+        line = [sys.executable, "-m", "ctxjax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
+        line += [f"--config.{name}={value}" for name, value in settings.items()]
+        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "TQDM_DISABLE": "1"}
+        self._log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=out, env=environment)
+
+    def ends(self, seconds: float = 300) -> tuple[int, str]:
+        """(exit code, all that it has printed)."""
+        try:
+            return self.process.wait(seconds), self._log.read_text()
+        finally:
+            self.process.kill()
+
+
+def fill(path: Path) -> None:
+    """Writes a file that takes all the room that there is."""
+    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while file.write(bytes(4096)):
+            pass
+
+
+def refused(code: int, output: str) -> str:
+    """The one message of a command that ended because of its disk."""
+    assert code == 2 and "Traceback" not in output, output
+    (message,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return message
+
+
+def test_a_disk_that_fills_up_or_may_not_be_written_to_costs_nothing_but_time(disk, tmp_path):
+    workdir, cache, checkpoints = disk / "run", tmp_path / "cache", disk / "run" / "opcd" / "checkpoints"
+    run = Command(workdir, cache, tmp_path / "full.log")
+    end = time.monotonic() + 300
+    while not saved_steps(checkpoints):
+        assert time.monotonic() < end and run.process.poll() is None, run.ends(1)
+        time.sleep(0.02)
+    fill(disk / "filler")
+    message = refused(*run.ends(60))
+    assert "No space left on device" in message or "could not be written" in message, message
+    assert "ake room" in message and "same command" in message, message
+    last = saved_steps(checkpoints)[-1]
+
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    message = refused(*Command(workdir, cache, tmp_path / "read_only.log").ends())
+    assert "Read-only file system" in message and str(workdir) in message, message
+
+    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    (disk / "filler").unlink()
+    code, output = Command(workdir, cache, tmp_path / "again.log").ends()
+    assert code == 0 and f"opcd: continues from the checkpoint of step {last}" in output, output
+    steps = [json.loads(line)["step"] for line in (workdir / "opcd" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(STEPS + 1)) and saved_steps(checkpoints)[-1] == STEPS
