@@ -84,3 +84,13 @@ def test_a_kernel_that_these_devices_cannot_run_is_an_error_and_auto_takes_none(
             ValueError, match=f"model.attention = '{name}' runs on .*, and the devices are cpu; use 'auto'"
         ):
             kernel_for(name, q, None)
+
+
+def test_the_scores_of_a_long_sequence_are_never_in_memory_at_once(mesh):
+    """At 8,192 columns they would take 1 GiB, and their gradient as much again."""
+    q, k, real = (jax.ShapeDtypeStruct((1, *shape), kind) for shape, kind in (
+        ((H, 8192, DH), jnp.float32), ((K, 8192, DH), jnp.float32), ((8192,), bool)
+    ))  # fmt: skip
+    gradient = jax.grad(lambda q, k, v, real: reference(q, k, v, None, real).sum(), argnums=(0, 1, 2))
+    memory = jax.jit(gradient).lower(q, k, k, real).compile().memory_analysis()
+    assert 0 < memory.temp_size_in_bytes < H * 8192**2 * 4 / 16
