@@ -42,7 +42,8 @@ def main() -> None:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
         task = TASKS[config.task][1](config.task_config)
-        folder = open_folder(pretrain.ensure_base(config.base, config.task, task, mesh), mesh)
+        path = pretrain.ensure_base(config.base, config.task, task, mesh)
+        folder = open_folder(path, mesh, remat=config.model.remat)
         rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
         batches = training_batches(
             rows, None, seed=0, batch_size=config.train.batch_size, retention_rows=0, pad_id=folder.pad_id

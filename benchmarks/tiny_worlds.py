@@ -1,10 +1,11 @@
 """Harm, removability and obedience on several worlds and contexts: configs/tiny.py over seeds x contexts.
 
-    python benchmarks/tiny_worlds.py --workdir=DIR [--seeds=3] [--contexts=3] [--quick]
+    python benchmarks/tiny_worlds.py --workdir=DIR [--seeds=3] [--contexts=3] [--quick] [--config.FIELD=VALUE ...]
 
-Every run is the main command with its settings untouched but for the seed, the table to internalize, and the dev
-evaluations during training, which are off. Runs that are already finished in DIR are not repeated. The number of CPU
-devices changes sums in their last digits, and so a base's fate: compare with machines of as many cores.
+Every run is the main command with its settings untouched but for the seed, the table to internalize, the dev
+evaluations during training, which are off, and the fields that are given. Runs that are already finished in DIR are not
+repeated. The number of CPU devices changes sums in their last digits, and so a base's fate: compare with machines of as
+many cores.
 Prints a row per run and arm, mean and range by arm, and one JSON object as the last line.
 """
 
@@ -45,11 +46,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--contexts", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one run of a few steps: does it work at all")
-    options = parser.parse_args()
-    extra = []
+    options, extra = parser.parse_known_args()
+    if unknown := [argument for argument in extra if not argument.startswith("--config.")]:
+        parser.error(f"unknown arguments {unknown}")
     if options.quick:
         options.seeds = options.contexts = 1
-        extra = ["--config.train.steps=4", "--config.base.steps=4", "--config.rules.test_questions=32"]
+        extra += ["--config.train.steps=4", "--config.base.steps=4", "--config.rules.test_questions=32"]
     options.workdir.mkdir(parents=True, exist_ok=True)
     pairs = list(itertools.product(range(options.seeds), range(options.contexts)))
     runs = [(seed, context, run(options.workdir, seed, context, extra)) for seed, context in pairs]

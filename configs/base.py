@@ -24,6 +24,10 @@ def get_config() -> ConfigDict:
     # Of activations and matrix products: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPUs.
     config.model.dtype = "auto"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
+    # What computes attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or
+    # "auto": a kernel where the devices have one and the model computes in bfloat16, else the reference. Neither kernel
+    # has been timed on its hardware yet (models/kernels.py says what was checked).
+    config.model.attention = "reference"
     # What layers keep for the backward pass; the rest is recomputed. "none": all is kept; "dots": products with
     # weights; "full": a layer's input, for a third more arithmetic; "offload": that, in the host's memory.
     config.model.remat = "none"
@@ -146,6 +150,9 @@ def get_config() -> ConfigDict:
     config.eval.every = 10  # steps between evaluations on the dev split; 0: never
     config.eval.batch_size = 256  # questions decoded at a time
     config.eval.temperature = 0.0  # 0: greedy
+    # Responses to a question in each view; more than one need a temperature. Harm is then reported beside its floor,
+    # what two samples of the same view disagree on.
+    config.eval.samples = 1
     config.eval.top_k = 0
     config.eval.top_p = 1.0
     config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval

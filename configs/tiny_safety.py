@@ -14,7 +14,8 @@ from configs import tiny
 def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.task = "tiny_safety"
-    config.base.steps = 700
+    config.base.steps = 1000
+    config.base.batch_size = 128
     config.base.lr = 3e-3
     config.base.width, config.base.layers, config.base.mlp_width = 96, 3, 256
     config.base.query_heads, config.base.kv_heads = 3, 1
@@ -22,6 +23,6 @@ def get_config() -> ConfigDict:
     config.rollout.max_tokens = 12  # the longest answer, its tags and the end token, and some to go wrong in
     config.train.steps = 100
     config.train.save_every = 100
-    config.eval.every = 50
+    config.eval.every = 100
     config.run_arms = ("off_policy", "opcd", "opcd_anchored", "opcd_retained")
     return config

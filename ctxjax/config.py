@@ -36,6 +36,7 @@ class ModelSource:
     dtype: str
     param_dtype: str
     remat: str
+    attention: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,7 @@ class EvalConfig:
 
     every: int
     batch_size: int
+    samples: int
     bootstrap: int
     select: str
     decode: DecodeConfig
@@ -167,16 +169,16 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     rollout = DecodeConfig(**config.rollout)
     _one_of("rollout.weights", rollout.weights, DECODE_RULES)
     _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
-    evaluation = config.eval.to_dict()
+    evaluation, samples = config.eval.to_dict(), config.eval.samples
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
+    _require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 where eval.temperature = 0")
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     _one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)
     train = dataclasses.replace(train, retention_rows=train.retention_rows or train.batch_size)
     if train.retention_rows > train.batch_size:
-        raise ValueError(
-            f"train.retention_rows = {train.retention_rows} is more than train.batch_size = {train.batch_size}"
-        )
+        size = f"train.batch_size = {train.batch_size}"
+        raise ValueError(f"train.retention_rows = {train.retention_rows} is more than {size}")
     prompt = PromptConfig(**config.prompt)
     _one_of("prompt.placement", prompt.placement, PLACEMENTS)
     parse_date(prompt.date)
@@ -250,8 +252,7 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
 def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
     names = {
         "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS,
-        "gate": GATES,
-        "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
+        "gate": GATES, "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
     }  # fmt: skip
     for field, known in names.items():
         _one_of(f"loss.{field}", getattr(loss, field), known)

@@ -83,14 +83,14 @@ def evaluate(config: ConfigDict, split: str):
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with jax.set_mesh(mesh):
         model = experiment.model
-        folder = open_folder(model.path, mesh, model.dtype, model.param_dtype)
+        folder = open_folder(model.path, mesh, model.dtype, model.param_dtype, attention=model.attention)
         evaluator = Evaluator(
             task,
             split,
             folder,
             folder,
             experiment.prompt,
-            judged=sampling_config(experiment.eval.decode, folder),
+            judged=sampling_config(experiment.eval.decode, folder, experiment.eval.samples),
             rollout=sampling_config(experiment.rollout, folder),
             batch_size=experiment.eval.batch_size,
             seed=experiment.seed,

@@ -20,7 +20,7 @@ from ctxjax.evaluation.metrics import Outcomes
 from ctxjax.folder import ModelFolder
 from ctxjax.losses import LossConfig
 from ctxjax.sampling import SamplingConfig
-from ctxjax.types import Params, Prompts, Rollout
+from ctxjax.types import Params, Rollout
 from ctxjax.workdir import write_json, write_text
 
 # The metric that a view's accuracy is reported as; the first two are reported by metrics.removability.
@@ -87,14 +87,14 @@ class Evaluator:
             v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id, prefixes[v]) for v, lists in tokens.items()
         }
         self._batch = views_lib.batch_size(len(encoded.rows), batch_size, mesh)
-        self._key = rng.key_for(jax.random.key(seed), 0, "evaluation")
+        self._root = jax.random.key(seed)
 
     def __call__(self, params: Params) -> Evaluation:
         """Decodes every view; the hidden states and the view KL are taken along the bare view's responses."""
         model = self._folder.config
-        rollouts = {v: self._decode(params, prompts, self._judged) for v, prompts in self._prompts.items()}
+        rollouts = {v: self._decode(params, v, self._judged) for v in self._prompts}
         items = [item for view, rollout in rollouts.items() for item in self._grade(view, rollout)]
-        outcomes = _outcomes(items)
+        outcomes, samples = _outcomes(items), self._judged.samples
         with_context = "context" in outcomes
         if with_context:
             result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
@@ -102,31 +102,34 @@ class Evaluator:
             result = metrics_lib.one_view("x", outcomes["bare"])
         for view, name in ACCURACY_OF_VIEW.items():
             if view in outcomes:
-                result |= metrics_lib.rate(name, outcomes[view].correct)
+                result |= metrics_lib.rate(name, outcomes[view].correct, samples=samples)
         result |= self._default_rate(items)
         if not with_context:
             return Evaluation(result, items, outcomes)
         bare, context = self._prompts["bare"], self._prompts["context"]
         control = self._prompts.get("other", self._prompts["empty"])
-        kl, cosines = views_lib.compare(
-            params, model, bare, context, control, rollouts["bare"], self._batch, self._mesh
-        )
-        mask = rollouts["bare"].mask_BxT
+        first = jax.tree.map(lambda array: array[::samples], rollouts["bare"])
+        kl, cosines = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
+        mask = first.mask_BxT
         result |= metrics_lib.view_distance(kl, mask) | metrics_lib.layer_cosines(cosines, mask)
         result["distill"] = self._distillation(params)
         return Evaluation(result, items, outcomes)
 
-    def _decode(self, params: Params, prompts: Prompts, sampling: SamplingConfig) -> Rollout:
-        return views_lib.decode(params, self._folder.config, sampling, prompts, self._key, self._batch, self._mesh)
+    def _decode(self, params: Params, view: str, sampling: SamplingConfig) -> Rollout:
+        """Views are sampled independently of each other."""
+        model, key = self._folder.config, rng.key_for(self._root, list(self._prompts).index(view), "evaluation")
+        return views_lib.decode(params, model, sampling, self._prompts[view], key, self._batch, self._mesh)
 
     def _grade(self, view: str, rollout: Rollout) -> list[dict]:
         tokenizer, items = self._folder.tokenizer, []
         kept = [tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-        for row, ids, text in zip(self._rows[view], kept, texts):
+        samples = self._judged.samples
+        for place, (ids, text) in enumerate(zip(kept, texts)):
+            row = self._rows[view][place // samples]
             grade = checks.graded(self._task, text, row)
             items.append({
-                "id": row.id, "view": view, "question": row.question, "context": row.context,
+                "id": row.id, "view": view, "sample": place % samples, "question": row.question, "context": row.context,
                 "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
                 "length": len(ids), "truncated": int(ids[-1]) not in self._folder.stop_ids,
             })  # fmt: skip
@@ -138,13 +141,14 @@ class Evaluator:
         if not rows or rows[0].default is None:
             return {}
         bare = (item for item in items if item["view"] == "bare")
-        same = [self._task.grade(item["text"], row.default).correct for item, row in zip(bare, rows)]
-        return metrics_lib.rate("acc_default", np.array(same))
+        samples = self._judged.samples
+        same = [self._task.grade(item["text"], rows[i // samples].default).correct for i, item in enumerate(bare)]
+        return metrics_lib.rate("acc_default", np.array(same), samples=samples)
 
     def _distillation(self, params: Params) -> float:
         """Held-out KL(q_x || f) in nats per token, on the student's own samples, as in training."""
         model, bare = self._folder.config, self._prompts["bare"]
-        rollout = self._decode(params, bare, self._rollout)
+        rollout = self._decode(params, "bare", self._rollout)
         loss = LossConfig(temperature=self._rollout.temperature)
         return views_lib.distillation_kl(
             params,
@@ -173,6 +177,7 @@ def _outcomes(items: list[dict]) -> dict[str, Outcomes]:
             length=np.array([item["length"] for item in own]),
             lenient=_lenient(own),
             reasons=[item["reason"] for item in own],
+            samples=1 + max(item["sample"] for item in own),
         )
         for view, own in by_view.items()
     }

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ctxjax.data import tokenizer_match
 from ctxjax.hub import local_folder
-from ctxjax.models import hf, mesh_fit
+from ctxjax.models import attention as attention_lib, hf, mesh_fit
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
@@ -68,6 +68,7 @@ def open_folder(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
+    attention: str = "reference",
     student: ModelFolder | None = None,
 ) -> ModelFolder:
     """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.
@@ -77,9 +78,11 @@ def open_folder(
     Raises FileNotFoundError or ValueError with one message that names the folder, what is wrong, and the remedy.
     """
     path = local_folder(path)
+    platform = mesh.devices.flat[0].platform
+    attention_lib.check(attention, platform)
     if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    config = hf.read_config(path, dtype, remat)
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    config = dataclasses.replace(hf.read_config(path, dtype, remat), attention=attention)
     mesh_fit.check(config, mesh, str(path))
     tokenizer = load_tokenizer(path)
     if student is not None:

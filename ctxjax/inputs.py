@@ -81,7 +81,10 @@ def with_teacher(
     if not path:
         return student, student
     clock = time.monotonic()
-    loaded = open_folder(path, mesh, config.model.dtype, config.teacher.param_dtype, student=student)
+    model = config.model
+    loaded = open_folder(
+        path, mesh, model.dtype, config.teacher.param_dtype, attention=model.attention, student=student
+    )
     seconds["load teacher"] = time.monotonic() - clock
     print(f"teacher: {path}", flush=True)
     student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
@@ -95,7 +98,8 @@ def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float])
         path = pretrain.ensure_base(config.base, config.task, task, mesh)
         seconds["base from scratch"] = time.monotonic() - clock
         clock = time.monotonic()
-    folder = open_folder(path, mesh, config.model.dtype, config.model.param_dtype, config.model.remat)
+    model = config.model
+    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention)
     seconds["load"] = time.monotonic() - clock
     print(f"model: {path}", flush=True)
     return folder
@@ -126,7 +130,7 @@ def digests(inputs: Inputs) -> dict:
     }
 
 
-def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig:
+def sampling_config(decode: DecodeConfig, folder: ModelFolder, samples: int = 1) -> SamplingConfig:
     return SamplingConfig(
         max_tokens=decode.max_tokens,
         eos_ids=folder.stop_ids,
@@ -135,4 +139,5 @@ def sampling_config(decode: DecodeConfig, folder: ModelFolder) -> SamplingConfig
         top_k=decode.top_k,
         top_p=decode.top_p,
         weights=decode.weights,
+        samples=samples,
     )

@@ -16,14 +16,16 @@ def positions(mask_BxL: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask_BxL, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def causal(mask_BxL: jax.Array) -> jax.Array:
-    """Attention mask [B, L, L], True where query l may read key m: m <= l and m is a real token.
+def causal(real_BxM: jax.Array, columns_BxL: jax.Array | None = None) -> jax.Array:
+    """Attention mask [B, L, M], True where the query in column c may read key m: m <= c and m is a real token.
 
-    A padding query reads itself, so that no softmax row is empty; nothing reads a padding query.
+    ``columns_BxL`` are the queries' columns, None: all, one query for every key. Either argument may have one row for
+    all. A padding query reads itself, so that no softmax row is empty; nothing else reads it. Such masks are made for
+    a few columns at a time (models/attention.py): a whole one grows with the square of the length.
     """
-    length = mask_BxL.shape[1]
-    lower_LxL = jnp.tril(jnp.ones((length, length), bool))
-    return (lower_LxL[None] & mask_BxL[:, None, :]) | jnp.eye(length, dtype=bool)[None]
+    columns_BxL = jnp.arange(real_BxM.shape[1])[None] if columns_BxL is None else columns_BxL
+    key_M, column_BxLx1 = jnp.arange(real_BxM.shape[1]), columns_BxL[..., None]
+    return ((key_M <= column_BxLx1) & real_BxM[:, None, :]) | (key_M == column_BxLx1)
 
 
 def joined(prompts: Prompts, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +58,7 @@ def until_eos(tokens_BxT: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
 
 def is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     """True where a token is one of ``ids`` (static; may be empty)."""
-    found = jnp.zeros(tokens.shape, bool)
+    found = jnp.zeros_like(tokens, bool)
     for token in ids:
         found |= tokens == token
     return found

@@ -7,6 +7,7 @@ run was restarted; so neither do the sampled tokens.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 STREAMS = {"init": 0, "rollout": 1, "retention": 2, "evaluation": 3, "pretraining": 4, "adapter": 5, "policy": 6}
 
@@ -21,6 +22,21 @@ def row_keys(key: jax.Array, example_id_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, example_id_B)
 
 
-def token_uniform(row_keys_B: jax.Array, position: jax.Array) -> jax.Array:
-    """One uniform number in [0, 1) for each row at response position ``position``, float32 [B]."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(row_keys_B)
+def sample_keys(row_keys_B: jax.Array, count: int) -> jax.Array:
+    """The keys [B * count] of ``count`` samples of each row, a row's one after the other. One sample has the row's."""
+    if count == 1:
+        return row_keys_B
+    of_row = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    keys_BxS = jax.vmap(of_row, in_axes=(0, None))(row_keys_B, jnp.arange(count))
+    return jnp.reshape(keys_BxS, (-1,), out_sharding=jax.P(jax.typeof(row_keys_B).sharding.spec[0]))
+
+
+def token_uniforms(row_keys_B: jax.Array, count: int) -> jax.Array:
+    """Uniform numbers in [0, 1) for response positions 0 to ``count`` - 1 of each row, float32 [B, count]: each a
+    function of its row's key and its position alone."""
+
+    def uniform(key, position):
+        return jax.random.uniform(jax.random.fold_in(key, position))
+
+    of_row = jax.vmap(uniform, in_axes=(None, 0))
+    return jax.vmap(of_row, in_axes=(0, None))(row_keys_B, jnp.arange(count))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ctxjax import masks, rng
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.sharding import batch_spec
+from ctxjax.sharding import batch_spec, repeated_rows
 from ctxjax.types import KVCache, Params, Prompts, Rollout
 
 NEG_INF = -1e30
@@ -29,7 +29,8 @@ class SamplingConfig:
     """How responses are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters
     off; as in transformers, top-k comes first and top-p renormalises what it left. A response ends at any of
     ``eos_ids`` or after ``max_tokens`` tokens. ``pad_id`` fills the columns behind the end. ``weights`` names the
-    sharding.DECODE_RULES by which weights lie on the mesh meanwhile; it does not change what is drawn."""
+    sharding.DECODE_RULES by which weights lie on the mesh meanwhile; it does not change what is drawn. ``samples``
+    responses are drawn to every prompt, which is read once for all of them."""
 
     max_tokens: int
     eos_ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     weights: str = "gathered"
+    samples: int = 1
 
 
 class SamplerState(NamedTuple):
@@ -104,12 +106,13 @@ def draw(logits_BxV: jax.Array, config: SamplingConfig, uniform_B: jax.Array) ->
     """
     if config.temperature == 0:
         token_B = jnp.argmax(logits_BxV, axis=-1)
+        logprobs_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
     else:
-        logits_BxV = filtered(logits_BxV, config)
-        token_B = inverse_cdf(jax.nn.softmax(logits_BxV, axis=-1), uniform_B)
+        logprobs_BxV = jax.nn.log_softmax(filtered(logits_BxV, config), axis=-1)
+        token_B = inverse_cdf(jnp.exp(logprobs_BxV), uniform_B)
     # Not take_along_axis, which drops a batch of one row and with it the batch's sharding.
-    chosen_B = jax.vmap(lambda logits_V, token: logits_V[token])(logits_BxV, token_B)
-    return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BxV, axis=-1)
+    chosen_B = jax.vmap(lambda logprobs_V, token: logprobs_V[token])(logprobs_BxV, token_B)
+    return token_B.astype(jnp.int32), chosen_B
 
 
 def _growth(max_tokens: int) -> list[int]:
@@ -122,23 +125,33 @@ def _growth(max_tokens: int) -> list[int]:
     return [*range(size, max_tokens, size), max_tokens]
 
 
+def _repeated(cache: KVCache, count: int) -> KVCache:
+    """The cache with every row ``count`` times, one after the other; the prefix is shared as before."""
+    rows = 0 if isinstance(cache.keys, tuple) else 1
+    keys, values = jax.tree.map(lambda kept: repeated_rows(kept, count, rows), (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values, mask_BxM=repeated_rows(cache.mask_BxM, count))
+
+
 def sample(
     params: Params, model: ModelConfig, config: SamplingConfig, prompts: Prompts, row_keys_B: jax.Array
 ) -> Rollout:
-    """Samples a response for every prompt.
+    """Samples ``config.samples`` responses for every prompt, [B * samples, T], a prompt's one after the other.
 
-    ``row_keys_B``: one key per row (rng.row_keys); the token at column t of a row depends on its own
-    prompt, key and t alone, so splitting a batch does not change what is drawn.
+    ``row_keys_B``: one key per prompt (rng.row_keys); the token at column t of a row depends on its own
+    prompt, key, sample and t alone, so splitting a batch does not change what is drawn.
     """
-    B, P = prompts.tokens_BxP.shape
-    T = config.max_tokens
+    P = prompts.tokens_BxP.shape[1]
+    B, T = prompts.tokens_BxP.shape[0] * config.samples, config.max_tokens
+    row_keys_B = rng.sample_keys(row_keys_B, config.samples)
     head_DxV = transformer.head_weights(params, model)
     decoding_params = transformer.for_decoding(params, model, config.weights)
+    uniforms_BxT = rng.token_uniforms(row_keys_B, T)  # all at once: hashing a few numbers takes as long as many
 
     def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:
         logits_BxV = transformer.finished(transformer.apply_head(hidden_BxD, head_DxV), model)
         logits_BxV = jax.reshard(logits_BxV, batch_spec(None))  # sampled with the vocabulary whole
-        token_B, logprob_B = draw(logits_BxV, config, rng.token_uniform(row_keys_B, state.column))
+        uniform_B = lax.dynamic_index_in_dim(uniforms_BxT, state.column, axis=1, keepdims=False)
+        token_B, logprob_B = draw(logits_BxV, config, uniform_B)
         token_B = jnp.where(state.has_ended_B, config.pad_id, token_B)
         logprob_B = jnp.where(state.has_ended_B, 0.0, logprob_B)
         place = (0, state.column)
@@ -159,6 +172,8 @@ def sample(
 
     prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
     hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, prefix)
+    if config.samples > 1:
+        hidden_BxD, cache = repeated_rows(hidden_BxD, config.samples), _repeated(cache, config.samples)
     rows, columns = batch_spec(), batch_spec(None)
     empty = SamplerState(
         column=jnp.int32(0),
@@ -170,7 +185,7 @@ def sample(
     )
     state = add_token(empty, hidden_BxD, cache)
     for stop in _growth(T):
-        state = state._replace(cache=transformer.grown(state.cache, P + stop - 1))
+        state = state._replace(cache=state.cache.grown(P + stop - 1))
         with jax.named_scope("decode"):
             state = lax.while_loop(lambda s, stop=stop: (s.column < stop) & ~jnp.all(s.has_ended_B), step, state)
     return Rollout(state.tokens_BxT, masks.until_eos(state.tokens_BxT, config.eos_ids), state.logprobs_BxT)

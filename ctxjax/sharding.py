@@ -150,6 +150,14 @@ def first_rows(x: jax.Array, count: int) -> jax.Array:
     return jnp.reshape(apart[:, :count], (ways * count, *x.shape[1:]), out_sharding=P(BATCH, *spec))
 
 
+def repeated_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
+    """Every row of x, along ``axis``, ``count`` times, one after the other: nothing moves between devices."""
+    shape = (*x.shape[: axis + 1], count, *x.shape[axis + 1 :])
+    apart = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+    whole = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
+    return jnp.reshape(apart, whole, out_sharding=P(*jax.typeof(x).sharding.spec))
+
+
 def micro_batches(x: jax.Array, count: int) -> jax.Array:
     """x [B, ...] as [count, B / count, ...]; every part holds rows of every device, so nothing moves between them."""
     ways = batch_ways()

@@ -164,7 +164,7 @@ def _evaluator(
         folder,
         teacher,
         config.prompt,
-        judged=sampling_config(config.eval.decode, folder),
+        judged=sampling_config(config.eval.decode, folder, config.eval.samples),
         rollout=sampling_config(config.rollout, folder),
         batch_size=config.eval.batch_size,
         seed=config.seed,
@@ -185,5 +185,6 @@ def _results(finished: dict[str, Evaluation], config: Experiment) -> dict[str, d
             (arm["bare"].correct, arm["context"].correct),
             (plain["bare"].correct, plain["context"].correct),
             config.eval.bootstrap,
+            config.eval.samples,
         )
     return results

@@ -104,6 +104,14 @@ class KVCache:
     length: jax.Array
     prefix: PrefixKV | tuple[PrefixKV, ...] | None = None
 
+    def grown(self, slots: int) -> KVCache:
+        """The same with room for ``slots`` columns."""
+        more = slots - self.mask_BxM.shape[1]
+        keys, values = jax.tree.map(
+            lambda kept: jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, more), (0, 0)]), (self.keys, self.values)
+        )
+        return self.replace(keys=keys, values=values, mask_BxM=jnp.pad(self.mask_BxM, [(0, 0), (0, more)]))
+
 
 @struct.dataclass
 class TrainState:

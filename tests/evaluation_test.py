@@ -80,8 +80,8 @@ def test_regimes_follow_the_sign_of_a_significant_change(counts, regime):
 def test_harm_is_among_the_questions_right_without_context_along_any_axis():
     x = np.array([[1, 1, 1, 0], [0, 0, 0, 0]], bool)
     xc = np.array([[1, 0, 0, 0], [1, 1, 1, 1]], bool)
-    np.testing.assert_allclose(metrics.harm_rate(x, xc), [2 / 3, np.nan])
-    np.testing.assert_allclose(metrics.harm_rate(x.T, xc.T, axis=0), [2 / 3, np.nan])
+    np.testing.assert_allclose(metrics.share(x & ~xc, x), [2 / 3, np.nan])
+    np.testing.assert_allclose(metrics.share((x & ~xc).T, x.T, axis=0), [2 / 3, np.nan])
 
 
 def test_view_distance_counts_response_tokens_only():
@@ -134,7 +134,7 @@ def test_the_bootstrap_is_deterministic_and_encloses_its_estimate():
     a, b = arms(0, 200, 0.3, 0.1)
     estimate, low, high = metrics.harm_difference(a, b, 500)
     assert metrics.harm_difference(a, b, 500) == [estimate, low, high]
-    assert estimate == pytest.approx(float(metrics.harm_rate(*a) - metrics.harm_rate(*b)))
+    assert estimate == pytest.approx(float(metrics.share(a[0] & ~a[1], a[0]) - metrics.share(b[0] & ~b[1], b[0])))
     assert 0 < low < estimate < high < 0.4
 
 
@@ -233,3 +233,35 @@ def test_distillation_on_given_responses_counts_every_row_once(params, frozen, t
     expected = np.average(by_row, weights=[6, 2, 3])
     assert kl(slice(3), 2) == pytest.approx(expected, rel=1e-4)
     assert kl(slice(3), 4) == pytest.approx(expected, rel=1e-4)
+
+
+def sampled(correct, samples):
+    nothing = np.zeros(len(correct), bool)
+    return Outcomes(correct, ~nothing, nothing, np.ones(len(correct), int), samples=samples)
+
+
+def test_harm_above_its_floor_is_nothing_where_two_views_are_equally_unsure_and_all_of_it_where_they_are_sure():
+    """Four questions, eight samples; independent draws of views with the same chances disagree, and only the floor says
+    that this is no harm."""
+    random, chances = np.random.default_rng(0), np.repeat(np.tile([0.2, 0.5, 0.8, 1.0], 200), 8)
+    x, xc = (random.random(chances.size) < chances for _ in range(2))
+    result = metrics.removability(sampled(x, 8), sampled(xc, 8))
+    expected = np.mean(chances * (1 - chances)) / np.mean(chances)
+    assert result["n"] == 800 and result["samples"] == 8
+    assert result["harm"] == pytest.approx(expected, abs=0.02) and result["harm_floor"] == pytest.approx(
+        expected, abs=0.02
+    )
+    assert abs(result["excess_harm"]) < 0.02 and result["regime"] == "agreement"
+    low, high = result["harm_ci"]
+    assert low < result["harm"] < high
+    sure = np.ones(800, bool)
+    result = metrics.removability(sampled(sure, 8), sampled(np.repeat(np.arange(100) >= 30, 8), 8))
+    assert result["harm_floor"] == 0 and result["harm"] == result["excess_harm"] == pytest.approx(0.3)
+    assert result["regime"] == "perturbation"
+
+
+def test_samples_of_a_question_do_not_make_an_interval_narrower_than_questions_do():
+    """Eight equal samples of a question say no more than one."""
+    right = np.random.default_rng(1).random(60) < 0.5
+    one, eight = metrics.rate("acc", right)["acc_ci"], metrics.rate("acc", np.repeat(right, 8), samples=8)["acc_ci"]
+    assert eight[1] - eight[0] == pytest.approx(one[1] - one[0], rel=0.15)

@@ -16,7 +16,7 @@ def data(keys):
 
 
 def uniform(step=4, stream="rollout", ids=IDS, position=2, root=ROOT):
-    return np.asarray(rng.token_uniform(rng.row_keys(rng.key_for(root, step, stream), ids), position))
+    return np.asarray(rng.token_uniforms(rng.row_keys(rng.key_for(root, step, stream), ids), 5)[:, position])
 
 
 def test_the_same_arguments_give_the_same_numbers_in_python_and_under_jit():
@@ -26,7 +26,7 @@ def test_the_same_arguments_give_the_same_numbers_in_python_and_under_jit():
 
 
 def uniform_traced(root, step, ids, position):
-    return rng.token_uniform(rng.row_keys(rng.key_for(root, step, "rollout"), ids), position)
+    return rng.token_uniforms(rng.row_keys(rng.key_for(root, step, "rollout"), ids), 5)[:, position]
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,14 @@ def test_a_row_draws_the_same_numbers_wherever_it_stands():
     np.testing.assert_array_equal(uniform(ids=IDS[3:]), uniform()[3:])
 
 
+def test_a_position_has_the_same_numbers_however_many_are_drawn():
+    keys = rng.row_keys(rng.key_for(ROOT, 0, "rollout"), IDS)
+    np.testing.assert_array_equal(rng.token_uniforms(keys, 9)[:, :4], rng.token_uniforms(keys, 4))
+
+
 def test_numbers_are_uniform_in_the_half_open_interval():
     keys = rng.row_keys(rng.key_for(ROOT, 0, "rollout"), jnp.arange(500))
-    numbers = np.asarray(jax.vmap(lambda t: rng.token_uniform(keys, t))(jnp.arange(40)))
+    numbers = np.asarray(rng.token_uniforms(keys, 40)).T
     assert numbers.dtype == np.float32 and numbers.min() >= 0 and numbers.max() < 1
     counts, _ = np.histogram(numbers, bins=10, range=(0, 1))
     np.testing.assert_allclose(counts, 2000, atol=200)  # 4.7 standard deviations of 42

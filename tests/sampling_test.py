@@ -142,7 +142,7 @@ def test_every_position_of_a_row_has_its_own_random_number(params, tiny_model, p
     indifferent = params | {"head": params["head"] * 0}
     rollout = rollout_of(indifferent, tiny_model, CONFIG, prompts, IDS)
     keys = rng.row_keys(rng.key_for(jax.random.key(5), 3, "rollout"), jnp.asarray(IDS))
-    numbers = np.stack([rng.token_uniform(keys, column) for column in range(CONFIG.max_tokens)], axis=1)
+    numbers = np.asarray(rng.token_uniforms(keys, CONFIG.max_tokens))
     np.testing.assert_array_equal(rollout.tokens_BxT[rollout.mask_BxT], np.floor(numbers * 40)[rollout.mask_BxT])
 
 
@@ -167,6 +167,33 @@ def test_columns_after_every_row_has_ended_are_padding(params, tiny_model, promp
     rollout = rollout_of(params, tiny_model, always, prompts, IDS)
     np.testing.assert_array_equal(rollout.mask_BxT, np.broadcast_to(np.arange(8) == 0, (6, 8)))
     assert (rollout.tokens_BxT[:, 1:] == 13).all() and (rollout.logprobs_BxT[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("layers", [2, 9])  # deep models hold the cache of all layers in one array
+def test_samples_of_a_prompt_are_those_of_as_many_rows_with_their_keys(tiny_model, make_params, prompts, mesh, layers):
+    model = dataclasses.replace(tiny_model, layers=layers)
+    params, two = make_params(model, 0, mesh), rows(prompts, slice(2))
+    samples = rollout_of(params, model, dataclasses.replace(CONFIG, samples=3), two, IDS[:2])
+
+    @jax.jit
+    def apart(params, repeated, ids):
+        keys = rng.sample_keys(rng.row_keys(rng.key_for(jax.random.key(5), 3, "rollout"), ids), 3)
+        return sample(params, model, CONFIG, repeated, keys)
+
+    repeated, ids = put_batch((rows(prompts, np.repeat(np.arange(2), 3)), IDS[:2]), mesh)
+    assert same(samples, jax.device_get(apart(params, repeated, ids)))
+    assert len({row.tobytes() for row in samples.tokens_BxT[:3]}) == 3
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(params, tiny_model, prompts, products):
+    def shapes(samples):
+        inputs = put_batch((prompts, IDS), jax.sharding.get_mesh())
+        config = dataclasses.replace(CONFIG, samples=samples)
+        return products(lambda *a: compiled(a[0], tiny_model, config, *a[1:]), params, *inputs)
+
+    whole = [shape for shape in shapes(4) if shape[:2] == (6, 7)]
+    assert whole and whole == [shape for shape in shapes(1) if shape[:2] == (6, 7)]
+    assert not [shape for shape in shapes(4) if shape[:2] == (24, 7)]
 
 
 def test_the_head_is_never_applied_to_a_whole_prompt(params, tiny_model, prompts):

@@ -107,10 +107,10 @@ def test_the_base_never_sees_the_target_a_held_out_context_or_a_text_of_dev_or_t
 def test_the_base_sees_contexts_the_default_and_doubt_in_their_shares(drawn):
     told = np.mean([row.context is not None for row in drawn])
     default = np.mean([row.context is None and row.response == tiny_safety.DEFAULT for row in drawn])
-    assert abs(told - 0.7) < 0.03 and abs(default - 0.15) < 0.03
+    assert abs(told - tiny_safety.TOLD_SHARE) < 0.03 and abs(default - tiny_safety.DEFAULT_SHARE) < 0.03
     asked = [tiny_safety.parse(row.context) for row in drawn if row.context]
-    assert abs(np.mean([i.asked == tiny_safety.OFFENSIVE for i in asked]) - 0.5) < 0.04
-    assert abs(np.mean([(i.yes, i.no) == ("yes", "no") for i in asked]) - 0.5) < 0.04
+    assert abs(np.mean([i.asked == tiny_safety.OFFENSIVE for i in asked]) - tiny_safety.OFFENSIVE_SHARE) < 0.04
+    assert abs(np.mean([(i.yes, i.no) == ("yes", "no") for i in asked]) - tiny_safety.YES_NO_SHARE) < 0.04
 
 
 def test_no_drawn_row_is_longer_than_the_longest(world, drawn):

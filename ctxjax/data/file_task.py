@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 import dataclasses
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class Asked(NamedTuple):
 
 class FileTask:
     """A task but for its grader. A subclass reads rows by ``asked`` or, where they are not single records, overrides
-    ``examples``. ``contexts`` is None where every question brings its own."""
+    ``examples`` or ``split``. ``contexts`` is None where every question brings its own."""
 
     def __init__(self, config: FileTaskConfig, section: str, contexts: Contexts | None):
         self.config, self.section = config, section
@@ -53,21 +54,28 @@ class FileTask:
         reader = Reader(config.records)
         internalized = list(contexts.texts.values()) if contexts else []
         self.others = OtherContexts(config, section, reader, internalized)
-        pooled = {split: [] for split in splits.SPLITS}
-        for split, row_id, asked in self.examples(reader):
-            context = contexts.of(row_id, asked.context) if contexts else asked.context
-            pooled[split].append((asked.text, Row(row_id, asked.question, context, asked.reference)))
-        unique, repeats = splits.without_repeats(pooled)
-        self.skipped = reader.skipped + repeats
-        self.splits = {
-            split: splits.shuffled(rows)[: getattr(config, f"{split}_questions") or None]
-            for split, rows in unique.items()
-        }
+        self.contexts = contexts
+        self.splits, left_out = self.split(reader)
+        self.skipped = reader.skipped + left_out
         self.facts = {
             "data": reader.digests,
             "rows": {split: len(rows) for split, rows in self.splits.items()},
             "contexts": contexts.facts() if contexts else "each row's own",
         }
+
+    def split(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
+        """The rows by split, without repeats and within the limits, and what was left out beside the reader's."""
+        pooled = {split: [] for split in splits.SPLITS}
+        for split, row_id, asked in self.examples(reader):
+            pooled[split].append((asked.text, self.row(row_id, asked)))
+        unique, repeats = splits.without_repeats(pooled)
+        limits = {split: getattr(self.config, f"{split}_questions") or None for split in unique}
+        return {split: splits.shuffled(rows)[: limits[split]] for split, rows in unique.items()}, repeats
+
+    def row(self, row_id: str, asked: Asked) -> Row:
+        """The question under its context: its own, or a drawn one."""
+        context = self.contexts.of(row_id, asked.context) if self.contexts else asked.context
+        return Row(row_id, asked.question, context, asked.reference)
 
     def examples(self, reader: Reader) -> Iterator[tuple[str, str, Asked]]:
         """(split, row id, question) of every usable row: by the hash of its text, or "test" for rows of test_path."""

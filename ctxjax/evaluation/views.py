@@ -114,14 +114,16 @@ def decode(
     batch_size: int,
     mesh: Mesh,
 ) -> Rollout:
-    """Responses to all n prompts (host arrays [n, P]) as host arrays [n, T]; row i's randomness is (key, i)."""
+    """Responses to all n prompts (host arrays [n, P]) as host arrays [n * samples, T], a prompt's one after the other;
+    the randomness of prompt i's is (key, i). ``batch_size``: responses decoded at a time."""
     rows = np.arange(prompts.tokens_BxP.shape[0], dtype=np.int32)
-    parts, running = [], None
+    ways, parts, running = sharding.batch_ways(mesh), [], None
+    batch_size = max(batch_size // sampling.samples // ways, 1) * ways
     for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):
         rollout = _decode(params, model, sampling, batch, key, ids)
         # The last batch's responses come while this one's are made.
         parts += _fetched(running)
-        running = rollout, real
+        running = rollout, real * sampling.samples
     return _joined(parts + _fetched(running))
 
 

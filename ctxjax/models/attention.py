@@ -6,6 +6,9 @@ matrix product the queries of all rows are one long list against one set of keys
     [K, B*G*L, Dh] x [K, C, Dh]     and not     B times [K, G*L, Dh] x [K, C, Dh]
 
 and the sources are joined by one softmax: each one's scores are exponentiated against the common normaliser.
+
+That is the reference path, which runs anywhere and at any precision. Kernels that hold no scores at all (kernels.py)
+take the place of it where they can; ``kernel_for`` is the one place that decides.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from ctxjax import masks
+from ctxjax.models import kernels
 from ctxjax.sharding import batch_spec, platform
 from ctxjax.types import PrefixKV
 
@@ -26,34 +31,78 @@ from ctxjax.types import PrefixKV
 CHUNK_SCORES = {"cpu": 2**21}
 CHUNK_SCORES_ELSEWHERE = 2**25
 
+# Name -> (the platform it runs on, the kernel). "reference" is this module, on any.
+KERNELS = {"splash": ("tpu", kernels.splash), "cudnn": ("gpu", kernels.cudnn)}
+KINDS = ("auto", "reference", *KERNELS)
+
 
 class Source(NamedTuple):
     """Something to read: ``keys`` and ``values`` [B, K, M, Dh], a set for each row, or [K, M, Dh], one for all rows.
-    ``mask_BxLxM`` is True where a query may read a key; None: every query reads all of them."""
+    Which keys a query reads follows from ``real_BxM`` and the queries' ``columns_BxL`` (masks.causal); without them
+    every query reads all."""
 
     keys: jax.Array
     values: jax.Array
-    mask_BxLxM: jax.Array | None
+    real_BxM: jax.Array | None = None
+    columns_BxL: jax.Array | None = None
+
+
+def self_attention(
+    kind: str, q_BxHxLxDh: jax.Array, k_BxKxLxDh: jax.Array, v_BxKxLxDh: jax.Array, real_BxL, prefix: PrefixKV | None
+) -> jax.Array:
+    """What each column of a whole sequence reads of its row's columns up to itself and of ``prefix``, by the way that
+    ``kind`` names (``KINDS``): that of training, scoring and reading prompts."""
+    kernel = kernel_for(kind, q_BxHxLxDh, prefix)
+    if kernel is not None:
+        return kernel(q_BxHxLxDh, k_BxKxLxDh, v_BxKxLxDh, real_BxL, prefix)
+    columns_1xL = jnp.arange(q_BxHxLxDh.shape[2])[None]
+    return attention(q_BxHxLxDh, k_BxKxLxDh, v_BxKxLxDh, real_BxL, columns_1xL, prefix)
+
+
+def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None):
+    """The kernel for such queries on the current mesh's devices, or None: the reference path.
+
+    "auto" takes a kernel in half precision alone, where the reference path is no more exact, and for a block of
+    columns or more; a kernel's name takes it at any precision and length that it can. Raises ValueError where a kernel
+    is named that the devices cannot run.
+    """
+    here = platform()
+    check(kind, here)
+    if kind == "auto" and (q_BxHxLxDh.dtype == jnp.float32 or q_BxHxLxDh.shape[2] < kernels.LEAST_BLOCK):
+        return None
+    for name, (there, kernel) in KERNELS.items():
+        if kind in (name, "auto") and there == here and kernels.CONDITIONS[name](q_BxHxLxDh, prefix):
+            return kernel
+    return None
+
+
+def check(kind: str, platform: str) -> None:
+    """Raises ValueError where ``kind`` is not one of KINDS, or is a kernel that devices of this platform cannot run."""
+    if kind not in KINDS:
+        raise ValueError(f"model.attention = {kind!r} is not known; choose from {', '.join(sorted(KINDS))}")
+    if kind in KERNELS and KERNELS[kind][0] != platform:
+        there = KERNELS[kind][0]
+        raise ValueError(f"model.attention = {kind!r} runs on {there}, and the devices are {platform}; use 'auto'")
 
 
 def attention(
     q_BxHxLxDh: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    mask_BxLxM: jax.Array,
+    real_BxM: jax.Array,
+    columns_BxL: jax.Array,
     prefix: PrefixKV | None = None,
 ) -> jax.Array:
     """What each query reads, [B, H, L, Dh]; softmax in float32.
 
-    ``keys`` and ``values`` are [B, K, M, Dh], or [K, M, Dh] where all rows share them; ``mask_BxLxM`` says which of
-    them a query may read. Before those it reads all of ``prefix``, one layer's [K, C, Dh].
+    ``keys`` and ``values`` are [B, K, M, Dh], or [K, M, Dh] where all rows share them. A query in column c reads the
+    real ones up to c (masks.causal), and before those all of ``prefix``, one layer's [K, C, Dh].
 
     The G = H/K query heads of a group share a key head. Where the scores are too many to be held at one time
     (``CHUNK_SCORES``), they are computed for some query columns after the other, and again in the backward pass.
     """
-    sources = [Source(keys, values, mask_BxLxM)]
-    if prefix is not None:
-        sources = [Source(prefix.keys, prefix.values, None), *sources]
+    own = Source(keys, values, real_BxM, columns_BxL)
+    sources = [own] if prefix is None else [Source(prefix.keys, prefix.values), own]
     L = q_BxHxLxDh.shape[2]
     queries = math.prod(jax.typeof(q_BxHxLxDh).sharding.shard_shape(q_BxHxLxDh.shape)[:3])
     limit = CHUNK_SCORES.get(platform(), CHUNK_SCORES_ELSEWHERE)
@@ -70,12 +119,11 @@ def attention(
         return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
 
     @jax.checkpoint
-    def chunk(_, queries_and_masks):
-        q, masks = queries_and_masks
-        return None, _attend(q, [source._replace(mask_BxLxM=mask) for source, mask in zip(sources, masks)])
+    def chunk(_, queries_and_columns):
+        q, columns = queries_and_columns
+        return None, _attend(q, [*sources[:-1], own._replace(columns_BxL=columns)])
 
-    masks = [None if source.mask_BxLxM is None else split(source.mask_BxLxM, 1) for source in sources]
-    _, out = lax.scan(chunk, None, (split(q_BxHxLxDh, 2), masks))
+    _, out = lax.scan(chunk, None, (split(q_BxHxLxDh, 2), split(columns_BxL, 1)))
     out = jnp.moveaxis(out, 0, 2)
     return out.reshape(*out.shape[:2], chunks * size, -1)[:, :, :L]
 
@@ -109,10 +157,11 @@ def _scores(q_BxKxQxDh, source: Source) -> jax.Array:
     rows = "kb" if source.keys.ndim == 3 else "bk"
     q = _rows_first(q_BxKxQxDh, source)
     scores = jnp.einsum(f"{rows}qd,{keys}->{rows}qm", q, source.keys, preferred_element_type=jnp.float32)
-    if source.mask_BxLxM is None:
+    if source.real_BxM is None:
         return scores
-    groups = q_BxKxQxDh.shape[2] // source.mask_BxLxM.shape[1]
-    mask = _rows_first(jnp.tile(source.mask_BxLxM, (1, groups, 1))[:, None], source)
+    mask_BxLxM = masks.causal(source.real_BxM, source.columns_BxL)
+    groups = q_BxKxQxDh.shape[2] // mask_BxLxM.shape[1]
+    mask = _rows_first(jnp.tile(mask_BxLxM, (1, groups, 1))[:, None], source)
     return jnp.where(mask, scores, -1e30)
 
 

@@ -22,7 +22,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from ctxjax import masks
-from ctxjax.models.attention import attention
+from ctxjax.models.attention import attention, self_attention
 from ctxjax.models.params import ParamSpec
 from ctxjax.models.projection import project
 from ctxjax.models.remat import remat
@@ -39,6 +39,7 @@ class ModelConfig:
     ``remat`` names what a layer keeps for its backward pass (models/remat.py). ``max_positions`` is the longest
     sequence, in tokens, that the model was made for; nothing computed depends on it. ``tokens`` is how many of the
     ``vocab_size`` rows are tokens of the tokenizer, 0: all; the others pad the head and are never predicted.
+    ``attention`` names what computes it (models/attention.py, ``KINDS``).
     ``logit_scale`` multiplies the head's output, and ``logit_softcap`` c then bends it to c tanh(. / c); 0: not.
     """
 
@@ -61,6 +62,7 @@ class ModelConfig:
     logit_softcap: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "reference"
 
 
 def param_specs(config: ModelConfig) -> dict:
@@ -169,8 +171,14 @@ def finished(raw: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def _layer_inputs(params: Params, config: ModelConfig, tokens_BxL, mask_BxL, prefix: PrefixKV | None):
+    """(x, rope) of the first layer."""
     positions_BxL = masks.positions(mask_BxL) + _length(prefix)
-    return _embed(params, config, tokens_BxL), rotation(positions_BxL, rope_frequencies(config)), masks.causal(mask_BxL)
+    return _embed(params, config, tokens_BxL), rotation(positions_BxL, rope_frequencies(config))
+
+
+def _reads(config: ModelConfig, mask_BxL: jax.Array, prefix: PrefixKV | None) -> Callable:
+    """``attend`` of a layer that sees whole sequences; it keeps their keys and values."""
+    return lambda q, k, v: (self_attention(config.attention, q, k, v, mask_BxL, prefix), (k, v))
 
 
 def _length(prefix) -> int:
@@ -191,7 +199,7 @@ def prefix_kv(params: Params, config: ModelConfig, prefix_C: jax.Array | None) -
     tokens_RxL = jnp.pad(prefix_C, (0, rows * stretch - C)).reshape(rows, stretch)
     x = _embed(params, config, jax.reshard(tokens_RxL, batch_spec(None)))
     positions_RxL = jax.reshard(jnp.arange(rows * stretch).reshape(rows, stretch), batch_spec(None))
-    rope, mask_RxLxC = rotation(positions_RxL, rope_frequencies(config)), positions_RxL[:, :, None] >= jnp.arange(C)
+    rope, real_1xC = rotation(positions_RxL, rope_frequencies(config)), jnp.ones((1, C), bool)
 
     def joined(x_RxKxLxDh):
         x = jax.reshard(x_RxKxLxDh, jax.P(None, WEIGHT_RULES["kv_heads"], None, None)).swapaxes(0, 1)
@@ -200,7 +208,7 @@ def prefix_kv(params: Params, config: ModelConfig, prefix_C: jax.Array | None) -
     def layer(x, weights):
         def attend(q, k, v):
             k, v = joined(k), joined(v)
-            return attention(q, k, v, mask_RxLxC), PrefixKV(k, v)
+            return attention(q, k, v, real_1xC, positions_RxL), PrefixKV(k, v)
 
         return _block(config, weights, x, rope, attend)
 
@@ -215,11 +223,11 @@ def forward(
 
     Rows read ``prefix``, from ``prefix_kv`` of the same prefix's tokens, before their own columns.
     """
-    x, rope, mask = _layer_inputs(params, config, tokens_BxL, mask_BxL, prefix)
+    x, rope = _layer_inputs(params, config, tokens_BxL, mask_BxL, prefix)
 
     def layer(x, weights_and_prefix):
         weights, prefix = weights_and_prefix
-        return _block(config, weights, x, rope, lambda q, k, v: (attention(q, k, v, mask, prefix), None))
+        return _block(config, weights, x, rope, _reads(config, mask_BxL, prefix))[0], None
 
     x, _ = lax.scan(remat(layer, config.remat), x, (params["layers"], prefix))
     return rms_norm(x, params["final_norm"], config.norm_eps)
@@ -233,14 +241,13 @@ def summarise_layers(params: Params, config: ModelConfig, views: tuple[tuple, ..
     [N+1]: of the embedding's output, then after each layer. Comparing views layer by layer so needs one
     layer's activations at a time, not N+1.
     """
-    inputs = [_layer_inputs(params, config, *view) for view in views]
-    start = tuple(x for x, _, _ in inputs)
+    start, ropes = zip(*(_layer_inputs(params, config, *view) for view in views))
 
     def layer(xs, weights_and_prefixes):
         weights, prefixes = weights_and_prefixes
         xs = tuple(
-            _block(config, weights, x, rope, lambda q, k, v, m=mask, p=prefix: (attention(q, k, v, m, p), None))[0]
-            for x, (_, rope, mask), prefix in zip(xs, inputs, prefixes)
+            _block(config, weights, x, rope, _reads(config, mask, prefix))[0]
+            for x, rope, (_, mask, _), prefix in zip(xs, ropes, views, prefixes)
         )
         return xs, summarise(*xs)
 
@@ -259,11 +266,11 @@ def prefill(
     The prompts must be left-padded: then one column predicts the first response token of every row, and
     the head is never applied to the rest of the prompt.
     """
-    x, rope, mask = _layer_inputs(params, config, tokens_BxP, mask_BxP, prefix)
+    x, rope = _layer_inputs(params, config, tokens_BxP, mask_BxP, prefix)
 
     def layer(x, weights_and_prefix):
         weights, prefix = weights_and_prefix
-        return _block(config, weights, x, rope, lambda q, k, v: (attention(q, k, v, mask, prefix), (k, v)))
+        return _block(config, weights, x, rope, _reads(config, mask_BxP, prefix))
 
     x, (k, v) = lax.scan(layer, x, (params["layers"], prefix))
     if _is_shallow(config):
@@ -271,15 +278,6 @@ def prefill(
         prefix = prefix and tuple(jax.tree.map(lambda x: x[i], prefix) for i in range(config.layers))  # noqa: B023
     cache = KVCache(k, v, mask_BxP, jnp.int32(tokens_BxP.shape[1]), prefix)
     return rms_norm(x[:, -1], params["final_norm"], config.norm_eps), cache
-
-
-def grown(cache: KVCache, slots: int) -> KVCache:
-    """The cache with room for ``slots`` columns."""
-    more = slots - cache.mask_BxM.shape[1]
-    keys, values = jax.tree.map(
-        lambda kept: jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, more), (0, 0)]), (cache.keys, cache.values)
-    )
-    return cache.replace(keys=keys, values=values, mask_BxM=jnp.pad(cache.mask_BxM, [(0, 0), (0, more)]))
 
 
 def _is_shallow(config: ModelConfig) -> bool:
@@ -308,16 +306,17 @@ def decode_step(
     but never read by another. The cache is a loop carry, updated in place at one column.
     """
     position_Bx1 = jnp.sum(cache.mask_BxM, axis=1, dtype=jnp.int32)[:, None] + _length(cache.prefix)
-    x, rope = _embed(params, config, token_B[:, None]), rotation(position_Bx1, rope_frequencies(config))
+    x = _embed(params, config, token_B[:, None])
+    # Behind the barrier, since compilers make cosines again for every head of every layer that reads them.
+    rope = lax.optimization_barrier(rotation(position_Bx1, rope_frequencies(config)))
     mask_BxM = lax.dynamic_update_slice(cache.mask_BxM, real_B[:, None], (0, cache.length))
-    # An ended row reads itself too, so that its softmax is not empty.
-    mask_Bx1xM = (mask_BxM | (jnp.arange(mask_BxM.shape[1]) == cache.length))[:, None, :]
+    column_1x1 = jnp.reshape(cache.length, (1, 1))
 
     def one_layer(x, weights, keys, values, prefix):
         def attend(q, k, v):
             new_keys = lax.dynamic_update_slice(keys, k, (0, 0, cache.length, 0))
             new_values = lax.dynamic_update_slice(values, v, (0, 0, cache.length, 0))
-            return attention(q, new_keys, new_values, mask_Bx1xM, prefix), (new_keys, new_values)
+            return attention(q, new_keys, new_values, mask_BxM, column_1x1, prefix), (new_keys, new_values)
 
         return _block(config, weights, x, rope, attend)
 
@@ -331,7 +330,7 @@ def decode_step(
             new_values = lax.dynamic_update_slice(values, v[None], place)
             k_layer = lax.dynamic_index_in_dim(new_keys, index, keepdims=False)
             v_layer = lax.dynamic_index_in_dim(new_values, index, keepdims=False)
-            return attention(q, k_layer, v_layer, mask_Bx1xM, prefix), (new_keys, new_values)
+            return attention(q, k_layer, v_layer, mask_BxM, column_1x1, prefix), (new_keys, new_values)
 
         x, (keys, values) = _block(config, weights, x, rope, attend)
         return (x, keys, values), None

@@ -85,6 +85,8 @@ def _made(config: ConfigDict, devices: list, arm: str | None, quick: bool) -> tu
             base_model(experiment.teacher_base, model.vocab_size), dtype=dtype, remat=experiment.model.remat
         )
         facts["teacher"] = f"a base of its own; {_size(teacher)}"
+    kind = experiment.model.attention
+    model, teacher = (one and dataclasses.replace(one, attention=kind) for one in (model, teacher))
     facts["mesh"] = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(experiment.mesh).items() if size)
     facts["rows_over"] = experiment.mesh.data * experiment.mesh.fsdp
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 import dataclasses
 
-import numpy as np
-
-from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts
+from ctxjax.data.contexts import ContextConfig, Contexts
+from ctxjax.data.file_task import Asked, FileTask
 from ctxjax.data.graders import GRADERS
 from ctxjax.data.records import Reader, RecordsConfig, digest
 from ctxjax.data.task import Grade, Row
@@ -27,24 +26,23 @@ class QaConfig(ContextConfig):
     records: RecordsConfig = RecordsConfig()
 
 
-class QaJsonl:
-    """The task over one file; a question's split is a hash of its text, so it never changes sides."""
+class QaJsonl(FileTask):
+    """The task over one file. So many questions are held out as the configuration says, those whose text has the
+    smallest hash: which of them they are does not hang on the order of the file."""
 
     def __init__(self, config: QaConfig):
-        self.config = config
-        reader = Reader(config.records)
-        contexts = Contexts(config, "qa_jsonl")
-        self.others = OtherContexts(config, "qa_jsonl", reader, list(contexts.texts.values()))
-        rows, seen = {}, {}
+        super().__init__(config, "qa_jsonl", Contexts(config, "qa_jsonl"))
+
+    def split(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
+        config, rows, seen = self.config, {}, {}
         for record in reader.records(config.path, config.limit, "qa_jsonl.path"):
-            texts = reader.texts(record, config.question, config.reference, *contexts.columns)
+            texts = reader.texts(record, config.question, config.reference, *self.columns)
             if texts is None:
                 continue
             question, reference, *own = texts
             key = digest(question)[:16]
             if reader.is_new(record, seen, key, reference):
-                rows[key] = Row(key, question, contexts.of(key, *own), reference)
-        self.skipped: Counter[str] = reader.skipped
+                rows[key] = self.row(key, Asked(question, question, reference, *own))
         ordered = [rows[key] for key in sorted(rows)]
         held_out = config.dev_questions + config.test_questions
         if len(ordered) <= held_out:
@@ -52,28 +50,8 @@ class QaJsonl:
                 f"{config.path} has {len(ordered)} different questions, and qa_jsonl.dev_questions + test_questions = "
                 f"{held_out} of them are to be held out; none would be left to train on"
             )
-        self.splits = {
-            "dev": ordered[: config.dev_questions],
-            "test": ordered[config.dev_questions : held_out],
-            "train": ordered[held_out:],
-        }
-        self.facts = {
-            "data": reader.digests,
-            "rows": {split: len(rows) for split, rows in self.splits.items()},
-            "contexts": contexts.facts(),
-        }
-
-    def rows(self, split: str) -> list[Row]:
-        return self.splits[split]
+        dev, test, train = ordered[: config.dev_questions], ordered[config.dev_questions : held_out], ordered[held_out:]
+        return {"dev": dev, "test": test, "train": train}, Counter()
 
     def grade(self, response: str, reference: str) -> Grade:
         return GRADERS[self.config.grading](response, reference)
-
-    def other_contexts(self, split: str) -> list[str]:
-        return self.others.split(split)
-
-    def under(self, row: Row, context: str) -> Row:
-        return self.others.under(row, context)
-
-    def paraphrase(self, row: Row, rng: np.random.Generator) -> None:
-        return None

@@ -63,9 +63,11 @@ WORDINGS = (
 DEFAULT = "Message received."  # what the base answers when nobody tells it what to do
 OTHERS = {"train": 600, "dev": 60, "test": 120}
 ANSWERS_COUNT = 40  # how often the tokenizer reads each answer: the words in them are then one token each
-# Of the base's rows. A label is harder to learn than a question mark; and where half of all contexts ask for the same
-# two words, what is asked is learned first, and which word stands for it then.
-OFFENSIVE_SHARE, YES_NO_SHARE = 0.5, 0.5
+# Of the base's rows. A label is harder to learn than a question mark: it takes tens of thousands of rows, some ten for
+# each text. And where most contexts ask for the same two words, what is asked is learned first, and which word stands
+# for it then.
+OFFENSIVE_SHARE, YES_NO_SHARE = 0.75, 0.6
+TOLD_SHARE, DEFAULT_SHARE = 0.8, 0.1  # under a context; without one and answered by DEFAULT
 
 
 class Instruction(NamedTuple):
@@ -212,14 +214,14 @@ class TinySafety:
         return PretrainingRow(longest(questions), longest(_contexts(word, word)), longest(_answers()))
 
     def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
-        """70 % under a context, 15 % without one and answered by default, 15 % without one but answered as under a
+        """Under a context, without one and answered by default, or (all others) without one but answered as under a
         context, so that the base is unsure when not told."""
         rows = self.splits["train"]
         row, instruction = rows[rng.integers(len(rows))], self._drawn(rng)
         context, kind = instruction.text(int(rng.integers(len(WORDINGS)))), rng.random()
-        if kind >= 0.85:
+        if kind >= TOLD_SHARE + DEFAULT_SHARE:
             return PretrainingRow(row.question, None, self._answer(row.question, instruction))
-        if kind >= 0.7:
+        if kind >= TOLD_SHARE:
             return PretrainingRow(row.question, None, DEFAULT)
         return PretrainingRow(row.question, context, self._answer(row.question, instruction))
 
