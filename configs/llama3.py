@@ -6,7 +6,7 @@ prompt file with questions of your own: give qa_jsonl.path and qa_jsonl.context_
 
 from ml_collections import ConfigDict
 
-from configs import base, recipes
+from configs import recipes
 
 MODELS = {
     "8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -15,13 +15,9 @@ MODELS = {
 }
 # Slice, chips along the tensor axis, micro-batches.
 PLACES = {"8b": ("v5e:4x8", 4, 8), "3b": ("v5e:4x4", 4, 8), "1b": ("v5e:2x4", 4, 8)}
+# Responses of 16,384 tokens: where configs/qwen3.py trains its models of these sizes.
+LONG = {"8b": ("v5p:4x4x4", 4, 4), "3b": ("v5p:2x4x4", 4, 4), "1b": ("v5p:2x2x4", 4, 4)}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    task, size, teacher = recipes.chosen(arguments, task="file", size="8b")
-    config = base.get_config()
-    config.model.path = recipes.model(MODELS, size)
-    config.teacher.path = recipes.model(MODELS, teacher) if teacher else ""
-    recipes.RECIPES[task](config)
-    recipes.place(config, *PLACES[size])
-    return config
+    return recipes.setting(arguments, MODELS, PLACES, LONG, {"": "8b"})

@@ -6,7 +6,7 @@ TASK is one of file, medical, safety, frozenlake, sokoban, math (configs/recipes
 
 from ml_collections import ConfigDict
 
-from configs import base, recipes
+from configs import recipes
 
 MODELS = {
     "8b": "Qwen/Qwen3-8B",
@@ -14,20 +14,20 @@ MODELS = {
     "4b-2507": "Qwen/Qwen3-4B-Instruct-2507",
     "1.7b": "Qwen/Qwen3-1.7B",
 }
-SIZES = {"frozenlake": "1.7b", "sokoban": "4b-2507"}  # a task's own default
+SIZES = {"": "8b", "frozenlake": "1.7b", "sokoban": "4b-2507"}  # a task's own default
 # Slice, chips along the tensor axis, micro-batches.
 PLACES = {"8b": ("v5e:4x8", 4, 8), "4b": ("v5e:4x4", 4, 8), "4b-2507": ("v5e:4x4", 4, 8), "1.7b": ("v5e:2x4", 4, 8)}
-LONG = {"8b": ("v5p:4x4x4", 4, 4), "4b": ("v5p:2x4x4", 4, 4), "1.7b": ("v5p:2x2x4", 4, 4)}  # responses of 16,384 tokens
+# Responses of 16,384 tokens.
+LONG = {
+    "8b": ("v5p:4x4x4", 4, 4),
+    "4b": ("v5p:2x4x4", 4, 4),
+    "4b-2507": ("v5p:2x4x4", 4, 4),
+    "1.7b": ("v5p:2x2x4", 4, 4),
+}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    task = recipes.chosen(arguments, task="file", size="")[0]
-    task, size, teacher = recipes.chosen(arguments, task="file", size=SIZES.get(task, "8b"))
-    config = base.get_config()
-    config.model.path = recipes.model(MODELS, size)
-    config.teacher.path = recipes.model(MODELS, teacher) if teacher else ""
-    recipes.RECIPES[task](config)
-    if size == "4b-2507":
+    config = recipes.setting(arguments, MODELS, PLACES, LONG, SIZES)
+    if config.model.path == MODELS["4b-2507"]:
         config.prompt.thinking = None  # it has no such switch
-    recipes.place(config, *(LONG if task == "math" else PLACES)[size])
     return config

@@ -7,6 +7,8 @@ best). ``configs/base.py`` has these values already. Deviations from the papers 
 
 from ml_collections import ConfigDict
 
+from configs import base
+
 
 def _common(config: ConfigDict) -> None:
     config.model.param_dtype = "float32"
@@ -91,26 +93,40 @@ RECIPES = {
 }  # fmt: skip
 
 
-def chosen(arguments: str, task: str, size: str) -> tuple[str, str, str]:
-    """(task, model size, teacher size or "") of a configuration's arguments "task,size,teacher", each with its default.
+# Slice, chips along the tensor axis, micro-batches: see _place.
+Place = tuple[str, int, int]
 
-    Raises ValueError for a task that has no recipe.
+
+def setting(
+    arguments: str, models: dict[str, str], places: dict[str, Place], long: dict[str, Place], sizes: dict[str, str]
+) -> ConfigDict:
+    """The configuration of a family's arguments "task,size,teacher", each of which may be left out.
+
+    ``models``: size -> Hub id. ``places``: size -> where it is trained; ``long``: likewise, on responses of 16,384
+    tokens. ``sizes``: the size that a task has by default; "": that of all others.
+    Raises ValueError for a task that has no recipe, and for a size that the family does not have.
     """
-    parts = [part.strip().lower() for part in arguments.split(",")] + ["", "", ""]
-    task = parts[0] or task
+    task, size, teacher = [part.strip().lower() for part in f"{arguments},,".split(",")][:3]
+    task = task or "file"
     if task not in RECIPES:
         raise ValueError(f"argument {task!r} is no task; choose from {', '.join(RECIPES)}")
-    return task, parts[1] or size, parts[2]
+    size = size or sizes.get(task, sizes[""])
+    config = base.get_config()
+    config.model.path = _model(models, size)
+    config.teacher.path = _model(models, teacher) if teacher else ""
+    RECIPES[task](config)
+    _place(config, *(long if task == "math" else places)[size])
+    return config
 
 
-def model(models: dict[str, str], size: str) -> str:
+def _model(models: dict[str, str], size: str) -> str:
     """The Hub id of a size. Raises ValueError that names the sizes there are."""
     if size not in models:
         raise ValueError(f"argument {size!r} is no size of this family; choose from {', '.join(models)}")
     return models[size]
 
 
-def place(config: ConfigDict, slice: str, tensor: int, micro_batches: int) -> None:
+def _place(config: ConfigDict, slice: str, tensor: int, micro_batches: int) -> None:
     """The slice that a setting is meant for, how its chips are used, and in how many parts a batch's gradient is made.
 
     Found with ``python -m ctxjax.plan``; tpu/README.md has the table."""

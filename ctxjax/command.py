@@ -63,6 +63,17 @@ def run(main: Callable, config) -> None:
         processes.leave(processes.EXIT_CODE)
 
 
+def folder(flag: str, name: str) -> Path:
+    """The folder that a flag names. Raises ValueError for an address such as gs://bucket/run, which the file system
+    does not know: as a folder it would be made on this machine, and go with it."""
+    if "://" in name:
+        raise ValueError(
+            f"{flag}={name} is an address, and runs are written to folders; mount the bucket (gcsfuse; tpu/setup.sh "
+            f"does so where BUCKET is set), and name the folder, for example {flag}=/mnt/bucket/{name.split('/')[-1]}"
+        )
+    return Path(name).expanduser()
+
+
 def prepare(config: ConfigDict) -> None:
     """Before the first use of jax's backends: fewer accounts of the libraries, the CPU's devices, the compile cache."""
     _quiet()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 import shlex
 import sys
 
@@ -27,7 +26,7 @@ def main(
     """The command, by the values of its flags (see ``command_line``)."""
     if out is None:
         raise ValueError("--out is missing; name a folder for results.json and the responses")
-    out = Path(out).expanduser()
+    out = command.folder("--out", out)
     if out.exists():
         raise FileExistsError(f"--out={out} exists; choose another, nothing is overwritten")
     command.prepare(config)

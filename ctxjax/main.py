@@ -8,7 +8,6 @@ where each is given the same command: on TPU pods and under Slurm they find each
 from __future__ import annotations
 
 import os
-from pathlib import Path
 import shutil
 import sys
 
@@ -38,6 +37,7 @@ def main(_) -> None:
     # Imported here, so that a mistyped flag is answered at once.
     from ctxjax import config, preview, trainer, workdir
 
+    place = command.folder("--workdir", _WORKDIR.value or "")
     command.prepare(_CONFIG.value)
     processes.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
     if jax.process_count() > 1:
@@ -48,10 +48,9 @@ def main(_) -> None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(preview.first_batch(experiment, shutil.get_terminal_size((100, 0)).columns, colour))
         return
-    folder = Path(_WORKDIR.value).expanduser()
     facts = workdir.facts(_CONFIG.value)
-    workdir.check(folder, facts["config"], _RESUME.value)
-    trainer.run(experiment, folder, facts)
+    workdir.check(place, facts["config"], _RESUME.value)
+    trainer.run(experiment, place, facts)
 
 
 def command_line() -> None:

@@ -15,7 +15,8 @@ NCA = [
     for name, size in (("llama3", "8b"), ("llama3", "3b"), ("qwen25", "7b"), ("qwen3", "8b"))
 ] + ["qwen3:frozenlake", "qwen3:sokoban", "qwen3:frozenlake,1.7b,4b", "qwen3:sokoban,1.7b,4b"]
 OTHERS = ["llama3:", "qwen25:", "qwen3:", "llama3:medical,1b", "qwen25:medical,3b", "qwen3:safety,4b"]
-OTHERS += [f"qwen3:math,{size}" for size in ("8b", "4b", "1.7b")]
+OTHERS += [f"qwen3:math,{size}" for size in ("8b", "4b", "4b-2507", "1.7b")]
+OTHERS += ["llama3:math", "llama3:math,1b", "qwen25:math", "qwen25:math,3b"]
 
 
 def load(name: str):

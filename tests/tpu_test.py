@@ -53,7 +53,7 @@ def test_a_dry_run_prints_the_exact_commands(name, arguments, settings, commands
 
 
 def test_a_run_reaches_every_host_of_every_slice_with_its_flags_and_its_arguments_quoted():
-    arguments = ("--config=configs/llama3.py:medical", "--workdir=gs://b/a run")
+    arguments = ("--config=configs/llama3.py:medical", "--workdir=/mnt/b/a run")
     done = script("run.sh", *arguments, DRY_RUN="1", SLICES="2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -66,8 +66,20 @@ def test_a_run_reaches_every_host_of_every_slice_with_its_flags_and_its_argument
             f"MEGASCALE_COORDINATOR_ADDRESS=ADDRESS-OF-n-0 MEGASCALE_NUM_SLICES=2 MEGASCALE_SLICE_ID={index} "
             in command
         )
-        assert "--workdir=gs://b/a\\ run" in command and 'LIBTPU_INIT_ARGS="--xla' in command
+        assert "--workdir=/mnt/b/a\\ run" in command and 'LIBTPU_INIT_ARGS="--xla' in command
     assert "MEGASCALE" not in script("run.sh", *arguments, DRY_RUN="1").stdout
+
+
+def test_a_bucket_is_mounted_on_every_host_and_no_run_begins_without_it():
+    command = "mountpoint -q /mnt/bucket"
+    setup = script("setup.sh", DRY_RUN="1", BUCKET="my-b").stdout
+    assert "gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 my-b /mnt/bucket" in setup
+    arguments = ("--config=c", "--workdir=/mnt/bucket/r")
+    line = script("run.sh", *arguments, DRY_RUN="1", BUCKET="my-b").stdout
+    remote = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], capture_output=True, text=True, check=True).stdout
+    assert f"--command={command} && cd ctxjax" in remote
+    for name, more in (("setup.sh", ()), ("run.sh", arguments)):
+        assert "mount" not in script(name, *more, DRY_RUN="1").stdout.replace("/mnt/", "").replace(arguments[1], "")
 
 
 @pytest.fixture
@@ -115,6 +127,7 @@ def test_a_run_that_fails_is_not_repeated(cloud):
         ("create.sh", ("--now",), {"SLICES": "2"}, "--now makes one slice"),
         ("create.sh", ("--later",), {}, "unknown argument --later"),
         ("run.sh", ("--config=c",), {}, "--workdir is missing"),
+        ("run.sh", ("--config=c", "--workdir=gs://b/r"), {}, "--workdir is a folder, not an address: set BUCKET"),
         ("run.sh", (), {}, "what is to run"),
         ("setup.sh", (), {"CTXJAX_TPU": "/no/file"}, "CTXJAX_TPU=/no/file cannot be read"),
     ],

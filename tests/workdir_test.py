@@ -2,11 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from configs import tiny
-from ctxjax import workdir
+from ctxjax import command, workdir
 from ctxjax.workdir import Lock
 
 
@@ -85,3 +86,10 @@ def test_a_run_that_was_killed_at_its_very_begin_can_be_started_again(tmp_path, 
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is not a run's folder"):
         workdir.check(tmp_path, facts["config"])
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/runs/one", "s3://bucket/one", "file:///tmp/one"])
+def test_an_address_is_no_workdir_and_the_remedy_is_named(address):
+    with pytest.raises(ValueError, match=f"--workdir={address} is an address.*gcsfuse.*--workdir=/mnt/bucket/one$"):
+        command.folder("--workdir", address)
+    assert command.folder("--workdir", "runs/one") == Path("runs/one")

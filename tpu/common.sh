@@ -17,6 +17,8 @@ SLICES=${SLICES:-1}         # slices of TYPE; more than one are connected over t
 SPOT=${SPOT:-0}             # 1: cheaper, and may be taken away at any time
 RUNTIME=${RUNTIME:-}        # software version; empty: by TYPE
 BRANCH=${BRANCH:-main}      # of REPOSITORY
+BUCKET=${BUCKET:-}          # of Cloud Storage, mounted by setup.sh as MOUNT on every host; empty: none
+MOUNT=${MOUNT:-/mnt/bucket}
 LOGS=${LOGS:-logs}          # folder on this machine for the workers' output
 
 fail() { echo "$*" >&2; exit 2; }
@@ -40,7 +42,7 @@ run() {
 }
 
 # shellcheck disable=SC2034  # which of them a script reads is its own business
-readonly PROJECT ZONE NAME TYPE REPOSITORY DRY_RUN SLICES SPOT RUNTIME BRANCH LOGS
+readonly PROJECT ZONE NAME TYPE REPOSITORY DRY_RUN SLICES SPOT RUNTIME BRANCH BUCKET MOUNT LOGS
 
 # The software version that belongs to an accelerator type.
 runtime() {

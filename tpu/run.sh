@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs one command on every host of every slice, with all output in LOGS/NAME.log here and in ~/run.log there.
-#   tpu/run.sh [--resume] --config=configs/llama3.py:medical --workdir=gs://bucket/runs/medical [--config.field=value ...]
+#   tpu/run.sh [--resume] --config=configs/llama3.py:medical --workdir=/mnt/bucket/runs/medical [--config.field=value ...]
 # With --resume it waits for preempted slices, asks for new ones, sets them up, and repeats the same command, which goes
 # on from the latest checkpoint; until it ends by itself.
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -16,11 +16,13 @@ if [ "${1:-}" = "--resume" ]; then resume=1; shift; fi
 [ $# -gt 0 ] || fail "what is to run? tpu/run.sh --config=FILE --workdir=DIR"
 case " $* " in *" --workdir="*) ;; *) fail "--workdir is missing; a bucket or folder that all hosts share" ;; esac
 
+case " $* " in *" --workdir="*://*) fail "--workdir is a folder, not an address: set BUCKET, repeat tpu/setup.sh, and use --workdir=$MOUNT/..." ;; esac
+
 printf -v arguments ' %q' "$@"
 flags=$(grep -v '^ *\(#\|$\)' "$here/flags.env" | tr '\n' ' ')
 
 once() {
-  local node index=0 first waiting=() code=0 one coordinator="" command
+  local node index=0 first waiting=() code=0 one coordinator="" command mounted
   [ "$DRY_RUN" = 1 ] || mkdir -p "$LOGS"
   first=$(nodes | head -n 1)
   while read -r node; do
@@ -28,7 +30,10 @@ once() {
       coordinator="MEGASCALE_COORDINATOR_ADDRESS=$(address "$first") MEGASCALE_NUM_SLICES=$SLICES MEGASCALE_SLICE_ID=$index "
     fi
     index=$((index + 1))
-    command="cd ctxjax && set -o pipefail && env $flags$coordinator../venv/bin/python -m ctxjax.main$arguments 2>&1 | tee -a ~/run.log"
+    # Where the bucket is not mounted, its folder would be one of this host, and go with it.
+    mounted=""
+    if [ -n "$BUCKET" ]; then printf -v mounted 'mountpoint -q %q && ' "$MOUNT"; fi
+    command="${mounted}cd ctxjax && set -o pipefail && env $flags$coordinator../venv/bin/python -m ctxjax.main$arguments 2>&1 | tee -a ~/run.log"
     if [ "$DRY_RUN" = 1 ]; then
       on_workers "$node" "$command"
       continue

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs ctxjax on every host of every slice. Safe to repeat: what is there is brought up to date.
+# Installs ctxjax on every host of every slice, and mounts BUCKET there. Safe to repeat: what is there is brought up to date.
 #   tpu/setup.sh
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -14,6 +14,21 @@ python3 -m pip install -q --user uv
 [ -d venv ] || ~/.local/bin/uv venv -q --python 3.12 venv
 ~/.local/bin/uv pip install -q --python venv/bin/python -e './ctxjax[tpu]'
 venv/bin/python -c 'import jax; print(jax.local_device_count(), jax.local_devices()[0].device_kind)'"
+if [ -n "$BUCKET" ]; then
+  # Checkpoints get their names by renaming folders, which gcsfuse does up to a limit; and what one host has written
+  # the others see at once, not when a cache has run out.
+  printf -v bucket '%q' "$BUCKET"
+  printf -v mount '%q' "$MOUNT"
+  install="$install
+if ! command -v gcsfuse > /dev/null; then
+  key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
+  curl -fsS \$apt/doc/apt-key.gpg | sudo tee \$key > /dev/null
+  echo \"deb [signed-by=\$key] \$apt gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
+  sudo apt-get update -q && sudo apt-get install -qy gcsfuse
+fi
+sudo mkdir -p $mount && sudo chown \$(id -u) $mount
+mountpoint -q $mount || gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 $bucket $mount"
+fi
 nodes | while read -r node; do
   on_workers "$node" "$install" < /dev/null
 done
