@@ -306,3 +306,12 @@ def test_a_point_mass_is_always_drawn():
 
 def test_until_eos_and_the_sampler_agree_on_the_mask(rollout):
     np.testing.assert_array_equal(rollout.mask_BxT, masks.until_eos(jnp.asarray(rollout.tokens_BxT), CONFIG.eos_ids))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_batch_of_one_prompt_is_sampled(params, tiny_model, prompts, samples):
+    """Broadcasting an axis of size 1 drops its sharding."""
+    config = dataclasses.replace(CONFIG, samples=samples)
+    one = rollout_of(params, tiny_model, config, rows(prompts, slice(1)), IDS[:1])
+    both = rollout_of(params, tiny_model, config, rows(prompts, slice(2)), IDS[:2])
+    assert same(one, jax.tree.map(lambda x: x[:samples], both))

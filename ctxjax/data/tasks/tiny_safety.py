@@ -63,9 +63,9 @@ WORDINGS = (
 DEFAULT = "Message received."  # what the base answers when nobody tells it what to do
 OTHERS = {"train": 600, "dev": 60, "test": 120}
 ANSWERS_COUNT = 40  # how often the tokenizer reads each answer: the words in them are then one token each
-# Of the base's rows. A label is harder to learn than a question mark: it takes tens of thousands of rows, some ten for
-# each text. And where most contexts ask for the same two words, what is asked is learned first, and which word stands
-# for it then.
+# Of the base's rows. A label is harder to learn than a question mark: with these shares a base reads each text about
+# eight times with its label, and that is not enough yet (README). Where most contexts ask for the same two words, what
+# is asked is learned first, and which word stands for it then.
 OFFENSIVE_SHARE, YES_NO_SHARE = 0.75, 0.6
 TOLD_SHARE, DEFAULT_SHARE = 0.8, 0.1  # under a context; without one and answered by DEFAULT
 
