@@ -1,7 +1,6 @@
 """Checkpoints: exact on any mesh, the latest and the best kept, and no damage that goes unseen or costs more."""
 
 import os
-import subprocess
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -156,14 +155,8 @@ def test_the_latest_and_the_best_are_kept(tmp_path, mesh):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB, where one may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+def small_disk(mounted):
+    return mounted(megabytes=1)
 
 
 def test_a_full_disk_ends_the_run_with_a_message_and_leaves_the_last_good_state(small_disk, mesh):

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 import os
 from pathlib import Path
+import subprocess
 
 # Before the first import of jax. Tests run programs once and compile many: without optimisation, and with the older
 # code generator, which XLA's successors may not know, compiling takes a fifth of the time.
@@ -135,3 +136,21 @@ def products():
                     yield from of(getattr(inner, "jaxpr", inner))
 
     return lambda function, *args: list(of(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """mounted(megabytes): the folder of a file system of that size, where one may be mounted."""
+    folder = tmp_path / "disk"
+
+    def mount(megabytes: int):
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+        if subprocess.run(command, capture_output=True).returncode:
+            folder.rmdir()
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    yield mount
+    if folder.exists():
+        subprocess.run(["umount", "-l", folder], check=True)
