@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import dataclasses
 import itertools
 import math
 from pathlib import Path
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,6 +25,13 @@ from ctxjax.metrics import Writer
 from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.types import Batch, Frozen, Params, PrefixKV, Rollout, TrainState
+
+
+class StepKind(NamedTuple):
+    """What tells one program of an arm from another: its loss, and whether it is given the teacher's samples."""
+
+    loss: LossConfig
+    is_given_samples: bool
 
 
 class Arm:
@@ -81,7 +89,7 @@ class Arm:
             sharding.put_batch((batch, self.samples.get(step)), self.mesh)
             for step, batch in enumerate(self._batches(first), start=first + 1)
         )
-        programs = {}  # by whether they are given the teacher's samples
+        programs: dict[StepKind, Any] = {}
         if first < train.steps:
             inputs = next(batches)
             batches = itertools.chain([inputs], batches)
@@ -97,7 +105,7 @@ class Arm:
                 writer.pause()
                 for step, (batch, samples) in zip(range(first + 1, train.steps + 1), batches):
                     with jax.transfer_guard("disallow"):
-                        program = programs[samples is not None]
+                        program = programs[self._kind(step)]
                         state, metrics = program(state, self.frozen, batch, samples=samples)
                     writer.step(step, metrics)
                     if self.alarms.is_close_to_stopping:
@@ -126,16 +134,21 @@ class Arm:
             checkpoints.close()
         return self._student(state)
 
-    def _programs(self, state: TrainState, batch: Batch, steps: range) -> dict[bool, Any]:
-        """The compiled step, with and without samples of the teacher, as ``steps`` need it: before the first one, since
-        SIGTERM can then end the run at once."""
-        given = [step for step in steps if step in self.samples]
-        examples = {} if len(given) == len(steps) else {False: None}
-        examples |= {True: sharding.put_batch(self.samples[given[0]], self.mesh)} if given else {}
-        return {
-            is_given: train_step.lower(state, self.frozen, batch, config=self.step_config, samples=samples).compile()
-            for is_given, samples in examples.items()
-        }
+    def _kind(self, step: int) -> StepKind:
+        return StepKind(self.step_config.loss.at(step), step in self.samples)
+
+    def _programs(self, state: TrainState, batch: Batch, steps: range) -> dict[StepKind, Any]:
+        """The compiled steps of every kind among ``steps``: before the first one, since SIGTERM can then end the run at
+        once."""
+        programs = {}
+        for step in steps:
+            kind = self._kind(step)
+            if kind not in programs:
+                config = dataclasses.replace(self.step_config, loss=kind.loss)
+                samples = sharding.put_batch(self.samples.get(step), self.mesh)
+                lowered = train_step.lower(state, self.frozen, batch, config=config, samples=samples)
+                programs[kind] = lowered.compile()
+        return programs
 
     @property
     def selected_step(self) -> int | None:

@@ -20,12 +20,12 @@ from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.tasks import TASKS, WORLDS, check_task
 from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
-from ctxjax.fields import check_numbers, checked, one_of as _one_of, require as _require
+from ctxjax.fields import check_numbers, checked, one_of, require
 from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.optim import SCHEDULES, OptimConfig
-from ctxjax.sharding import DECODE_RULES, check_divisible
+from ctxjax.sharding import DECODE_RULES, check_divisible, nearest_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,24 +167,24 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     check_task(config.task)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
-    _one_of("rollout.weights", rollout.weights, DECODE_RULES)
-    _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
+    one_of("rollout.weights", rollout.weights, DECODE_RULES)
+    require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
     evaluation, samples = config.eval.to_dict(), config.eval.samples
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
-    _require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 where eval.temperature = 0")
+    require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 where eval.temperature = 0")
     optim = OptimConfig(steps=config.train.steps, **config.optim)
-    _one_of("optim.schedule", optim.schedule, SCHEDULES)
+    one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)
     train = dataclasses.replace(train, retention_rows=train.retention_rows or train.batch_size)
     if train.retention_rows > train.batch_size:
         size = f"train.batch_size = {train.batch_size}"
         raise ValueError(f"train.retention_rows = {train.retention_rows} is more than {size}")
     prompt = PromptConfig(**config.prompt)
-    _one_of("prompt.placement", prompt.placement, PLACEMENTS)
+    one_of("prompt.placement", prompt.placement, PLACEMENTS)
     parse_date(prompt.date)
-    _one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
+    one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
     if "grading" in config[config.task]:
-        _one_of(f"{config.task}.grading", config[config.task].grading, GRADERS)
+        one_of(f"{config.task}.grading", config[config.task].grading, GRADERS)
     result = Experiment(
         seed=config.seed,
         task=config.task,
@@ -224,7 +224,7 @@ def _shared(config: ConfigDict, task_class) -> dict[str, Any]:
     """What all tasks that read files have in common: the section ``records``, for those that have a field for it."""
     records = RecordsConfig(**config.records)
     for kind in records.skip:
-        _one_of("records.skip", kind, KINDS)
+        one_of("records.skip", kind, KINDS)
     return {"records": records} if "records" in task_class.__dataclass_fields__ else {}
 
 
@@ -239,7 +239,7 @@ def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
         raise ValueError(f"run_arms is empty; name at least one of {sorted(config.arms)}")
     arms = {}
     for name in config.run_arms:
-        _one_of("run_arms", name, config.arms)
+        one_of("run_arms", name, config.arms)
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise ValueError(f"run_arms: {name!r} names a folder of the workdir; use letters, digits, '_', '-' and '.'")
         arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
@@ -255,15 +255,17 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
         "gate": GATES, "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
     }  # fmt: skip
     for field, known in names.items():
-        _one_of(f"loss.{field}", getattr(loss, field), known)
-    _require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
+        one_of(f"loss.{field}", getattr(loss, field), known)
+    require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
     if not loss.needs_teacher and (loss.on_policy_fraction > 0 or loss.support != "full"):
         raise ValueError(
             f"loss.divergence = {loss.divergence!r} is of the teacher's own tokens; set loss.on_policy_fraction = 0 "
             f"(here {loss.on_policy_fraction}) and loss.support = full (here {loss.support})"
         )
     most = config.rollout.max_tokens
-    _require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")
+    require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")
+    steps = config.train.steps
+    require(loss.anchor_every <= steps, "loss.anchor_every", loss.anchor_every, f"at most train.steps = {steps}")
     if loss.teacher == "ema" and (config.teacher.path or config.teacher_base.steps):
         raise ValueError(
             f"loss.teacher = 'ema' averages the student, and teacher.path = {config.teacher.path!r} or "
@@ -274,22 +276,22 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
 def _alarms(config: ConfigDict) -> AlarmsConfig:
     alarms = AlarmsConfig(**config)
     for name in alarms.stop:
-        _one_of("alarms.stop", name, ALARMS)
+        one_of("alarms.stop", name, ALARMS)
     return alarms
 
 
 def _lora(config: ConfigDict) -> LoraConfig | None:
     targets = config.targets
     for target in targets:
-        _one_of("lora.targets", target, TARGETS)
-    _require(0 < len(targets) == len(set(targets)), "lora.targets", targets, "at least one matrix, each named once")
+        one_of("lora.targets", target, TARGETS)
+    require(0 < len(targets) == len(set(targets)), "lora.targets", targets, "at least one matrix, each named once")
     return LoraConfig(config.rank, config.alpha, targets) if config.rank else None
 
 
 def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     sizes = config.to_dict()
     slices = sizes.pop("slices")
-    _require(slices >= 0, "mesh.slices", slices, "0 or more")
+    require(slices >= 0, "mesh.slices", slices, "0 or more")
     given, open_axes = dict(sizes), [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -299,34 +301,20 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     if math.prod(sizes.values()) != device_count:
         raise ValueError(
             f"mesh = {sizes} needs {math.prod(sizes.values())} devices, and there are {device_count}; "
-            f"{_nearest_mesh(given, device_count)}"
+            f"{nearest_mesh(given, device_count)}"
         )
     check_divisible("mesh.data", sizes["data"], max(slices, 1), "mesh.slices")
     return MeshConfig(**sizes, slices=slices)
 
 
-def _nearest_mesh(sizes: dict[str, int], device_count: int) -> str:
-    """The nearest sizes of one axis that fit the devices, the other axes as they are; or what fits any number."""
-    is_open = -1 in sizes.values()
-    for axis in sorted(("fsdp", "data", "tensor"), key=lambda axis: sizes[axis] <= 1):
-        others = math.prod(size for name, size in sizes.items() if name != axis and size != -1)
-        products = {n: others * n for n in range(1, device_count + 1)}
-        fitting = [n for n, product in products.items() if device_count % product == 0]
-        fitting = fitting if is_open else [n for n in fitting if products[n] == device_count]
-        below, above = [n for n in fitting if n < sizes[axis]][-1:], [n for n in fitting if n > sizes[axis]][:1]
-        if sizes[axis] != -1 and below + above:
-            return f"use mesh.{axis} = {' or '.join(map(str, below + above))}"
-    return "mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"
-
-
 def _check_model(config: Experiment) -> None:
-    _one_of("model.remat", config.model.remat, POLICIES)
-    _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
-    _one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
-    _one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
+    one_of("model.remat", config.model.remat, POLICIES)
+    one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
+    one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
+    one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     teacher, from_scratch = config.teacher, config.teacher_base.steps
     is_one = not (teacher.path and from_scratch)
-    _require(is_one, "teacher_base.steps", from_scratch, f"0 beside teacher.path = {teacher.path!r}")
+    require(is_one, "teacher_base.steps", from_scratch, f"0 beside teacher.path = {teacher.path!r}")
     if teacher.offload and config.lora is not None and not config.has_teacher:
         raise ValueError(
             "teacher.offload = True, but an adapter's base, which every pass uses, is its own teacher (lora.rank = "

@@ -72,7 +72,6 @@ def evaluate(config: ConfigDict, split: str):
     from ctxjax.data.tasks import TASKS
     from ctxjax.evaluator import Evaluator
     from ctxjax.folder import open_folder
-    from ctxjax.inputs import sampling_config
 
     experiment = config_lib.experiment(config, jax.device_count())
     task_config = experiment.task_config
@@ -84,18 +83,7 @@ def evaluate(config: ConfigDict, split: str):
     with jax.set_mesh(mesh):
         model = experiment.model
         folder = open_folder(model.path, mesh, model.dtype, model.param_dtype, attention=model.attention)
-        evaluator = Evaluator(
-            task,
-            split,
-            folder,
-            folder,
-            experiment.prompt,
-            judged=sampling_config(experiment.eval.decode, folder, experiment.eval.samples),
-            rollout=sampling_config(experiment.rollout, folder),
-            batch_size=experiment.eval.batch_size,
-            seed=experiment.seed,
-            mesh=mesh,
-        )
+        evaluator = Evaluator.of(experiment, task, split, folder, folder, mesh)
         left_out = counts(task.skipped) or "none"
         print(
             f"{len(task.rows(split))} {split} questions; over-long and dropped: {evaluator.dropped}; rows of data "

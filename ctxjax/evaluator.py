@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng
+from ctxjax.config import Experiment
 from ctxjax.data import checks, prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
@@ -18,6 +19,7 @@ from ctxjax.data.task import Row, Task, evaluation_views
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
 from ctxjax.evaluation.metrics import Outcomes
 from ctxjax.folder import ModelFolder
+from ctxjax.inputs import sampling_config
 from ctxjax.losses import LossConfig
 from ctxjax.sampling import SamplingConfig
 from ctxjax.types import Params, Rollout
@@ -88,6 +90,24 @@ class Evaluator:
         }
         self._batch = views_lib.batch_size(len(encoded.rows), batch_size, mesh)
         self._root = jax.random.key(seed)
+
+    @classmethod
+    def of(
+        cls, config: Experiment, task: Task, split: str, folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
+    ) -> Evaluator:
+        """As a run's configuration has it: judged by ``config.eval``, sampled as training samples."""
+        return cls(
+            task,
+            split,
+            folder,
+            teacher,
+            config.prompt,
+            judged=sampling_config(config.eval.decode, folder, config.eval.samples),
+            rollout=sampling_config(config.rollout, folder),
+            batch_size=config.eval.batch_size,
+            seed=config.seed,
+            mesh=mesh,
+        )
 
     def __call__(self, params: Params) -> Evaluation:
         """Decodes every view; the hidden states and the view KL are taken along the bare view's responses."""

@@ -52,6 +52,7 @@ class LossConfig:
                         likeliest token is f's), "response" (where that holds for this share of its tokens)
     beta, beta_ramp     weight of L_anchor; it rises from 0 over the first ``beta_ramp`` steps
     anchor_fraction     share of the rows that L_anchor is taken on, its weight divided by it
+    anchor_every        L_anchor is taken in every so manieth step alone, its weight multiplied by it
     mu, mu_ramp         weight of L_retain, likewise
     reference           weight of KL(q_x || teacher without context): a brake on drift
     clip                L_distill per token is cut at this many nats (and has no gradient above); 0: not
@@ -79,6 +80,7 @@ class LossConfig:
     beta: float = 0.0
     beta_ramp: int = 0
     anchor_fraction: float = 1.0
+    anchor_every: int = 1
     mu: float = 0.0
     mu_ramp: int = 0
     reference: float = 0.0
@@ -108,6 +110,10 @@ class LossConfig:
         """Whether every step learns from the student's own samples."""
         return self.on_policy_fraction == 1 and self.off_policy_steps == 0
 
+    def at(self, step: int) -> LossConfig:
+        """The loss of ``step`` (the first is 1): itself, or itself without the anchor where that waits."""
+        return self if step % self.anchor_every == 0 else dataclasses.replace(self, beta=0.0)
+
 
 class Scales(NamedTuple):
     """The weights of the terms at one step, float32 scalars."""
@@ -117,12 +123,13 @@ class Scales(NamedTuple):
 
 
 def scales(config: LossConfig, step: jax.Array) -> Scales:
-    """beta and mu at ``step`` (0 is the first), after their ramps."""
+    """beta and mu at ``step`` (0 is the first), after their ramps; beta stands for the steps without the anchor too."""
 
     def ramped(weight: float, steps: int):
         return weight * jnp.minimum((step + 1) / steps, 1.0) if steps else jnp.float32(weight)
 
-    return Scales(ramped(config.beta, config.beta_ramp), ramped(config.mu, config.mu_ramp))
+    beta = config.beta * config.anchor_every
+    return Scales(ramped(beta, config.beta_ramp), ramped(config.mu, config.mu_ramp))
 
 
 # --- Which tokens count, and how much ---

@@ -203,3 +203,18 @@ def check_divisible(name: str, size: int, ways: int, axes: str = "mesh data*fsdp
         below = size // ways * ways
         near = f"{below} or {below + ways}" if below else str(ways)
         raise ValueError(f"{name} = {size} is not divisible by {axes} = {ways}; use {near}")
+
+
+def nearest_mesh(sizes: dict[str, int], device_count: int) -> str:
+    """What to say where ``sizes`` by axis (-1: all that remain) do not fit: the nearest sizes of one axis that do, the
+    other axes as they are; or what fits any number of devices."""
+    is_open = -1 in sizes.values()
+    for axis in sorted(("fsdp", "data", "tensor"), key=lambda axis: sizes[axis] <= 1):
+        others = math.prod(size for name, size in sizes.items() if name != axis and size != -1)
+        products = {n: others * n for n in range(1, device_count + 1)}
+        fitting = [n for n, product in products.items() if device_count % product == 0]
+        fitting = fitting if is_open else [n for n in fitting if products[n] == device_count]
+        below, above = [n for n in fitting if n < sizes[axis]][-1:], [n for n in fitting if n > sizes[axis]][:1]
+        if sizes[axis] != -1 and below + above:
+            return f"use mesh.{axis} = {' or '.join(map(str, below + above))}"
+    return "mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"

@@ -13,11 +13,10 @@ from ctxjax import optim, processes, retry, sharding, workdir as workdir_lib
 from ctxjax.arm import Arm
 from ctxjax.config import Experiment
 from ctxjax.data.records import counts
-from ctxjax.data.task import Task
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import ModelFolder
-from ctxjax.inputs import digests, open_inputs, sampling_config, teacher_prefix
+from ctxjax.inputs import digests, open_inputs, teacher_prefix
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
 from ctxjax.teacher_samples import steps_of, teacher_samples
@@ -40,7 +39,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         task, folder, teacher, train_rows, retention = inputs
         print(_sizes(config, folder, teacher, mesh), flush=True)
         prefix = teacher_prefix(teacher, train_rows)
-        dev, test = (_evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
+        dev, test = (Evaluator.of(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
             f"dev {dev.dropped}, test {test.dropped}; rows of data files left out: {counts(task.skipped) or 'none'}",
@@ -70,7 +69,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         finished, selected, alarms = {"base": base}, {}, {}
         if teacher is not folder:
             clock = time.monotonic()
-            own = _evaluator(config, task, "test", teacher, teacher, mesh)
+            own = Evaluator.of(config, task, "test", teacher, teacher, mesh)
             finished["teacher"] = evaluated(workdir / "teacher", own, teacher.params, 0)
             seconds["evaluate teacher"] = time.monotonic() - clock
         clock = time.monotonic()
@@ -153,23 +152,6 @@ def _short(number: int) -> str:
     rounded = float(f"{number:.3g}")
     power = min((len(str(int(rounded))) - 1) // 3, 4)
     return f"{rounded / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
-
-
-def _evaluator(
-    config: Experiment, task: Task, split: str, folder: ModelFolder, teacher: ModelFolder, mesh
-) -> Evaluator:
-    return Evaluator(
-        task,
-        split,
-        folder,
-        teacher,
-        config.prompt,
-        judged=sampling_config(config.eval.decode, folder, config.eval.samples),
-        rollout=sampling_config(config.rollout, folder),
-        batch_size=config.eval.batch_size,
-        seed=config.seed,
-        mesh=mesh,
-    )
 
 
 def _results(finished: dict[str, Evaluation], config: Experiment) -> dict[str, dict]:

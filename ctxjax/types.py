@@ -93,7 +93,8 @@ class KVCache:
     """Keys and values of all layers, and one write cursor for all rows.
 
     Left padding makes one scalar cursor enough: every row writes the same column at the same time.
-    ``keys`` and ``values`` are [N, B, K, M, Dh], or in shallow models a tuple of N arrays [B, K, M, Dh];
+    ``keys`` are [N, B, K, Dh, M] and ``values`` [N, B, K, M, Dh], in shallow models tuples of N such arrays without
+    the axis of layers. That way round each of the two products of a query reads them in the order they lie in.
     ``mask_BxM`` is True where a slot holds a real token. ``prefix`` is what all rows read before their slots, or
     None; in shallow models a tuple of N, [K, C, Dh] each.
     """
@@ -107,9 +108,11 @@ class KVCache:
     def grown(self, slots: int) -> KVCache:
         """The same with room for ``slots`` columns."""
         more = slots - self.mask_BxM.shape[1]
-        keys, values = jax.tree.map(
-            lambda kept: jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, more), (0, 0)]), (self.keys, self.values)
-        )
+
+        def padded(tree, axis: int):
+            return jax.tree.map(lambda x: jnp.pad(x, [(0, more * (a == x.ndim + axis)) for a in range(x.ndim)]), tree)
+
+        keys, values = padded(self.keys, -1), padded(self.values, -2)
         return self.replace(keys=keys, values=values, mask_BxM=jnp.pad(self.mask_BxM, [(0, 0), (0, more)]))
 
 

@@ -86,6 +86,15 @@ def test_weights_rise_over_their_first_steps(ramp, expected):
         assert found[0]._asdict() | {field: 0} == {"beta": 2.0, "mu": 3.0, field: 0}
 
 
+def test_an_anchor_of_every_third_step_weighs_three_times_there_and_is_left_out_elsewhere():
+    config = LossConfig(beta=0.5, mu=1.0, anchor_every=3, beta_ramp=2)
+    assert [config.at(step).beta for step in range(1, 7)] == [0, 0, 0.5, 0, 0, 0.5]
+    assert config.at(3) == config and dataclasses.replace(config.at(4), beta=0.5) == config
+    found = [losses.scales(config.at(step + 1), jnp.int32(step)) for step in range(6)]
+    np.testing.assert_allclose([at.beta for at in found], [0, 0, 1.5, 0, 0, 1.5])
+    assert [at.mu for at in found] == [1.0] * 6
+
+
 # --- The terms per token ---
 
 

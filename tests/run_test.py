@@ -112,6 +112,20 @@ def test_only_the_arms_that_need_a_term_pay_for_it(finished):
     assert terms["opcd_retained"] == {"distill", "anchor", "retain"}
 
 
+def test_an_anchor_that_waits_is_paid_for_in_its_steps_alone_and_weighs_for_the_others(finished, cache, tmp_path):
+    config = small(cache)
+    config.run_arms, config.loss.anchor_every = ("opcd_anchored",), 2
+    start(config, tmp_path / "run")
+    plain, always = (rows(finished[0] / arm / "metrics.jsonl") for arm in ("opcd", "opcd_anchored"))
+    lazy = [row for row in rows(tmp_path / "run" / "opcd_anchored" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in lazy if "anchor" in row] == [2, 4]
+    first = {name: value for name, value in lazy[0].items() if name not in ("time", "tokens_per_second")}
+    plain = next(row for row in plain if "loss" in row)
+    assert first == {name: plain[name] for name in first} and any("anchor" in row for row in always)
+    beta = config.arms.opcd_anchored.beta
+    np.testing.assert_allclose(lazy[1]["loss"], lazy[1]["distill"] + 2 * beta * lazy[1]["anchor"], rtol=1e-6)
+
+
 def test_the_report_stands_beside_the_results(finished):
     workdir, _ = finished
     page = (workdir / "report.html").read_text()

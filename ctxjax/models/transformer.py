@@ -273,6 +273,7 @@ def prefill(
         return _block(config, weights, x, rope, _reads(config, mask_BxP, prefix))
 
     x, (k, v) = lax.scan(layer, x, (params["layers"], prefix))
+    k = k.swapaxes(-1, -2)
     if _is_shallow(config):
         k, v = tuple(k), tuple(v)
         prefix = prefix and tuple(jax.tree.map(lambda x: x[i], prefix) for i in range(config.layers))  # noqa: B023
@@ -314,9 +315,10 @@ def decode_step(
 
     def one_layer(x, weights, keys, values, prefix):
         def attend(q, k, v):
-            new_keys = lax.dynamic_update_slice(keys, k, (0, 0, cache.length, 0))
+            new_keys = lax.dynamic_update_slice(keys, k.swapaxes(-1, -2), (0, 0, 0, cache.length))
             new_values = lax.dynamic_update_slice(values, v, (0, 0, cache.length, 0))
-            return attention(q, new_keys, new_values, mask_BxM, column_1x1, prefix), (new_keys, new_values)
+            kept = new_keys, new_values
+            return attention(q, new_keys.swapaxes(-1, -2), new_values, mask_BxM, column_1x1, prefix), kept
 
         return _block(config, weights, x, rope, attend)
 
@@ -325,10 +327,9 @@ def decode_step(
         weights, prefix, index = inputs
 
         def attend(q, k, v):
-            place = (index, 0, 0, cache.length, 0)
-            new_keys = lax.dynamic_update_slice(keys, k[None], place)
-            new_values = lax.dynamic_update_slice(values, v[None], place)
-            k_layer = lax.dynamic_index_in_dim(new_keys, index, keepdims=False)
+            new_keys = lax.dynamic_update_slice(keys, k[None].swapaxes(-1, -2), (index, 0, 0, 0, cache.length))
+            new_values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, cache.length, 0))
+            k_layer = lax.dynamic_index_in_dim(new_keys, index, keepdims=False).swapaxes(-1, -2)
             v_layer = lax.dynamic_index_in_dim(new_values, index, keepdims=False)
             return attention(q, k_layer, v_layer, mask_BxM, column_1x1, prefix), (new_keys, new_values)
 
