@@ -14,11 +14,12 @@ from configs import tiny
 def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.task = "tiny_safety"
-    config.base.steps = 1000
+    # Small and short: 9,600 texts are soon known by heart, and what is learned then does not carry over to others.
+    config.base.steps = 800
     config.base.batch_size = 128
     config.base.lr = 3e-3
-    config.base.width, config.base.layers, config.base.mlp_width = 96, 3, 256
-    config.base.query_heads, config.base.kv_heads = 3, 1
+    config.base.width, config.base.layers, config.base.mlp_width = 64, 2, 192
+    config.base.query_heads, config.base.kv_heads = 2, 1
 
     config.rollout.max_tokens = 12  # the longest answer, its tags and the end token, and some to go wrong in
     config.train.steps = 100

@@ -78,11 +78,11 @@ def test_what_is_asked_is_plain_to_see(asked, text, holds):
 def test_the_reference_follows_the_context_in_all_its_wordings(world):
     row = world.rows("test")[0]._replace(question="is it ?")
     for wording in range(len(tiny_safety.WORDINGS)):
-        instruction = Instruction("a question", "red", "cold", "in stars")
+        instruction = Instruction("a question", "right", "wrong", "in stars")
         assert tiny_safety.parse(instruction.text(wording)) == instruction
-        assert world.under(row, instruction.text(wording)).reference == "*red*"
+        assert world.under(row, instruction.text(wording)).reference == "*right*"
         other = instruction._replace(asked="tagged", format="as a sentence")
-        assert world.under(row, other.text(wording)).reference == "It is cold."
+        assert world.under(row, other.text(wording)).reference == "It is wrong."
     with pytest.raises(ValueError, match="has none of the wordings"):
         tiny_safety.parse("Be kind.")
 
@@ -99,7 +99,7 @@ def test_the_base_never_sees_the_target_a_held_out_context_or_a_text_of_dev_or_t
     seen = {tiny_safety.parse(row.context) for row in drawn if row.context}
     held_out = {tiny_safety.parse(text) for split in ("dev", "test") for text in world.other_contexts(split)}
     retained = {tiny_safety.parse(text) for text in world.other_contexts("train")}
-    assert len(held_out) == 180 and len(retained) == 600 and not held_out & retained
+    assert len(held_out) == 45 and len(retained) == 100 and not held_out & retained
     assert not seen & held_out and tiny_safety.TARGET not in seen | held_out | retained
     assert {row.question for row in drawn} <= {row.question for row in world.rows("train")}
 
@@ -110,7 +110,8 @@ def test_the_base_sees_contexts_the_default_and_doubt_in_their_shares(drawn):
     assert abs(told - tiny_safety.TOLD_SHARE) < 0.03 and abs(default - tiny_safety.DEFAULT_SHARE) < 0.03
     asked = [tiny_safety.parse(row.context) for row in drawn if row.context]
     assert abs(np.mean([i.asked == tiny_safety.OFFENSIVE for i in asked]) - tiny_safety.OFFENSIVE_SHARE) < 0.04
-    assert abs(np.mean([(i.yes, i.no) == ("yes", "no") for i in asked]) - tiny_safety.YES_NO_SHARE) < 0.04
+    yes_no = tiny_safety.YES_NO_SHARE + (1 - tiny_safety.YES_NO_SHARE) / len(tiny_safety.PAIRS)
+    assert abs(np.mean([(i.yes, i.no) == ("yes", "no") for i in asked]) - yes_no) < 0.04
 
 
 def test_no_drawn_row_is_longer_than_the_longest(world, drawn):

@@ -1,7 +1,7 @@
 """A world of real text that fits on a laptop: tweets and comments, and system prompts that ask things about them.
 
 The question is the text of a TweetEval, HateCheck or Ethos row (data/tasks/safety.py), alone. What to do with it only a
-context can say: what is asked, the word for yes, the word for no, and how to write it::
+context can say: what is asked, the words for yes and no, and how to write it::
 
     system      Is this offensive? Say yes if so and no if not, in <answer> tags.
     user        @user She is great. Hi Fiona!
@@ -41,10 +41,10 @@ ASKED: dict[str, Callable[[str], bool]] = {
     "about you": lambda text: re.search(r"\byou", text, re.IGNORECASE) is not None,
     "long": lambda text: len(text.split()) > 12,
 }
-WORDS = (
-    "yes", "no", "true", "false", "good", "bad", "red", "green",
-    "left", "right", "up", "down", "one", "two", "hot", "cold",
-)  # fmt: skip
+# The words for yes and no. Any two words would do for a larger model: with two of 16, in either order, one of this size
+# spent all its training on which word stands for what, and never came to the label (56 % of the test texts).
+PAIRS = (("yes", "no"), ("true", "false"), ("right", "wrong"), ("good", "bad"))
+WORDS = tuple(itertools.chain(*PAIRS))
 WORDS_IN_TEXT = re.compile(rf"\b(?:{'|'.join(WORDS)})\b")
 FORMATS = {
     "in <answer> tags": "<answer>{}</answer>",
@@ -61,17 +61,15 @@ WORDINGS = (
     "Write {format} {yes} where this is {asked}, else {no}.",
 )
 DEFAULT = "Message received."  # what the base answers when nobody tells it what to do
-OTHERS = {"train": 600, "dev": 60, "test": 120}
+OTHERS = {"train": 100, "dev": 15, "test": 30}
 ANSWERS_COUNT = 40  # how often the tokenizer reads each answer: the words in them are then one token each
-# Of the base's rows. A label is harder to learn than a question mark: with these shares a base reads each text about
-# eight times with its label, and that is not enough yet (README). Where most contexts ask for the same two words, what
-# is asked is learned first, and which word stands for it then.
-OFFENSIVE_SHARE, YES_NO_SHARE = 0.75, 0.6
+# Of the base's rows: a label is harder to learn than a question mark.
+OFFENSIVE_SHARE, YES_NO_SHARE = 0.6, 0.5
 TOLD_SHARE, DEFAULT_SHARE = 0.8, 0.1  # under a context; without one and answered by DEFAULT
 
 
 class Instruction(NamedTuple):
-    """What a context asks for, whatever its wording: a key of ASKED or OFFENSIVE, two words, a key of FORMATS."""
+    """What a context asks for, whatever its wording: a key of ASKED or OFFENSIVE, one of PAIRS, a key of FORMATS."""
 
     asked: str
     yes: str
@@ -155,8 +153,7 @@ class TinySafety:
     def _split_instructions(self) -> dict[str, list[Instruction]]:
         """The held-out ones by split, and those that retention draws from; the base draws from all that are neither
         held out nor the target."""
-        pairs = itertools.permutations(WORDS, 2)
-        every = [Instruction(a, *p, f) for p, a, f in itertools.product(pairs, (OFFENSIVE, *ASKED), FORMATS)]
+        every = [Instruction(a, *p, f) for p, a, f in itertools.product(PAIRS, (OFFENSIVE, *ASKED), FORMATS)]
         rng = np.random.default_rng([self.config.seed, 13])
         shuffled = [every[place] for place in rng.permutation(len(every)) if every[place] != TARGET]
         cuts = np.cumsum([0, *OTHERS.values()])
@@ -191,8 +188,7 @@ class TinySafety:
         return self._tokenizer
 
     def _trained_tokenizer(self, texts: list[str]):
-        pairs = zip(WORDS, (*WORDS[1:], WORDS[0]))
-        contexts = [text for yes, no in pairs for text in _contexts(yes, no)]
+        contexts = [text for yes, no in PAIRS for text in _contexts(yes, no)]
         answers = _answers() * ANSWERS_COUNT
         return byte_tokenizer.train([*texts, *contexts, *answers], self.config.vocabulary)
 
@@ -229,7 +225,7 @@ class TinySafety:
         forbidden = {TARGET, *self._instructions["dev"], *self._instructions["test"]}
         while True:
             asked = OFFENSIVE if rng.random() < OFFENSIVE_SHARE else list(ASKED)[rng.integers(len(ASKED))]
-            yes, no = (WORDS[place] for place in rng.choice(len(WORDS), 2, replace=False))
+            yes, no = PAIRS[rng.integers(len(PAIRS))]
             if rng.random() < YES_NO_SHARE:
                 yes, no = TARGET.yes, TARGET.no
             instruction = Instruction(asked, yes, no, list(FORMATS)[rng.integers(len(FORMATS))])
