@@ -1,7 +1,8 @@
 """Checks of a response that need no reference: whether it does what a context demands of every response.
 
 A persona or a format is obeyed or not, whatever the question; so "the student still obeys other contexts" is measured
-by what they ask for, not by whether the task's answer is right.
+by what they ask for, not by whether the task's answer is right. Some demands are met by chance: a model of random
+weights meets 17 % of those of the built-in pool, so read a share beside the base's.
 """
 
 from __future__ import annotations
