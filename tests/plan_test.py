@@ -230,7 +230,8 @@ def test_the_command_answers_bad_input_in_one_line(tmp_path):
 def test_a_step_is_compiled_for_a_tpu_that_is_not_there(small):
     result = run.plan(small, "v5e:2x4", None)
     assert result["verdict"] == "fits" and result["collectives"]["all-gather"]["count"] > 0
-    assert result["floor_seconds"]["compute"] > 0 and result["hbm_bytes"] == 16 * 2**30
-    quick = run.plan(small, "v5e:2x4", None, quick=True)
+    assert result["effort"] == "least" and result["floor_seconds"]["compute"] > 0 and result["hbm_bytes"] == 16 * 2**30
+    quick = run.plan(small, "v5e:2x4", None, effort="memory")
     assert quick["verdict"] == "fits" and quick["collectives"] is None
-    assert quick["bytes"]["temporaries"] == pytest.approx(result["bytes"]["temporaries"], rel=0.3)
+    # Told of little memory, the compiler recomputes more; with the least optimisation it keeps more.
+    assert 0 < quick["bytes"]["temporaries"] < 1.3 * result["bytes"]["temporaries"]

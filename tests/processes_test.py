@@ -13,7 +13,7 @@ import time
 import jax
 import pytest
 
-from ctxjax import processes
+from ctxjax import command, processes
 from ctxjax.checkpoint import saved_steps
 
 ROOT = Path(__file__).parents[1]
@@ -160,3 +160,25 @@ def test_what_is_said_of_other_processes_is_said_in_full():
         processes.connect("localhost", 2, 0)
     processes.connect(processes=1)
     assert not jax.distributed.is_initialized() and processes.is_first()
+
+
+@pytest.mark.parametrize(
+    ("message", "together", "is_loss"),
+    [
+        ("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer", True, True),
+        ("DEADLINE_EXCEEDED: Barrier timed out", True, True),
+        ("RESOURCE_EXHAUSTED: out of memory", True, False),
+        ("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer", False, False),
+    ],
+)
+def test_the_loss_of_another_process_is_told_from_errors_of_ones_own(message, together, is_loss, monkeypatch, capsys):
+    def fail(_):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: together)
+    monkeypatch.setattr(command.app, "run", lambda main, flags_parser: main(None))
+    monkeypatch.setattr(command.processes, "leave", sys.exit)
+    with pytest.raises(SystemExit if is_loss else jax.errors.JaxRuntimeError) as ended:
+        command.run(fail, None)
+    assert not is_loss or ended.value.code == processes.EXIT_CODE
+    assert ("the same command goes on from the last checkpoint" in capsys.readouterr().err) == is_loss

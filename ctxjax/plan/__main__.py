@@ -19,7 +19,13 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configurati
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v4, v5e, v5p or v6e and its chips, such as v5e:4x4.")
 _DEVICES = flags.DEFINE_integer("devices", None, "Plan for so many local devices instead.")
 _ARM = flags.DEFINE_string("arm", None, "Which arm of the run; left out: the one with most passes.")
-_QUICK = flags.DEFINE_bool("quick", False, "Memory and arithmetic alone: with --topology, a tenth of the time.")
+_EFFORT = flags.DEFINE_enum(
+    "effort",
+    "least",
+    ["memory", "least", "full"],
+    "With --topology: compile until memory is known (a minute), to the end with the least optimisation (minutes; "
+    "collectives too), or as a run does (an hour).",
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -30,13 +36,13 @@ def main(_) -> int:
     topology = _TOPOLOGY.value or (None if _DEVICES.value else config.get("slice") or None)
     if bool(topology) == bool(_DEVICES.value):
         raise ValueError("give either --topology, such as v5e:4x4, or --devices=N for local devices")
-    if _QUICK.value and not topology:
-        raise ValueError("--quick is for TPU slices, whose compiler says early what memory a program takes")
+    if _EFFORT.present and not topology:
+        raise ValueError(f"--effort={_EFFORT.value} is for TPU slices; local devices compile as a run does")
     if _DEVICES.value and _DEVICES.value > 0:
         jax.config.update("jax_num_cpu_devices", _DEVICES.value)
     from ctxjax.plan import run  # after the number of devices is settled
 
-    result = run.plan(config, topology, _DEVICES.value, _ARM.value, _QUICK.value)
+    result = run.plan(config, topology, _DEVICES.value, _ARM.value, _EFFORT.value)
     if _JSON.value:
         print(json.dumps(result))
     else:

@@ -30,7 +30,7 @@ def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Reme
         if plan.traffic is None
         else {kind: {"count": one.count, "sent_bytes": int(one.sent)} for kind, one in sorted(plan.traffic.items())},
         "refused": plan.refused,
-        "quick": plan.quick,
+        "effort": plan.effort,
     }
     if chip:
         result |= {
@@ -72,7 +72,11 @@ def as_text(result: dict) -> str:
             if name != "interconnect" or result["collectives"] is not None
         ]
         lines.append(f"a step takes at least: {', '.join(known)}")
-    done = "compiled as far as memory is known" if result["quick"] else "compiled"
+    done = {
+        "memory": "compiled as far as memory is known",
+        "least": "compiled with the least optimisation",
+        "full": "compiled as a run is",
+    }[result["effort"]]
     lines.append(f"{done} in {result['compile_seconds']:.0f} s")
     if result.get("remedies"):
         lines += ["", "memory of a chip with one change:"]

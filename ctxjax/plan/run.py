@@ -22,27 +22,27 @@ from ctxjax.pretrain import base_model
 
 
 def plan(
-    config: ConfigDict, topology: str | None, devices: int | None, arm: str | None = None, quick: bool = False
+    config: ConfigDict, topology: str | None, devices: int | None, arm: str | None = None, effort: str = "least"
 ) -> dict:
     """The plan of a configuration's step as plain values (report.as_json); exactly one of ``topology`` and ``devices``
-    is given. ``quick``: memory and arithmetic alone, without compiling to the end, for a ``topology``.
+    is given. ``effort``, for a ``topology``: how far it is compiled, a key of step.EFFORTS.
 
     Raises ValueError or FileNotFoundError with the remedy.
     """
     generation = chips.generation(topology) if topology else None
     places = chips.tpu_devices(topology) if topology else chips.local_devices(devices)
-    made, facts = _made(config, places, arm, quick)
+    made, facts = _made(config, places, arm, effort if topology else "full")
     facts["devices"] = topology or f"{devices} x {places[0].device_kind} ({places[0].platform})"
     suggested = []
     if generation and verdict(made, chips.CHIPS[generation].hbm_gib) != "fits":
         larger = chips.next_larger(topology)
         estimates = candidates(made, config, facts["rows_over"], larger, chips.chips(larger) if larger else 0)
         limit = int(chips.USABLE * chips.CHIPS[generation].hbm_gib * 2**30)
-        suggested = remedies(made, estimates, limit, lambda flag: _changed(config, topology, flag, arm, quick))
+        suggested = remedies(made, estimates, limit, lambda flag: _changed(config, topology, flag, arm, effort))
     return as_json(made, facts, generation, suggested)
 
 
-def _changed(config: ConfigDict, topology: str, flag: str, arm: str | None, quick: bool) -> Plan | None:
+def _changed(config: ConfigDict, topology: str, flag: str, arm: str | None, effort: str) -> Plan | None:
     """The plan with one more flag; None where the configuration does not allow it."""
     name, _, value = flag.removeprefix("--").partition("=")
     changed = config.copy_and_resolve_references()
@@ -55,12 +55,12 @@ def _changed(config: ConfigDict, topology: str, flag: str, arm: str | None, quic
         field = name.split(".")[-1]
         old[field] = type(old[field])(value)
     try:
-        return _made(changed, chips.tpu_devices(topology), arm, quick)[0]
+        return _made(changed, chips.tpu_devices(topology), arm, effort)[0]
     except ValueError:
         return None
 
 
-def _made(config: ConfigDict, devices: list, arm: str | None, quick: bool) -> tuple[Plan, dict]:
+def _made(config: ConfigDict, devices: list, arm: str | None, effort: str) -> tuple[Plan, dict]:
     notes = []
     config = config.copy_and_resolve_references()
     task = config.task
@@ -97,7 +97,7 @@ def _made(config: ConfigDict, devices: list, arm: str | None, quick: bool) -> tu
         f"remat {experiment.model.remat}"
     )
     facts["notes"] = "; ".join(notes)
-    return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, quick), facts
+    return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, effort), facts
 
 
 def _is_shared(config: Experiment) -> bool:

@@ -23,9 +23,14 @@ from ctxjax.sampling import SamplingConfig
 from ctxjax.train_step import StepConfig, train_step
 from ctxjax.types import Batch, Frozen, Prompts, TrainState
 
-# A TPU's compiler that is told of almost no memory ends where it has placed all buffers and says how much they take, a
-# tenth of the way: making machine code is the rest. It may have recomputed more to save memory than it would have to.
-QUICK = {"xla_tpu_max_hbm_size_mib": "1"}
+# How far to compile: options of the compiler. A TPU's that is told of almost no memory ends where it has placed all
+# buffers and says how much they take; it may have recomputed more to save memory than it would have to. "least" makes
+# machine code with the least optimisation, in minutes; "full", what a run does, takes an hour at 8B.
+EFFORTS: dict[str, dict | None] = {
+    "memory": {"xla_tpu_max_hbm_size_mib": "1"},
+    "least": {"exec_time_optimization_effort": -1.0},
+    "full": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +46,7 @@ class Shapes:
 class Plan:
     """What one step takes. Bytes are of one chip, its largest share; FLOPs of all. ``inside`` are parts of the
     temporaries, by their shapes, which need not all exist at one time. ``refused``: the compiler's own words, where
-    it found that its temporaries do not fit; ``traffic`` is then None, as it is in a ``quick`` plan, whose compilation
-    ends once all buffers have a place."""
+    it found that its temporaries do not fit; ``traffic`` is then None, as it is where ``effort`` is "memory"."""
 
     chips: int
     held: dict[str, int]
@@ -53,7 +57,7 @@ class Plan:
     compile_seconds: float
     traffic: dict[str, hlo.Traffic] | None
     refused: str = ""
-    quick: bool = False
+    effort: str = "full"
 
     @property
     def total(self) -> int:
@@ -76,10 +80,10 @@ def make_plan(
     teacher: ModelConfig | None,
     shapes: Shapes,
     devices: list,
-    quick: bool = False,
+    effort: str = "full",
 ) -> Plan:
-    """Compiles the step of one arm. ``teacher`` None: the student's initial weights teach. ``quick``: only as far as
-    memory is known, for TPUs.
+    """Compiles the step of one arm. ``teacher`` None: the student's initial weights teach. ``effort``: a key of
+    EFFORTS, for TPUs.
 
     Raises ValueError where the configuration does not fit the devices, and the compiler's error where it fails for
     another reason than memory.
@@ -97,7 +101,7 @@ def make_plan(
         inside, floor = _inside(config, step, shapes, mesh), _hbm_floor(config, step, held, shapes, mesh)
         refused, used, sent = "", 0, None
         try:
-            compiled = lowered.compile(compiler_options=QUICK if quick else None)
+            compiled = lowered.compile(compiler_options=EFFORTS[effort])
             memory = compiled.memory_analysis()
             used = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
             used += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
@@ -105,9 +109,9 @@ def make_plan(
         except jax.errors.JaxRuntimeError as error:
             refused, used = _refusal(str(error))
             used -= chip_bytes((state, frozen, batch))
-            refused = "" if quick else refused
+            refused = "" if effort == "memory" else refused
         seconds = time.monotonic() - clock
-    return Plan(len(devices), held, used, inside, arithmetic, floor, seconds, sent, refused, quick)
+    return Plan(len(devices), held, used, inside, arithmetic, floor, seconds, sent, refused, effort)
 
 
 def step_config(config: Experiment, loss: LossConfig, model: ModelConfig, teacher: ModelConfig) -> StepConfig:
