@@ -61,7 +61,7 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
         ("task", "chess", "task = 'chess' is not known; choose from hints, math, medical, qa_jsonl, rules, safety"),
         ("train.batch_size", 12, r"train.batch_size = 12 is not divisible by mesh data\*fsdp = 8; use 8 or 16"),
         ("train.batch_size", -3, "train.batch_size = -3 must be above 0"),
-        ("loss.anchor_every", 10**6, "loss.anchor_every = 1000000 must be at most train.steps = 150"),
+        ("loss.anchor_every", 10**6, "loss.anchor_every = 1000000 must be at most train.steps = 200"),
         ("train.retention_rows", 64, "train.retention_rows = 64 is more than train.batch_size = 32"),
         ("rollout.temperature", 0.0, "rollout.temperature = 0.0 must be above 0"),
         ("rollout.top_p", 1.5, "rollout.top_p = 1.5 must be at most 1"),
