@@ -134,4 +134,3 @@ def _place(config: ConfigDict, slice: str, tensor: int, micro_batches: int) -> N
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, tensor
     config.train.micro_batches = micro_batches
     config.model.remat = "full"
-    config.rollout.weights = "stored"

@@ -31,8 +31,8 @@ def get_config() -> ConfigDict:
     config.optim.b2 = 0.98
     config.optim.weight_decay = 0.0
 
-    # The old answer gives way after 30 to 120 steps, now sooner, now later: with 150 in all, one anchored run of nine was
-    # still on its way.
+    # The old answer gives way after 30 to 120 steps, now sooner, now later: with 150 in all, one anchored run of nine
+    # was still on its way.
     config.train.steps = 200
     config.train.batch_size = 32
     config.train.save_every = 200

@@ -145,7 +145,7 @@ def _block(config: ModelConfig, weights: dict, x_BxLxD: jax.Array, rope, attend:
 
 
 def _embed(params: Params, config: ModelConfig, tokens_BxL: jax.Array) -> jax.Array:
-    return lookup(gathered(params["embedding"], "vocab", "embed"), tokens_BxL).astype(config.dtype)
+    return lookup(gathered(params["embedding"].astype(config.dtype), "vocab", "embed"), tokens_BxL)
 
 
 def head_weights(params: Params, config: ModelConfig) -> jax.Array:
