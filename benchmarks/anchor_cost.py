@@ -33,6 +33,7 @@ ARMS = {
     "anchored_quarter": {"beta": 0.5, "anchor_fraction": 0.25},
 }
 EVERY = 4  # a last arm is anchored in each of so many steps, and plain in between
+LAZY = f"anchored_every_{EVERY}"
 
 
 def lazily(plain, anchored):
@@ -81,7 +82,7 @@ def main() -> None:
             programs[name, "rollout"] = lambda s=state, c=step: rollouts(s, frozen, batch, config=c)
             programs[name, "update"] = lambda s=state, y=rollout, c=step: update(s, frozen, batch, y, None, config=c)[1]
             programs[name, "step"] = whole
-        programs["anchored_every_4", "step"] = lazily(programs["plain", "step"], programs["anchored", "step"])
+        programs[LAZY, "step"] = lazily(programs["plain", "step"], programs["anchored", "step"])
         seconds: dict = {key: [] for key in programs}
         for run in range(4 if options.quick else 21):
             for key, function in programs.items():
@@ -90,7 +91,7 @@ def main() -> None:
                 if run:
                     seconds[key].append(time.perf_counter() - start)
     best = {key: min(values) for key, values in seconds.items()}
-    best["anchored_every_4", "step"] /= EVERY
+    best[LAZY, "step"] /= EVERY
     milliseconds, over_plain = {}, {}
     for (name, phase), value in best.items():
         milliseconds.setdefault(name, {})[phase] = round(value * 1e3, 1)

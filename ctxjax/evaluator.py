@@ -14,7 +14,6 @@ from ctxjax import rng
 from ctxjax.config import Experiment
 from ctxjax.data import checks, prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
-from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, Task, evaluation_views
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
 from ctxjax.evaluation.metrics import Outcomes
@@ -57,29 +56,20 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """A split in all its views, tokenized once; call it with parameters of ``folder``'s architecture.
 
-    ``judged`` is how responses are decoded (temperature 0 unless the config says otherwise), ``rollout`` how
-    training samples: the held-out distillation loss, against ``teacher``, is taken on such samples.
+    Responses are judged as ``config.eval`` decodes them (temperature 0 unless it says otherwise), and sampled as
+    training samples (``config.rollout``) for the held-out distillation loss, against ``teacher``.
     """
 
     def __init__(
-        self,
-        task: Task,
-        split: str,
-        folder: ModelFolder,
-        teacher: ModelFolder,
-        prompt: PromptConfig,
-        judged: SamplingConfig,
-        rollout: SamplingConfig,
-        batch_size: int,
-        seed: int,
-        mesh: Mesh,
+        self, config: Experiment, task: Task, split: str, folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
     ):
         self._task, self._folder, self._teacher, self._mesh = task, folder, teacher, mesh
-        self._judged, self._rollout = judged, rollout
-        encoded = encode_rows(folder.tokenizer, task.rows(split), prompt)
+        self._judged = sampling_config(config.eval.decode, folder, config.eval.samples)
+        self._rollout = sampling_config(config.rollout, folder)
+        encoded = encode_rows(folder.tokenizer, task.rows(split), config.prompt)
         self.dropped = encoded.dropped
         self._rows = evaluation_views(task, encoded.rows, split)
-        tokens = {v: prompts_lib.encode(folder.tokenizer, rows, prompt) for v, rows in self._rows.items()}
+        tokens = {v: prompts_lib.encode(folder.tokenizer, rows, config.prompt) for v, rows in self._rows.items()}
         prefixes = {v: prompts_lib.shared_prefix(lists) for v, lists in tokens.items()}
         lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
         # One length for the views with a context block that share no prefix: decoding is compiled once for them all.
@@ -88,26 +78,8 @@ class Evaluator:
         self._prompts = {
             v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id, prefixes[v]) for v, lists in tokens.items()
         }
-        self._batch = views_lib.batch_size(len(encoded.rows), batch_size, mesh)
-        self._root = jax.random.key(seed)
-
-    @classmethod
-    def of(
-        cls, config: Experiment, task: Task, split: str, folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
-    ) -> Evaluator:
-        """As a run's configuration has it: judged by ``config.eval``, sampled as training samples."""
-        return cls(
-            task,
-            split,
-            folder,
-            teacher,
-            config.prompt,
-            judged=sampling_config(config.eval.decode, folder, config.eval.samples),
-            rollout=sampling_config(config.rollout, folder),
-            batch_size=config.eval.batch_size,
-            seed=config.seed,
-            mesh=mesh,
-        )
+        self._batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
+        self._root = jax.random.key(config.seed)
 
     def __call__(self, params: Params) -> Evaluation:
         """Decodes every view; the hidden states and the view KL are taken along the bare view's responses."""

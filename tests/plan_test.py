@@ -201,6 +201,7 @@ def small():
     config = tiny.get_config()
     config.base.layers, config.base.width, config.base.mlp_width, config.rollout.max_tokens = 2, 64, 64, 5
     config.run_arms = ("opcd",)
+    config.model.remat = "none"  # the compiler decides alone what is kept, and does so alike however far it goes
     config.mesh.data, config.mesh.fsdp = 2, 4
     return config
 
@@ -233,5 +234,5 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there(small):
     assert result["effort"] == "least" and result["floor_seconds"]["compute"] > 0 and result["hbm_bytes"] == 16 * 2**30
     quick = run.plan(small, "v5e:2x4", None, effort="memory")
     assert quick["verdict"] == "fits" and quick["collectives"] is None
-    # Told of little memory, the compiler recomputes more; with the least optimisation it keeps more.
-    assert 0 < quick["bytes"]["temporaries"] < 1.3 * result["bytes"]["temporaries"]
+    full = run.plan(small, "v5e:2x4", None, effort="full")
+    assert quick["bytes"]["temporaries"] == pytest.approx(full["bytes"]["temporaries"], rel=0.3)

@@ -24,7 +24,7 @@ _EFFORT = flags.DEFINE_enum(
     "least",
     ["memory", "least", "full"],
     "With --topology: compile until memory is known (a minute), to the end with the least optimisation (minutes; "
-    "collectives too), or as a run does (an hour).",
+    "collectives too), or as a run does (several times as long).",
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 

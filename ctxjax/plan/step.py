@@ -25,7 +25,7 @@ from ctxjax.types import Batch, Frozen, Prompts, TrainState
 
 # How far to compile: options of the compiler. A TPU's that is told of almost no memory ends where it has placed all
 # buffers and says how much they take; it may have recomputed more to save memory than it would have to. "least" makes
-# machine code with the least optimisation, in minutes; "full", what a run does, takes an hour at 8B.
+# machine code with the least optimisation, in minutes; "full" is what a run does, and takes several times as long.
 EFFORTS: dict[str, dict | None] = {
     "memory": {"xla_tpu_max_hbm_size_mib": "1"},
     "least": {"exec_time_optimization_effort": -1.0},
