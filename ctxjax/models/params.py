@@ -6,6 +6,7 @@ maps over the same declaration, so they cannot disagree.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -45,21 +46,22 @@ def abstract(specs, mesh: Mesh, dtype=jnp.float32):
 
 
 def init(specs, key: jax.Array, mesh: Mesh, dtype=jnp.float32) -> Params:
-    """Initial values: normal with each spec's stddev. Each leaf's key is its index in the tree's order."""
+    """Initial values: normal with each spec's stddev. Each leaf's key is its index in the tree's order.
+
+    Leaf by leaf: leaves that are declared alike share a compiled program, which the next tree finds again (an arm's
+    adapter, a teacher), and no more than one leaf is in the making."""
     leaves, tree = jax.tree.flatten(specs, is_leaf=_is_spec)
-
-    def make(key):
-        values = []
-        for index, spec in enumerate(leaves):
-            if spec.stddev is None:
-                value = jnp.ones(spec.shape, dtype)
-            else:
-                value = spec.stddev * jax.random.normal(jax.random.fold_in(key, index), spec.shape, dtype)
-            values.append(jax.reshard(value, sharding.weight_spec(spec.axes)))
-        return jax.tree.unflatten(tree, values)
-
     with jax.set_mesh(mesh):
-        return jax.jit(make)(key)
+        return jax.tree.unflatten(tree, [_drawn(key, index, spec, dtype) for index, spec in enumerate(leaves)])
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def _drawn(key: jax.Array, index: jax.Array, spec: ParamSpec, dtype) -> jax.Array:
+    if spec.stddev is None:
+        value = jnp.ones(spec.shape, dtype)
+    else:
+        value = spec.stddev * jax.random.normal(jax.random.fold_in(key, index), spec.shape, dtype)
+    return jax.reshard(value, sharding.weight_spec(spec.axes))
 
 
 def count(specs) -> int:
