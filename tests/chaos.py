@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+import gc
 import hashlib
 import itertools
 import json
@@ -275,6 +276,7 @@ def run_command() -> int:
     parser.add_argument("--arms", default="opcd,opcd_retained", help="arms of the runs, with commas between them")
     parser.add_argument("--keep", action="store_true", help="keep the folders of the runs")
     options = parser.parse_args()
+    gc.freeze()  # what has been imported is not looked through in every run
     root = Path(tempfile.mkdtemp(prefix="chaos-"))
     result = chaos(options.kills, options.terms, options.seed, tuple(options.arms.split(",")), root)
     good = result["kills_alike"] == options.kills and result["terms_alike"] == options.terms

@@ -1,5 +1,6 @@
 """Fixtures of all tests. The suite runs on the CPU, which stands in for eight devices."""
 
+import gc
 from importlib.metadata import version
 import os
 from pathlib import Path
@@ -9,11 +10,13 @@ import subprocess
 # code generator, which XLA's successors may not know, compiling takes a fifth of the time.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["JAX_PLATFORMS"] = "cpu"
 for flag in FLAGS:
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that live on, and looking through them takes long
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

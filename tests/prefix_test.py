@@ -145,16 +145,19 @@ def test_what_a_frozen_teacher_made_of_the_prefix_serves_every_step(
     (bare, _), (context, per_row) = make_view(0, 3, 4), make_view(1, 13, 6)
     ids, rollout = np.arange(ROWS, dtype=np.int32), make_rollout(2, ROWS, 4)
 
-    def loss_and_gradient(context, teacher_prefix):
-        batch, y = put_batch((Batch(bare, context, None, ids), rollout), mesh)
-
+    @jax.jit
+    def compiled(params, frozen, batch, y, teacher_prefix):
         rows, config = Rows(batch, y, losses.token_weights(y.mask_BxT, "token_mean")), LossConfig(beta=0.5)
 
         def loss(params):
             models = Models(params, frozen, None, tiny_model, tiny_model, teacher_prefix)
             return objective(models, config, rows, Scales(0.5, 0.0))[0]
 
-        return jax.jit(jax.value_and_grad(loss))(params)
+        return jax.value_and_grad(loss)(params)
+
+    def loss_and_gradient(context, teacher_prefix):
+        batch, y = put_batch((Batch(bare, context, None, ids), rollout), mesh)
+        return compiled(params, frozen, batch, y, teacher_prefix)
 
     kept, stale = (transformer.prefix_kv(weights, tiny_model, context.prefix_C) for weights in (frozen, params))
     expected = loss_and_gradient(per_row, None)

@@ -23,10 +23,12 @@ SMALL = [
     "--config.base.layers=1", "--config.base.query_heads=2", "--config.base.kv_heads=1", "--config.base.head_dim=8",
     "--config.base.mlp_width=16", "--config.base.batch_size=8", "--config.train.batch_size=8",
     "--config.train.save_every=1", "--config.train.log_every=1", "--config.eval.every=0", "--config.eval.batch_size=8",
-    "--config.optim.warmup_steps=1", "--config.rules.train_questions=64", "--config.rules.dev_questions=8",
-    "--config.rules.test_questions=8", "--config.eval.bootstrap=10", "--config.run_arms=('opcd',)",
+    "--config.optim.schedule=constant", "--config.optim.warmup_steps=1", "--config.rules.train_questions=64",
+    "--config.rules.dev_questions=8", "--config.rules.test_questions=8", "--config.eval.bootstrap=10",
+    "--config.run_arms=('opcd',)",
 ]  # fmt: skip
-STEPS = 40
+KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # programs of any size, for the runs that follow
+STEPS = 24
 LONGER = [f"--config.train.steps={STEPS}"]
 
 
@@ -48,7 +50,7 @@ class Run:
             if count > 1:
                 line += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process_id={index}"]
             with log.open("w") as out:
-                environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+                environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **KEEP_ALL}
                 self.processes.append(subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=out, env=environment))
 
     def codes(self, seconds: float = 600) -> list[int]:

@@ -1,4 +1,7 @@
-"""A whole run on forced devices: files, arms, resumption; and the same command on questions of one's own."""
+"""A whole run on two devices: files, arms, resumption; and the same command on questions of one's own.
+
+Two devices share out all that eight do, and programs for them are compiled in less time. Whole runs on eight are in
+evaluate_test.py and processes_test.py."""
 
 import json
 from pathlib import Path
@@ -32,6 +35,7 @@ from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
 
 ARMS = ("opcd", "opcd_anchored", "opcd_retained")
+ALL_DEVICES = jax.devices()
 
 
 def small(cache: Path):
@@ -54,6 +58,20 @@ def start(config, workdir: Path) -> dict:
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def only(count: int, patch: pytest.MonkeyPatch) -> None:
+    """Lets the first devices be all that there are."""
+    devices = ALL_DEVICES[:count]
+    patch.setattr(jax, "devices", lambda: devices)
+    patch.setattr(jax, "device_count", lambda: len(devices))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    with pytest.MonkeyPatch.context() as patch:
+        only(2, patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -168,22 +186,20 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, fin
 
 def last_params(workdir: Path, arm: str) -> dict[str, np.ndarray]:
     """What an arm's last checkpoint holds of the parameters, by name, on the host."""
-    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
+    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
         folder = open_folder(next(workdir.parent.glob("**/rules-base-*")), mesh)
         params = read_params(workdir / arm / "checkpoints", 4, folder.params)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1)], ids=str)
 def test_a_run_interrupted_on_one_mesh_goes_on_on_another_to_the_same_parameters(shape, finished, cache, monkeypatch):
-    """From eight shards of every matrix to one device, and to two shards in four copies."""
+    """From two shards of every matrix to one device, and to four shards in two copies."""
     config = small(cache)
     config.run_arms = ("opcd_retained",)
     again = stopped(config, cache / f"mesh-{shape}")
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
-    devices = jax.devices()[: int(np.prod(shape))]
-    monkeypatch.setattr(jax, "devices", lambda: devices)
-    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
+    only(int(np.prod(shape)), monkeypatch)
     start(config, again)
     monkeypatch.undo()
     expected, found = (last_params(workdir, "opcd_retained") for workdir in (finished[0], again))
@@ -230,7 +246,8 @@ def test_the_checkpoint_that_is_best_on_dev_is_kept_and_measured_beside_the_last
 
 def test_what_is_held_is_printed_once(cache, capsys):
     config = small(cache)
-    config.run_arms, config.lora.rank, config.train.steps, config.eval.every = ("opcd", "opcd_anchored"), 2, 1, 0
+    config.arms.twin = config.arms.opcd_retained.copy_and_resolve_references()
+    config.run_arms, config.lora.rank, config.eval.every = ("opcd_retained", "twin"), 2, 0
     start(config, cache / "sizes")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters: ")]
     assert len(lines) == 1
@@ -292,7 +309,7 @@ def test_the_base_is_trained_once_and_is_an_ordinary_folder(finished, cache):
 def trained(config) -> Path:
     """The folder of a configuration's base, trained where it is not in the cache."""
     experiment = config_lib.experiment(config, jax.device_count())
-    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
+    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
         return pretrain.ensure_base(experiment.base, experiment.task, rules.Rules(experiment.task_config), mesh)
 
 
@@ -375,13 +392,13 @@ def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(
 
 
 def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_one_copy(cache, larger, tmp_path):
-    config, mesh = small(cache), sharding.make_mesh(fsdp=8)
+    config, mesh = small(cache), sharding.make_mesh(fsdp=2)
     config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
     (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     student = open_folder(trained(config), mesh)
-    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=8), "", student, mesh, {})
+    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=2), "", student, mesh, {})
     assert all(folder is student for folder in alone)
-    both = inputs.with_teacher(config_lib.experiment(config, 8), config.teacher.path, student, mesh, {})
+    both = inputs.with_teacher(config_lib.experiment(config, 2), config.teacher.path, student, mesh, {})
     assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
     assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 
@@ -395,7 +412,7 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     assert {view.prefix_C for view in (batch.bare, batch.context, batch.other)} == {None}
     begins = [{tuple(ids[:2]) for ids in prompts.token_lists(view)} for view in (batch.bare, batch.context)]
     assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's turn, or the system's
-    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=8)):
+    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
         world = rules.Rules(experiment.task_config)
         student = open_folder(pretrain.base_folder(experiment.base, experiment.task, world), mesh)
         sampling = inputs.sampling_config(experiment.rollout, student)
@@ -411,13 +428,17 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     assert stop_ids == (3,)
 
 
-def test_the_command_shows_the_first_batch_and_touches_no_workdir(tmp_path):
-    settings = {"base.cache": tmp_path / "cache", "base.steps": 1, "base.width": 16, "base.layers": 1}
+def test_the_command_shows_the_first_batch_and_touches_no_workdir(finished, cache, tmp_path):
+    config, changed = tiny.get_config(), small(cache)
     line = [sys.executable, "-m", "ctxjax.main", "--config=configs/tiny.py", "--dump_batch"]
-    line += [f"--workdir={tmp_path / 'run'}", *(f"--config.{name}={value}" for name, value in settings.items())]
+    line += [f"--workdir={tmp_path / 'run'}"]
+    for section in ("base", "rules"):
+        settings = changed[section].items()
+        line += [f"--config.{section}.{name}={value}" for name, value in settings if value != config[section][name]]
     result = subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "Shared context prefix" in result.stdout and "\033" not in result.stdout
+    assert "from scratch" not in result.stderr, "there is a base of these settings"
     assert not (tmp_path / "run").exists()
 
 
