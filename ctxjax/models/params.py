@@ -59,6 +59,8 @@ def init(specs, key: jax.Array, mesh: Mesh, dtype=jnp.float32) -> Params:
 def _drawn(key: jax.Array, index: jax.Array, spec: ParamSpec, dtype) -> jax.Array:
     if spec.stddev is None:
         value = jnp.ones(spec.shape, dtype)
+    elif spec.stddev == 0:
+        value = jnp.zeros(spec.shape, dtype)
     else:
         value = spec.stddev * jax.random.normal(jax.random.fold_in(key, index), spec.shape, dtype)
     return jax.reshard(value, sharding.weight_spec(spec.axes))
