@@ -428,8 +428,9 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     assert stop_ids == (3,)
 
 
-def test_the_command_shows_the_first_batch_and_touches_no_workdir(finished, cache, tmp_path):
+def test_the_command_shows_the_first_batch_and_touches_no_workdir(cache, tmp_path):
     config, changed = tiny.get_config(), small(cache)
+    trained(changed)
     line = [sys.executable, "-m", "ctxjax.main", "--config=configs/tiny.py", "--dump_batch"]
     line += [f"--workdir={tmp_path / 'run'}"]
     for section in ("base", "rules"):
