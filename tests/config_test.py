@@ -11,11 +11,13 @@ import pytest
 from configs import tiny
 from ctxjax import config as config_lib
 
-MESH = {"data": 1, "fsdp": -1, "tensor": 1}
+VALUES = tiny.get_config().to_dict()
+VALUES["mesh"] |= {"data": 1, "fsdp": -1, "tensor": 1}
 
 
 def values() -> dict:
-    return tiny.get_config().to_dict() | {"mesh": tiny.get_config().mesh.to_dict() | MESH}
+    """The tiny configuration, to be changed at will."""
+    return copy.deepcopy(VALUES)
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -27,7 +29,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 def with_field(field: str, value) -> ConfigDict:
     """The tiny configuration with a value that ConfigDict's own type checks may not have let in."""
-    tree = copy.deepcopy(values())
+    tree = values()
     *sections, name = field.split(".")
     inner = tree
     for section in sections:
@@ -36,7 +38,7 @@ def with_field(field: str, value) -> ConfigDict:
     return ConfigDict(tree)
 
 
-FIELDS = flat(values())
+FIELDS = flat(VALUES)
 NUMBERS = [name for name, value in FIELDS.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
 RUN = sorted(FIELDS.keys() - {name for name in FIELDS if name.startswith("arms.off_policy")})  # run_arms lacks that one
 
@@ -106,7 +108,7 @@ def test_a_section_or_field_that_is_missing_or_of_another_kind_is_named(field):
     del tree[field]
     with pytest.raises(ValueError, match=f"no {field}; configs/base.py lists all"):
         config_lib.experiment(ConfigDict(tree), device_count=8)
-    if isinstance(values()[field], dict):
+    if isinstance(VALUES[field], dict):
         refused(field, 3, "must be a section" if field != "arms" else "must be a section of arms")
 
 
@@ -147,7 +149,7 @@ GARBAGE = st.one_of(
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), GARBAGE, min_size=1, max_size=4))
 def test_garbage_is_a_value_error_or_a_configuration(garbage):
-    tree = copy.deepcopy(values())
+    tree = values()
     for field, value in garbage.items():
         *sections, name = field.split(".")
         inner = tree

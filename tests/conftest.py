@@ -1,5 +1,6 @@
 """Fixtures of all tests. The suite runs on the CPU, which stands in for eight devices."""
 
+import contextlib
 import gc
 from importlib.metadata import version
 import os
@@ -16,6 +17,8 @@ for flag in FLAGS:
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Nothing of a program for one device is divided, but XLA's partitioner takes a third of the time of compiling it.
+os.environ.setdefault("JAX_USE_SHARDY_PARTITIONER", "0")
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that live on, and looking through them takes long
 
 import jax  # noqa: E402
@@ -27,6 +30,28 @@ from ctxjax.models.transformer import ModelConfig, param_specs  # noqa: E402
 from ctxjax.sharding import make_mesh  # noqa: E402
 from ctxjax.types import Prompts, Rollout  # noqa: E402
 
+ALL_DEVICES = jax.devices()
+
+
+@pytest.fixture(scope="session")
+def only():
+    """only(count, patch): lets the first devices be all that there are."""
+
+    def patched(count: int, patch: pytest.MonkeyPatch) -> None:
+        devices = ALL_DEVICES[:count]
+        patch.setattr(jax, "devices", lambda: devices)
+        patch.setattr(jax, "device_count", lambda: len(devices))
+
+    return patched
+
+
+@pytest.fixture(scope="module")
+def two_devices(only):
+    """Two devices are all that there are, during a module: they share out what eight do, and compile faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        only(2, patch)
+        yield
+
 
 @pytest.fixture
 def mesh():
@@ -36,11 +61,28 @@ def mesh():
         yield mesh
 
 
+@contextlib.contextmanager
+def partitioned_by_shardy():
+    before = jax.config.jax_use_shardy_partitioner
+    jax.config.update("jax_use_shardy_partitioner", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", before)
+
+
+@pytest.fixture(scope="module")
+def shardy():
+    """Programs for many devices are divided as users' are, during a module."""
+    with partitioned_by_shardy():
+        yield
+
+
 @pytest.fixture
 def mesh8():
-    """Two devices along each mesh axis, current during the test."""
+    """Two devices along each mesh axis, current during the test; programs are divided as users' are."""
     mesh = make_mesh(2, 2, 2)
-    with jax.set_mesh(mesh):
+    with partitioned_by_shardy(), jax.set_mesh(mesh):
         yield mesh
 
 

@@ -17,14 +17,15 @@ from ctxjax.models import hf_save, params as params_lib
 from ctxjax.models.transformer import ModelConfig, param_specs
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("two_devices")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, two_devices) -> Path:
     """A random model whose tokens are letters."""
     tokenizer = word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
     model = ModelConfig(len(tokenizer), width=16, layers=1, query_heads=2, kv_heads=1, head_dim=8, mlp_width=16)
-    mesh = sharding.make_mesh(fsdp=8)
+    mesh = sharding.make_mesh(fsdp=2)
     with jax.set_mesh(mesh):
         params = params_lib.init(param_specs(model), jax.random.key(0), mesh)
     path = tmp_path_factory.mktemp("models") / "letters"

@@ -35,7 +35,7 @@ class Command:
         line = [sys.executable, "-m", "ctxjax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
         line += [f"--config.{name}={value}" for name, value in settings.items()]
         environment = os.environ | {
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # programs of any size, for the runs that follow
             "TQDM_DISABLE": "1",
         }

@@ -13,7 +13,7 @@ import pytest
 from ctxjax import rng, sharding
 from ctxjax.losses import LossConfig
 from ctxjax.models import mesh_fit
-from ctxjax.models.lora import LoraConfig
+from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.optim import OptimConfig
 from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.sharding import make_mesh, put_batch
@@ -21,8 +21,9 @@ from ctxjax.train_step import StepConfig, init_state, rollout_step, update_step
 from ctxjax.types import Batch, Frozen, Prompts
 
 ROWS, COLUMNS, VOCAB = 8, 9, 88
+pytestmark = pytest.mark.usefixtures("shardy")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-ADAPTER = LoraConfig(2, 4.0, ("q", "down"))
+ADAPTER = LoraConfig(2, 4.0, TARGETS)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def tokens_state_and_metrics(state, frozen, batch, config):
 
 
 @pytest.fixture(scope="module")
-def on(config, batch, make_params):
+def on(config, batch, make_params, shardy):
     """on(mesh shape, adapter or None): (tokens, gradient, metrics) of a step, and the text of its compiled program."""
 
     @functools.cache
@@ -84,8 +85,11 @@ def on(config, batch, make_params):
     return run
 
 
-@pytest.mark.parametrize("lora", [None, ADAPTER], ids=["full", "lora"])
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "lora"),
+    [*((shape, None) for shape in MESHES), ((2, 2, 2), ADAPTER)],
+    ids=lambda value: "full" if value is None else "lora" if value is ADAPTER else str(value),
+)
 @pytest.mark.filterwarnings("error:Some donated buffers were not usable")
 def test_every_mesh_samples_the_tokens_and_takes_the_gradient_of_one_device(shape, lora, on):
     (tokens, gradient, metrics), _ = on((1, 1, 1), lora)
@@ -94,6 +98,7 @@ def test_every_mesh_samples_the_tokens_and_takes_the_gradient_of_one_device(shap
     np.testing.assert_array_equal(tokens_on_mesh, tokens)
     for name, value in metrics.items():
         assert metrics_on_mesh[name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 0
     for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_on_mesh), strict=True):
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1e-3))
 

@@ -266,19 +266,20 @@ def test_an_anchor_on_some_rows_leaves_the_others_out_and_weighs_its_own_for_the
     assert close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_an_anchor_on_some_of_rows_that_are_all_alike_is_that_on_all(devices, make_params, tiny_model, batch, rollouts):
-    mesh = make_mesh(2, 2, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1])
+@pytest.mark.parametrize("on", ["mesh", "mesh8"])
+def test_an_anchor_on_some_of_rows_that_are_all_alike_is_that_on_all(
+    on, make_params, tiny_model, batch, rollouts, request
+):
+    mesh = request.getfixturevalue(on)
     config = dataclasses.replace(CONFIG, mu=0.0)
     alike = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), (batch.replace(other=None), rollouts[0]))
-    with jax.set_mesh(mesh):
-        models = tuple(make_params(tiny_model, seed, mesh) for seed in (0, 1, 2))
-        some, every = (
-            program(tiny_model, dataclasses.replace(config, anchor_fraction=fraction), False)(
-                *models, rows_of(alike[0], (alike[1], None), config)
-            )
-            for fraction in (0.5, 1.0)
+    models = tuple(make_params(tiny_model, seed, mesh) for seed in (0, 1, 2))
+    some, every = (
+        program(tiny_model, dataclasses.replace(config, anchor_fraction=fraction), False)(
+            *models, rows_of(alike[0], (alike[1], None), config)
         )
+        for fraction in (0.5, 1.0)
+    )
     assert some[1]["anchor"].count == every[1]["anchor"].count / 2
     assert some[0] == pytest.approx(float(every[0]), rel=1e-5)
 

@@ -64,14 +64,16 @@ def close(one, two, **tolerance):
     return True
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "on"), [((13, 6, 4), "mesh"), *((lengths, "mesh8") for lengths in LENGTHS)], ids=str
+)
 def test_value_and_gradient_are_those_of_the_prefix_in_every_row(
-    lengths, tiny_model, make_params, make_view, make_rollout, any_mesh
+    lengths, on, tiny_model, make_params, make_view, make_rollout, request
 ):
-    C, P, T = lengths
-    params, rollout = make_params(tiny_model, 0, any_mesh), make_rollout(2, ROWS, T, vocab=ONLY_IN_PREFIX)
+    (C, P, T), mesh = lengths, request.getfixturevalue(on)
+    params, rollout = make_params(tiny_model, 0, mesh), make_rollout(2, ROWS, T, vocab=ONLY_IN_PREFIX)
     one, two = (
-        states_and_gradient(params, tiny_model, *put_batch((view, rollout), any_mesh)) for view in make_view(1, C, P)
+        states_and_gradient(params, tiny_model, *put_batch((view, rollout), mesh)) for view in make_view(1, C, P)
     )
     assert np.abs(one[0]).max() > 1 and np.abs(np.asarray(one[1]["embedding"])[ONLY_IN_PREFIX]).max() > 1e-5
     assert close(one[0], two[0], rtol=0) and close(one[1], two[1], atol=GRADIENT)
@@ -159,7 +161,8 @@ def test_what_a_frozen_teacher_made_of_the_prefix_serves_every_step(
         batch, y = put_batch((Batch(bare, context, None, ids), rollout), mesh)
         return compiled(params, frozen, batch, y, teacher_prefix)
 
-    kept, stale = (transformer.prefix_kv(weights, tiny_model, context.prefix_C) for weights in (frozen, params))
+    prefix_kv = jax.jit(transformer.prefix_kv, static_argnums=1)
+    kept, stale = (prefix_kv(weights, tiny_model, context.prefix_C) for weights in (frozen, params))
     expected = loss_and_gradient(per_row, None)
     assert close(loss_and_gradient(context, None), expected)
     assert close(loss_and_gradient(context, kept), expected)

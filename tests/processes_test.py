@@ -17,7 +17,6 @@ from ctxjax import command, processes
 from ctxjax.checkpoint import saved_steps
 
 ROOT = Path(__file__).parents[1]
-COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 SMALL = [
     "--config=configs/tiny.py", "--config.base.steps=1", "--config.base.warmup_steps=1", "--config.base.width=16",
     "--config.base.layers=1", "--config.base.query_heads=2", "--config.base.kv_heads=1", "--config.base.head_dim=8",
@@ -27,7 +26,10 @@ SMALL = [
     "--config.rules.dev_questions=8", "--config.rules.test_questions=8", "--config.eval.bootstrap=10",
     "--config.run_arms=('opcd',)",
 ]  # fmt: skip
-KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # programs of any size, for the runs that follow
+SETTINGS = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # programs of any size are kept, for the runs that follow
+    "JAX_USE_SHARDY_PARTITIONER": "1",  # as in users' runs
+}
 STEPS = 24
 LONGER = [f"--config.train.steps={STEPS}"]
 
@@ -41,7 +43,7 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        flags = f"--xla_force_host_platform_device_count={8 // count} {COMPILE}"
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // count}")
         self.logs = [workdir.with_name(f"{workdir.name}.{index}.log") for index in range(count)]
         self.processes = []
         for index, log in enumerate(self.logs):
@@ -50,7 +52,7 @@ class Run:
             if count > 1:
                 line += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process_id={index}"]
             with log.open("w") as out:
-                environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **KEEP_ALL}
+                environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **SETTINGS}
                 self.processes.append(subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=out, env=environment))
 
     def codes(self, seconds: float = 600) -> list[int]:

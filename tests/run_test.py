@@ -1,7 +1,6 @@
 """A whole run on two devices: files, arms, resumption; and the same command on questions of one's own.
 
-Two devices share out all that eight do, and programs for them are compiled in less time. Whole runs on eight are in
-evaluate_test.py and processes_test.py."""
+Whole runs on eight devices are in tiny_safety_test.py and processes_test.py."""
 
 import json
 from pathlib import Path
@@ -35,7 +34,7 @@ from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
 
 ARMS = ("opcd", "opcd_anchored", "opcd_retained")
-ALL_DEVICES = jax.devices()
+pytestmark = pytest.mark.usefixtures("two_devices")
 
 
 def small(cache: Path):
@@ -45,7 +44,7 @@ def small(cache: Path):
     config.base.head_dim, config.base.mlp_width, config.base.batch_size = 8, 48, 16
     config.train.steps, config.train.batch_size, config.train.save_every, config.eval.every = 4, 8, 2, 2
     config.optim.warmup_steps = 1
-    config.rules.train_questions, config.rules.dev_questions, config.rules.test_questions = 64, 8, 20
+    config.rules.train_questions, config.rules.dev_questions, config.rules.test_questions = 64, 20, 20
     config.eval.batch_size, config.eval.bootstrap = 16, 50
     return config
 
@@ -60,22 +59,8 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def only(count: int, patch: pytest.MonkeyPatch) -> None:
-    """Lets the first devices be all that there are."""
-    devices = ALL_DEVICES[:count]
-    patch.setattr(jax, "devices", lambda: devices)
-    patch.setattr(jax, "device_count", lambda: len(devices))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_devices():
-    with pytest.MonkeyPatch.context() as patch:
-        only(2, patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
+def cache(tmp_path_factory, two_devices):
     return tmp_path_factory.mktemp("cache")
 
 
@@ -193,7 +178,9 @@ def last_params(workdir: Path, arm: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1)], ids=str)
-def test_a_run_interrupted_on_one_mesh_goes_on_on_another_to_the_same_parameters(shape, finished, cache, monkeypatch):
+def test_a_run_interrupted_on_one_mesh_goes_on_on_another_to_the_same_parameters(
+    shape, finished, cache, only, monkeypatch
+):
     """From two shards of every matrix to one device, and to four shards in two copies."""
     config = small(cache)
     config.run_arms = ("opcd_retained",)

@@ -31,6 +31,7 @@ from ctxjax.train_step import (
 )
 from ctxjax.types import Batch, Frozen, Rollout, TrainState
 
+pytestmark = pytest.mark.usefixtures("shardy")
 ROWS, RETAINED = 16, 8
 rollouts_of = jax.jit(rollout_step, static_argnames="config")
 update = jax.jit(update_step, static_argnames="config")
@@ -77,7 +78,7 @@ def batch(make_prompts) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def halves(config, batch, make_params) -> Halves:
+def halves(config, batch, make_params, shardy) -> Halves:
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
@@ -99,7 +100,7 @@ class Messages(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def whole(config, batch, make_params) -> Whole:
+def whole(config, batch, make_params, shardy) -> Whole:
     mesh, log = make_mesh(2, 2, 2), Messages()
     with jax.set_mesh(mesh):
         frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
