@@ -33,6 +33,14 @@ from ctxjax.types import Prompts, Rollout  # noqa: E402
 ALL_DEVICES = jax.devices()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def commands_have_no_torch():
+    """In the processes that tests start. Not set before pytest's own workers have started, which have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("without_torch")), prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="session")
 def only():
     """only(count, patch): lets the first devices be all that there are."""

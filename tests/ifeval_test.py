@@ -57,6 +57,7 @@ def test_an_exported_folder_is_evaluated_without_and_with_a_context(tmp_path):
         line += ["--include_path", str(tmp_path / "tasks"), "--gen_kwargs", "max_gen_toks=8", "--device", "cpu"]
         line += ["--output_path", str(tmp_path / view), "--log_samples", *more]
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        del env["PYTHONPATH"]  # it hides torch, see conftest.py
         result = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-2000:]
         (written,) = (tmp_path / view).rglob("results_*.json")

@@ -1,4 +1,4 @@
-"""Two real processes, four forced devices each, that train together over loopback."""
+"""Two real processes, two forced devices each, that train together over loopback."""
 
 import json
 import os
@@ -35,7 +35,7 @@ LONGER = [f"--config.train.steps={STEPS}"]
 
 
 class Run:
-    """The command in ``count`` processes, eight devices in all."""
+    """The command in ``count`` processes, four devices in all."""
 
     def __init__(
         self, count: int, workdir: Path, cache: Path, *arguments: str, only: dict[int, list[str]] | None = None
@@ -43,7 +43,7 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // count}")
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={4 // count}")
         self.logs = [workdir.with_name(f"{workdir.name}.{index}.log") for index in range(count)]
         self.processes = []
         for index, log in enumerate(self.logs):

@@ -1,6 +1,6 @@
 """A whole run on two devices: files, arms, resumption; and the same command on questions of one's own.
 
-Whole runs on eight devices are in tiny_safety_test.py and processes_test.py."""
+A whole run on eight devices is in tiny_safety_test.py."""
 
 import json
 from pathlib import Path
