@@ -11,15 +11,16 @@ from ctxjax.models import hf_save, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 CONTEXT = "f>b;a>e;c>d;b>a;e>f;d>c;"
 QUESTIONS = ["#2:fac", "#1:abcde", "#3:fed"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, two_devices):
     tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
     config = ModelConfig(len(tokenizer), width=32, layers=2, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48)
-    params = params_lib.init(transformer.param_specs(config), jax.random.key(0), make_mesh(fsdp=8))
+    params = params_lib.init(transformer.param_specs(config), jax.random.key(0), make_mesh(fsdp=2))
     folder = tmp_path_factory.mktemp("api") / "model"
     hf_save.save(folder, params, config, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
     return ctxjax.load_model(folder)
@@ -32,7 +33,7 @@ def greedy(model, question: str, context: str | None, tokens: int) -> str:
     ids = list(model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
     start = len(ids)
     for _ in range(tokens):
-        row = np.array([ids] * 8)  # eight devices want eight rows
+        row = np.array([ids] * 2)  # two devices want two rows
         ids.append(int(ctxjax.logits(model.params, model.config, row, np.ones_like(row, bool))[0, -1].argmax()))
         if ids[-1] in model.stop_ids:
             break

@@ -221,15 +221,27 @@ def test_a_step_without_a_finite_loss_moves_nothing_but_on(halves, config, batch
         np.testing.assert_array_equal(kept, now)
 
 
+@pytest.fixture(scope="module")
+def step_of(config, batch, halves):
+    """step_of(state, loss, gradient): the state and the metrics after a step that found these."""
+
+    @jax.jit
+    def step(before, loss, grads):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_step_module, "_gradient", lambda *_: ((loss, {}), grads))
+            return update_step(before, Frozen(before.params), batch, *halves.rollouts, config)
+
+    return step
+
+
 @pytest.mark.parametrize(
     ("loss", "slope", "skipped"), [(1.0, 1.0, 0), (1.0, np.inf, 1), (1.0, np.nan, 1), (np.inf, 1.0, 1)]
 )
-def test_loss_and_gradient_must_both_be_finite(loss, slope, skipped, halves, config, batch, monkeypatch):
+def test_loss_and_gradient_must_both_be_finite(loss, slope, skipped, halves, step_of, mesh):
     before = halves.before.replace(ema=halves.before.params)
     grads = jax.tree.map(np.ones_like, before.params)
     grads["final_norm"][0] = slope
-    monkeypatch.setattr(train_step_module, "_gradient", lambda *_: ((np.float32(loss), {}), grads))
-    after, metrics = update_step(before, Frozen(before.params), batch, *halves.rollouts, config)
+    after, metrics = step_of(before, np.float32(loss), grads)
     assert metrics["skipped"] == skipped
     assert (largest_difference(before.params, after.params) == 0) == bool(skipped)
     assert (largest_difference(before.ema, after.ema) == 0) == bool(skipped)
