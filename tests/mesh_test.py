@@ -1,6 +1,4 @@
-"""The same step on every mesh: its numbers, and what its compiled program moves between devices.
-
-Rows alone are spread over eight devices in train_step_test.py."""
+"""The same step on every mesh: its numbers, and what its compiled program moves between devices."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -24,7 +22,7 @@ from ctxjax.types import Batch, Frozen, Prompts
 
 ROWS, COLUMNS, VOCAB = 8, 9, 88
 pytestmark = pytest.mark.usefixtures("shardy")
-MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 ADAPTER = LoraConfig(2, 4.0, TARGETS)
 
 

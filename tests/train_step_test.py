@@ -101,7 +101,7 @@ class Messages(logging.Handler):
 
 @pytest.fixture(scope="module")
 def whole(config, batch, make_params, shardy) -> Whole:
-    mesh, log = make_mesh(data=8), Messages()
+    mesh, log = make_mesh(2, 2, 2), Messages()
     with jax.set_mesh(mesh):
         frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
         before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
