@@ -82,6 +82,8 @@ class Checkpoints:
             try:
                 found = self._read(step, like)
             except Exception as error:  # orbax, tensorstore and the JSON reader have each their own
+                if processes.is_loss(error):
+                    raise
                 damaged[step] = error
                 continue
             for bad in damaged:
@@ -132,10 +134,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        """Whatever goes wrong while a checkpoint is written, as one message that says what is left."""
+        """Whatever goes wrong while a checkpoint is written, as one message that says what is left; but the loss of
+        another process, which shows wherever this one waits for it, is passed on as it is."""
         try:
             yield
         except Exception as error:  # a full disk is an OSError to Python, and a ValueError to tensorstore
+            if processes.is_loss(error):
+                raise
             steps = saved_steps(self._folder)
             left = f"the last complete one is of step {steps[-1]}" if steps else "there is no complete one yet"
             raise OSError(

@@ -176,3 +176,22 @@ def test_a_full_disk_ends_the_run_with_a_message_and_leaves_the_last_good_state(
     (small_disk / "filler").unlink()
     found, _ = restored(folder, mesh)
     assert equal(found, state(mesh, 1))
+
+
+@pytest.mark.parametrize(
+    ("place", "method"), [("save", "save"), ("wait_until_finished", "wait"), ("restore", "restore")]
+)
+def test_the_loss_of_another_process_is_no_fault_of_the_disk(place, method, saved, monkeypatch, capsys):
+    def lost(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    folder, mesh = saved
+    checkpoints = Checkpoints(folder, 2, {})
+    arguments = {"save": (state(mesh, 3), 3, {}), "restore": (state(mesh, 0.0),)}.get(method, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.distributed, "is_initialized", lambda: True)
+        patch.setattr(checkpoints._manager, place, lost)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+            getattr(checkpoints, method)(*arguments)
+    checkpoints.close()
+    assert saved_steps(folder) == [1, 2] and "damaged" not in capsys.readouterr().err
