@@ -131,6 +131,7 @@ class Arm:
             path = offenders.save(self.workdir, *inputs, self.step_config, stop.step, tokenizer)
             raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
         finally:
+            writer.end_bar()
             checkpoints.close()
         return self._student(state)
 

@@ -93,9 +93,13 @@ class Writer:
         """Starts the clock of tokens per second anew, after something that was not training."""
         self._since = time.monotonic()
 
+    def end_bar(self) -> None:
+        """What is printed next begins on a line of its own."""
+        self._bar.close()
+
     def close(self) -> None:
         self.flush()
-        self._bar.close()
+        self.end_bar()
         if self._file is not None:
             self._file.close()
             self._events.close()

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 import re
 import subprocess
-import sys
 
+import forked
 import jax
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,9 @@ from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.models import hf_save, params as params_lib
 from ctxjax.models.transformer import ModelConfig, param_specs
 
-ROOT = Path(__file__).parent.parent
 
-
-def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "ctxjax.main", *arguments]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=120)
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return forked.run("ctxjax.main", [*arguments])
 
 
 @pytest.mark.parametrize(

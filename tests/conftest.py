@@ -1,4 +1,5 @@
-"""Fixtures of all tests. The suite runs on the CPU, which stands in for eight devices."""
+"""Fixtures of all tests. The suite runs on the CPU, which stands in for eight devices; commands that tests start
+inherit how it compiles, and take the devices that their configurations say."""
 
 import contextlib
 import gc
@@ -9,7 +10,7 @@ import subprocess
 
 # Before the first import of jax. Tests run programs once and compile many: without optimisation, and with the older
 # code generator, which XLA's successors may not know, compiling takes a fifth of the time.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+FLAGS = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -30,6 +31,7 @@ from ctxjax.models.transformer import ModelConfig, param_specs  # noqa: E402
 from ctxjax.sharding import make_mesh  # noqa: E402
 from ctxjax.types import Prompts, Rollout  # noqa: E402
 
+jax.config.update("jax_num_cpu_devices", 8)
 ALL_DEVICES = jax.devices()
 
 

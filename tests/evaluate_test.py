@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 import string
 import subprocess
-import sys
 
+import forked
 import jax
 import pytest
 
@@ -16,7 +16,6 @@ from ctxjax.data import word_tokenizer
 from ctxjax.models import hf_save, params as params_lib
 from ctxjax.models.transformer import ModelConfig, param_specs
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("two_devices")
 
 
@@ -54,11 +53,11 @@ def items(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
 
 
-def command(folder: Path, questions: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "ctxjax.evaluate", f"--model={folder}", "--task=math", *arguments]
+def command(folder: Path, questions: Path, *arguments: str) -> subprocess.CompletedProcess:
+    line = [f"--model={folder}", "--task=math", *arguments]
     line += [f"--config.math.path={questions / 'rows.jsonl'}", "--config.rollout.max_tokens=6"]
     line += ["--config.eval.batch_size=8", "--config.compile_cache=", "--config.math.other_contexts_file="]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return forked.run("ctxjax.evaluate", line)
 
 
 def test_the_command_writes_results_and_responses_and_prints_a_table(folder, questions, tmp_path):

@@ -1,17 +1,15 @@
 """A disk that fills up under a run, or may not be written to: the whole command, and the same command afterwards."""
 
 import json
-import os
 from pathlib import Path
 import subprocess
-import sys
 import time
 
+from forked import Command
 import pytest
 
 from ctxjax.checkpoint import saved_steps
 
-ROOT = Path(__file__).parents[1]
 STEPS = 20
 SETTINGS = {
     "cpu_devices": 1, "base.steps": 1, "base.warmup_steps": 1, "base.width": 16, "base.layers": 1,
@@ -27,21 +25,16 @@ def disk(mounted):
     return mounted(megabytes=8)
 
 
-class Command:
+class Run:
     """A run in ``workdir`` that is going on."""
 
     def __init__(self, workdir: Path, cache: Path, log: Path):
         settings = SETTINGS | {"base.cache": cache, "compile_cache": cache / "xla"}
-        line = [sys.executable, "-m", "ctxjax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
+        line = ["--config=configs/tiny.py", f"--workdir={workdir}"]
         line += [f"--config.{name}={value}" for name, value in settings.items()]
-        environment = os.environ | {
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # programs of any size, for the runs that follow
-            "TQDM_DISABLE": "1",
-        }
         self._log = log
-        with log.open("w") as out:
-            self.process = subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=out, env=environment)
+        # Programs of any size are kept, for the runs that follow.
+        self.process = Command("ctxjax.main", line, log, jax_persistent_cache_min_compile_time_secs=0)
 
     def ends(self, seconds: float = 300) -> tuple[int, str]:
         """(exit code, all that it has printed)."""
@@ -67,7 +60,7 @@ def refused(code: int, output: str) -> str:
 
 def test_a_disk_that_fills_up_or_may_not_be_written_to_costs_nothing_but_time(disk, tmp_path):
     workdir, cache, checkpoints = disk / "run", tmp_path / "cache", disk / "run" / "opcd" / "checkpoints"
-    run = Command(workdir, cache, tmp_path / "full.log")
+    run = Run(workdir, cache, tmp_path / "full.log")
     end = time.monotonic() + 300
     while not saved_steps(checkpoints):
         assert time.monotonic() < end and run.process.poll() is None, run.ends(1)
@@ -79,12 +72,12 @@ def test_a_disk_that_fills_up_or_may_not_be_written_to_costs_nothing_but_time(di
     last = saved_steps(checkpoints)[-1]
 
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    message = refused(*Command(workdir, cache, tmp_path / "read_only.log").ends())
+    message = refused(*Run(workdir, cache, tmp_path / "read_only.log").ends())
     assert "Read-only file system" in message and str(workdir) in message, message
 
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     (disk / "filler").unlink()
-    code, output = Command(workdir, cache, tmp_path / "again.log").ends()
+    code, output = Run(workdir, cache, tmp_path / "again.log").ends()
     assert code == 0 and f"opcd: continues from the checkpoint of step {last}" in output, output
     steps = [json.loads(line)["step"] for line in (workdir / "opcd" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(STEPS + 1)) and saved_steps(checkpoints)[-1] == STEPS

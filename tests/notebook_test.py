@@ -28,7 +28,6 @@ def test_the_committed_notebook_has_no_outputs_and_defines_no_functions(notebook
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))  # the base is not kept
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
     monkeypatch.setenv("PYTHONPATH", str(PATH.parents[1]), prepend=os.pathsep)
     place = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("MODEL ="))
     cells = [*notebook.cells]

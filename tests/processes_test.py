@@ -1,22 +1,20 @@
 """Two real processes, two forced devices each, that train together over loopback."""
 
 import json
-import os
 from pathlib import Path
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 
+from forked import Command
 import jax
 import pytest
 
 from ctxjax import command, processes
 from ctxjax.checkpoint import saved_steps
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "--config=configs/tiny.py", "--config.base.steps=1", "--config.base.warmup_steps=1", "--config.base.width=16",
     "--config.base.layers=1", "--config.base.query_heads=2", "--config.base.kv_heads=1", "--config.base.head_dim=8",
@@ -27,8 +25,8 @@ SMALL = [
     "--config.run_arms=('opcd',)",
 ]  # fmt: skip
 SETTINGS = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # programs of any size are kept, for the runs that follow
-    "JAX_USE_SHARDY_PARTITIONER": "1",  # as in users' runs
+    "jax_persistent_cache_min_compile_time_secs": 0,  # programs of any size are kept, for the runs that follow
+    "jax_use_shardy_partitioner": True,  # as in users' runs
 }
 STEPS = 24
 LONGER = [f"--config.train.steps={STEPS}"]
@@ -43,17 +41,15 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={4 // count}")
         self.logs = [workdir.with_name(f"{workdir.name}.{index}.log") for index in range(count)]
         self.processes = []
         for index, log in enumerate(self.logs):
-            line = [sys.executable, "-m", "ctxjax.main", *SMALL, f"--workdir={workdir}", f"--config.base.cache={cache}"]
-            line += [f"--config.compile_cache={cache / 'xla'}", *arguments, *(only or {}).get(index, [])]
+            line = [*SMALL, f"--workdir={workdir}", f"--config.base.cache={cache}"]
+            line += [f"--config.compile_cache={cache / 'xla'}", f"--config.cpu_devices={4 // count}"]
+            line += [*arguments, *(only or {}).get(index, [])]
             if count > 1:
                 line += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process_id={index}"]
-            with log.open("w") as out:
-                environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **SETTINGS}
-                self.processes.append(subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=out, env=environment))
+            self.processes.append(Command("ctxjax.main", line, log, **SETTINGS))
 
     def codes(self, seconds: float = 600) -> list[int]:
         try:

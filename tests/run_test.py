@@ -28,7 +28,7 @@ from ctxjax.alarms import StopRun
 from ctxjax.checkpoint import read_params, saved_steps
 from ctxjax.data import prompts, show
 from ctxjax.data.tasks import rules
-from ctxjax.evaluator import Evaluator
+from ctxjax.evaluator import Evaluation, Evaluator
 from ctxjax.folder import open_folder
 from ctxjax.train_step import StepConfig, init_state, rollout_step
 from ctxjax.types import Frozen
@@ -187,6 +187,9 @@ def test_a_run_interrupted_on_one_mesh_goes_on_on_another_to_the_same_parameters
     again = stopped(config, cache / f"mesh-{shape}")
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
     only(int(np.prod(shape)), monkeypatch)
+    stored = json.loads((finished[0] / "opcd_retained" / "evaluation.json").read_text())["of"]
+    evaluation = Evaluation.load(finished[0] / "opcd_retained", stored)
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: evaluation)  # what is looked at is the training
     start(config, again)
     monkeypatch.undo()
     expected, found = (last_params(workdir, "opcd_retained") for workdir in (finished[0], again))
