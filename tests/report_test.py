@@ -124,7 +124,16 @@ def items_of(arm: str) -> list[dict]:
 
 @pytest.fixture
 def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
-    folder = tmp_path / "run"
+    return run_in(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The page of such a run, for tests that only read it."""
+    return write_report(run_in(tmp_path_factory.mktemp("written") / "run"))
+
+
+def run_in(folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(RESULTS))
     (folder / "run.json").write_text(
@@ -148,8 +157,8 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def test_page_holds_every_part(workdir: pathlib.Path) -> None:
-    page = parse(write_report(workdir))
+def test_page_holds_every_part(written: pathlib.Path) -> None:
+    page = parse(written)
     for heading in (
         "Results",
         "Harm and obedience",
@@ -168,8 +177,10 @@ def test_page_holds_every_part(workdir: pathlib.Path) -> None:
     assert "model.width" in page.text
 
 
-def test_alarms_are_shown_with_step_rows_and_message_and_only_where_there_are_any(workdir: pathlib.Path) -> None:
-    assert "Alarms" not in parse(write_report(workdir)).text
+def test_alarms_are_shown_with_step_rows_and_message_and_only_where_there_are_any(
+    workdir: pathlib.Path, written: pathlib.Path
+) -> None:
+    assert "Alarms" not in parse(written).text
     alarm = {"step": 17, "rows": 23, "message": f"the responses repeat themselves {ATTACK}"}
     raised = {"alarms": {"repetition": alarm, "no_end": alarm | {"step": 4}}, "skipped_steps": 2}
     results = RESULTS | {"opcd": RESULTS["opcd"] | raised, "opcd_anchored": RESULTS["opcd_anchored"] | {"alarms": {}}}
@@ -194,10 +205,9 @@ def test_model_text_is_shown_and_never_run(workdir: pathlib.Path) -> None:
     assert page.text.count(f"opcd {ATTACK}") == 10  # five samples, two views
 
 
-def test_page_loads_nothing_from_outside(workdir: pathlib.Path) -> None:
-    path = write_report(workdir)
-    text = path.read_text(encoding="utf-8")
-    page = parse(path)
+def test_page_loads_nothing_from_outside(written: pathlib.Path) -> None:
+    text = written.read_text(encoding="utf-8")
+    page = parse(written)
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     for name, value in page.attributes:
         if name in {"src", "href", "xlink:href", "srcset", "data", "action"}:
@@ -209,8 +219,8 @@ def test_page_loads_nothing_from_outside(workdir: pathlib.Path) -> None:
     assert len(text) < 1_500_000
 
 
-def test_ids_are_unique_and_references_resolve(workdir: pathlib.Path) -> None:
-    page = parse(write_report(workdir))
+def test_ids_are_unique_and_references_resolve(written: pathlib.Path) -> None:
+    page = parse(written)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     references = {value[1:] for name, value in page.attributes if name == "href"}
@@ -315,9 +325,8 @@ def test_writing_is_atomic(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatc
     assert {file.name for file in workdir.iterdir()} == before | {"report.html"}
 
 
-def test_same_run_gives_same_bytes(workdir: pathlib.Path) -> None:
-    first = write_report(workdir).read_bytes()
-    assert write_report(workdir).read_bytes() == first
+def test_same_run_gives_same_bytes(workdir: pathlib.Path, written: pathlib.Path) -> None:
+    assert write_report(workdir).read_bytes() == written.read_bytes()
 
 
 def test_verdict_tells_the_arms_apart() -> None:

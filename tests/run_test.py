@@ -49,10 +49,14 @@ def small(cache: Path):
     return config
 
 
-def start(config, workdir: Path) -> dict:
+def start(config, workdir: Path, page: bool = False) -> dict:
+    """The results of a run; its page, of which most tests see nothing, only on demand."""
     facts = workdir_lib.facts(config)
     workdir_lib.check(workdir, facts["config"])
-    return trainer.run(config_lib.experiment(config, jax.device_count()), workdir, facts)
+    with pytest.MonkeyPatch.context() as patch:
+        if not page:
+            patch.setattr(trainer, "write_report", lambda workdir: None)
+        return trainer.run(config_lib.experiment(config, jax.device_count()), workdir, facts)
 
 
 def rows(path: Path) -> list[dict]:
@@ -68,7 +72,7 @@ def cache(tmp_path_factory, two_devices):
 def finished(cache):
     """(workdir, results) of a run of three arms."""
     workdir = cache / "run"
-    return workdir, start(small(cache), workdir)
+    return workdir, start(small(cache), workdir, page=True)
 
 
 def test_results_hold_the_base_and_every_arm(finished):
@@ -227,7 +231,7 @@ def test_the_checkpoint_that_is_best_on_dev_is_kept_and_measured_beside_the_last
     config = small(cache)
     config.run_arms, config.eval.select = ("opcd",), "distill" if first > last else "-distill"
     config.train.save_every, config.train.keep = 4, 1
-    results = start(config, tmp_path / "run")
+    results = start(config, tmp_path / "run", page=True)
     assert saved_steps(tmp_path / "run" / "opcd" / "checkpoints") == [2, 4]
     assert results["opcd"]["step"] == 4 and results["opcd"]["selected"]["step"] == 2
     assert results["opcd"]["selected"]["view_kl"] != results["opcd"]["view_kl"]
@@ -370,7 +374,7 @@ def test_a_larger_teacher_teaches_and_is_measured_with_the_same_questions(
     else:
         config.teacher.offload = True
         config.teacher_base.steps, config.teacher_base.width, config.teacher_base.cache = 2, 48, str(larger.parent)
-    results = start(config, tmp_path / "run")
+    results = start(config, tmp_path / "run", page=True)
     assert list(results) == ["base", "teacher", "opcd"] and f"teacher: {larger}" in capsys.readouterr().out
     # The base is the same as in the run that taught itself; what it is to learn is not.
     _, alone = finished

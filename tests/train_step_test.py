@@ -31,7 +31,6 @@ from ctxjax.train_step import (
 )
 from ctxjax.types import Batch, Frozen, Rollout, TrainState
 
-pytestmark = pytest.mark.usefixtures("shardy")
 ROWS, RETAINED = 16, 8
 rollouts_of = jax.jit(rollout_step, static_argnames="config")
 update = jax.jit(update_step, static_argnames="config")
@@ -78,7 +77,7 @@ def batch(make_prompts) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def halves(config, batch, make_params, shardy) -> Halves:
+def halves(config, batch, make_params) -> Halves:
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
@@ -251,19 +250,17 @@ def test_loss_and_gradient_must_both_be_finite(loss, slope, skipped, halves, ste
 # --- Micro-batches ---
 
 
-@pytest.mark.parametrize("devices, count", [(1, 2), (1, 4), (8, 2)])
-def test_micro_batches_change_neither_metrics_nor_gradient(devices, count, halves, config, batch, make_params):
+@pytest.mark.parametrize("on, count", [("mesh", 2), ("mesh", 4), ("mesh8", 2)])
+def test_micro_batches_change_neither_metrics_nor_gradient(on, count, halves, config, batch, make_params, request):
     """On fixed rollouts, whose first log-probabilities are off by 1/16 nat in the first row to 1 in the last. Adam's
     moments show the gradient, which the parameters hide."""
-    mesh = make_mesh(2, 2, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1])
-    config = dataclasses.replace(config, micro_batches=count)
-    with jax.set_mesh(mesh):
-        frozen = Frozen(make_params(config.model, 1, mesh))
-        before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
-        rollout, other = halves.rollouts
-        off = rollout.logprobs_BxT + (np.arange(1, ROWS + 1)[:, None] / ROWS) * (np.arange(6) == 0)
-        data = put_batch((batch, rollout.replace(logprobs_BxT=off.astype(np.float32)), other), mesh)
-        after, metrics = jax.device_get(update(before, frozen, *data, config))
+    mesh, config = request.getfixturevalue(on), dataclasses.replace(config, micro_batches=count)
+    frozen = Frozen(make_params(config.model, 1, mesh))
+    before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
+    rollout, other = halves.rollouts
+    off = rollout.logprobs_BxT + (np.arange(1, ROWS + 1)[:, None] / ROWS) * (np.arange(6) == 0)
+    data = put_batch((batch, rollout.replace(logprobs_BxT=off.astype(np.float32)), other), mesh)
+    after, metrics = jax.device_get(update(before, frozen, *data, config))
     assert metrics.pop("logprob_gap_max") == pytest.approx(1, abs=1e-4)
     assert metrics.pop("logprob_gap") == pytest.approx(8.5 / rollout.mask_BxT.sum(), abs=1e-4)
     expected = {name: value for name, value in halves.metrics.items() if not name.startswith("logprob_gap")}
