@@ -99,10 +99,12 @@ def _unraisable(event) -> None:
 def _split_cpu(count: int) -> None:
     """Makes the CPU ``count`` devices, before the first use of jax's backends; 0: the largest power of two of cores, up
     to 8. A small model is many small operations, which gain more from a core each than from threads in each one: a
-    step of configs/tiny.py takes 1.5 times as long on one device of two cores. Accelerators are not affected."""
+    step of configs/tiny.py takes 1.5 times as long on one device of two cores. Accelerators are not affected, and what
+    jax was told already (JAX_NUM_CPU_DEVICES, XLA_FLAGS) holds."""
     if count < 0:
         raise ValueError(f"cpu_devices = {count} must be a number of devices, or 0 for one per core")
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    told = jax.config.jax_num_cpu_devices >= 0 and not count
+    if told or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", count or 1 << (min(cores, 8).bit_length() - 1))

@@ -33,8 +33,10 @@ def greedy(model, question: str, context: str | None, tokens: int) -> str:
     ids = list(model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
     start = len(ids)
     for _ in range(tokens):
-        row = np.array([ids] * 2)  # two devices want two rows
-        ids.append(int(ctxjax.logits(model.params, model.config, row, np.ones_like(row, bool))[0, -1].argmax()))
+        row = np.zeros((2, 48), np.int32)  # of one length, so that one program serves; two devices want two rows
+        row[:, -len(ids) :] = ids
+        mask = np.broadcast_to(np.arange(48) >= 48 - len(ids), row.shape)
+        ids.append(int(ctxjax.logits(model.params, model.config, row, mask)[0, -1].argmax()))
         if ids[-1] in model.stop_ids:
             break
     return model.tokenizer.decode(ids[start:], skip_special_tokens=True)

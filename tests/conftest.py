@@ -35,6 +35,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 ALL_DEVICES = jax.devices()
 
 
+# Two workers share out the files in this order, the others last, and end at about the same time.
+LONGEST = ["run", "processes", "train_step", "mesh", "chaos", "notebook", "prefix", "objective", "faults", "evaluate"]
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"{name}_test": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def commands_have_no_torch():
     """In the processes that tests start. Not set before pytest's own workers have started, which have it."""

@@ -46,7 +46,12 @@ def value(params, frozen, model, batch, rollouts, config=CONFIG, ema=None):
 def gradient(params, frozen, model, batch, rollouts):
     """(loss, parts), gradients of the student, the teacher and the average, which is here another student."""
     ema = jax.tree.map(lambda leaf: 0.9 * leaf, params)
-    return program(model, CONFIG, True)(params, frozen, ema, rows_of(batch, rollouts, CONFIG))
+    return program(model, CONFIG, True)(params, frozen, ema, rows_of(batch, rollouts, CONFIG), scales(CONFIG.beta))
+
+
+def scales(beta):
+    """Weights of the terms as arguments of a program, which then serves for others too."""
+    return losses.Scales(jnp.float32(beta), jnp.float32(CONFIG.mu))
 
 
 def response_logprobs(params, model, prompts, rollout):
@@ -256,7 +261,7 @@ def test_an_anchor_on_some_rows_leaves_the_others_out_and_weighs_its_own_for_the
     three = whole.replace(weight_BxT=whole.weight_BxT * (np.arange(4) < 3)[:, None])
 
     def of(program, rows, beta):
-        (loss, _), (student, *_) = program(params, frozen, params, rows, losses.Scales(beta, jnp.float32(0.25)))
+        (loss, _), (student, *_) = program(params, frozen, params, rows, scales(beta))
         return loss, student
 
     every = program(tiny_model, CONFIG, True)
