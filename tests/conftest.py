@@ -32,6 +32,7 @@ from ctxjax.sharding import make_mesh  # noqa: E402
 from ctxjax.types import Prompts, Rollout  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_compilation_cache", False)  # keys are made of programs even where nothing is kept
 ALL_DEVICES = jax.devices()
 
 
@@ -42,6 +43,10 @@ LONGEST = ["run", "processes", "train_step", "mesh", "chaos", "notebook", "prefi
 def pytest_collection_modifyitems(items):
     place = {f"{name}_test": index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_sessionfinish():
+    gc.freeze()  # pytest looks through everything five times, for objects that fail as they are deleted
 
 
 @pytest.fixture(scope="session", autouse=True)
