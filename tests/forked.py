@@ -21,11 +21,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["ctxjax.preview", "ctxjax.trainer", "matplotlib.figure"])
 
 
-def _run(module: str, arguments: list[str], cwd: Path, out: Path, err: Path, settings: dict) -> None:
+def _run(module: str, arguments: list[str], out: Path, err: Path, settings: dict) -> None:
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
-    os.chdir(cwd)
+    os.chdir(ROOT)
     for name, value in settings.items():
         jax.config.update(name, value)
     sys.argv = [module, *arguments]
@@ -33,15 +33,16 @@ def _run(module: str, arguments: list[str], cwd: Path, out: Path, err: Path, set
 
 
 class Command:
-    """``python -m MODULE ARGUMENTS``, which is going on. ``err``: where its standard error goes if not to ``out``;
-    ``settings``: of jax, by name, as its environment variables would set them."""
+    """``python -m MODULE ARGUMENTS`` in the project's folder, which is going on, and is ended with the tests at last.
 
-    def __init__(
-        self, module: str, arguments: list[str], out: Path, err: Path | None = None, cwd: Path = ROOT, **settings
-    ):
+    ``err``: where its standard error goes if not to ``out``; ``settings``: of jax, by name, as its environment
+    variables would set them.
+    """
+
+    def __init__(self, module: str, arguments: list[str], out: Path, err: Path | None = None, **settings):
         for path in {out, err or out}:
             path.write_text("")
-        self._process = _CONTEXT.Process(target=_run, args=(module, arguments, cwd, out, err or out, settings))
+        self._process = _CONTEXT.Process(target=_run, args=(module, arguments, out, err or out, settings), daemon=True)
         self._process.start()
 
     def poll(self) -> int | None:
@@ -62,11 +63,11 @@ class Command:
         self._process.kill()
 
 
-def run(module: str, arguments: list[str], cwd: Path = ROOT, seconds: float = 300) -> subprocess.CompletedProcess:
+def run(module: str, arguments: list[str], seconds: float = 300) -> subprocess.CompletedProcess:
     """The command, when it has ended, with all that it has printed."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        command = Command(module, arguments, out, err, cwd)
+        command = Command(module, arguments, out, err)
         try:
             code = command.wait(seconds)
         finally:
