@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from configs import tiny
 from ctxjax import (
@@ -270,9 +271,11 @@ def test_steps_without_a_finite_loss_end_the_run_with_their_rows_and_leave_what_
     monkeypatch.setattr(arm_lib, "init_state", broken)
     config = small(cache)
     config.run_arms, config.train.save_every, config.eval.every = ("opcd_retained",), 1, 0
+    bars = set(tqdm._instances)
     with pytest.raises(StopRun, match="opcd_retained, step 3: the loss .*loss = nan.*alarms.patience = 3") as stop:
         start(config, tmp_path / "run")
     folder = tmp_path / "run" / "opcd_retained"
+    assert set(tqdm._instances) <= bars, "a bar is open still, and what is said next would stand behind it"
     assert capsys.readouterr().err.count("warning: opcd_retained, step 1: the loss or its gradient") == 1
     written = rows(folder / "metrics.jsonl")[1:]
     assert [(row["step"], row["skipped"], row["alarm/not_finite"]) for row in written] == [(n, 1, 1) for n in (1, 2, 3)]
