@@ -99,8 +99,8 @@ def _unraisable(event) -> None:
 def _split_cpu(count: int) -> None:
     """Makes the CPU ``count`` devices, before the first use of jax's backends; 0: the largest power of two of cores, up
     to 8. A small model is many small operations, which gain more from a core each than from threads in each one: a
-    step of configs/tiny.py takes 1.5 times as long on one device of two cores. Accelerators are not affected, and what
-    jax was told already (JAX_NUM_CPU_DEVICES, XLA_FLAGS) holds."""
+    step of configs/tiny.py takes 1.5 times as long on one device of two cores. Accelerators are not affected. What
+    XLA_FLAGS say holds in any case, and what JAX_NUM_CPU_DEVICES says where ``count`` is 0."""
     if count < 0:
         raise ValueError(f"cpu_devices = {count} must be a number of devices, or 0 for one per core")
     told = jax.config.jax_num_cpu_devices >= 0 and not count
