@@ -51,16 +51,16 @@ def run(main: Callable, config) -> None:
     exit code 2, without a traceback, and the loss of another process with exit code 4."""
     try:
         app.run(main, flags_parser=parse(config))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        if processes.is_loss(error):
+            print(f"error: {processes.loss(error)}", file=sys.stderr)
+            processes.leave(processes.EXIT_CODE)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         no_room = isinstance(error, OSError) and error.errno in NO_ROOM
         remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
         print(f"error: {secrets.hidden(str(error))}{remedy if no_room else ''}", file=sys.stderr)
         processes.leave(2)
-    except jax.errors.JaxRuntimeError as error:
-        if not processes.is_loss(error):
-            raise
-        print(f"\nerror: {processes.loss(error)}", file=sys.stderr)
-        processes.leave(processes.EXIT_CODE)
 
 
 def folder(flag: str, name: str) -> Path:

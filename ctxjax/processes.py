@@ -96,12 +96,16 @@ def of_all(answer: bool) -> bool:
     return answer if jax.process_count() == 1 else bool(_gathered(np.array([answer])).all())
 
 
-def is_loss(error: Exception) -> bool:
-    """Whether the error says that another process is gone."""
-    if not isinstance(error, jax.errors.JaxRuntimeError) or not jax.distributed.is_initialized():
+def is_loss(error: BaseException | None) -> bool:
+    """Whether the error says that another process is gone, or was raised because of one that says so."""
+    if not jax.distributed.is_initialized():
         return False
-    text = str(error).lower()
-    return any(sign in text for sign in _SIGNS)
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in _SIGNS):
+            return True
+        error = error.__cause__ or error.__context__  # orbax makes a TimeoutError of a barrier's
+    return False
 
 
 def loss(error: Exception) -> str:

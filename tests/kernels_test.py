@@ -69,11 +69,18 @@ def test_splash_is_the_reference_path(mesh8, length, prefix):
     assert_same(values_and_gradients(in_order(kernels.splash), *arguments), expected)
 
 
-def test_cudnn_is_called_so_that_its_causal_mask_is_ours(mesh8):
-    arguments = inputs(mesh8, 4, 33, 0)
+@pytest.mark.parametrize("length", [33, 40])
+def test_cudnn_is_called_so_that_its_causal_mask_is_ours(mesh8, length, monkeypatch):
+    """And with an even number of columns: it refuses an odd one."""
+    plain, seen = jax.nn.dot_product_attention, []
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, k, v, **how: seen.append(q.shape[1]) or plain(q, k, v, **how)
+    )
+    arguments = inputs(mesh8, 4, length, 0)
     turned = functools.partial(kernels.cudnn, implementation="xla")
     expected = values_and_gradients(reference, *arguments)
     assert_same(values_and_gradients(in_order(turned), *arguments), expected)
+    assert set(seen) == {length + length % 2}
 
 
 def test_a_kernel_that_these_devices_cannot_run_is_an_error_and_auto_takes_none(mesh):
@@ -88,9 +95,9 @@ def test_a_kernel_that_these_devices_cannot_run_is_an_error_and_auto_takes_none(
 
 def test_the_scores_of_a_long_sequence_are_never_in_memory_at_once(mesh):
     """At 8,192 columns they would take 1 GiB, and their gradient as much again."""
-    q, k, real = (jax.ShapeDtypeStruct((1, *shape), kind) for shape, kind in (
-        ((H, 8192, DH), jnp.float32), ((K, 8192, DH), jnp.float32), ((8192,), bool)
-    ))  # fmt: skip
+    heads, rows = (jax.NamedSharding(mesh, spec) for spec in (batch_spec("heads", None, None), batch_spec(None)))
+    q, k = (jax.ShapeDtypeStruct((1, count, 8192, DH), jnp.float32, sharding=heads) for count in (H, K))
+    real = jax.ShapeDtypeStruct((1, 8192), bool, sharding=rows)
     gradient = jax.grad(lambda q, k, v, real: reference(q, k, v, None, real).sum(), argnums=(0, 1, 2))
     memory = jax.jit(gradient).lower(q, k, k, real).compile().memory_analysis()
     assert 0 < memory.temp_size_in_bytes < H * 8192**2 * 4 / 16

@@ -171,14 +171,23 @@ def test_what_is_said_of_other_processes_is_said_in_full():
         ("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer", False, False),
     ],
 )
-def test_the_loss_of_another_process_is_told_from_errors_of_ones_own(message, together, is_loss, monkeypatch, capsys):
+@pytest.mark.parametrize("shown_as", [None, TimeoutError("Timed out while waiting for async_write_complete barrier.")])
+def test_the_loss_of_another_process_is_told_from_errors_of_ones_own(
+    shown_as, message, together, is_loss, monkeypatch, capsys
+):
     def fail(_):
-        raise jax.errors.JaxRuntimeError(message)
+        try:
+            raise jax.errors.JaxRuntimeError(message)
+        except jax.errors.JaxRuntimeError:
+            if shown_as is None:
+                raise
+            raise shown_as  # noqa: B904, as orbax does
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: together)
     monkeypatch.setattr(command.app, "run", lambda main, flags_parser: main(None))
     monkeypatch.setattr(command.processes, "leave", sys.exit)
-    with pytest.raises(SystemExit if is_loss else jax.errors.JaxRuntimeError) as ended:
+    with pytest.raises(SystemExit if is_loss or shown_as else jax.errors.JaxRuntimeError) as ended:
         command.run(fail, None)
-    assert not is_loss or ended.value.code == processes.EXIT_CODE
+    if is_loss or shown_as:
+        assert ended.value.code == (processes.EXIT_CODE if is_loss else 2)
     assert ("the same command goes on from the last checkpoint" in capsys.readouterr().err) == is_loss

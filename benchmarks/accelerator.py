@@ -1,0 +1,241 @@
+"""The parts of a step on one accelerator, at the sizes of Llama-3.2-1B, beside what the chip can do.
+
+    python -m benchmarks.accelerator [--quick] [--parts attention,head,sampler,step]
+
+Needs jax, flax and optax alone, and runs on any platform; ``--quick`` takes sizes that a CPU can hold. Weights are
+random, end tokens off. Each part's own program is compiled, run once, and then timed; the best of several runs counts.
+
+machine    bfloat16 matrix products (FLOP/s) and a copy (bytes/s, read and written), measured in the same run
+attention  forward and backward of the reference path and of the platform's kernel (model.attention), and how far the
+           kernel is from the reference path in float32, relative to that one's norm, beside the reference's own
+           distance in bfloat16
+head       loss and gradients of three distributions (losses.py), all logits at once and in chunks of some tokens
+sampler    tokens/s, and the share of the floor: the weights once per token and the filled cache of every row, over the
+           copy's rate; prompts by their arithmetic
+step       milliseconds of rollout and update of an anchored step behind a shared context, and the update's share of the
+           matrix rate, by the arithmetic that its trace holds (a layer's second forward pass included)
+
+Prints one JSON object as the last line; the numbers of record stand in benchmarks/README.md.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import context_cost, head_memory
+from ctxjax import head_scan, rng, sharding
+from ctxjax.losses import LossConfig
+from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.attention import self_attention
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.optim import OptimConfig
+from ctxjax.plan.flops import matmul_flops
+from ctxjax.sampling import SamplingConfig, sample
+from ctxjax.train_step import StepConfig, init_state, rollout_step, update_step
+from ctxjax.types import Frozen, Prompts
+
+LLAMA32_1B = ModelConfig(
+    128256, 2048, 16, 32, 8, 64, 8192, rope_theta=500000.0, tied_embeddings=True, dtype="bfloat16", remat="full",
+    attention="auto",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """``columns`` are those of attention, whose rows hold ``tokens`` in all; prompts, responses and the context are
+    in tokens, ``batches`` in rows."""
+
+    model: ModelConfig
+    product: int
+    copied: int
+    columns: tuple[int, ...]
+    tokens: int
+    head_tokens: int
+    chunks: tuple[int, ...]
+    batches: tuple[int, ...]
+    prompt: int
+    new: int
+    step_batch: int
+    context: int
+    runs: int
+
+
+FULL = Sizes(LLAMA32_1B, 8192, 2**30, (512, 2048, 8192), 16384, 4096, (256, 1024), (64, 256), 512, 256, 32, 2048, 5)
+QUICK = Sizes(
+    dataclasses.replace(LLAMA32_1B, vocab_size=512, width=128, layers=2, query_heads=4, kv_heads=2, mlp_width=256),
+    512, 2**20, (256,), 512, 128, (64,), (8,), 32, 16, 4, 64, 2,
+)  # fmt: skip
+
+
+def seconds(runs: int, program, *arguments) -> float:
+    """The fastest of some runs of a program that has run before."""
+    jax.block_until_ready(program(*arguments))
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def machine(sizes: Sizes) -> dict:
+    a, b = (jax.random.normal(jax.random.key(i), (sizes.product,) * 2, jnp.bfloat16) for i in range(2))
+    x = jax.random.normal(jax.random.key(2), (sizes.copied,), jnp.bfloat16)
+    product = 2 * sizes.product**3 / seconds(sizes.runs, jax.jit(jnp.matmul), a, b)
+    return {
+        "tflops": product / 1e12,
+        "copy_gb_per_second": 2 * x.nbytes / seconds(sizes.runs, jax.jit(jnp.negative), x) / 1e9,
+    }
+
+
+def attention(sizes: Sizes) -> dict:
+    model, result = sizes.model, {}
+    for columns in sizes.columns:
+        rows = max(1, sizes.tokens // columns)
+        shapes = [
+            (rows, heads, columns, model.head_dim) for heads in (model.query_heads, model.kv_heads, model.kv_heads)
+        ]
+        *qkv, d_out = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([*shapes, shapes[0]]))
+        start_B = np.random.default_rng(0).integers(0, columns // 4, rows)
+        real_BxL = jnp.asarray(np.arange(columns) >= start_B[:, None])
+        d_out = jnp.where(real_BxL[:, None, :, None], d_out, 0)
+        heads = sharding.batch_spec("heads", None, None)
+        d_out, *qkv = (jax.reshard(x, heads) for x in (d_out, *qkv))
+        real_BxL = jax.reshard(real_BxL, sharding.batch_spec(None))
+
+        def both(kind, d_out, real_BxL, *qkv):
+            masked = lambda *qkv: jnp.where(  # noqa: E731
+                real_BxL[:, None, :, None], self_attention(kind, *qkv, real_BxL, None), 0
+            )
+            out, back = jax.vjp(masked, *qkv)
+            return out, back(d_out.astype(out.dtype))
+
+        programs = {kind: jax.jit(functools.partial(both, kind)) for kind in ("reference", "auto")}
+        half = [x.astype(jnp.bfloat16) for x in qkv]
+        times = {kind: seconds(sizes.runs, program, d_out, real_BxL, *half) for kind, program in programs.items()}
+        with jax.default_matmul_precision("highest"):
+            exact = jax.tree.leaves(programs["reference"](d_out, real_BxL, *(x.astype(jnp.float32) for x in half)))
+        far = {}
+        for kind, program in programs.items():
+            outs = jax.tree.leaves(program(d_out, real_BxL, *half))
+            far[kind] = [
+                float(jnp.linalg.norm((x - y).ravel()) / jnp.linalg.norm(y.ravel())) for x, y in zip(outs, exact)
+            ]
+        result[f"{rows}x{columns}"] = {
+            **{f"{kind}_ms": 1000 * value for kind, value in times.items()},
+            "times_faster": times["reference"] / times["auto"],
+            **{f"{kind}_error_of_output_and_gradients": errors for kind, errors in far.items()},
+        }
+    return result
+
+
+def head(sizes: Sizes) -> dict:
+    batch, result = 32, {}
+    columns = sizes.head_tokens // batch
+    shape = (batch, columns, sizes.model.width, sizes.model.vocab_size)
+    for name, chunk in [("dense", columns), *((f"chunks_of_{tokens}", tokens // batch) for tokens in sizes.chunks)]:
+        implementation = head_scan.dense if name == "dense" else head_scan.chunked
+        program, arguments = head_memory.program(implementation, *shape, chunk, "bfloat16")
+        compiled = program.lower(*arguments).compile()
+        result[name] = {
+            "ms": 1000 * seconds(sizes.runs, compiled, *head_memory.random_arguments(arguments)),
+            "temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
+        }
+    # The logits of three distributions, and the gradients of two with respect to hidden states and head.
+    result["product_teraflop"] = (3 + 4) * 2 * sizes.head_tokens * sizes.model.width * sizes.model.vocab_size / 1e12
+    return result
+
+
+def sampler(sizes: Sizes, rates: dict) -> dict:
+    model, mesh, result = sizes.model, jax.sharding.get_mesh(), {}
+    params = params_lib.init(transformer.param_specs(model), jax.random.key(0), mesh)
+    config = SamplingConfig(sizes.new, eos_ids=(), pad_id=0)
+    program = jax.jit(
+        lambda params, prompts, rows: sample(params, model, config, prompts, rng.row_keys(jax.random.key(0), rows))
+    )
+    weights = params_lib.count(transformer.param_specs(model))
+    for batch in sizes.batches:
+        tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch, sizes.prompt), dtype=np.int32)
+        prompts = sharding.put_batch(Prompts(tokens, np.ones(tokens.shape, bool)), mesh)
+        rows = sharding.put_batch(np.arange(batch, dtype=np.int32), mesh)
+        taken = seconds(max(1, sizes.runs // 2), program, params, prompts, rows)
+        cache = 4 * model.layers * model.kv_heads * model.head_dim * (sizes.prompt + sizes.new / 2) * batch
+        reading = 2 * (weights - model.vocab_size * model.width) * batch * sizes.prompt / rates["tflops"] / 1e12
+        floor = reading + sizes.new * (2 * weights + cache) / rates["copy_gb_per_second"] / 1e9
+        result[f"batch_{batch}"] = {
+            "tokens_per_second": batch * sizes.new / taken, "ms_per_token": 1000 * taken / sizes.new,
+            "share_of_floor": floor / taken,
+        }  # fmt: skip
+    return result | {"prompt": sizes.prompt, "new": sizes.new}
+
+
+def step(sizes: Sizes, rates: dict) -> dict:
+    mesh, question, response = jax.sharding.get_mesh(), sizes.prompt // 4, sizes.new
+    config = StepConfig(
+        sizes.model, sizes.model, SamplingConfig(response, (), 0), LossConfig(beta=0.5), OptimConfig(lr=1e-5, steps=10)
+    )
+    params = params_lib.init(transformer.param_specs(sizes.model), jax.random.key(0), mesh)
+    batch, _ = sharding.put_batch(
+        context_cost.host_data(sizes.step_batch, question, response, sizes.context, True), mesh
+    )
+    state = init_state(params, config, jax.random.key(1))
+    prefix = jax.jit(lambda p: transformer.prefix_kv(p, sizes.model, batch.context.prefix_C))(params)
+    frozen = Frozen(params, None, prefix)
+    sampled = jax.jit(lambda state, frozen, batch: rollout_step(state, frozen, batch, config)[0])
+    rollout = sampled(state, frozen, batch)
+    result = {"rollout_ms": 1000 * seconds(1, sampled, state, frozen, batch)}
+
+    update = jax.jit(
+        lambda state, frozen, batch, rollout: update_step(state, frozen, batch, rollout, None, config), donate_argnums=0
+    )
+    trace = update.trace(state, frozen, batch, rollout)
+    flops, compiled = matmul_flops(trace.jaxpr.jaxpr), trace.lower().compile()
+    times = []
+    for _ in range(1 + sizes.runs):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(compiled(state, frozen, batch, rollout))
+        times.append(time.perf_counter() - start)
+    best = min(times[1:])
+    if not np.isfinite(metrics["loss"]) or metrics["skipped"]:
+        raise RuntimeError(f"the step's loss is {metrics['loss']}")
+    return result | {
+        "update_ms": 1000 * best, "teraflop": flops / 1e12,
+        "share_of_matrix_rate": flops / best / rates["tflops"] / 1e12,
+        "temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
+        "batch": sizes.step_batch, "question": question, "response": response, "context": sizes.context,
+    }  # fmt: skip
+
+
+def rounded(tree):
+    return jax.tree.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x, tree)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--parts", default="attention,head,sampler,step", help="which, and in which order")
+    options = parser.parse_args()
+    sizes = QUICK if options.quick else FULL
+    device = jax.devices()[0]
+    result = {"benchmark": "accelerator", "jax": jax.__version__, "device": device.device_kind}
+    with jax.set_mesh(sharding.make_mesh(devices=[device])):
+        rates = result["machine"] = machine(sizes)
+        parts = {
+            "attention": functools.partial(attention, sizes), "head": functools.partial(head, sizes),
+            "sampler": functools.partial(sampler, sizes, rates), "step": functools.partial(step, sizes, rates),
+        }  # fmt: skip
+        for name in options.parts.split(","):
+            start = time.perf_counter()
+            result[name] = parts[name]()
+            print(name, f"{time.perf_counter() - start:.0f} s", json.dumps(rounded(result[name])), flush=True)
+    print(json.dumps(rounded(result)))
+
+
+if __name__ == "__main__":
+    main()
