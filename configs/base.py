@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
     config.model.dtype = "auto"
     config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
     # What computes attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or
-    # "auto": a kernel where the devices have one and the model computes in bfloat16, else the reference. Neither kernel
-    # has been timed on its hardware yet (models/kernels.py says what was checked).
+    # "auto": a kernel where the devices have one and the model computes in bfloat16, else the reference. On an H200
+    # cuDNN's is 4 to 19 times as fast; splash was not timed (models/kernels.py says what was checked).
     config.model.attention = "reference"
     # What layers keep for the backward pass; the rest is recomputed. "none": all is kept; "dots": products with
     # weights; "full": a layer's input, for a third more arithmetic; "offload": that, in the host's memory.

@@ -4,6 +4,7 @@ of numbers."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -45,6 +46,8 @@ MAY_BE_ZERO = {
     if (task, field) not in (("qa_jsonl", "dev_questions"), ("qa_jsonl", "test_questions"))
 }  # fmt: skip
 
+_hints = functools.cache(typing.get_type_hints)
+
 
 def checked(config: ConfigDict, sections: dict[str, tuple[type, ...]], made: set[str], top: dict[str, type]) -> dict:
     """The configuration as a nested dict with every value of the right type; a whole number serves as a number, and a
@@ -58,7 +61,7 @@ def checked(config: ConfigDict, sections: dict[str, tuple[type, ...]], made: set
     for name, hint in top.items():
         values[name] = _converted(name, _get(values, name), hint)
     for name, classes in sections.items():
-        hints = {field: hint for cls in classes for field, hint in typing.get_type_hints(cls).items()}
+        hints = {field: hint for cls in classes for field, hint in _hints(cls).items()}
         known = {f: h for f, h in hints.items() if f"{name}.{f}" not in made and not dataclasses.is_dataclass(h)}
         values[name] = _section(name, _get(values, name), known)
         optional = {f.name for cls in classes for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}

@@ -27,7 +27,7 @@ RUNS = {"full": (0, {}), "tied": (0, {"tied_embeddings": True, "rope_scaling": S
 class Trained:
     """A run's folder after three steps, as the trainer leaves it, and what it should be exported as."""
 
-    def __init__(self, folder, rank: int, changes: dict, make_params, make_prompts):
+    def __init__(self, folder, rank: int, changes: dict, make_params, make_prompts, make_rollout):
         tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
         self.model = transformer.ModelConfig(
             len(tokenizer) + 1, width=32, layers=3, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48, **changes
@@ -52,8 +52,10 @@ class Trained:
             batch = Batch(make_prompts(0, 8, 5), make_prompts(1, 8, 9), None, np.arange(8, dtype=np.int32))
             batch = sharding.put_batch(batch, mesh)
             checkpoints = checkpoint.Checkpoints(self.workdir / "opcd" / "checkpoints", keep=2, scores={})
+            rollout = sharding.put_batch(make_rollout(2, 8, 4), mesh)
+            update = jax.jit(train_step.update_step, static_argnames="config")
             for step in range(1, STEPS + 1):
-                state, _ = train_step.train_step(state, frozen, batch, step_config)
+                state, _ = update(state, frozen, batch, rollout, None, step_config)
                 checkpoints.save(state, step, {"data_position": step})
             checkpoints.close()
             self.base, self.student = base, train_step.student_params(state.params, frozen, step_config)
@@ -74,13 +76,13 @@ def edit(path, **fields):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, make_params, make_prompts):
+def trained(tmp_path_factory, make_params, make_prompts, make_rollout):
     """trained(kind): one of RUNS, made once."""
     made = {}
 
     def get(kind) -> Trained:
         if kind not in made:
-            made[kind] = Trained(tmp_path_factory.mktemp(kind), *RUNS[kind], make_params, make_prompts)
+            made[kind] = Trained(tmp_path_factory.mktemp(kind), *RUNS[kind], make_params, make_prompts, make_rollout)
         return made[kind]
 
     return get
