@@ -27,20 +27,8 @@ from ctxjax.models.params import ParamSpec
 from ctxjax.models.projection import project
 from ctxjax.models.remat import remat
 from ctxjax.models.rope import RopeScaling, frequencies, rotate, rotation
-from ctxjax.sharding import (
-    WEIGHT_RULES,
-    batch_spec,
-    batch_ways,
-    for_decoding as moved,
-    gathered,
-    lookup,
-    platform,
-    weight_spec,
-)
+from ctxjax.sharding import batch_spec, batch_ways, for_decoding as moved, gathered, lookup, platform, weight_spec
 from ctxjax.types import KVCache, Params, PrefixKV
-
-# The deepest models whose layers are unrolled in decoding, by platform; 8 elsewhere. See ``_is_shallow``.
-UNROLLED_LAYERS = {"gpu": 128}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +202,9 @@ def prefix_kv(params: Params, config: ModelConfig, prefix_C: jax.Array | None) -
     rope, real_1xC = rotation(positions_RxL, rope_frequencies(config)), jnp.ones((1, C), bool)
 
     def joined(x_RxKxLxDh):
-        R, K, L, Dh = x_RxKxLxDh.shape
-        x = jax.reshard(x_RxKxLxDh, jax.P(None, WEIGHT_RULES["kv_heads"], None, None)).swapaxes(0, 1)
-        return jnp.reshape(x, (K, R * L, Dh), out_sharding=weight_spec(("kv_heads", None, None)))[:, :C]
+        x = jax.reshard(x_RxKxLxDh, weight_spec((None, "kv_heads", None, None))).swapaxes(0, 1)
+        shape, place = (x.shape[0], rows * stretch, x.shape[3]), weight_spec(("kv_heads", None, None))
+        return jnp.reshape(x, shape, out_sharding=place)[:, :C]
 
     def layer(x, weights):
         def attend(q, k, v):
@@ -297,9 +285,8 @@ def prefill(
 def _is_shallow(config: ModelConfig) -> bool:
     """Whether decoding unrolls its layers. Scanning picks each layer's cache out of one array, which copies it: on CPUs
     19.0 ms per token against 8.4 ms (6 layers, 64 rows, 4 heads of 32, 191 slots, one core), on an H200 4.7 against 2.7
-    ms (Llama-3.2-1B, 64 rows, 640 slots; benchmarks/accelerator.py).
-    Unrolled programs take longer to compile by the layer (0.3 s for the GPU), so deep models scan elsewhere."""
-    return config.layers <= UNROLLED_LAYERS.get(platform(), 8)
+    (Llama-3.2-1B, 64 rows, 640 slots). Elsewhere deep models scan, since programs compile for longer by the layer."""
+    return config.layers <= 8 or platform() == "gpu"
 
 
 def for_decoding(params: Params, config: ModelConfig, rules: str = "gathered") -> Params:
