@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("JAX_USE_SHARDY_PARTITIONER", "0")
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that live on, and looking through them takes long
 
+from hypothesis import given, settings, strategies  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -55,6 +56,12 @@ def commands_have_no_torch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).with_name("without_torch")), prepend=os.pathsep)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_objects_when_hypothesis_begins():
+    """It looks through all objects of the process when it is first used: for seconds, after some hundred tests."""
+    settings(max_examples=1, database=None)(given(strategies.none())(lambda _: None))()
 
 
 @pytest.fixture(scope="session")

@@ -158,38 +158,46 @@ def stopped(config, workdir: Path) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["all_weights", "adapter"])
-def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(rank, finished, cache):
+@pytest.fixture(scope="module")
+def interrupted(finished, cache):
+    """(configuration, workdir) of such a run of all weights, to be copied by those who go on with it."""
     config = small(cache)
-    config.run_arms, config.lora.rank = ("opcd_retained",), rank
-    workdir, uninterrupted = finished
+    config.run_arms = ("opcd_retained",)
+    return config, stopped(config, cache / "stopped")
+
+
+@pytest.mark.parametrize("arm, rank", [("opcd_retained", 0), ("opcd", 2)], ids=["all_weights", "adapter"])
+def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_alike(arm, rank, finished, cache, request, tmp_path):
     if rank:
-        workdir = cache / "adapter"
+        config = small(cache)
+        config.run_arms, config.lora.rank = (arm,), rank
+        workdir, again = cache / "adapter", stopped(config, tmp_path / "run")
         uninterrupted = start(config, workdir)
-    again = stopped(config, cache / f"stopped-{rank}")
+    else:
+        (workdir, uninterrupted), (config, before) = finished, request.getfixturevalue("interrupted")
+        again = shutil.copytree(before, tmp_path / "run")
     results = start(config, again)
-    before = [row["loss"] for row in rows(workdir / "opcd_retained" / "metrics.jsonl") if "loss" in row]
-    after = [row["loss"] for row in rows(again / "opcd_retained" / "metrics.jsonl") if "loss" in row]
+    before = [row["loss"] for row in rows(workdir / arm / "metrics.jsonl") if "loss" in row]
+    after = [row["loss"] for row in rows(again / arm / "metrics.jsonl") if "loss" in row]
     assert len(before) == 4 and after == before
-    assert results["opcd_retained"]["view_kl"] == uninterrupted["opcd_retained"]["view_kl"]
+    assert results[arm]["view_kl"] == uninterrupted[arm]["view_kl"]
 
 
-def last_params(workdir: Path, arm: str) -> dict[str, np.ndarray]:
+def last_params(workdir: Path, arm: str, cache: Path) -> dict[str, np.ndarray]:
     """What an arm's last checkpoint holds of the parameters, by name, on the host."""
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
-        folder = open_folder(next(workdir.parent.glob("**/rules-base-*")), mesh)
+        folder = open_folder(next(cache.glob("rules-base-*")), mesh)
         params = read_params(workdir / arm / "checkpoints", 4, folder.params)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1)], ids=str)
 def test_a_run_interrupted_on_one_mesh_goes_on_on_another_to_the_same_parameters(
-    shape, finished, cache, only, monkeypatch
+    shape, finished, interrupted, cache, only, monkeypatch, tmp_path
 ):
     """From two shards of every matrix to one device, and to four shards in two copies."""
-    config = small(cache)
-    config.run_arms = ("opcd_retained",)
-    again = stopped(config, cache / f"mesh-{shape}")
+    config, before = interrupted
+    config, again = config.copy_and_resolve_references(), shutil.copytree(before, tmp_path / "run")
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
     only(int(np.prod(shape)), monkeypatch)
     stored = json.loads((finished[0] / "opcd_retained" / "evaluation.json").read_text())["of"]
@@ -197,8 +205,8 @@ def test_a_run_interrupted_on_one_mesh_goes_on_on_another_to_the_same_parameters
     monkeypatch.setattr(Evaluator, "__call__", lambda *_: evaluation)  # what is looked at is the training
     start(config, again)
     monkeypatch.undo()
-    expected, found = (last_params(workdir, "opcd_retained") for workdir in (finished[0], again))
-    first = last_params(finished[0], "opcd")
+    expected, found = (last_params(workdir, "opcd_retained", cache) for workdir in (finished[0], again))
+    first = last_params(finished[0], "opcd", cache)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
     assert max(np.abs(first[name] - expected[name]).max() for name in expected) > 1e-4
