@@ -85,6 +85,12 @@ def two_devices(only):
 
 
 @pytest.fixture
+def no_page(monkeypatch):
+    """Runs in the tests' own process draw no report, which takes seconds."""
+    monkeypatch.setattr("ctxjax.trainer.write_report", lambda workdir: None)
+
+
+@pytest.fixture
 def mesh():
     """The mesh of one device, current during the test."""
     mesh = make_mesh(devices=jax.devices()[:1])

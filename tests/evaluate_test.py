@@ -132,6 +132,7 @@ def start(config, workdir: Path) -> dict:
     return trainer.run(config_lib.experiment(config, jax.device_count()), workdir, workdir_lib.facts(config))
 
 
+@pytest.mark.usefixtures("no_page")
 def test_hints_are_distilled_and_the_run_warns_that_they_may_not_transfer(folder, questions, tmp_path, capsys):
     """A whole run: held-out distillation loss falls, though every question has a context of its own; and what the
     trainer says of a folder is what the command says of it."""
