@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import ctypes
 import errno
 import os
 from pathlib import Path
@@ -16,7 +15,6 @@ from ml_collections import ConfigDict
 from ctxjax import processes, secrets
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h; sizes in bytes
 
 
 def parse(config) -> Callable[[list[str]], list[str]]:
@@ -79,22 +77,9 @@ def folder(flag: str, name: str) -> Path:
 def prepare(config: ConfigDict) -> None:
     """Before the first use of jax's backends: fewer accounts of the libraries, the CPU's devices, the compile cache."""
     _quiet()
-    _keep_memory()
     _split_cpu(config.get("cpu_devices", 0))
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
-
-
-def _keep_memory() -> None:
-    """Has glibc keep what is freed: it would give large arrays back to the system, and a step on CPUs would take them
-    anew, page by page. An anchored step of configs/tiny.py then takes three quarters of the time, with an eighth of the
-    page faults."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return
-    for parameter, size in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_THRESHOLD, 2**25)):
-        mallopt(parameter, size)
 
 
 def _quiet() -> None:
