@@ -137,13 +137,13 @@ def test_hints_are_distilled_and_the_run_warns_that_they_may_not_transfer(folder
     """A whole run: held-out distillation loss falls, though every question has a context of its own; and what the
     trainer says of a folder is what the command says of it."""
     config = settings(folder, questions)
-    config.task, config.hints.path, config.run_arms = "hints", str(questions / "rows.jsonl"), ("opcd",)
+    config.task, config.hints.path, config.run_arms = "hints", str(questions / "rows.jsonl"), ("opcd_retained",)
     config.hints.dev_questions = config.hints.test_questions = 8
     config.train.steps, config.train.batch_size, config.optim.lr, config.eval.every = 20, 8, 1e-2, 0
     config.eval.bootstrap, config.train.save_every = 20, 20
     results = start(config, tmp_path / "run")
     assert "warning: every training question has a context of its own" in capsys.readouterr().out
-    assert results["opcd"]["distill"] < 0.7 * results["base"]["distill"]
+    assert results["opcd_retained"]["distill"] < 0.7 * results["base"]["distill"]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["task"]["contexts"] == "each row's own" and len(run["task"]["data"]) == 2
     evaluation, _ = evaluate.evaluate(config, "test")

@@ -26,6 +26,7 @@ SMALL = [
 ]  # fmt: skip
 SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0,  # programs of any size are kept, for the runs that follow
+    "jax_use_shardy_partitioner": True,  # as in users' runs
 }
 STEPS = 24
 LONGER = [f"--config.train.steps={STEPS}"]
