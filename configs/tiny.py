@@ -37,4 +37,5 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 32
     config.train.save_every = 200
     config.eval.every = 40
+    config.eval.batch_size = 128  # as many as there are dev questions: programs are compiled once for dev and test
     return config

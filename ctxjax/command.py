@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import ctypes
 import errno
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ctxjax import processes, secrets
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h; sizes in bytes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -49,6 +51,7 @@ def parse(config) -> Callable[[list[str]], list[str]]:
 def run(main: Callable, config) -> None:
     """Runs a command; bad input, or a disk that is full or cannot be written to, ends with one readable message and
     exit code 2, without a traceback, and the loss of another process with exit code 4."""
+    _keep_memory()
     try:
         app.run(main, flags_parser=parse(config))
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
@@ -80,6 +83,22 @@ def prepare(config: ConfigDict) -> None:
     _split_cpu(config.get("cpu_devices", 0))
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
+        # By default some fifty programs of a run, of less than a second each, are compiled every time.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _keep_memory() -> None:
+    """Has glibc keep what is freed, and all threads take from one arena, since the others hold nothing over 64 MiB.
+
+    Else large arrays go back to the system after every step, and the next takes them anew, page by page: 44,000 pages
+    and two fifths of the time in a step that trains the base of configs/tiny.py. For before the first import that
+    starts threads, which have arenas. Does nothing with other C libraries, or on more than eight cores, whose threads
+    would wait for each other."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and _cores() <= 8:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_ARENA_MAX, 1)
 
 
 def _quiet() -> None:
@@ -106,5 +125,8 @@ def _split_cpu(count: int) -> None:
     told = jax.config.jax_num_cpu_devices >= 0 and not count
     if told or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", count or 1 << (min(cores, 8).bit_length() - 1))
+    jax.config.update("jax_num_cpu_devices", count or 1 << (min(_cores(), 8).bit_length() - 1))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -83,7 +83,7 @@ def evaluate(config: ConfigDict, split: str):
     with jax.set_mesh(mesh):
         model = experiment.model
         folder = open_folder(model.path, mesh, model.dtype, model.param_dtype, attention=model.attention)
-        evaluator = Evaluator(experiment, task, split, folder, folder, mesh)
+        (evaluator,) = Evaluator.of_splits(experiment, task, (split,), folder, folder, mesh)
         left_out = counts(task.skipped) or "none"
         print(
             f"{len(task.rows(split))} {split} questions; over-long and dropped: {evaluator.dropped}; rows of data "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,10 @@ from ctxjax.losses import LossConfig
 from ctxjax.sampling import SamplingConfig
 from ctxjax.types import Params, Rollout
 from ctxjax.workdir import write_json, write_text
+
+# Two splits are brought to one size where this costs the smaller at most so many times its own: a program is compiled
+# once for both, which takes longer than reading a few columns or rows more.
+SLACK = 1.25
 
 # The metric that a view's accuracy is reported as; the first two are reported by metrics.removability.
 ACCURACY_OF_VIEW = {"empty": "acc_empty", "other": "obedience", "paraphrase": "acc_paraphrase"}
@@ -53,6 +58,50 @@ class Evaluation(NamedTuple):
         return cls(stored["metrics"], items, _outcomes(items)) if stored["of"] == identity else None
 
 
+class Split(NamedTuple):
+    """A split's questions in all views: rows, tokens, what all prompts of a view start with, and the columns that they
+    take with it; the rows of a batch, and how many over-long rows were left out."""
+
+    task: Task
+    rows: dict[str, list[Row]]
+    tokens: dict[str, list[list[int]]]
+    prefixes: dict[str, list[int]]
+    lengths: dict[str, int]
+    batch: int
+    dropped: int
+
+    @classmethod
+    def of(cls, config: Experiment, task: Task, name: str, folder: ModelFolder, mesh: Mesh) -> Split:
+        encoded = encode_rows(folder.tokenizer, task.rows(name), config.prompt)
+        rows = evaluation_views(task, encoded.rows, name)
+        tokens = {v: prompts_lib.encode(folder.tokenizer, own, config.prompt) for v, own in rows.items()}
+        prefixes = {v: prompts_lib.shared_prefix(lists) for v, lists in tokens.items()}
+        lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
+        # One length for the views with a context block that share no prefix: decoding is compiled once for them all.
+        blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
+        lengths |= dict.fromkeys(blocks, max((lengths[view] for view in blocks), default=0))
+        batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
+        return cls(task, rows, tokens, prefixes, lengths, batch, encoded.dropped)
+
+
+def alike(splits: list[Split]) -> list[Split]:
+    """The splits with the columns of each view, and the rows of a batch, brought to the largest's where they are
+    near it (``SLACK``)."""
+    most_rows = max(split.batch for split in splits)
+    most = {view: max(split.lengths[view] for split in splits if view in split.lengths) for view in splits[0].lengths}
+    return [
+        split._replace(
+            batch=_raised(split.batch, most_rows),
+            lengths={view: _raised(length, most.get(view, length)) for view, length in split.lengths.items()},
+        )
+        for split in splits
+    ]
+
+
+def _raised(size: int, largest: int) -> int:
+    return largest if largest <= SLACK * size else size
+
+
 class Evaluator:
     """A split in all its views, tokenized once; call it with parameters of ``folder``'s architecture.
 
@@ -60,26 +109,24 @@ class Evaluator:
     training samples (``config.rollout``) for the held-out distillation loss, against ``teacher``.
     """
 
-    def __init__(
-        self, config: Experiment, task: Task, split: str, folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
-    ):
-        self._task, self._folder, self._teacher, self._mesh = task, folder, teacher, mesh
+    def __init__(self, config: Experiment, split: Split, folder: ModelFolder, teacher: ModelFolder, mesh: Mesh):
+        self._task, self._folder, self._teacher, self._mesh = split.task, folder, teacher, mesh
         self._judged = sampling_config(config.eval.decode, folder, config.eval.samples)
         self._rollout = sampling_config(config.rollout, folder)
-        encoded = encode_rows(folder.tokenizer, task.rows(split), config.prompt)
-        self.dropped = encoded.dropped
-        self._rows = evaluation_views(task, encoded.rows, split)
-        tokens = {v: prompts_lib.encode(folder.tokenizer, rows, config.prompt) for v, rows in self._rows.items()}
-        prefixes = {v: prompts_lib.shared_prefix(lists) for v, lists in tokens.items()}
-        lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
-        # One length for the views with a context block that share no prefix: decoding is compiled once for them all.
-        alike = [view for view in tokens if view != "bare" and not prefixes[view]]
-        lengths |= dict.fromkeys(alike, max((lengths[view] for view in alike), default=0))
+        self._rows, self._batch, self.dropped = split.rows, split.batch, split.dropped
         self._prompts = {
-            v: prompts_lib.left_pad(lists, lengths[v], folder.pad_id, prefixes[v]) for v, lists in tokens.items()
+            v: prompts_lib.left_pad(lists, split.lengths[v], folder.pad_id, split.prefixes[v])
+            for v, lists in split.tokens.items()
         }
-        self._batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
         self._root = jax.random.key(config.seed)
+
+    @classmethod
+    def of_splits(
+        cls, config: Experiment, task: Task, names: Sequence[str], folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
+    ) -> list[Evaluator]:
+        """One for each of the splits named; where the splits are near in size, compiled programs serve them all."""
+        splits = alike([Split.of(config, task, name, folder, mesh) for name in names])
+        return [cls(config, split, folder, teacher, mesh) for split in splits]
 
     def __call__(self, params: Params) -> Evaluation:
         """Decodes every view; the hidden states and the view KL are taken along the bare view's responses."""

@@ -30,6 +30,7 @@ _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training b
 
 
 def main(_) -> None:
+    preemption.listen()
     if _WORKDIR.value is None and not _DUMP_BATCH.value:
         raise ValueError("--workdir is missing; name a folder for results, report, metrics and checkpoints")
     if _CONFIG.value is None:
@@ -57,7 +58,6 @@ def command_line() -> None:
     """Runs the command. Bad input, a full disk or one that cannot be written to end with one readable message and exit
     code 2, without a traceback; an alarm that ends the run (config.alarms.stop) likewise, with exit code 3; SIGTERM
     with preemption.EXIT_CODE, after which the same command goes on."""
-    preemption.listen()
     try:
         command.run(main, _CONFIG)
     except preemption.Preempted:

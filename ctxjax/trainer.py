@@ -39,7 +39,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         task, folder, teacher, train_rows, retention = inputs
         print(_sizes(config, folder, teacher, mesh), flush=True)
         prefix = teacher_prefix(teacher, train_rows)
-        dev, test = (Evaluator(config, task, split, folder, teacher, mesh) for split in ("dev", "test"))
+        dev, test = Evaluator.of_splits(config, task, ("dev", "test"), folder, teacher, mesh)
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
             f"dev {dev.dropped}, test {test.dropped}; rows of data files left out: {counts(task.skipped) or 'none'}",
@@ -69,7 +69,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         finished, selected, alarms = {"base": base}, {}, {}
         if teacher is not folder:
             clock = time.monotonic()
-            own = Evaluator(config, task, "test", teacher, teacher, mesh)
+            (own,) = Evaluator.of_splits(config, task, ("test",), teacher, teacher, mesh)
             finished["teacher"] = evaluated(workdir / "teacher", own, teacher.params, 0)
             seconds["evaluate teacher"] = time.monotonic() - clock
         clock = time.monotonic()

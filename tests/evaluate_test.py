@@ -13,6 +13,10 @@ import pytest
 from configs import base
 from ctxjax import config as config_lib, evaluate, sharding, trainer, workdir as workdir_lib
 from ctxjax.data import word_tokenizer
+from ctxjax.data.tasks.qa_jsonl import QaJsonl
+from ctxjax.evaluation import views
+from ctxjax.evaluator import Evaluator, Split, alike
+from ctxjax.folder import open_folder
 from ctxjax.models import hf_save, params as params_lib
 from ctxjax.models.transformer import ModelConfig, param_specs
 
@@ -100,6 +104,36 @@ def test_the_command_says_in_one_line_what_is_missing(folder, questions):
     result = command(folder, questions)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: --out is missing; name a folder" in result.stderr
+
+
+def split(batch: int, **lengths: int) -> Split:
+    return Split(None, {}, {}, {}, lengths, batch, 0)
+
+
+def test_splits_that_are_near_in_size_are_brought_to_one_and_others_stay():
+    dev, test = alike([split(20, bare=80, context=40), split(25, bare=70, context=100)])
+    assert (dev.batch, test.batch) == (25, 25)
+    assert dev.lengths == {"bare": 80, "context": 40} and test.lengths == {"bare": 80, "context": 100}
+    dev, test = alike([split(19, bare=80), split(25, bare=101)])
+    assert (dev.batch, test.batch, dev.lengths["bare"], test.lengths["bare"]) == (19, 25, 80, 101)
+    assert alike([split(3, bare=7)]) == [split(3, bare=7)]
+
+
+def test_a_second_split_that_is_a_little_larger_is_evaluated_by_the_first_ones_programs(folder, questions):
+    config = settings(folder, questions)
+    config.task, config.qa_jsonl.path = "qa_jsonl", str(questions / "rows.jsonl")
+    config.qa_jsonl.context_file = str(questions / "context.txt")
+    config.qa_jsonl.dev_questions, config.qa_jsonl.test_questions, config.eval.batch_size = 8, 10, 10
+    experiment = config_lib.experiment(config, jax.device_count())
+    task, mesh = QaJsonl(experiment.task_config), sharding.make_mesh(fsdp=2)
+    with jax.set_mesh(mesh):
+        model = open_folder(str(folder), mesh, "float32", "float32")
+        dev, test = Evaluator.of_splits(experiment, task, ("dev", "test"), model, model, mesh)
+        programs = (views._decode, views._compare, views._distillation)
+        assert dev(model.params).metrics["n"] == 8
+        compiled = [program._cache_size() for program in programs]
+        assert test(model.params).metrics["n"] == 10
+        assert all(compiled) and [program._cache_size() for program in programs] == compiled
 
 
 def test_without_a_context_there_is_no_context_view(folder, questions):

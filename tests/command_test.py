@@ -1,0 +1,59 @@
+"""What a command prepares before its first import that starts threads."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from ctxjax import command
+
+# Three times 100 MiB taken, written and given back, in the main thread and in another: how many pages were new.
+SCRIPT = """
+import resource, threading
+from ctxjax import command
+import numpy as np
+
+def work():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        np.ones(100 << 20, np.uint8)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+command.app.run = lambda main, flags_parser: main(None)
+command._cores = lambda: {cores}
+
+def main(_):
+    for _ in range(2):
+        work()
+    other = threading.Thread(target=work)
+    other.start()
+    other.join()
+
+command.run(main, None)
+"""
+PAGES = (100 << 20) // os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has no mallopt")
+def test_large_arrays_are_taken_from_the_system_once():
+    def new_pages(cores: int) -> list[int]:
+        line = [sys.executable, "-c", SCRIPT.format(cores=cores)]
+        # Huge pages, where numpy asks for them, would be counted as one.
+        environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}
+        output = subprocess.run(line, capture_output=True, text=True, check=True, env=environment).stdout
+        return [int(line) for line in output.split()]
+
+    assert all(pages > 2.9 * PAGES for pages in new_pages(cores=64))
+    first, again, other = new_pages(cores=2)
+    assert first < 2 * PAGES and again < PAGES / 10 and other < PAGES / 10
+
+
+def test_programs_that_compile_fast_are_kept_too(tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(command.jax.config, "update", told.__setitem__)
+    monkeypatch.setattr(command, "_quiet", lambda: None)
+    command.prepare(command.ConfigDict({"compile_cache": str(tmp_path), "cpu_devices": 2}))
+    assert told["jax_compilation_cache_dir"] == str(tmp_path)
+    assert told["jax_persistent_cache_min_compile_time_secs"] == 0
