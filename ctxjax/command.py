@@ -92,12 +92,13 @@ def _keep_memory() -> None:
 
     Else large arrays go back to the system after every step, and the next takes them anew, page by page: 44,000 pages
     and two fifths of the time in a step that trains the base of configs/tiny.py. For before the first import that
-    starts threads, which have arenas. Does nothing with other C libraries, or on more than eight cores, whose threads
-    would wait for each other."""
+    starts threads, which have arenas. Arrays of more than 128 MiB still come and go: kept, they leave gaps between which
+    larger ones do not fit. Does nothing with other C libraries, or on more than eight cores, whose threads would wait
+    for each other."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and _cores() <= 8:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**27)
         mallopt(M_ARENA_MAX, 1)
 
 
