@@ -92,9 +92,9 @@ def _keep_memory() -> None:
 
     Else large arrays go back to the system after every step, and the next takes them anew, page by page: 44,000 pages
     and two fifths of the time in a step that trains the base of configs/tiny.py. For before the first import that
-    starts threads, which have arenas. Arrays of more than 128 MiB still come and go: kept, they leave gaps between which
-    larger ones do not fit. Does nothing with other C libraries, or on more than eight cores, whose threads would wait
-    for each other."""
+    starts threads, which have arenas. Arrays of more than 128 MiB still come and go: kept, they leave gaps that larger
+    ones do not fit into. Does nothing with other C libraries, or on more than eight cores, whose threads would wait for
+    each other."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and _cores() <= 8:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
