@@ -30,7 +30,7 @@ _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training b
 
 
 def main(_) -> None:
-    preemption.listen()
+    preemption.listen()  # a thread: not before command.run has had all threads take from one arena
     if _WORKDIR.value is None and not _DUMP_BATCH.value:
         raise ValueError("--workdir is missing; name a folder for results, report, metrics and checkpoints")
     if _CONFIG.value is None:

@@ -34,7 +34,7 @@ class Run:
         line += [f"--config.{name}={value}" for name, value in settings.items()]
         self._log = log
         # Programs of any size are kept, for the runs that follow.
-        self.process = Command("ctxjax.main", line, log, jax_persistent_cache_min_compile_time_secs=0)
+        self.process = Command("ctxjax.main", line, log)
 
     def ends(self, seconds: float = 300) -> tuple[int, str]:
         """(exit code, all that it has printed)."""

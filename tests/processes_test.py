@@ -24,10 +24,7 @@ SMALL = [
     "--config.rules.dev_questions=8", "--config.rules.test_questions=8", "--config.eval.bootstrap=10",
     "--config.run_arms=('opcd',)",
 ]  # fmt: skip
-SETTINGS = {
-    "jax_persistent_cache_min_compile_time_secs": 0,  # programs of any size are kept, for the runs that follow
-    "jax_use_shardy_partitioner": True,  # as in users' runs
-}
+SETTINGS = {"jax_use_shardy_partitioner": True}  # as in users' runs
 STEPS = 24
 LONGER = [f"--config.train.steps={STEPS}"]
 
