@@ -32,6 +32,17 @@ from ctxjax.models.transformer import ModelConfig, param_specs  # noqa: E402
 from ctxjax.sharding import make_mesh  # noqa: E402
 from ctxjax.types import Prompts, Rollout  # noqa: E402
 
+if version("jaxlib").startswith("0.10."):
+    # Every value is lowered with a note of where it lies: two fifths of a program, and of no effect on one device.
+    from jax._src.interpreters import mlir
+
+    _noted = mlir.lower_with_sharding_in_types
+
+    def _noted_where_divided(ctx, op, aval):
+        return op if aval.sharding.mesh.size == 1 else _noted(ctx, op, aval)
+
+    mlir.lower_with_sharding_in_types = _noted_where_divided
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)  # keys are made of programs even where nothing is kept
 ALL_DEVICES = jax.devices()

@@ -18,7 +18,9 @@ import jax
 
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ctxjax.preview", "ctxjax.trainer", "matplotlib.figure"])
+_CONTEXT.set_forkserver_preload(
+    ["ctxjax.preview", "ctxjax.trainer", "ctxjax.report.plots", "transformers.models.llama.configuration_llama"]
+)
 
 
 def _run(module: str, arguments: list[str], out: Path, err: Path, settings: dict) -> None:

@@ -13,6 +13,7 @@ import re
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
@@ -265,6 +266,8 @@ def _figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
         "ytick.color": FAINT,
         "ytick.labelcolor": INK,
         "ytick.major.size": 0,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
         "svg.fonttype": "none",
         "svg.hashsalt": "ctxjax",  # the same numbers give the same bytes
     }
@@ -275,7 +278,8 @@ def _figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
 
 def _svg(figure: Figure, label: str) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    # Not by way of savefig, which draws everything a first time for the layout, which the second draw makes itself.
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
