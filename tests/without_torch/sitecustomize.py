@@ -4,4 +4,4 @@ transformers would import it, which takes seconds."""
 from importlib.machinery import PathFinder
 
 find_spec = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(lambda name, *rest: None if name == "torch" else find_spec(name, *rest))
+PathFinder.find_spec = classmethod(lambda _, name, *rest: None if name == "torch" else find_spec(name, *rest))
