@@ -119,6 +119,12 @@ def partitioned_by_shardy():
         jax.config.update("jax_use_shardy_partitioner", before)
 
 
+@pytest.fixture(scope="session")
+def as_users_divide():
+    """as_users_divide(): programs for many devices are divided as users' are, in this context."""
+    return partitioned_by_shardy
+
+
 @pytest.fixture(scope="module")
 def shardy():
     """Programs for many devices are divided as users' are, during a module."""

@@ -37,8 +37,11 @@ update = jax.jit(update_step, static_argnames="config")
 
 
 class Halves(NamedTuple):
-    """What one device computes: a step, a second update on its rollouts, and what the same parameters draw later."""
+    """What one device computes: a step, a second update on its rollouts, and what the same parameters draw later.
 
+    ``places``: of the state and the rollouts on the device, where what was compiled for them serves again."""
+
+    places: tuple
     before: TrainState
     rollouts: tuple[Rollout, Rollout]
     after: TrainState
@@ -86,7 +89,14 @@ def halves(config, batch, make_params) -> Halves:
         after, metrics = update(before, frozen, data, *rollouts, config)
         again = update(after, frozen, data, *rollouts, config)[1]
         later = rollouts_of(before.replace(step=before.step + 1), frozen, data, config)
-        return Halves(*jax.device_get((before, rollouts, after, metrics, later, again)))
+        places = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, (before, rollouts))
+        return Halves(places, *jax.device_get((before, rollouts, after, metrics, later, again)))
+
+
+@pytest.fixture
+def start(halves, mesh) -> tuple[TrainState, tuple[Rollout, Rollout]]:
+    """The state before the step, and its rollouts, on the device again."""
+    return jax.tree.map(jax.device_put, (halves.before, halves.rollouts), halves.places)
 
 
 class Messages(logging.Handler):
@@ -99,9 +109,9 @@ class Messages(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def whole(config, batch, make_params, shardy) -> Whole:
+def whole(config, batch, make_params, as_users_divide) -> Whole:
     mesh, log = make_mesh(2, 2, 2), Messages()
-    with jax.set_mesh(mesh):
+    with as_users_divide(), jax.set_mesh(mesh):
         frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
         before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
         kept, frozen_values = jax.tree.map(np.array, (before.params, frozen))
@@ -207,11 +217,11 @@ def test_metrics_describe_the_loss_and_the_responses(halves, config):
 # --- Steps that are skipped ---
 
 
-def test_a_step_without_a_finite_loss_moves_nothing_but_on(halves, config, batch, make_params, mesh):
+def test_a_step_without_a_finite_loss_moves_nothing_but_on(start, config, batch, make_params, mesh):
     broken = make_params(config.model, 1, mesh)
     broken["final_norm"] = broken["final_norm"].at[0].set(np.nan)
-    before, data = jax.device_put(halves.before), put_batch(batch, mesh)
-    after, metrics = update(before, Frozen(broken), data, *halves.rollouts, config)
+    before, rollouts = start
+    after, metrics = update(before, Frozen(broken), put_batch(batch, mesh), *rollouts, config)
     assert np.isnan(metrics["loss"]) and metrics["skipped"] == 1
     assert after.step == before.step + 1
     for kept, now in zip(
@@ -273,12 +283,11 @@ def test_micro_batches_change_neither_metrics_nor_gradient(on, count, halves, co
 # --- Moving averages ---
 
 
-def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_student(halves, config, batch, mesh):
+def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_student(start, config, batch, mesh):
     ema = dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher="ema", ema_decay=0.75))
-    average = jax.tree.map(lambda leaf: 0.9 * leaf, halves.before.params)
-    data, before, average, *rollouts = put_like(mesh, batch, halves.before, average, *halves.rollouts)
-    nobody = Frozen(jax.tree.map(np.zeros_like, halves.before.params))
-    after, metrics = update(before.replace(ema=average), *put_like(mesh, nobody), data, *rollouts, ema)
+    data, (before, rollouts) = put_batch(batch, mesh), start
+    average, nobody = (jax.tree.map(lambda leaf: times * leaf, before.params) for times in (0.9, 0.0))  # noqa: B023
+    after, metrics = update(before.replace(ema=average), Frozen(nobody), data, *rollouts, ema)
     expected, of_frozen = update(before, Frozen(average), data, *rollouts, config)
     assert metrics["distill"] > 0.01
     assert metrics.keys() == of_frozen.keys()
@@ -287,10 +296,6 @@ def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_stude
     assert largest_difference(after.params, expected.params) < 1e-6
     by_hand = jax.tree.map(lambda old, new: 0.75 * np.array(old) + 0.25 * np.array(new), average, after.params)
     assert largest_difference(after.ema, by_hand) < 1e-6
-
-
-def put_like(mesh, *trees):
-    return jax.device_put(trees, jax.NamedSharding(mesh, jax.P()))
 
 
 @pytest.mark.parametrize("fields", [{"teacher": "ema"}, {"anchor": "ema"}])
@@ -397,12 +402,12 @@ def test_a_mixture_draws_whose_step_it_is_after_the_first_which_are_off_policy()
 
 
 @pytest.mark.parametrize("fields", [{"on_policy_fraction": 0.5}, {"off_policy_steps": 1}])
-def test_only_on_policy_steps_report_a_gap_of_log_probabilities(fields, config, halves, batch, mesh):
+def test_only_on_policy_steps_report_a_gap_of_log_probabilities(fields, config, halves, start, batch, mesh):
     """Elsewhere it would compare two models."""
     mixed = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **fields))
-    data, before, *rollouts = put_like(mesh, batch, halves.before, *halves.rollouts)
+    before, rollouts = start
     step = functools.partial(update_step, config=mixed)
-    _, metrics = jax.eval_shape(step, before, Frozen(before.params), data, *rollouts)
+    _, metrics = jax.eval_shape(step, before, Frozen(before.params), put_batch(batch, mesh), *rollouts)
     assert set(halves.metrics) - set(metrics) == {"logprob_gap", "logprob_gap_max"}
 
 
