@@ -53,8 +53,8 @@ def run(main: Callable, config) -> None:
     """Runs a command; bad input, or a disk that is full or cannot be written to, ends with one readable message and
     exit code 2, without a traceback, and the loss of another process with exit code 4."""
     _keep_memory()
-    # Imports and tracing make objects by the million that live on, and Python looks through them again and again: for
-    # a tenth of the time before a run's first step, and a seventh where its programs are in the compile cache.
+    # Imports and tracing make objects by the million that live on, and Python looks through them again and again, for
+    # a twentieth of the time of a small run whose programs are in the compile cache.
     gc.set_threshold(100_000, 50, 100)
     try:
         app.run(main, flags_parser=parse(config))

@@ -1,5 +1,6 @@
 """What a command prepares before its first import that starts threads."""
 
+import gc
 import os
 import platform
 import subprocess
@@ -57,3 +58,14 @@ def test_programs_that_compile_fast_are_kept_too(tmp_path, monkeypatch):
     command.prepare(command.ConfigDict({"compile_cache": str(tmp_path), "cpu_devices": 2}))
     assert told["jax_compilation_cache_dir"] == str(tmp_path)
     assert told["jax_persistent_cache_min_compile_time_secs"] == 0
+
+
+def test_objects_that_live_on_are_looked_through_rarely(monkeypatch):
+    before, during = gc.get_threshold(), []
+    monkeypatch.setattr(command.app, "run", lambda main, flags_parser: main(None))
+    gc.set_threshold(700, 10, 10)
+    try:
+        command.run(lambda _: during.append(gc.get_threshold()), None)
+    finally:
+        gc.set_threshold(*before)
+    assert during[0][0] >= 50_000
