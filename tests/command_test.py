@@ -1,4 +1,4 @@
-"""What a command prepares before its first import that starts threads."""
+"""What a command prepares of its memory and of its caches, before its work begins."""
 
 import gc
 import os

@@ -33,7 +33,6 @@ class Run:
         line = ["--config=configs/tiny.py", f"--workdir={workdir}"]
         line += [f"--config.{name}={value}" for name, value in settings.items()]
         self._log = log
-        # Programs of any size are kept, for the runs that follow.
         self.process = Command("ctxjax.main", line, log)
 
     def ends(self, seconds: float = 300) -> tuple[int, str]:
