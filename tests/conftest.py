@@ -2,6 +2,7 @@
 inherit how it compiles, and take the devices that their configurations say."""
 
 import contextlib
+import functools
 import gc
 from importlib.metadata import version
 import os
@@ -42,6 +43,8 @@ if version("jaxlib").startswith("0.10."):
         return op if aval.sharding.mesh.size == 1 else _noted(ctx, op, aval)
 
     mlir.lower_with_sharding_in_types = _noted_where_divided
+    # One context for all programs: each makes its own, of a megabyte, which lives on with what is cached of it.
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)  # keys are made of programs even where nothing is kept
