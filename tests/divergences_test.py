@@ -231,7 +231,7 @@ def test_a_token_that_p_excludes_contributes_nothing_and_one_that_q_excludes_is_
 
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_logits_are_compared_in_float32(name):
-    s, t = (jax.random.normal(jax.random.key(3), (2, *MANY)) * 3).astype(jnp.bfloat16)
+    s, t = (jax.random.normal(jax.random.key(3), (2, 4, 300)) * 3).astype(jnp.bfloat16)
     for function in (lambda s, t: divergence(name, s, t), lambda s, _: divergences.entropy(s)):
         value = function(s, t)
         assert value.dtype == jnp.float32
