@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 import ctypes
 import errno
@@ -56,6 +57,7 @@ def run(main: Callable, config) -> None:
     # Imports and tracing make objects by the million that live on, and Python looks through them again and again, for
     # a twentieth of the time of a small run whose programs are in the compile cache.
     gc.set_threshold(100_000, 50, 100)
+    atexit.register(gc.freeze)  # nor when all of them go: 0.35 instead of 1.3 s at the end of such a run
     try:
         app.run(main, flags_parser=parse(config))
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:

@@ -16,7 +16,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from ctxjax import checkpoint, config as config_lib, pretrain, sharding, workdir as workdir_lib
+from ctxjax import checkpoint, command, config as config_lib, pretrain, sharding, workdir as workdir_lib
 from ctxjax.config import Experiment
 from ctxjax.data.tasks import TASKS
 from ctxjax.hub import local_folder
@@ -112,15 +112,15 @@ def _choose(workdir: Path, config: Experiment, arm: str | None, step: int | None
 def main(arguments: list[str] | None = None) -> int:
     """Exports and prints the folder's name; 0, or 2 after one line on stderr where that is not possible."""
     parser = argparse.ArgumentParser(prog="python -m ctxjax.export", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must not exist")
     parser.add_argument("--arm", help="which arm; may be left out where only one has checkpoints")
     parser.add_argument("--step", type=int, help="which checkpoint; the latest where left out")
     parser.add_argument("--adapter", action="store_true", help="the adapter alone, as PEFT reads it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; as trained where left out")
     options = parser.parse_args(arguments)
-    workdir, out = options.workdir.expanduser(), options.out.expanduser()
     try:
+        workdir, out = command.folder("--workdir", options.workdir), command.folder("--out", options.out)
         arm, step = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
     except (OSError, ValueError) as error:
         print(f"ctxjax.export: {error}", file=sys.stderr)

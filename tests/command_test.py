@@ -69,3 +69,16 @@ def test_objects_that_live_on_are_looked_through_rarely(monkeypatch):
     finally:
         gc.set_threshold(*before)
     assert during[0][0] >= 50_000
+
+
+def test_objects_are_not_looked_through_at_the_end():
+    script = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count()))  # what is registered first is called last
+from ctxjax import command
+command.app.run = lambda main, flags_parser: main(None)
+command.run(lambda _: print(gc.get_freeze_count()), None)
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    during, at_end = (int(line) for line in output.split())
+    assert during == 0 and at_end > 10_000

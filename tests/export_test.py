@@ -209,6 +209,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert "is not a run's folder: it has no config.json" in capsys.readouterr().err
 
 
+def test_an_address_is_no_folder_to_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert export.main([f"--workdir={tmp_path}", "--out=gs://bucket/model"]) == 2
+    assert "--out=gs://bucket/model is an address" in capsys.readouterr().err
+    assert export.main(["--workdir=gs://bucket/run", "--out=model"]) == 2
+    assert "--workdir=gs://bucket/run is an address" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_of_another_version_is_refused(trained, tmp_path):
     fields = json.loads((trained("full").workdir / "config.json").read_text())
     del fields["lora"]
