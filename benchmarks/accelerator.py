@@ -29,15 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import context_cost, head_memory
-from ctxjax import head_scan, rng, sharding
-from ctxjax.losses import LossConfig
+from ctxjax import rng, sharding
+from ctxjax.distill import chunked_head
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.optim import OptimConfig
+from ctxjax.distill.sampling import SamplingConfig, sample
+from ctxjax.distill.train_step import StepConfig, init_state, rollout_step, update_step
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.attention import self_attention
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.optim import OptimConfig
 from ctxjax.plan.flops import matmul_flops
-from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.train_step import StepConfig, init_state, rollout_step, update_step
 from ctxjax.types import Frozen, Prompts
 
 LLAMA32_1B = ModelConfig(
@@ -140,7 +141,7 @@ def head(sizes: Sizes) -> dict:
     columns = sizes.head_tokens // batch
     shape = (batch, columns, sizes.model.width, sizes.model.vocab_size)
     for name, chunk in [("dense", columns), *((f"chunks_of_{tokens}", tokens // batch) for tokens in sizes.chunks)]:
-        implementation = head_scan.dense if name == "dense" else head_scan.chunked
+        implementation = chunked_head.dense if name == "dense" else chunked_head.chunked
         program, arguments = head_memory.program(implementation, *shape, chunk, "bfloat16")
         compiled = program.lower(*arguments).compile()
         result[name] = {

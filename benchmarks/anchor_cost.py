@@ -19,12 +19,13 @@ import time
 import jax
 
 from configs import tiny
-from ctxjax import config as config_lib, pretrain, sharding
+from ctxjax import config as config_lib, sharding
 from ctxjax.data.pipeline import encode_rows, training_batches
 from ctxjax.data.tasks import TASKS
-from ctxjax.folder import open_folder
-from ctxjax.sampling import SamplingConfig
-from ctxjax.train_step import StepConfig, init_state, rollout_step, train_step, update_step
+from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.distill.train_step import StepConfig, init_state, rollout_step, train_step, update_step
+from ctxjax.inputs import base_model
+from ctxjax.inputs.model_folder import open_folder
 from ctxjax.types import Frozen
 
 ARMS = {
@@ -56,7 +57,7 @@ def main() -> None:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
         task = TASKS[config.task][1](config.task_config)
-        path = pretrain.ensure_base(config.base, config.task, task, mesh)
+        path = base_model.ensure_base(config.base, config.task, task, mesh)
         folder = open_folder(path, mesh, remat=config.model.remat)
         rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
         batches = training_batches(

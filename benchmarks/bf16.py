@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctxjax import divergences, sharding
+from ctxjax import sharding
+from ctxjax.distill import divergences
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 

@@ -133,14 +133,14 @@ def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
     import jax
 
     from ctxjax import sharding
-    from ctxjax.models import hf
+    from ctxjax.models.hf import load as hf_load
 
     mesh = sharding.make_mesh(fsdp=jax.device_count())
-    config = hf.read_config(folder)
+    config = hf_load.read_config(folder)
 
     def load_seconds() -> tuple[float, int]:
         start = time.perf_counter()
-        params = jax.block_until_ready(hf.load(folder, config, mesh, dtype))
+        params = jax.block_until_ready(hf_load.load(folder, config, mesh, dtype))
         return time.perf_counter() - start, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
     before = status_mib("VmRSS")
@@ -218,7 +218,8 @@ def measure_save(quick: bool) -> dict:
     """GB/s of the bytes written: exports and plain copies."""
     import jax
 
-    from ctxjax.models import hf_save, llama, params as params_lib, transformer
+    from ctxjax.models import params as params_lib, transformer
+    from ctxjax.models.hf import llama, save as hf_save
 
     params, model = random_model(layers=2 if quick else 12)
     dtypes, size, functions = ("float32", "bfloat16"), {}, {}
@@ -251,7 +252,7 @@ def measure_state(quick: bool) -> dict:
     import jax.numpy as jnp
 
     from ctxjax import sharding
-    from ctxjax.checkpoint import Checkpoints
+    from ctxjax.training.checkpoint import Checkpoints
     from ctxjax.types import TrainState
 
     mesh = sharding.make_mesh(fsdp=jax.device_count())
@@ -282,11 +283,11 @@ def saving_cost(mesh, rounds: int, steps: int = 50) -> dict:
 
     from configs import tiny
     from ctxjax import config as config_lib, sharding
-    from ctxjax.checkpoint import Checkpoints
+    from ctxjax.distill.sampling import SamplingConfig
+    from ctxjax.distill.train_step import StepConfig, init_state, train_step
+    from ctxjax.inputs.base_model import base_model
     from ctxjax.models import params as params_lib, transformer
-    from ctxjax.pretrain import base_model
-    from ctxjax.sampling import SamplingConfig
-    from ctxjax.train_step import StepConfig, init_state, train_step
+    from ctxjax.training.checkpoint import Checkpoints
     from ctxjax.types import Batch, Frozen, Prompts
 
     config, rng = config_lib.experiment(tiny.get_config(), jax.device_count()), np.random.default_rng(0)

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from ctxjax import sharding
-from ctxjax.losses import LossConfig
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.optim import OptimConfig
+from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.distill.train_step import StepConfig, init_state, train_step
 from ctxjax.models import params as params_lib
 from ctxjax.models.transformer import ModelConfig, param_specs
-from ctxjax.optim import OptimConfig
-from ctxjax.sampling import SamplingConfig
-from ctxjax.train_step import StepConfig, init_state, train_step
 from ctxjax.types import Batch, Frozen, Prompts
 
 ROWS, PROMPT, RESPONSE = 8, 32, 64

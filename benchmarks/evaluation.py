@@ -3,11 +3,11 @@
     python -m benchmarks.evaluation [--quick]
 
 1,000 questions of 64 tokens are answered without and with a context of 512 tokens that all share, by a random 4-layer
-model, greedily and to 64 tokens (end tokens off), as ``ctxjax.evaluator`` does: host arrays in, batches of at most 256,
-host arrays out. Beside each view stands a rollout: the sampler alone, on a batch of the same prompts that is already on
-the device, at temperature 1. The last column reads the context in every row of one batch, which is what sharing it
-saves. All runs alternate and the best of each counts, since the machine may be shared. Prints one JSON object as the
-last line; the numbers of record stand in benchmarks/README.md.
+model, greedily and to 64 tokens (end tokens off), as ``ctxjax.evaluation.evaluator`` does: host arrays in, batches of
+at most 256, host arrays out. Beside each view stands a rollout: the sampler alone, on a batch of the same prompts that
+is already on the device, at temperature 1. The last column reads the context in every row of one batch, which is what
+sharing it saves. All runs alternate and the best of each counts, since the machine may be shared. Prints one JSON
+object as the last line; the numbers of record stand in benchmarks/README.md.
 """
 
 import argparse
@@ -19,10 +19,10 @@ import numpy as np
 
 from benchmarks.sampler import best_of
 from ctxjax import rng, sharding
+from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.evaluation import views
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.types import Prompts, map_rows
 
 MODEL = ModelConfig(1024, 128, 4, 4, 2, 32, 352)

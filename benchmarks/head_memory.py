@@ -1,4 +1,4 @@
-"""Memory, arithmetic and time of the output head and the losses on it: head_scan against the dense program.
+"""Memory, arithmetic and time of the output head and the losses on it: chunked_head against the dense program.
 
     python benchmarks/head_memory.py [--quick]
 
@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from ctxjax import head_scan, losses, sharding
-from ctxjax.losses import LossConfig
+from ctxjax import sharding
+from ctxjax.distill import chunked_head, losses
+from ctxjax.distill.losses import LossConfig
 from ctxjax.models.transformer import ModelConfig
 
 VIEWS = ("q_x", "f", "q_c")
@@ -65,7 +66,7 @@ def random_arguments(arguments) -> list:
 
 def seconds(runs: int, *shape) -> dict[str, float]:
     """The fastest run of each, taking turns; one run of each goes before, uncounted."""
-    programs = {name: program(getattr(head_scan, name), *shape) for name in ("dense", "chunked")}
+    programs = {name: program(getattr(chunked_head, name), *shape) for name in ("dense", "chunked")}
     values = random_arguments(programs["dense"][1])
     times = {name: [] for name in programs}
     for run in range(runs + 1):
@@ -86,8 +87,8 @@ def main() -> None:
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         shape = (batch, columns, width, vocab)
         facts = {
-            "dense": compiled_facts(head_scan.dense, 1, *shape, chunk, "float32"),
-            "chunked": compiled_facts(head_scan.chunked, columns // chunk, *shape, chunk, "float32"),
+            "dense": compiled_facts(chunked_head.dense, 1, *shape, chunk, "float32"),
+            "chunked": compiled_facts(chunked_head.chunked, columns // chunk, *shape, chunk, "float32"),
         }
         times = seconds(2 if options.quick else 5, *fit, "float32")
     ratios = {

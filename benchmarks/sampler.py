@@ -31,10 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctxjax import rng, sharding
-from ctxjax.data import word_tokenizer
-from ctxjax.models import hf_save, params as params_lib, transformer
+from ctxjax.data.worlds import word_tokenizer
+from ctxjax.distill.sampling import SamplingConfig, sample
+from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.types import Prompts
 
 BATCH = 64

@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     config.teacher.top_k = config.rollout.get_oneway_ref("top_k")
     config.teacher.top_p = config.rollout.get_oneway_ref("top_p")
 
-    config.loss = ConfigDict()  # ctxjax/losses.py explains every field
+    config.loss = ConfigDict()  # ctxjax/distill/losses.py explains every field
     # Of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
     # "cross_entropy": of the tokens of the teacher's samples, without its distributions (on_policy_fraction 0).
     config.loss.divergence = "reverse_kl"
@@ -161,7 +161,8 @@ def get_config() -> ConfigDict:
     # higher the better or, with a minus sign before it ("-distill"), the lower; the later of equals.
     config.eval.select = "both_correct"
 
-    config.alarms = ConfigDict()  # what a run warns of, once each (ctxjax/alarms.py); a threshold of 0: not of that
+    # What a run warns of, once each (ctxjax/monitoring/alarms.py). A threshold of 0 switches its alarm off.
+    config.alarms = ConfigDict()
     # Those that end the run. All: "not_finite" (loss or gradient; such a step is skipped), "no_end" (not one response
     # ends), and the names of the thresholds below.
     config.alarms.stop = ("not_finite",)
@@ -203,7 +204,7 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # the last number; or "exact", "math", "letter", "yes_no": data/graders.py
+    config.qa_jsonl.grading = "numeric"  # the last number; or "exact", "math", "letter", "yes_no": data/grading/graders.py
     config.qa_jsonl.limit = 0  # first rows read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64
@@ -213,7 +214,7 @@ def get_config() -> ConfigDict:
     config.medical.ask_format = True  # whether the question asks for the tags; else only a context can
 
     config.safety = ConfigDict()  # offensive and hateful language, three public sets pooled: yes or no in <answer> tags
-    config.safety.path = ""  # folder with the sets' published files; ctxjax/data/tasks/safety.py names them
+    config.safety.path = ""  # folder with the sets' published files; ctxjax/data/safety_sets.py names them
     config.safety.sets = ("tweeteval", "hatecheck", "ethos")  # which of them
     config.safety.ask_format = True
 

@@ -1,7 +1,7 @@
 """The whole story in minutes on two CPU cores: a base from scratch, three arms, one table.
 
 The base learns to apply substitution tables given in a system prompt, and to copy where there is none
-(ctxjax/data/tasks/rules.py). One table it has never seen is then internalized.
+(ctxjax/data/worlds/rules.py). One table it has never seen is then internalized.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Real text in a model that trains here: is a tweet or comment offensive, asked by a system prompt.
 
 A small Llama learns from scratch, on TweetEval, HateCheck and Ethos, to do what a system prompt asks of a text
-(ctxjax/data/tasks/tiny_safety.py); the safety prompt, which it has never seen, is then internalized in four arms.
+(ctxjax/data/worlds/tiny_safety.py); the safety prompt, which it has never seen, is then internalized in four arms.
 
     python -m ctxjax.main --config=configs/tiny_safety.py --config.safety.path=FOLDER --workdir=runs/tiny_safety
 """

@@ -15,11 +15,11 @@ from ctxjax import rng, sharding
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
+from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import views
-from ctxjax.folder import ModelFolder, open_folder
+from ctxjax.inputs.model_folder import ModelFolder, open_folder
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.sampling import SamplingConfig
 from ctxjax.types import Params
 
 

@@ -13,18 +13,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctxjax.alarms import ALARMS, AlarmsConfig
-from ctxjax.anchors import ANCHORS
-from ctxjax.data.graders import GRADERS
+from ctxjax.config_fields import check_numbers, checked, one_of, require
+from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.tasks import TASKS, WORLDS, check_task
-from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
-from ctxjax.fields import check_numbers, checked, one_of, require
-from ctxjax.losses import CROSS_ENTROPY, GATES, LossConfig
+from ctxjax.distill.anchors import ANCHORS
+from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
+from ctxjax.distill.losses import CROSS_ENTROPY, GATES, LossConfig
+from ctxjax.distill.optim import SCHEDULES, OptimConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
-from ctxjax.optim import SCHEDULES, OptimConfig
+from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
 from ctxjax.sharding import DECODE_RULES, check_divisible, nearest_mesh
 
 

@@ -15,7 +15,7 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from ctxjax import command
+from ctxjax.host import command
 
 NAME = "model"  # of the evaluated model in results.json
 
@@ -31,7 +31,8 @@ def main(
         raise FileExistsError(f"--out={out} exists; choose another, nothing is overwritten")
     command.prepare(config)
     choose(config, model, task, context)
-    from ctxjax import report, workdir
+    from ctxjax import report
+    from ctxjax.host import workdir
 
     evaluation, facts = evaluate(config, split)
     own = out / NAME
@@ -70,8 +71,8 @@ def evaluate(config: ConfigDict, split: str):
     from ctxjax.data import splits
     from ctxjax.data.records import counts
     from ctxjax.data.tasks import TASKS
-    from ctxjax.evaluator import Evaluator
-    from ctxjax.folder import open_folder
+    from ctxjax.evaluation.evaluator import Evaluator
+    from ctxjax.inputs.model_folder import open_folder
 
     experiment = config_lib.experiment(config, jax.device_count())
     task_config = experiment.task_config

@@ -16,12 +16,16 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from ctxjax import checkpoint, command, config as config_lib, pretrain, sharding, workdir as workdir_lib
+from ctxjax import config as config_lib, sharding
 from ctxjax.config import Experiment
 from ctxjax.data.tasks import TASKS
-from ctxjax.hub import local_folder
-from ctxjax.models import hf, hf_save, lora, params as params_lib, transformer
+from ctxjax.host import command, workdir as workdir_lib
+from ctxjax.host.hub import local_folder
+from ctxjax.inputs import base_model
+from ctxjax.models import lora, params as params_lib, transformer
+from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.report.model_card import model_card
+from ctxjax.training import checkpoint
 
 # What belongs to a model beside its weights and config.json, copied as it is.
 COMPANIONS = (
@@ -52,9 +56,9 @@ def export(
     checkpoints = workdir / arm / "checkpoints"
     name = config.model.path or str(_own_base(config))
     source = local_folder(name)
-    model = hf.read_config(source)
+    model = hf_load.read_config(source)
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    family = hf.family_of(fields, source)
+    family = hf_load.family_of(fields, source)
     mesh = sharding.make_mesh(fsdp=jax.device_count())
     with hf_save.new_folder(out) as partial, jax.set_mesh(mesh):
         specs, kind = transformer.param_specs(model), config.model.param_dtype
@@ -65,7 +69,7 @@ def export(
             hf_save.save_adapter(partial, trained, model, config.lora, family, name, dtype)
         else:
             if config.lora is not None:
-                base = hf.load(source, model, mesh, config.model.param_dtype)
+                base = hf_load.load(source, model, mesh, config.model.param_dtype)
                 trained = lora.join(base, trained, config.lora)
             hf_save.save_weights(partial, trained, model, family, dtype, max_shard_bytes)
             fields = hf_save.with_dtype(fields, dtype or config.model.param_dtype)
@@ -89,7 +93,7 @@ def _experiment(workdir: Path, stored: dict) -> Experiment:
 
 def _own_base(config: Experiment) -> Path:
     task = TASKS[config.task][1](config.task_config)
-    return pretrain.base_folder(config.base, config.task, task)
+    return base_model.base_folder(config.base, config.task, task)
 
 
 def _choose(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:

@@ -15,8 +15,8 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ctxjax import command, preemption, processes, secrets
-from ctxjax.alarms import StopRun
+from ctxjax.host import command, preemption, processes, redact
+from ctxjax.monitoring.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
@@ -36,7 +36,9 @@ def main(_) -> None:
     if _CONFIG.value is None:
         raise ValueError("--config is missing; for example --config=configs/tiny.py")
     # Imported here, so that a mistyped flag is answered at once.
-    from ctxjax import config, preview, trainer, workdir
+    from ctxjax import config
+    from ctxjax.host import workdir
+    from ctxjax.training import preview, run
 
     place = command.folder("--workdir", _WORKDIR.value or "")
     command.prepare(_CONFIG.value)
@@ -51,7 +53,7 @@ def main(_) -> None:
         return
     facts = workdir.facts(_CONFIG.value)
     workdir.check(place, facts["config"], _RESUME.value)
-    trainer.run(experiment, place, facts)
+    run.run(experiment, place, facts)
 
 
 def command_line() -> None:
@@ -64,7 +66,7 @@ def command_line() -> None:
         print("\nSIGTERM: the run ends; the same command goes on", file=sys.stderr)
         sys.exit(preemption.EXIT_CODE)
     except StopRun as stop:
-        print(f"\nstopped: {secrets.hidden(str(stop))}", file=sys.stderr)
+        print(f"\nstopped: {redact.hidden(str(stop))}", file=sys.stderr)
         processes.leave(3)
 
 

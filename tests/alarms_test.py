@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from ctxjax import main
-from ctxjax.alarms import ALARMS, Alarms, AlarmsConfig, StopRun
-from ctxjax.responses import repetition
+from ctxjax.distill.response_stats import repetition
+from ctxjax.monitoring.alarms import ALARMS, Alarms, AlarmsConfig, StopRun
 from ctxjax.types import Rollout
 
 # A step of the run of configs/tiny.py, and its evaluation.

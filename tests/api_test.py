@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import ctxjax
-from ctxjax.data import word_tokenizer
-from ctxjax.data.tasks import rules
-from ctxjax.models import hf_save, params as params_lib, transformer
+from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.sharding import make_mesh
 

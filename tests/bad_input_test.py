@@ -14,14 +14,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from ctxjax import config as config_lib, folder as folder_lib, inputs, sharding, trainer
-from ctxjax.data import prompts, word_tokenizer
+from ctxjax import config as config_lib, sharding
+from ctxjax.data import prompts
 from ctxjax.data.pipeline import RetentionRows, encode_rows
 from ctxjax.data.prompts import PromptConfig
-from ctxjax.data.tasks import rules
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
-from ctxjax.models import hf_save, params as params_lib
+from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.inputs import model_folder as folder_lib, run_inputs
+from ctxjax.models import params as params_lib
+from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig, param_specs
+from ctxjax.training import run
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -134,7 +137,7 @@ def test_models_that_cannot_take_part_are_refused_before_the_run_leaves_anything
     config = tiny.get_config()
     config.model.path, config.teacher.path = str(folder), teacher.format(other=other)
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.format(folder=folder))):
-        trainer.run(config_lib.experiment(config, jax.device_count()), tmp_path / "run", {})
+        run.run(config_lib.experiment(config, jax.device_count()), tmp_path / "run", {})
     assert not (tmp_path / "run").exists()
 
 
@@ -164,7 +167,7 @@ def test_end_tokens_beyond_the_head_are_named(tmp_path, ends):
 def test_a_thinking_switch_that_the_template_lacks_is_warned_of_once(tmp_path, capsys, thinking, warnings):
     config = tiny.get_config()
     config.model.path, config.prompt.thinking = str(model_folder(tmp_path / "model", rules.vocabulary())), thinking
-    inputs.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
+    run_inputs.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
     assert capsys.readouterr().out.count(f"warning: prompt.thinking = {thinking} changes nothing") == warnings
 
 

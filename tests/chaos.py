@@ -37,7 +37,12 @@ if __name__ == "__main__":  # read when jax and tqdm are imported
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["TQDM_DISABLE"] = "1"
 
-from ctxjax import checkpoint, evaluator, main, metrics, preemption, pretrain, trainer  # noqa: E402, F401
+from ctxjax import main
+from ctxjax.evaluation import evaluator
+from ctxjax.host import preemption
+from ctxjax.inputs import base_model  # noqa: E402, F401
+from ctxjax.monitoring import metric_writer
+from ctxjax.training import checkpoint, run
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -54,8 +59,8 @@ LIMIT = 600  # seconds after which a run hangs
 PLACES = {
     "save": ((checkpoint.Checkpoints, "save"), 5, 0.3),
     "evaluation": ((evaluator.Evaluator, "__call__"), 5, 0.5),
-    "step": ((metrics.Writer, "step"), 8, 0.05),
-    "base": ((pretrain, "_base_step"), 12, 0.05),
+    "step": ((metric_writer.Writer, "step"), 8, 0.05),
+    "base": ((base_model, "_base_step"), 12, 0.05),
 }
 
 
@@ -141,7 +146,7 @@ class Run:
         def command():
             if moment is not None:
                 moment.arm(number, self._sent)
-            trainer.write_report = lambda workdir: workdir
+            run.write_report = lambda workdir: workdir
             sys.argv = self._line
             main.command_line()
 

@@ -7,8 +7,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
-from ctxjax.checkpoint import Checkpoints, best_step, saved_steps
-from ctxjax.checksum import checksums
+from ctxjax.host.checksum import checksums
+from ctxjax.training.checkpoint import Checkpoints, best_step, saved_steps
 from ctxjax.types import TrainState
 
 WHOLE = P()
@@ -128,7 +128,7 @@ def test_values_other_than_those_that_were_saved_are_damage(saved, monkeypatch, 
         sums = original(tree)
         return sums | {"params/layers/q": 1} if len(seen) == 1 else sums
 
-    monkeypatch.setattr("ctxjax.checkpoint.checksums", wrong)
+    monkeypatch.setattr("ctxjax.training.checkpoint.checksums", wrong)
     _, run = restored(folder, mesh)
     assert run["data_position"] == 1
     assert "1 arrays are not those that were saved, the first params/layers/q" in capsys.readouterr().err

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from ctxjax import command
+from ctxjax.host import command
 
 # Three times 100 MiB taken, written and given back, in the main thread and in another: how many pages were new.
 SCRIPT = """
 import resource, threading
-from ctxjax import command
+from ctxjax.host import command
 import numpy as np
 
 def work():
@@ -75,7 +75,7 @@ def test_objects_are_not_looked_through_at_the_end():
     script = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count()))  # what is registered first is called last
-from ctxjax import command
+from ctxjax.host import command
 command.app.run = lambda main, flags_parser: main(None)
 command.run(lambda _: print(gc.get_freeze_count()), None)
 """

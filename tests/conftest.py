@@ -101,7 +101,7 @@ def two_devices(only):
 @pytest.fixture
 def no_page(monkeypatch):
     """Runs in the tests' own process draw no report, which takes seconds."""
-    monkeypatch.setattr("ctxjax.trainer.write_report", lambda workdir: None)
+    monkeypatch.setattr("ctxjax.training.run.write_report", lambda workdir: None)
 
 
 @pytest.fixture

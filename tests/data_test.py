@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from ctxjax.data import graders, prompts, word_tokenizer
+from ctxjax.data import prompts
+from ctxjax.data.grading import graders
 from ctxjax.data.pipeline import RetentionRows, encode_rows, training_batches
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, evaluation_views
-from ctxjax.data.tasks import rules
+from ctxjax.data.worlds import rules, word_tokenizer
 
 CONTEXT = "f>b;a>e;c>d;b>a;e>f;d>c;"
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax import divergences
-from ctxjax.divergences import DIVERGENCES, REMAINDERS, SUPPORTS, Support, divergence
+from ctxjax.distill import divergences
+from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS, Support, divergence
 
 # p = (1/2, 1/2), q = (1/4, 3/4):
 KL_P_Q = 0.14384104  # 1/2 ln 2   + 1/2 ln(2/3)

@@ -11,14 +11,17 @@ import jax
 import pytest
 
 from configs import base
-from ctxjax import config as config_lib, evaluate, sharding, trainer, workdir as workdir_lib
-from ctxjax.data import word_tokenizer
+from ctxjax import config as config_lib, evaluate, sharding
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
+from ctxjax.data.worlds import word_tokenizer
 from ctxjax.evaluation import views
-from ctxjax.evaluator import Evaluator, Split, alike
-from ctxjax.folder import open_folder
-from ctxjax.models import hf_save, params as params_lib
+from ctxjax.evaluation.evaluator import Evaluator, Split, alike
+from ctxjax.host import workdir as workdir_lib
+from ctxjax.inputs.model_folder import open_folder
+from ctxjax.models import params as params_lib
+from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig, param_specs
+from ctxjax.training import run
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -163,7 +166,7 @@ def test_the_context_of_the_command_takes_the_place_of_the_configurations(folder
 
 
 def start(config, workdir: Path) -> dict:
-    return trainer.run(config_lib.experiment(config, jax.device_count()), workdir, workdir_lib.facts(config))
+    return run.run(config_lib.experiment(config, jax.device_count()), workdir, workdir_lib.facts(config))
 
 
 @pytest.mark.usefixtures("no_page")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ctxjax import sharding
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics, statistics, views
 from ctxjax.evaluation.metrics import Outcomes
-from ctxjax.losses import LossConfig
-from ctxjax.sampling import SamplingConfig
 from ctxjax.types import Prompts, Rollout
 
 

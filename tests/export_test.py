@@ -11,11 +11,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import tiny
-from ctxjax import checkpoint, config as config_lib, export, sharding, train_step, workdir
-from ctxjax.data import word_tokenizer
-from ctxjax.data.tasks import rules
-from ctxjax.models import hf, hf_save, lora, transformer
+from ctxjax import config as config_lib, export, sharding
+from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.distill import train_step
+from ctxjax.host import workdir
+from ctxjax.models import lora, transformer
+from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.models.transformer import RopeScaling, apply_head, head_weights
+from ctxjax.training import checkpoint
 from ctxjax.types import Batch, Frozen
 
 STEPS, TOKENS = 3, 40
@@ -120,9 +123,9 @@ def test_an_export_loads_bit_for_bit_and_in_shards_too(kind, trained, tmp_path, 
     sizes = [path.stat().st_size for path in (tmp_path / "several").glob("*.safetensors")]
     assert len(sizes) >= 3 and max(sizes) < 22_000  # with their headers
     for name in ("one", "several"):
-        model = hf.read_config(tmp_path / name)
+        model = hf_load.read_config(tmp_path / name)
         assert model == dataclasses.replace(run.model, max_positions=model.max_positions)
-        loaded = hf.load(tmp_path / name, model, mesh8)
+        loaded = hf_load.load(tmp_path / name, model, mesh8)
         jax.tree.map(np.testing.assert_array_equal, loaded, run.student)
 
 

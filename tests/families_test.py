@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 
-from ctxjax.models import hf, params as params_lib, transformer
+from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.hf import load as hf_load
 from ctxjax.models.transformer import RopeScaling
 
 LLAMA31 = {
@@ -66,7 +67,7 @@ PUBLISHED = {  # with the number of scalars in the published files
 
 
 def parsed(fields):
-    return hf.FAMILIES[fields["model_type"]].config_from_hf(fields)
+    return hf_load.FAMILIES[fields["model_type"]].config_from_hf(fields)
 
 
 def new_layout(fields):
@@ -98,7 +99,7 @@ def test_the_fields_land_where_they_belong():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_both_layouts_mean_the_same_and_a_written_config_reads_back(name):
     fields, _ = PUBLISHED[name]
-    config, family = parsed(fields), hf.FAMILIES[fields["model_type"]]
+    config, family = parsed(fields), hf_load.FAMILIES[fields["model_type"]]
     assert parsed(new_layout(fields)) == config
     written = family.config_to_hf(config)
     assert family.config_from_hf(written) == config
@@ -107,10 +108,10 @@ def test_both_layouts_mean_the_same_and_a_written_config_reads_back(name):
     assert (written["rope_scaling"] or None) == fields.get("rope_scaling")
 
 
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", hf_load.FAMILIES)
 def test_transformers_reads_a_written_config_as_it_was_meant(family, tiny_model):
     transformers = pytest.importorskip("transformers")
-    known = hf.FAMILIES[family]
+    known = hf_load.FAMILIES[family]
     config = dataclasses.replace(
         tiny_model, max_positions=77, qkv_bias=known.qkv_bias, qk_norm=known.qk_norm,
         rope_scaling=RopeScaling(4.0, 1.0, 2.0, 16) if family == "llama" else None,
@@ -182,4 +183,4 @@ def test_old_llama_configs_leave_out_what_follows_from_the_rest():
 
 def test_a_family_does_not_write_what_it_cannot_hold(tiny_model):
     with pytest.raises(ValueError, match="a llama model has qkv_bias = False"):
-        hf.FAMILIES["llama"].config_to_hf(dataclasses.replace(tiny_model, qkv_bias=True))
+        hf_load.FAMILIES["llama"].config_to_hf(dataclasses.replace(tiny_model, qkv_bias=True))

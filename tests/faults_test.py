@@ -8,7 +8,7 @@ import time
 from forked import Command
 import pytest
 
-from ctxjax.checkpoint import saved_steps
+from ctxjax.training.checkpoint import saved_steps
 
 STEPS = 20
 SETTINGS = {

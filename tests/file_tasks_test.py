@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctxjax import hub
 from ctxjax.data import splits
 from ctxjax.data.records import RecordsConfig
 from ctxjax.data.tasks.hints import Hints, HintsConfig
 from ctxjax.data.tasks.math import FORMAT, Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
+from ctxjax.host import hub
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data"
 ROWS = {

@@ -19,7 +19,12 @@ import jax
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["ctxjax.preview", "ctxjax.trainer", "ctxjax.report.plots", "transformers.models.llama.configuration_llama"]
+    [
+        "ctxjax.training.preview",
+        "ctxjax.training.run",
+        "ctxjax.report.plots",
+        "transformers.models.llama.configuration_llama",
+    ]
 )
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ctxjax.data import graders, math_answers
-from ctxjax.data.graders import (
+from ctxjax.data.grading import graders, math_answers
+from ctxjax.data.grading.graders import (  # fmt: skip
     EMPTY,
     ENDLESS_REASONING,
     NO_NUMBER,
@@ -16,7 +16,7 @@ from ctxjax.data.graders import (
     NOT_CLOSED,
     ONLY_REASONING,
     TWO,
-)  # fmt: skip
+)
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
 NOT_YES_NO, NOT_LETTER = "not yes or no", "not one of ABCD"

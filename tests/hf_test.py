@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ctxjax.models import hf, hf_save, transformer, weights
+from ctxjax.models import transformer
+from ctxjax.models.hf import load as hf_load, safetensors_files, save as hf_save
 from ctxjax.models.transformer import RopeScaling
 
 STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
@@ -63,7 +64,7 @@ def edit(folder, **fields):
 
 
 def load(folder, model, mesh):
-    return hf.load(folder, model, mesh)
+    return hf_load.load(folder, model, mesh)
 
 
 # --- Parity ---
@@ -101,7 +102,7 @@ def test_what_transformers_writes_loads_and_computes_the_same_logits(variant, dt
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     with torch.no_grad():
         logits = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    model = hf.read_config(tmp_path / "model")
+    model = hf_load.read_config(tmp_path / "model")
     assert (model.head_dim, model.rope_theta, model.tied_embeddings) == (16, 500.0, variant == "tied")
     assert_same_logits(forward(load(tmp_path / "model", model, mesh), model, tokens), logits)
 
@@ -114,7 +115,7 @@ def test_weights_in_several_files_load_like_one(tmp_path, mesh, torch):
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "several", max_shard_size="10KB")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
-    model = hf.read_config(tmp_path / "one")
+    model = hf_load.read_config(tmp_path / "one")
     one, several = (load(tmp_path / name, model, mesh) for name in ("one", "several"))
     jax.tree.map(np.testing.assert_array_equal, one, several)
 
@@ -128,7 +129,7 @@ def test_rotary_frequencies_of_llama31_are_those_of_transformers_beyond_8192_pos
     config = LlamaConfig(hidden_size=4096, num_attention_heads=32, rope_parameters=rope, max_position_embeddings=131072)
     config.save_pretrained(tmp_path)
     theirs = LlamaRotaryEmbedding(config)
-    frequencies = np.asarray(transformer.rope_frequencies(hf.read_config(tmp_path)), np.float64)
+    frequencies = np.asarray(transformer.rope_frequencies(hf_load.read_config(tmp_path)), np.float64)
     np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=2e-6)
     places = np.array([0, 1, 8191, 8192, 20000, 100000])
     cos, _ = theirs(torch.zeros(1), torch.tensor(places)[None])
@@ -143,7 +144,7 @@ def test_a_saved_model_loads_bit_for_bit_onto_any_mesh(variant, tmp_path, tiny_m
     model = dataclasses.replace(tiny_model, norm_eps=3e-6, **VARIANTS[variant])
     params = make_params(model, 0, mesh8)
     folder = write(tmp_path / "new" / "model", params, model)
-    assert hf.read_config(folder) == model
+    assert hf_load.read_config(folder) == model
     loaded = load(folder, model, mesh8)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -151,8 +152,10 @@ def test_a_saved_model_loads_bit_for_bit_onto_any_mesh(variant, tmp_path, tiny_m
 
 
 def test_a_folder_is_loaded_in_the_precision_that_is_asked_for(folder, tiny_model, mesh):
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(hf.load(folder, tiny_model, mesh, "bfloat16"))} == {"bfloat16"}
-    assert hf.read_config(folder, dtype="bfloat16", remat="full") == dataclasses.replace(
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(hf_load.load(folder, tiny_model, mesh, "bfloat16"))} == {
+        "bfloat16"
+    }
+    assert hf_load.read_config(folder, dtype="bfloat16", remat="full") == dataclasses.replace(
         tiny_model, dtype="bfloat16", remat="full"
     )
 
@@ -186,7 +189,7 @@ def test_stored_numbers_are_cast_as_jax_casts_them(stored, wanted, folder, tiny_
     path = folder / "model.safetensors"
     tensors = {name: value.astype(stored) for name, value in load_file(path).items()}
     save_file(tensors, path)
-    loaded = hf.load(folder, tiny_model, mesh8, wanted)
+    loaded = hf_load.load(folder, tiny_model, mesh8, wanted)
     assert {value.dtype.name for value in jax.tree.leaves(loaded)} == {wanted}
     expected = tensors["model.layers.1.mlp.up_proj.weight"].T.astype(wanted)
     np.testing.assert_array_equal(loaded["layers"]["up"][1], expected)
@@ -197,7 +200,7 @@ def test_stored_numbers_are_cast_as_jax_casts_them(stored, wanted, folder, tiny_
 def test_a_transpose_in_strips_is_a_transpose(rows):
     source = np.random.default_rng(0).normal(size=(rows, 5)).astype(np.float32)
     target = np.full((5, rows), np.nan, np.float32)
-    weights.fill(target, source, flip=True)
+    safetensors_files.fill(target, source, flip=True)
     np.testing.assert_array_equal(target, source.T)
 
 
@@ -213,17 +216,17 @@ def test_a_loaded_model_is_the_devices_own_memory_and_survives_its_file(folder, 
 
 def test_a_missing_folder_or_config_is_named(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        hf.read_config(tmp_path / "nowhere")
+        hf_load.read_config(tmp_path / "nowhere")
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
-        hf.read_config(folder)
+        hf_load.read_config(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[1, 2]", '{"model_type": "llama"'])
 def test_a_corrupted_config_is_named(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json"):
-        hf.read_config(folder)
+        hf_load.read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +241,7 @@ def test_a_corrupted_config_is_named(folder, text):
 def test_an_architecture_that_is_not_implemented_is_refused_by_the_field_that_says_so(folder, fields, message):
     edit(folder, **fields)
     with pytest.raises(ValueError, match=message):
-        hf.read_config(folder)
+        hf_load.read_config(folder)
 
 
 def test_a_field_that_is_missing_is_named(folder):
@@ -246,7 +249,7 @@ def test_a_field_that_is_missing_is_named(folder):
     del fields["hidden_size"]
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="no field 'hidden_size'"):
-        hf.read_config(folder)
+        hf_load.read_config(folder)
 
 
 def test_all_tensors_that_do_not_fit_are_listed_in_one_message(folder, tiny_model, mesh):

@@ -7,7 +7,7 @@ import huggingface_hub
 from huggingface_hub import errors
 import pytest
 
-from ctxjax import hub, retry
+from ctxjax.host import hub, retry
 
 
 def fails(error):

@@ -12,8 +12,9 @@ import jax
 import pytest
 
 from ctxjax import sharding
-from ctxjax.data import word_tokenizer
-from ctxjax.models import hf_save, params as params_lib
+from ctxjax.data.worlds import word_tokenizer
+from ctxjax.models import params as params_lib
+from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig, param_specs
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra ifeval is not installed")

@@ -1,4 +1,4 @@
-"""The package's floors: a module imports from its own floor or from lower ones."""
+"""The package's rooms: a room imports from lower rooms only."""
 
 import ast
 from pathlib import Path
@@ -6,35 +6,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "ctxjax"
-FLOORS = {
-    "types": 0,
-    "sharding": 1, "checksum": 1, "masks": 1, "divergences": 1, "rng": 1,
-    "models": 2.1, "models.params": 2.1, "models.projection": 2.1, "models.attention": 2.1, "models.rope": 2.1,
-    "models.remat": 2.1,
-    "models.transformer": 2.2, "models.lora": 2.3, "models.mesh_fit": 2.3, "models.family": 2.3, "models.weights": 2.3,
-    "models.llama": 2.4, "models.qwen2": 2.4, "models.qwen3": 2.4, "models.hf": 2.5, "models.hf_save": 2.6,
-    "sampling": 3, "responses": 3, "scoring": 3, "anchors": 3, "head_scan": 3, "losses": 3, "objective": 3, "optim": 3,
-    "train_step": 4, "evaluation": 4,
-    "processes": 5, "retry": 5, "alarms": 5, "fields": 5, "secrets": 5, "preemption": 5,
-    "config": 5, "data": 5, "checkpoint": 5, "metrics": 5, "hub": 5, "folder": 5, "workdir": 5,
-    "report.__main__": 7, "report": 5,
-    "evaluator": 6, "pretrain": 6, "inputs": 6, "arm": 6, "trainer": 6, "offenders": 6, "preview": 6, "api": 6,
-    "teacher_samples": 6,
-    "command": 5, "plan": 6, "plan.__main__": 7, "__init__": 6, "main": 7,
-}  # fmt: skip
+# The rooms from bottom to top: folders of the package, and single files at its top. A room imports from rooms above it
+# in this list only (lower in the house), and from itself.
+ROOMS = [
+    "host", "types", "rng", "masks", "sharding",
+    "models", "models.hf", "distill",
+    "monitoring", "data.grading", "data", "data.worlds", "data.tasks",
+    "config_fields", "config", "inputs", "evaluation", "report", "training",
+    "api", "__init__", "plan", "export", "evaluate", "main",
+]  # fmt: skip
+CORE = {"types", "rng", "masks", "sharding", "models", "distill"}
 OUTSIDE = {"ml_collections", "transformers", "grain", "time", "pathlib"}  # the world, which arrays know nothing of
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 MODULES = sorted(FILES)
 
 
-def floor(module: str) -> float | None:
-    """The floor of the longest listed name; a command that is not listed is on the top floor."""
-    parts = module.removesuffix(".__init__").split(".")
-    for length in range(len(parts), 0, -1):
-        if ".".join(parts[:length]) in FLOORS:
-            return FLOORS[".".join(parts[:length])]
-    return 7 if "__name__ == '__main__'" in ast.unparse(TREES[module]) else None
+def room(module: str) -> str:
+    """The folder that a module lies in, or the module itself at the top of the package."""
+    folder = module.removesuffix("__init__").rstrip(".") if module.endswith("__init__") else module.rpartition(".")[0]
+    return folder or module
 
 
 def imports(module: str) -> set[str]:
@@ -64,20 +55,24 @@ def identifiers(module: str) -> set[str]:
     return used | {part for name in imports(module) for part in name.split(".")}
 
 
+def test_every_room_has_its_row():
+    assert {room(module) for module in MODULES} == set(ROOMS)
+    assert len(ROOMS) <= 26
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_has_a_floor_and_imports_only_from_it_or_below(module):
-    assert floor(module) is not None, f"{module} is missing from the table of floors"
+def test_a_module_imports_only_from_its_room_or_lower_ones(module):
     for name in imports(module):
         if name.split(".")[0] == "ctxjax":
-            assert floor(own(name)) <= floor(module), f"{module} imports {name} from a higher floor"
+            height = ROOMS.index(room(own(name)))
+            assert height <= ROOMS.index(room(module)), f"{module} imports {name} from a higher room"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if (floor(name) or 0) < 5])
-def test_the_scientific_core_sees_no_config_tokenizer_file_or_clock(module):
-    reads_files = module in ("models.hf", "models.weights", "models.hf_save")
-    allowed = {"pathlib"} if reads_files else set()
-    assert not {name.split(".")[0] for name in imports(module)} & (OUTSIDE - allowed)
-    assert reads_files or "open" not in identifiers(module)
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in CORE])
+def test_the_core_sees_no_config_tokenizer_file_or_clock(module):
+    assert not {name.split(".")[0] for name in imports(module)} & OUTSIDE
+    assert not {name for name in imports(module) if name.startswith("ctxjax.host")}
+    assert "open" not in identifiers(module)
 
 
 def test_the_package_imports_its_api_only_when_it_is_used():
@@ -86,7 +81,7 @@ def test_the_package_imports_its_api_only_when_it_is_used():
 
 def test_only_the_losses_stop_gradients():
     assert {name for name in FILES if "stop_gradient" in identifiers(name)} == {
-        "anchors", "divergences", "head_scan", "losses", "objective",
+        "distill.anchors", "distill.divergences", "distill.chunked_head", "distill.losses", "distill.objective",
     }  # fmt: skip
 
 

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax import losses, scoring, sharding
-from ctxjax.losses import LossConfig
+from ctxjax import sharding
+from ctxjax.distill import losses, scoring
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.objective import Models, Rows, objective
+from ctxjax.distill.optim import OptimConfig
+from ctxjax.distill.sampling import SamplingConfig, sample
+from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.models import lora, params as params_lib, transformer
 from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import apply_head, head_weights
-from ctxjax.objective import Models, Rows, objective
-from ctxjax.optim import OptimConfig
-from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.types import Batch, Frozen
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=lora.TARGETS)

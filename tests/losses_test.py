@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax import losses
-from ctxjax.anchors import ANCHORS
-from ctxjax.losses import LossConfig
+from ctxjax.distill import losses
+from ctxjax.distill.anchors import ANCHORS
+from ctxjax.distill.losses import LossConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Rollout
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from ctxjax import rng, sharding
-from ctxjax.losses import LossConfig
-from ctxjax.models import mesh_fit
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.optim import OptimConfig
+from ctxjax.distill.sampling import SamplingConfig, sample
+from ctxjax.distill.train_step import StepConfig, init_state, rollout_step, update_step
+from ctxjax.models import mesh_check
 from ctxjax.models.lora import TARGETS, LoraConfig
-from ctxjax.optim import OptimConfig
-from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.sharding import make_mesh, put_batch
-from ctxjax.train_step import StepConfig, init_state, rollout_step, update_step
 from ctxjax.types import Batch, Frozen, Prompts
 
 ROWS, COLUMNS, VOCAB = 8, 9, 88
@@ -208,4 +208,4 @@ def test_slices_that_do_not_fit_are_named_with_what_would():
 )
 def test_a_dimension_that_does_not_fit_is_named_with_what_would(sizes, message, tiny_model):
     with pytest.raises(ValueError, match=message):
-        mesh_fit.check(dataclasses.replace(tiny_model, width=18), make_mesh(**sizes), "tiny")
+        mesh_check.check(dataclasses.replace(tiny_model, width=18), make_mesh(**sizes), "tiny")

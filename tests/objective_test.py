@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax import losses, objective
-from ctxjax.anchors import ANCHORS
-from ctxjax.losses import LossConfig
+from ctxjax.distill import losses, objective
+from ctxjax.distill.anchors import ANCHORS
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.objective import Models, Rows
 from ctxjax.models import transformer
-from ctxjax.objective import Models, Rows
 from ctxjax.sharding import make_mesh, put_batch
 from ctxjax.types import Batch, Prompts, Rollout
 

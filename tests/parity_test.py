@@ -14,8 +14,9 @@ import pytest
 
 from ctxjax import rng
 from ctxjax.data.prompts import left_pad
-from ctxjax.models import hf, transformer
-from ctxjax.sampling import SamplingConfig, sample
+from ctxjax.distill.sampling import SamplingConfig, sample
+from ctxjax.models import transformer
+from ctxjax.models.hf import load as hf_load
 from ctxjax.sharding import put_batch
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
@@ -61,11 +62,11 @@ def logits_of(params, config, tokens, mask, last):
 
 
 def assert_same_logits(folder, theirs, mesh, length: int, last: int):
-    config = hf.read_config(folder)
+    config = hf_load.read_config(folder)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (1, length), dtype=np.int32)
     with torch.inference_mode():
         expected = theirs(torch.tensor(tokens, dtype=torch.long), logits_to_keep=last).logits.numpy()
-    ours = logits_of(hf.load(folder, config, mesh), config, tokens, np.ones(tokens.shape, bool), last)
+    ours = logits_of(hf_load.load(folder, config, mesh), config, tokens, np.ones(tokens.shape, bool), last)
     scale = np.abs(expected).max()
     assert scale > 1
     assert np.abs(np.asarray(ours) - expected).max() <= 2e-4 * scale
@@ -127,8 +128,8 @@ def prompts() -> list[list[int]]:
 @pytest.mark.parametrize("family", CLASSES)
 def test_greedy_continuations_are_those_of_transformers_and_of_each_prompt_alone(family, tmp_path, prompts, mesh):
     theirs = write(tmp_path, family, tie_word_embeddings=family == "qwen2")
-    config = hf.read_config(tmp_path)
-    params = hf.load(tmp_path, config, mesh)
+    config = hf_load.read_config(tmp_path)
+    params = hf_load.load(tmp_path, config, mesh)
     padded = left_pad(prompts, max(map(len, prompts)), 0)
     with torch.inference_mode():
         expected = theirs.generate(

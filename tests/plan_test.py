@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, pretrain
+from ctxjax import config as config_lib
+from ctxjax.inputs import base_model
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.plan import architectures, chips, flops, hlo, run
 from ctxjax.plan.chips import Chip
@@ -209,7 +210,7 @@ def small():
 
 def test_the_plan_of_a_world_for_local_devices(small):
     result = run.plan(small, None, 8)
-    model = pretrain.base_model(config_lib.experiment(small, 8).base, 55)
+    model = base_model.base_model(config_lib.experiment(small, 8).base, 55)
     params = params_lib.init(transformer.param_specs(model), jax.random.key(0), make_mesh(2, 4, 1))
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     assert result["bytes"]["trained weights"] == result["bytes"]["teacher"] == weights

@@ -8,7 +8,7 @@ import pytest
 
 BEGIN = """
 import os, signal, sys, time
-from ctxjax import preemption
+from ctxjax.host import preemption
 preemption.listen()
 term = lambda: os.kill(os.getpid(), signal.SIGTERM)
 try:

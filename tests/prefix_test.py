@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax import losses, rng, scoring
+from ctxjax import rng
 from ctxjax.data import prompts as prompts_lib
+from ctxjax.distill import losses, scoring
+from ctxjax.distill.losses import LossConfig, Scales
+from ctxjax.distill.objective import Models, Rows, objective
+from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.evaluation import views
-from ctxjax.losses import LossConfig, Scales
 from ctxjax.models import attention, transformer
-from ctxjax.objective import Models, Rows, objective
-from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.sharding import put_batch
 from ctxjax.types import Batch
 

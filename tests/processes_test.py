@@ -12,8 +12,8 @@ from forked import Command
 import jax
 import pytest
 
-from ctxjax import command, processes
-from ctxjax.checkpoint import saved_steps
+from ctxjax.host import command, processes
+from ctxjax.training.checkpoint import saved_steps
 
 SMALL = [
     "--config=configs/tiny.py", "--config.base.steps=1", "--config.base.warmup_steps=1", "--config.base.width=16",

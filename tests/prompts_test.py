@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
-from ctxjax import folder as folder_lib
-from ctxjax.data import prompts, tokenizer_match, word_tokenizer
+from ctxjax.data import prompts
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig
 from ctxjax.data.task import Row
+from ctxjax.data.worlds import word_tokenizer
+from ctxjax.inputs import model_folder as folder_lib, tokenizer_match
 
 CONTEXT = "  Answer in one word.\n"  # most templates strip what they are given
 ROW = Row("q1", "Which colour?", CONTEXT, "")

@@ -16,10 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from ctxjax import main, sharding, workdir
-from ctxjax.data import word_tokenizer
-from ctxjax.data.tasks import rules
-from ctxjax.models import hf_save, params as params_lib
+from ctxjax import main, sharding
+from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.host import workdir
+from ctxjax.models import params as params_lib
+from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig, param_specs
 
 GOOD = b"".join(json.dumps({"question": f"#1:{a}{b}", "answer": a}).encode() + b"\n" for a in "abcdef" for b in "abc")

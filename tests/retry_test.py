@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from ctxjax import retry
 from ctxjax.data import records
+from ctxjax.host import retry
 
 
 @pytest.fixture(autouse=True)

@@ -14,24 +14,17 @@ import pytest
 from tqdm import tqdm
 
 from configs import tiny
-from ctxjax import (
-    arm as arm_lib,
-    config as config_lib,
-    inputs,
-    pretrain,
-    preview,
-    sharding,
-    teacher_samples,
-    trainer,
-    workdir as workdir_lib,
-)
-from ctxjax.alarms import StopRun
-from ctxjax.checkpoint import read_params, saved_steps
-from ctxjax.data import prompts, show
-from ctxjax.data.tasks import rules
-from ctxjax.evaluator import Evaluation, Evaluator
-from ctxjax.folder import open_folder
-from ctxjax.train_step import StepConfig, init_state, rollout_step
+from ctxjax import config as config_lib, sharding
+from ctxjax.data import prompts
+from ctxjax.data.worlds import rules
+from ctxjax.distill.train_step import StepConfig, init_state, rollout_step
+from ctxjax.evaluation.evaluator import Evaluation, Evaluator
+from ctxjax.host import workdir as workdir_lib
+from ctxjax.inputs import base_model, run_inputs, teacher_samples
+from ctxjax.inputs.model_folder import open_folder
+from ctxjax.monitoring.alarms import StopRun
+from ctxjax.training import arm as arm_lib, batch_text, preview, run
+from ctxjax.training.checkpoint import read_params, saved_steps
 from ctxjax.types import Frozen
 
 ARMS = ("opcd", "opcd_anchored", "opcd_retained")
@@ -56,8 +49,8 @@ def start(config, workdir: Path, page: bool = False) -> dict:
     workdir_lib.check(workdir, facts["config"])
     with pytest.MonkeyPatch.context() as patch:
         if not page:
-            patch.setattr(trainer, "write_report", lambda workdir: None)
-        return trainer.run(config_lib.experiment(config, jax.device_count()), workdir, facts)
+            patch.setattr(run, "write_report", lambda workdir: None)
+        return run.run(config_lib.experiment(config, jax.device_count()), workdir, facts)
 
 
 def rows(path: Path) -> list[dict]:
@@ -316,7 +309,7 @@ def trained(config) -> Path:
     """The folder of a configuration's base, trained where it is not in the cache."""
     experiment = config_lib.experiment(config, jax.device_count())
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
-        return pretrain.ensure_base(experiment.base, experiment.task, rules.Rules(experiment.task_config), mesh)
+        return base_model.ensure_base(experiment.base, experiment.task, rules.Rules(experiment.task_config), mesh)
 
 
 def taught_by_samples(cache: Path):
@@ -402,9 +395,9 @@ def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_on
     config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
     (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     student = open_folder(trained(config), mesh)
-    alone = inputs.with_teacher(config_lib.experiment(small(cache), device_count=2), "", student, mesh, {})
+    alone = run_inputs.with_teacher(config_lib.experiment(small(cache), device_count=2), "", student, mesh, {})
     assert all(folder is student for folder in alone)
-    both = inputs.with_teacher(config_lib.experiment(config, 2), config.teacher.path, student, mesh, {})
+    both = run_inputs.with_teacher(config_lib.experiment(config, 2), config.teacher.path, student, mesh, {})
     assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
     assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 
@@ -413,15 +406,15 @@ def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_on
 def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, monkeypatch):
     monkeypatch.setattr(prompts, "SHORTEST_PREFIX", shortest)
     experiment = config_lib.experiment(small(cache), jax.device_count())
-    monkeypatch.setattr(show, "first_batch", lambda pen, *shown: shown)
+    monkeypatch.setattr(batch_text, "first_batch", lambda pen, *shown: shown)
     batch, stop_ids, *previewed = preview.first_batch(experiment, width=100, colour=False)
     assert {view.prefix_C for view in (batch.bare, batch.context, batch.other)} == {None}
     begins = [{tuple(ids[:2]) for ids in prompts.token_lists(view)} for view in (batch.bare, batch.context)]
     assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's turn, or the system's
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
         world = rules.Rules(experiment.task_config)
-        student = open_folder(pretrain.base_folder(experiment.base, experiment.task, world), mesh)
-        sampling = inputs.sampling_config(experiment.rollout, student)
+        student = open_folder(base_model.base_folder(experiment.base, experiment.task, world), mesh)
+        sampling = run_inputs.sampling_config(experiment.rollout, student)
         loss = experiment.arms["opcd_retained"]
         config = StepConfig(student.config, student.config, sampling, loss, experiment.optim)
         state = init_state(student.params, config, jax.random.key(experiment.seed))

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ctxjax.data import splits
+from ctxjax.data import safety_sets, splits
 from ctxjax.data.records import Reader, RecordsConfig
-from ctxjax.data.tasks import safety
-from ctxjax.data.tasks.safety import Safety, SafetyConfig
+from ctxjax.data.tasks.safety import FORMAT, QUESTIONS, Safety, SafetyConfig
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 HATECHECK = ",functionality,case_id,test_case,label_gold,templ_id\n"
@@ -44,7 +43,7 @@ def folder(tmp_path):
 
 def test_every_published_layout_is_read(folder):
     reader = Reader(RecordsConfig())
-    examples = safety.read_examples(folder, reader=reader)
+    examples = safety_sets.read_examples(folder, reader=reader)
     assert Counter(example.set for example in examples) == {"tweeteval": 40, "hatecheck": 120, "ethos": 60}
     by_id = {example.id: example for example in examples}
     assert by_id["tweeteval-val-3"] == ("tweeteval-val-3", "tweeteval", "dev", "tweet val 3\u2028 on one line", True)
@@ -69,7 +68,7 @@ def test_splits_are_the_publishers_or_by_hash_and_keep_a_template_together(folde
 
 def test_a_row_asks_its_sets_question_and_for_the_format_unless_told_not_to(folder):
     row = next(row for row in task(folder).rows("train") if row.id.startswith("ethos"))
-    assert row.question.startswith(safety.QUESTIONS["ethos"]) and row.question.endswith(safety.FORMAT)
+    assert row.question.startswith(QUESTIONS["ethos"]) and row.question.endswith(FORMAT)
     assert row.context == "Weigh your words." and row.reference in ("yes", "no")
     bare = next(r for r in task(folder, ask_format=False).rows("train") if r.id == row.id)
     assert "<answer>" not in bare.question
@@ -172,7 +171,7 @@ def test_label_counts_are_the_published_ones():
     3,728 cases; Ethos (Mollas et al. 2022): 433 hateful of 998 comments."""
     if not PUBLISHED.exists():
         pytest.skip(f"{PUBLISHED} is not here")
-    examples = safety.read_examples(PUBLISHED)
+    examples = safety_sets.read_examples(PUBLISHED)
     tweets = Counter((e.split, e.harmful) for e in examples if e.set == "tweeteval")
     assert tweets == {
         ("train", False): 7975, ("train", True): 3941, ("dev", False): 865, ("dev", True): 459, ("test", False): 620,

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax import divergences, masks, rng, scoring
+from ctxjax import masks, rng
+from ctxjax.distill import divergences, scoring
+from ctxjax.distill.sampling import SamplingConfig, draw, filtered, inverse_cdf, sample
 from ctxjax.models import transformer
-from ctxjax.sampling import SamplingConfig, draw, filtered, inverse_cdf, sample
 from ctxjax.sharding import put_batch
 from ctxjax.types import Prompts, Rollout
 

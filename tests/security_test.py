@@ -11,10 +11,11 @@ import jinja2
 import pytest
 
 from configs import tiny
-from ctxjax import folder as folder_lib, secrets, workdir as workdir_lib
-from ctxjax.data import prompts, word_tokenizer
+from ctxjax.data import prompts
 from ctxjax.data.task import Row
-from ctxjax.data.tasks import rules
+from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.host import redact, workdir as workdir_lib
+from ctxjax.inputs import model_folder as folder_lib
 from ctxjax.report import page, run_files
 
 ROOT = Path(__file__).parents[1]
@@ -159,8 +160,8 @@ SECRETS = {
 
 @pytest.mark.parametrize("text", SECRETS)
 def test_what_looks_like_a_secret_is_hidden_and_nothing_else(text):
-    assert secrets.hidden(text) == SECRETS[text]
-    assert secrets.hidden({"a": [text, 3, None], "b": (text,)}) == {
+    assert redact.hidden(text) == SECRETS[text]
+    assert redact.hidden({"a": [text, 3, None], "b": (text,)}) == {
         "a": [SECRETS[text], 3, None],
         "b": (SECRETS[text],),
     }
@@ -169,7 +170,7 @@ def test_what_looks_like_a_secret_is_hidden_and_nothing_else(text):
 def test_secrets_of_the_environment_are_hidden(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "very-secret-indeed")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "configs/tiny")
-    assert secrets.hidden("a very-secret-indeed b configs/tiny") == "a [hidden] b configs/tiny"
+    assert redact.hidden("a very-secret-indeed b configs/tiny") == "a [hidden] b configs/tiny"
 
 
 def test_no_secret_gets_into_a_runs_facts(monkeypatch):

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from configs import tiny_safety as config_file
-from ctxjax import config as config_lib, trainer, workdir as workdir_lib
+from ctxjax import config as config_lib
 from ctxjax.data import splits
-from ctxjax.data.tasks import WORLDS, tiny_safety
-from ctxjax.data.tasks.tiny_safety import Instruction, TinySafety, TinySafetyConfig
+from ctxjax.data.tasks import WORLDS
+from ctxjax.data.worlds import tiny_safety
+from ctxjax.data.worlds.tiny_safety import Instruction, TinySafety, TinySafetyConfig
+from ctxjax.host import workdir as workdir_lib
+from ctxjax.training import run
 
 TEXT = "the @user you ! ? # is a fine bad day for men and women who like it"
 
@@ -161,7 +164,7 @@ def test_a_small_world_runs_from_its_files_to_results(folder, tmp_path):
     config.eval.bootstrap = 10
     assert config.task in WORLDS
     facts = workdir_lib.facts(config)
-    results = trainer.run(config_lib.experiment(config, jax.device_count()), tmp_path / "run", facts)
+    results = run.run(config_lib.experiment(config, jax.device_count()), tmp_path / "run", facts)
     assert set(results) == {"base", "off_policy"}
     assert {"acc_x", "acc_xc", "obedience", "acc_default", "acc_paraphrase"} <= set(results["off_policy"])
     assert len(list((tmp_path / "cache").glob("tiny_safety-base-*"))) == 1

@@ -14,13 +14,12 @@ import numpy as np
 import optax
 import pytest
 
-from ctxjax import optim, rng, train_step as train_step_module
-from ctxjax.losses import LossConfig
-from ctxjax.models import transformer
-from ctxjax.optim import OptimConfig
-from ctxjax.sampling import SamplingConfig, sample
-from ctxjax.sharding import make_mesh, on_device, on_host, put_batch
-from ctxjax.train_step import (
+from ctxjax import rng
+from ctxjax.distill import optim, train_step as train_step_module
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.optim import OptimConfig
+from ctxjax.distill.sampling import SamplingConfig, sample
+from ctxjax.distill.train_step import (
     StepConfig,
     init_state,
     off_policy_steps,
@@ -29,6 +28,8 @@ from ctxjax.train_step import (
     train_step,
     update_step,
 )
+from ctxjax.models import transformer
+from ctxjax.sharding import make_mesh, on_device, on_host, put_batch
 from ctxjax.types import Batch, Frozen, Rollout, TrainState
 
 ROWS, RETAINED = 16, 8

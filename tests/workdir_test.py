@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from configs import tiny
-from ctxjax import command, workdir
-from ctxjax.workdir import Lock
+from ctxjax.host import command, workdir
+from ctxjax.host.workdir import Lock
 
 
 @pytest.fixture

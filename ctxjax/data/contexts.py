@@ -2,7 +2,7 @@
 
 A context is inline text, a file, one of several files drawn for each row, or a column of the data. The pool of others
 is a file of the user's or the built-in ``other_contexts.jsonl``. Each of its contexts may carry a check, which says by
-itself whether a response obeys it (data/checks.py); where none does, obedience is the task's own accuracy.
+itself whether a response obeys it (data/grading/response_checks.py); where none does, obedience is the task's own accuracy.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ctxjax.data.checks import parse_check
+from ctxjax.data.grading.response_checks import Check, parse_check
 from ctxjax.data.records import Reader, digest, read_context
-from ctxjax.data.task import Check, Row
+from ctxjax.data.task import Row
 
 BUILT_IN = "builtin"
 BUILT_IN_FILE = Path(__file__).with_name("other_contexts.jsonl")

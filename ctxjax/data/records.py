@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from ctxjax.retry import retry
+from ctxjax.host.retry import retry
 
 KINDS = {
     "unreadable": "not valid JSON or CSV, or not UTF-8",

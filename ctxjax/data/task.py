@@ -6,15 +6,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-
-class Check(NamedTuple):
-    """What a context demands of every response: a name in data/checks.py and its argument, a text or a number."""
-
-    name: str
-    argument: str | int | None = None
-
-    def __str__(self) -> str:
-        return self.name if self.argument is None else f"{self.name} {self.argument!r}"
+from ctxjax.data.grading.grade import Grade
+from ctxjax.data.grading.response_checks import Check, obeys
 
 
 class Row(NamedTuple):
@@ -28,16 +21,6 @@ class Row(NamedTuple):
     reference: str
     default: str | None = None
     check: Check | None = None
-
-
-class Grade(NamedTuple):
-    """``parsed`` is the answer read from a response, None where none was readable, and ``reason`` why not.
-    ``lenient`` is whether the response is right for a reader who does without the format, where that differs."""
-
-    parsed: str | None
-    correct: bool
-    reason: str | None = None
-    lenient: bool | None = None
 
 
 class Task(Protocol):
@@ -61,6 +44,11 @@ class Task(Protocol):
         """The row's context in other words, or None where the task cannot tell."""
 
 
+def graded(task: Task, response: str, row: Row) -> Grade:
+    """A response's grade: by the check that the row's context carries, or else by the task."""
+    return obeys(row.check, response) if row.check else task.grade(response, row.reference)
+
+
 class PretrainingRow(NamedTuple):
     """A row of a base model's training text; ``context`` as in Row."""
 
@@ -71,7 +59,7 @@ class PretrainingRow(NamedTuple):
 
 @runtime_checkable
 class World(Protocol):
-    """What a task has besides, if it can write the training text of a base model of its own (pretrain.py)."""
+    """What a task has besides, if it can write the training text of a base model of its own (inputs/base_model.py)."""
 
     def tokenizer(self):
         """The base's tokenizer, a transformers one with a chat template."""

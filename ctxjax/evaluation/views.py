@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from ctxjax import divergences, head_scan, losses, masks, objective, rng, sharding
-from ctxjax.losses import LossConfig
+from ctxjax import masks, rng, sharding
+from ctxjax.distill import chunked_head, divergences, losses, objective
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig, finished, head_weights
-from ctxjax.sampling import SamplingConfig, sample
 from ctxjax.types import Batch, Params, Prompts, Rollout, map_rows
 
 
@@ -51,7 +52,7 @@ def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, contro
     head = head_weights(params, model)
 
     hidden = {"q_x": window(bare, h_x), "q_c": window(context, h_c)}
-    _, values = head_scan.chunked(
+    _, values = chunked_head.chunked(
         functools.partial(_view_kl, model), 64, hidden, dict.fromkeys(hidden, head), {}, rollout.mask_BxT
     )
     return sharding.whole((values["kl"], by_layer))

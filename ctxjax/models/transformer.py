@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from ctxjax import masks
 from ctxjax.models.attention import attention, self_attention
+from ctxjax.models.linear import project
 from ctxjax.models.params import ParamSpec
-from ctxjax.models.projection import project
 from ctxjax.models.remat import remat
 from ctxjax.models.rope import RopeScaling, frequencies, rotate, rotation
 from ctxjax.sharding import batch_spec, batch_ways, for_decoding as moved, gathered, lookup, platform, weight_spec

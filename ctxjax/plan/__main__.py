@@ -13,7 +13,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ctxjax import command
+from ctxjax.host import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/llama3.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v4, v5e, v5p or v6e and its chips, such as v5e:4x4.")

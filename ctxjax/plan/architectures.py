@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from ctxjax.hub import HUB_ID
-from ctxjax.models import hf
+from ctxjax.host.hub import HUB_ID
+from ctxjax.models.hf import load as hf_load
 from ctxjax.models.transformer import ModelConfig
 
 _LLAMA3 = {
@@ -57,7 +57,7 @@ def architecture(path: str, dtype: str, remat) -> tuple[ModelConfig, str]:
     Only config.json is read, never weights. Raises FileNotFoundError where there is none to be had.
     """
     if Path(path).expanduser().is_dir():
-        return hf.read_config(Path(path).expanduser(), dtype, remat), path
+        return hf_load.read_config(Path(path).expanduser(), dtype, remat), path
     if not HUB_ID.fullmatch(path):
         raise FileNotFoundError(f"model folder {path} does not exist; give a folder, or a Hub id such as org/name")
     name, _, revision = path.partition("@")
@@ -66,7 +66,7 @@ def architecture(path: str, dtype: str, remat) -> tuple[ModelConfig, str]:
             file = hf_hub_download(
                 name, "config.json", revision=revision or None, local_files_only=offline, etag_timeout=5
             )
-            return hf.read_config(Path(file).parent, dtype, remat), "the Hub's cache" if offline else "the Hub"
+            return hf_load.read_config(Path(file).parent, dtype, remat), "the Hub's cache" if offline else "the Hub"
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError):
             continue
     if name not in PUBLISHED:
@@ -74,6 +74,6 @@ def architecture(path: str, dtype: str, remat) -> tuple[ModelConfig, str]:
             f"the Hub cannot be asked for {name}'s config.json, and the table of published architectures does not have "
             f"it: {', '.join(PUBLISHED)}; give the folder of a copy"
         )
-    family = hf.family_of(PUBLISHED[name], Path(name))
+    family = hf_load.family_of(PUBLISHED[name], Path(name))
     config = dataclasses.replace(family.config_from_hf(PUBLISHED[name]), dtype=dtype, remat=remat)
     return config, "the table of published architectures, as the Hub could not be asked"

@@ -11,14 +11,14 @@ from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.task import Row
 from ctxjax.data.tasks import TASKS, WORLDS
-from ctxjax.losses import LossConfig
+from ctxjax.distill.losses import LossConfig
+from ctxjax.inputs.base_model import base_model
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips
 from ctxjax.plan.architectures import architecture
 from ctxjax.plan.remedies import candidates, remedies
 from ctxjax.plan.report import as_json, verdict
 from ctxjax.plan.step import Plan, Shapes, make_plan
-from ctxjax.pretrain import base_model
 
 
 def plan(

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from ctxjax import optim, sharding
+from ctxjax import sharding
 from ctxjax.config import Experiment
 from ctxjax.data.prompts import SHORTEST_PREFIX
-from ctxjax.losses import LossConfig
-from ctxjax.models import lora, mesh_fit, params as params_lib, transformer
+from ctxjax.distill import optim
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.distill.train_step import StepConfig, train_step
+from ctxjax.models import lora, mesh_check, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import flops, hlo
 from ctxjax.plan.chips import Chip
-from ctxjax.sampling import SamplingConfig
-from ctxjax.train_step import StepConfig, train_step
 from ctxjax.types import Batch, Frozen, Prompts, TrainState
 
 # How far to compile: options of the compiler. A TPU's that is told of almost no memory ends where it has placed all
@@ -89,8 +90,8 @@ def make_plan(
     another reason than memory.
     """
     mesh = sharding.make_mesh(devices=devices, **dataclasses.asdict(config.mesh))
-    mesh_fit.check(model, mesh, "the student")
-    mesh_fit.check(teacher or model, mesh, "the teacher")
+    mesh_check.check(model, mesh, "the student")
+    mesh_check.check(teacher or model, mesh, "the teacher")
     with jax.set_mesh(mesh):
         step = step_config(config, loss, model, teacher or model)
         state, frozen, batch, held = arguments(config, step, teacher is not None, shapes, mesh)

@@ -7,9 +7,9 @@ from ctxjax.data.tasks.hints import Hints, HintsConfig
 from ctxjax.data.tasks.math import Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
-from ctxjax.data.tasks.rules import Rules, RulesConfig
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
-from ctxjax.data.tasks.tiny_safety import TinySafety, TinySafetyConfig
+from ctxjax.data.worlds.rules import Rules, RulesConfig
+from ctxjax.data.worlds.tiny_safety import TinySafety, TinySafetyConfig
 
 TASKS = {
     "rules": (RulesConfig, Rules),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from ctxjax.data.file_task import Asked, FileTask, RowsConfig
-from ctxjax.data.graders import GRADERS
+from ctxjax.data.grading.grade import Grade
+from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.records import Reader, Record
-from ctxjax.data.task import Grade
+from ctxjax.data.tasks.file_task import Asked, FileTask, RowsConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from ctxjax.data import graders, math_answers
 from ctxjax.data.contexts import ContextConfig, Contexts
-from ctxjax.data.file_task import Asked, FileTask, RowsConfig, columns_of, single_turn
+from ctxjax.data.grading import graders, math_answers
+from ctxjax.data.grading.grade import Grade
 from ctxjax.data.records import Reader, Record
-from ctxjax.data.task import Grade
+from ctxjax.data.tasks.file_task import Asked, FileTask, RowsConfig, columns_of, single_turn
 
 FORMAT = "Reason step by step, and put the final answer into \\boxed{}."
 GROUND_TRUTH = "reward_model.ground_truth"

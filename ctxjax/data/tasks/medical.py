@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from ctxjax.data import graders
 from ctxjax.data.contexts import ContextConfig, Contexts
-from ctxjax.data.file_task import Asked, FileTask, RowsConfig, columns_of, single_turn
+from ctxjax.data.grading import graders
+from ctxjax.data.grading.grade import Grade
 from ctxjax.data.records import Reader, Record
-from ctxjax.data.task import Grade
+from ctxjax.data.tasks.file_task import Asked, FileTask, RowsConfig, columns_of, single_turn
 
 LETTERS = "ABCD"
 OPTIONS = ("opa", "opb", "opc", "opd")

@@ -6,10 +6,11 @@ from collections import Counter
 import dataclasses
 
 from ctxjax.data.contexts import ContextConfig, Contexts
-from ctxjax.data.file_task import Asked, FileTask
-from ctxjax.data.graders import GRADERS
+from ctxjax.data.grading.grade import Grade
+from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.records import Reader, RecordsConfig, digest
-from ctxjax.data.task import Grade, Row
+from ctxjax.data.task import Row
+from ctxjax.data.tasks.file_task import Asked, FileTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

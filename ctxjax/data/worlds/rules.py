@@ -1,0 +1,181 @@
+"""The smallest world in which contexts matter: substitution tables over six letters.
+
+The context is a table, the question asks to apply it n times, the response shows every step::
+
+    system      f>b;a>e;c>d;b>a;e>f;d>c;
+    user        #2:fac
+    assistant   s1 bed s2 afc
+
+Without a table the default is to copy. The table to internalize is one 6-cycle, so that "applied",
+"applied twice", "inverse" and "copied" are all different answers. Each pair is one token.
+
+Of the 720 tables, TARGETS 6-cycles are set aside to be internalized, then disjoint pools for dev and test
+obedience; the base and the retention rows see only the rest. Questions are split likewise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+
+import numpy as np
+
+from ctxjax.data.grading.grade import Grade
+from ctxjax.data.records import digest
+from ctxjax.data.task import PretrainingRow, Row
+from ctxjax.data.worlds import word_tokenizer
+
+LETTERS = "abcdef"
+REPEATS = (1, 2, 3)
+LENGTHS = (3, 4, 5)
+TARGETS = 8
+HELD_OUT_TABLES = {"dev": 60, "test": 60}
+# The shares of each (repeats, length) stratum's questions that are held out.
+HELD_OUT_QUESTIONS = {"dev": 0.15, "test": 0.35}
+
+TOKEN_PATTERN = r"#\d:|[a-f]>[a-f];| ?s\d |[a-f]"
+
+
+@dataclasses.dataclass(frozen=True)
+class RulesConfig:
+    """``seed`` makes the world: its tables, questions and splits. ``context_index`` chooses which of the set-aside
+    tables is internalized; the counts are questions. ``empty_share``: of the base's training rows without a
+    table, how many have an empty context block instead of none."""
+
+    seed: int
+    context_index: int
+    train_questions: int
+    dev_questions: int
+    test_questions: int
+    empty_share: float
+
+
+def vocabulary() -> list[str]:
+    """Every token of the world but the chat template's."""
+    pairs = [f"{a}>{b};" for a in LETTERS for b in LETTERS]
+    return [*LETTERS, *(f"#{n}:" for n in REPEATS), "s1 ", *(f" s{n} " for n in REPEATS[1:]), *pairs]
+
+
+def table_text(table: str, order: np.ndarray | list[int]) -> str:
+    """The table, a string of the letters' images in alphabetical order, as a context, its pairs in this order."""
+    return "".join(f"{LETTERS[i]}>{table[i]};" for i in order)
+
+
+def parse_table(context: str) -> dict[str, str]:
+    """The inverse of ``table_text``."""
+    return {pair[0]: pair[2] for pair in context.split(";") if pair}
+
+
+def answer(question: str, table: dict[str, str]) -> str:
+    """The correct response: each step's string, the table applied once more."""
+    repeats, letters = int(question[1]), question[3:]
+    steps = []
+    for n in range(1, repeats + 1):
+        letters = "".join(table[letter] for letter in letters)
+        steps.append(f"s{n} {letters}")
+    return " ".join(steps)
+
+
+def is_six_cycle(table: str) -> bool:
+    """True where following the table from any letter visits all six."""
+    seen, letter = set(), LETTERS[0]
+    while letter not in seen:
+        seen.add(letter)
+        letter = table[LETTERS.index(letter)]
+    return len(seen) == len(LETTERS)
+
+
+class Rules:
+    """The task of one world and one table in it."""
+
+    skipped: dict[str, int] = {}  # it reads no files
+
+    def __init__(self, config: RulesConfig):
+        self.config = config
+        rng = np.random.default_rng([config.seed, 7])
+        tables = ["".join(p) for p in itertools.permutations(LETTERS)]
+        tables = [tables[i] for i in rng.permutation(len(tables))]
+        self.targets = [t for t in tables if is_six_cycle(t)][:TARGETS]
+        rest = [t for t in tables if t not in self.targets]
+        self.tables, start = {}, 0
+        for split, size in HELD_OUT_TABLES.items():
+            self.tables[split] = rest[start : start + size]
+            start += size
+        self.tables["train"] = rest[start:]
+        self.strata = self._split_questions(rng)
+        if not 0 <= config.context_index < TARGETS:
+            raise ValueError(f"rules.context_index = {config.context_index}; this world has tables 0 to {TARGETS - 1}")
+        target = self.targets[config.context_index]
+        self.context = table_text(target, rng.permutation(len(LETTERS)))
+        self.facts = {"contexts": {f"table {config.context_index}": digest(self.context)}}
+
+    @staticmethod
+    def _split_questions(rng: np.random.Generator) -> dict[str, list[list[str]]]:
+        """split -> strata -> questions, in random order; a stratum has one repeat count and one length."""
+        strata = {"train": [], "dev": [], "test": []}
+        for repeats, length in itertools.product(REPEATS, LENGTHS):
+            questions = [f"#{repeats}:{''.join(s)}" for s in itertools.product(LETTERS, repeat=length)]
+            questions = [questions[i] for i in rng.permutation(len(questions))]
+            for split, share in HELD_OUT_QUESTIONS.items():
+                cut = int(share * len(questions))
+                strata[split].append(questions[:cut])
+                questions = questions[cut:]
+            strata["train"].append(questions)
+        return strata
+
+    def questions(self, split: str) -> list[str]:
+        """As many questions as the config asks for, the strata in turn while they last."""
+        count = getattr(self.config, f"{split}_questions")
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*self.strata[split]))
+        chosen = list(itertools.islice((q for q in turns if q is not None), count))
+        if len(chosen) < count:
+            raise ValueError(f"rules.{split}_questions = {count}, but the world's {split} split has {len(chosen)}")
+        return chosen
+
+    def rows(self, split: str) -> list[Row]:
+        table, copy = parse_table(self.context), {letter: letter for letter in LETTERS}
+        return [Row(q, q, self.context, answer(q, table), answer(q, copy)) for q in self.questions(split)]
+
+    def grade(self, response: str, reference: str) -> Grade:
+        steps = re.fullmatch(r"s1 [a-f]+(?: s2 [a-f]+)?(?: s3 [a-f]+)?", response)
+        return Grade(response if steps else None, response == reference, None if steps else "no steps")
+
+    def other_contexts(self, split: str) -> list[str]:
+        rng = np.random.default_rng([self.config.seed, 11])
+        return [table_text(t, rng.permutation(len(LETTERS))) for t in self.tables[split]]
+
+    def under(self, row: Row, context: str) -> Row:
+        return row._replace(context=context, reference=answer(row.question, parse_table(context)))
+
+    def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
+        pairs = row.context.split(";")[:-1]
+        return "".join(f"{pairs[i]};" for i in rng.permutation(len(pairs)))
+
+    def tokenizer(self):
+        return word_tokenizer.build(vocabulary(), TOKEN_PATTERN)
+
+    def pretraining_facts(self) -> dict:
+        seed, empty_share = self.config.seed, self.config.empty_share
+        return {"world_seed": seed, "empty_share": empty_share, "vocabulary": vocabulary()}
+
+    def longest_pretraining_row(self) -> PretrainingRow:
+        question = f"#{max(REPEATS)}:{LETTERS[0] * max(LENGTHS)}"
+        return PretrainingRow(question, self.context, answer(question, parse_table(self.context)))
+
+    def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
+        """70 % under a random table of the train pool, 15 % without one and copied, 15 % without one but
+        answered by a random table, so that the base is unsure when not told.
+        """
+        strata = self.strata["train"]
+        stratum = strata[rng.integers(len(strata))]
+        question = stratum[rng.integers(len(stratum))]
+        table = self.tables["train"][rng.integers(len(self.tables["train"]))]
+        context = table_text(table, rng.permutation(len(LETTERS)))
+        kind = rng.random()
+        if kind < 0.7:
+            return PretrainingRow(question, context, answer(question, parse_table(context)))
+        nothing = "" if rng.random() < self.config.empty_share else None
+        if kind < 0.85:
+            return PretrainingRow(question, nothing, answer(question, {letter: letter for letter in LETTERS}))
+        return PretrainingRow(question, nothing, answer(question, parse_table(context)))

@@ -1,0 +1,46 @@
+"""What sampled responses look like: their length, whether they end, whether they repeat themselves."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ctxjax import masks
+from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.types import Mean, Rollout
+
+NGRAM = 8  # tokens; shorter runs recur in good prose too
+_MIX = 0x9E3779B1  # an odd number without pattern: distinct n-grams hardly ever get the same hash
+
+
+def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, jax.Array]:
+    """Mean length in tokens, end token included; tokens of the batch; the share of responses cut at the limit; and
+    ``repetition``."""
+    from_end = jnp.any(rollout.mask_BxT & masks.is_any(rollout.tokens_BxT, sampling.eos_ids), axis=1)
+    length_B = jnp.sum(rollout.mask_BxT, axis=1)
+    everything = jnp.ones_like(from_end)
+    return {
+        "response_length": Mean.of(length_B, everything).value,
+        "response_tokens": jnp.sum(rollout.mask_BxT, dtype=jnp.float32),
+        "truncated": Mean.of(~from_end, everything).value,
+        "repetition": repetition(rollout).value,
+    }
+
+
+def repetition(rollout: Rollout, n: int = NGRAM) -> Mean:
+    """The share of n-grams that occurred before in the same response: seq-rep-n of arXiv 1908.04319, over a batch.
+
+    0 where all are distinct, towards 1 where a response runs in a loop of any length. By sorting hashes, so that it
+    costs a sort of [B, T].
+    """
+    columns = rollout.tokens_BxT.shape[1] - n + 1
+    if columns < 2:
+        return Mean(jnp.float32(0), jnp.float32(0))
+    tokens_BxT, nothing = rollout.tokens_BxT.astype(jnp.uint32), jnp.uint32(2**32 - 1)
+    hash_BxT = jnp.zeros_like(tokens_BxT[:, :columns])
+    for place in range(n):
+        hash_BxT = hash_BxT * jnp.uint32(_MIX) + tokens_BxT[:, place : place + columns] + 1
+    whole_BxT = rollout.mask_BxT[:, n - 1 :]
+    ordered_BxT = jnp.sort(jnp.where(whole_BxT, hash_BxT, nothing), axis=1)
+    again_BxT = (ordered_BxT[:, 1:] == ordered_BxT[:, :-1]) & (ordered_BxT[:, 1:] != nothing)
+    return Mean(jnp.sum(again_BxT, dtype=jnp.float32), jnp.sum(whole_BxT, dtype=jnp.float32))

@@ -1,0 +1,196 @@
+"""One optimiser step on one batch of fresh rollouts, as a single compiled program.
+
+    train_step = update_step after rollout_step
+
+``rollout_step`` samples y from the bare student (and y' under the other contexts); ``update_step`` scores
+them, takes the gradient and moves the parameters. The halves are public for hosts that must act between
+them, such as a game's environment. An off-policy step is given its y instead: the frozen teacher's, from
+``teacher_rollout``, which are the same for every arm of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ctxjax import rng, sharding
+from ctxjax.distill import losses, objective, optim
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.objective import Models, Rows
+from ctxjax.distill.optim import OptimConfig
+from ctxjax.distill.response_stats import response_metrics
+from ctxjax.distill.sampling import SamplingConfig, sample
+from ctxjax.models import lora as lora_lib, params as params_lib
+from ctxjax.models.lora import LoraConfig
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.types import Batch, Frozen, Max, Mean, Params, Rollout, TrainState, map_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """All static facts of a step. Hashable; one compiled program for each value. ``lora`` None: all weights are
+    trained. ``micro_batches``: parts of the batch whose gradients are made one after the other and added up."""
+
+    model: ModelConfig
+    teacher_model: ModelConfig
+    sampling: SamplingConfig
+    loss: LossConfig
+    optim: OptimConfig
+    lora: LoraConfig | None = None
+    micro_batches: int = 1
+
+
+def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState:
+    """The state at step 0 of a student that starts from ``params``, on the current mesh.
+
+    With an adapter, the state holds the adapter alone. Else it holds a copy of ``params``, since a step overwrites
+    its own in place: the caller's may serve as the frozen teacher.
+    """
+    if config.lora is None:
+        trained = jax.tree.map(jnp.copy, sharding.on_device(params))
+    else:
+        specs = lora_lib.specs(config.model, config.lora)
+        trained = params_lib.init(specs, rng.key_for(key, 0, "adapter"), jax.sharding.get_mesh())
+    opt_state = jax.jit(optim.optimizer(config.optim).init)(trained)
+    ema = jax.tree.map(jnp.copy, trained) if config.loss.needs_ema else None
+    return TrainState(step=jnp.int32(0), params=trained, opt_state=opt_state, key=key, ema=ema)
+
+
+def student_params(trained: Params, frozen: Frozen, config: StepConfig) -> Params:
+    """The student's whole parameter tree, from what is trained of it and what is frozen."""
+    return trained if config.lora is None else lora_lib.join(frozen.base, trained, config.lora)
+
+
+def off_policy_steps(loss: LossConfig, key: jax.Array, steps: int) -> np.ndarray:
+    """bool [steps]: which steps of a run with the root ``key`` learn from the teacher's samples."""
+    uniform = jax.vmap(lambda step: jax.random.uniform(rng.key_for(key, step, "policy")))(jnp.arange(steps))
+    return (np.arange(steps) < loss.off_policy_steps) | (np.asarray(uniform) >= loss.on_policy_fraction)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"))
+def teacher_rollout(
+    teacher: Params, batch: Batch, key: jax.Array, step: jax.Array, model: ModelConfig, sampling: SamplingConfig
+) -> Rollout:
+    """The frozen teacher's responses to the context view at ``step`` of a run with the root ``key``."""
+    keys_B = rng.row_keys(rng.key_for(key, step, "rollout"), batch.example_id_B)
+    return sample(sharding.on_device(teacher), model, sampling, batch.context, keys_B)
+
+
+def _teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> Params:
+    if config.loss.teacher == "ema":
+        return student_params(ema, frozen, config)
+    return sharding.on_device(frozen.teacher)
+
+
+def rollout_step(
+    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, samples: Rollout | None = None
+) -> tuple[Rollout, Rollout | None]:
+    """(y, y'): the student's responses to the bare view, and to the other contexts where there are any.
+
+    y are the ``samples`` instead where they are given, in an off-policy step.
+    """
+    student = student_params(state.params, frozen, config)
+
+    def respond(prompts, stream):
+        rows_B = batch.example_id_B[: prompts.tokens_BxP.shape[0]]
+        keys_B = rng.row_keys(rng.key_for(state.key, state.step, stream), rows_B)
+        return sample(student, config.model, config.sampling, prompts, keys_B)
+
+    rollout = samples if samples is not None else respond(batch.bare, "rollout")
+    other = respond(batch.other, "retention") if batch.other is not None else None
+    return rollout, other
+
+
+def update_step(
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    rollout: Rollout,
+    other_rollout: Rollout | None,
+    config: StepConfig,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The new state and the step's metrics, float32 scalars (losses in nats per token).
+
+    A step whose loss or gradient is not finite is ``skipped``: parameters, moments and average stay as they are, and
+    the step, and with it data and keys, go on.
+    """
+    rows = _weighted_rows(batch, rollout, other_rollout, config)
+    (loss, parts), grads = _gradient(state, frozen, rows, config)
+    updates, opt_state = optim.optimizer(config.optim).update(grads, state.opt_state, state.params)
+    metrics = {name: mean.value for name, mean in parts.items()} | response_metrics(rollout, config.sampling)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    has_tokens_B = jnp.any(rows.weight_BxT > 0, axis=1)
+    metrics |= {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": jnp.float32(optim.schedule(config.optim)(state.step)),
+        "skipped": 1.0 - is_finite.astype(jnp.float32),
+        "untrained": Mean.of(~has_tokens_B, jnp.ones_like(has_tokens_B)).value,
+    }
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda old, new: old + (1 - config.loss.ema_decay) * (new - old), ema, params)
+    moved, stays = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, stays)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+
+def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None, config: StepConfig) -> Rows:
+    """The batch with every token's share of the mean, which is known before any pass is run."""
+
+    def weights(responses):
+        mask_BxT = losses.trained_tokens(config.loss, responses, config.sampling.eos_ids)
+        return losses.token_weights(mask_BxT, config.loss.averaging)
+
+    other = (other_rollout, weights(other_rollout)) if other_rollout is not None else ()
+    return Rows(batch, rollout, weights(rollout), *other)
+
+
+def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig):
+    """((loss, {metric: Mean or Max}), gradient of what is trained), over the whole batch."""
+    at = losses.scales(config.loss, state.step)
+    ema = student_params(state.ema, frozen, config) if state.ema is not None else None
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss_of(trained, rows):
+        student, teacher = student_params(trained, frozen, config), _teacher_params(state.ema, frozen, config)
+        prefix = frozen.teacher_prefix if config.loss.teacher == "frozen" else None
+        models = Models(student, teacher, ema, config.model, config.teacher_model, prefix)
+        return objective.objective(models, config.loss, rows, at)
+
+    count = config.micro_batches
+    if count == 1:
+        return loss_of(state.params, rows)
+    parts = map_rows(
+        lambda x: sharding.micro_batches(x, count), rows, shared=lambda x: jnp.broadcast_to(x, (count, *x.shape))
+    )
+    part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], parts))
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(loss_of, state.params, part))
+
+    def is_metric(node):
+        return isinstance(node, (Mean, Max))
+
+    def add(total, part):
+        return jax.tree.map(operator.add, total, loss_of(state.params, part), is_leaf=is_metric), None
+
+    return lax.scan(add, nothing, parts)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def train_step(
+    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, samples: Rollout | None = None
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Sample, score, update: the whole step in one program. ``state`` is donated, the rest is not.
+
+    Off-policy steps are given the teacher's ``samples``; which steps those are, ``off_policy_steps`` says."""
+    rollout, other_rollout = rollout_step(state, frozen, batch, config, samples)
+    return update_step(state, frozen, batch, rollout, other_rollout, config)

@@ -1,0 +1,227 @@
+"""Evaluates parameters on a split: every view decoded, graded, compared and summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from ctxjax import rng
+from ctxjax.config import Experiment
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.data.pipeline import encode_rows
+from ctxjax.data.task import Row, Task, evaluation_views, graded
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
+from ctxjax.evaluation.metrics import Outcomes
+from ctxjax.host.workdir import write_json, write_text
+from ctxjax.inputs.model_folder import ModelFolder
+from ctxjax.inputs.run_inputs import sampling_config
+from ctxjax.types import Params, Rollout
+
+# Two splits are brought to one size where this costs the smaller at most so many times its own: a program is compiled
+# once for both, which takes longer than reading a few columns or rows more.
+SLACK = 1.25
+
+# The metric that a view's accuracy is reported as; the first two are reported by metrics.removability.
+ACCURACY_OF_VIEW = {"empty": "acc_empty", "other": "obedience", "paraphrase": "acc_paraphrase"}
+
+
+class Evaluation(NamedTuple):
+    """Numbers of one model on one split, one dict per question and view, and the outcomes by view."""
+
+    metrics: dict
+    items: list[dict]
+    outcomes: dict[str, Outcomes]
+
+    def save(self, folder: Path, identity: dict) -> None:
+        """Writes items.jsonl and evaluation.json; ``identity`` says what was evaluated, and by what code."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in self.items))
+        write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics})
+
+    @classmethod
+    def load(cls, folder: Path, identity: dict) -> Evaluation | None:
+        """What ``save`` has written of the same ``identity``; None where there is nothing of it, or not all."""
+        try:
+            stored = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            with (folder / "items.jsonl").open(encoding="utf-8") as lines:
+                items = [json.loads(line) for line in lines]
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return cls(stored["metrics"], items, _outcomes(items)) if stored["of"] == identity else None
+
+
+class Split(NamedTuple):
+    """A split's questions in all views: rows, tokens, what all prompts of a view start with, and the columns that they
+    take with it; the rows of a batch, and how many over-long rows were left out."""
+
+    task: Task
+    rows: dict[str, list[Row]]
+    tokens: dict[str, list[list[int]]]
+    prefixes: dict[str, list[int]]
+    lengths: dict[str, int]
+    batch: int
+    dropped: int
+
+    @classmethod
+    def of(cls, config: Experiment, task: Task, name: str, folder: ModelFolder, mesh: Mesh) -> Split:
+        encoded = encode_rows(folder.tokenizer, task.rows(name), config.prompt)
+        rows = evaluation_views(task, encoded.rows, name)
+        tokens = {v: prompts_lib.encode(folder.tokenizer, own, config.prompt) for v, own in rows.items()}
+        prefixes = {v: prompts_lib.shared_prefix(lists) for v, lists in tokens.items()}
+        lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
+        # One length for the views with a context block that share no prefix: decoding is compiled once for them all.
+        blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
+        lengths |= dict.fromkeys(blocks, max((lengths[view] for view in blocks), default=0))
+        batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
+        return cls(task, rows, tokens, prefixes, lengths, batch, encoded.dropped)
+
+
+def alike(splits: list[Split]) -> list[Split]:
+    """The splits with the columns of each view, and the rows of a batch, brought to the largest's where they are
+    near it (``SLACK``)."""
+    most_rows = max(split.batch for split in splits)
+    most = {view: max(split.lengths[view] for split in splits if view in split.lengths) for view in splits[0].lengths}
+    return [
+        split._replace(
+            batch=_raised(split.batch, most_rows),
+            lengths={view: _raised(length, most.get(view, length)) for view, length in split.lengths.items()},
+        )
+        for split in splits
+    ]
+
+
+def _raised(size: int, largest: int) -> int:
+    return largest if largest <= SLACK * size else size
+
+
+class Evaluator:
+    """A split in all its views, tokenized once; call it with parameters of ``folder``'s architecture.
+
+    Responses are judged as ``config.eval`` decodes them (temperature 0 unless it says otherwise), and sampled as
+    training samples (``config.rollout``) for the held-out distillation loss, against ``teacher``.
+    """
+
+    def __init__(self, config: Experiment, split: Split, folder: ModelFolder, teacher: ModelFolder, mesh: Mesh):
+        self._task, self._folder, self._teacher, self._mesh = split.task, folder, teacher, mesh
+        self._judged = sampling_config(config.eval.decode, folder, config.eval.samples)
+        self._rollout = sampling_config(config.rollout, folder)
+        self._rows, self._batch, self.dropped = split.rows, split.batch, split.dropped
+        self._prompts = {
+            v: prompts_lib.left_pad(lists, split.lengths[v], folder.pad_id, split.prefixes[v])
+            for v, lists in split.tokens.items()
+        }
+        self._root = jax.random.key(config.seed)
+
+    @classmethod
+    def of_splits(
+        cls, config: Experiment, task: Task, names: Sequence[str], folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
+    ) -> list[Evaluator]:
+        """One for each of the splits named; where the splits are near in size, compiled programs serve them all."""
+        splits = alike([Split.of(config, task, name, folder, mesh) for name in names])
+        return [cls(config, split, folder, teacher, mesh) for split in splits]
+
+    def __call__(self, params: Params) -> Evaluation:
+        """Decodes every view; the hidden states and the view KL are taken along the bare view's responses."""
+        model = self._folder.config
+        rollouts = {v: self._decode(params, v, self._judged) for v in self._prompts}
+        items = [item for view, rollout in rollouts.items() for item in self._grade(view, rollout)]
+        outcomes, samples = _outcomes(items), self._judged.samples
+        with_context = "context" in outcomes
+        if with_context:
+            result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
+        else:
+            result = metrics_lib.one_view("x", outcomes["bare"])
+        for view, name in ACCURACY_OF_VIEW.items():
+            if view in outcomes:
+                result |= metrics_lib.rate(name, outcomes[view].correct, samples=samples)
+        result |= self._default_rate(items)
+        if not with_context:
+            return Evaluation(result, items, outcomes)
+        bare, context = self._prompts["bare"], self._prompts["context"]
+        control = self._prompts.get("other", self._prompts["empty"])
+        first = jax.tree.map(lambda array: array[::samples], rollouts["bare"])
+        kl, cosines = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
+        mask = first.mask_BxT
+        result |= metrics_lib.view_distance(kl, mask) | metrics_lib.layer_cosines(cosines, mask)
+        result["distill"] = self._distillation(params)
+        return Evaluation(result, items, outcomes)
+
+    def _decode(self, params: Params, view: str, sampling: SamplingConfig) -> Rollout:
+        """Views are sampled independently of each other."""
+        model, key = self._folder.config, rng.key_for(self._root, list(self._prompts).index(view), "evaluation")
+        return views_lib.decode(params, model, sampling, self._prompts[view], key, self._batch, self._mesh)
+
+    def _grade(self, view: str, rollout: Rollout) -> list[dict]:
+        tokenizer, items = self._folder.tokenizer, []
+        kept = [tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        samples = self._judged.samples
+        for place, (ids, text) in enumerate(zip(kept, texts)):
+            row = self._rows[view][place // samples]
+            grade = graded(self._task, text, row)
+            items.append({
+                "id": row.id, "view": view, "sample": place % samples, "question": row.question, "context": row.context,
+                "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
+                "length": len(ids), "truncated": int(ids[-1]) not in self._folder.stop_ids,
+            })  # fmt: skip
+        return items
+
+    def _default_rate(self, items: list[dict]) -> dict:
+        """How often the bare view still answers as the base does by default, where the task knows that."""
+        rows: list[Row] = self._rows["bare"]
+        if not rows or rows[0].default is None:
+            return {}
+        bare = (item for item in items if item["view"] == "bare")
+        samples = self._judged.samples
+        same = [self._task.grade(item["text"], rows[i // samples].default).correct for i, item in enumerate(bare)]
+        return metrics_lib.rate("acc_default", np.array(same), samples=samples)
+
+    def _distillation(self, params: Params) -> float:
+        """Held-out KL(q_x || f) in nats per token, on the student's own samples, as in training."""
+        model, bare = self._folder.config, self._prompts["bare"]
+        rollout = self._decode(params, "bare", self._rollout)
+        loss = LossConfig(temperature=self._rollout.temperature)
+        return views_lib.distillation_kl(
+            params,
+            self._teacher.params,
+            model,
+            self._teacher.config,
+            loss,
+            bare,
+            self._prompts["context"],
+            rollout,
+            self._batch,
+            self._mesh,
+        )
+
+
+def _outcomes(items: list[dict]) -> dict[str, Outcomes]:
+    """The items' outcomes by view, in the items' order."""
+    by_view: dict[str, list[dict]] = {}
+    for item in items:
+        by_view.setdefault(item["view"], []).append(item)
+    return {
+        view: Outcomes(
+            correct=np.array([item["correct"] for item in own]),
+            parsed=np.array([item["parsed"] is not None for item in own]),
+            truncated=np.array([item["truncated"] for item in own]),
+            length=np.array([item["length"] for item in own]),
+            lenient=_lenient(own),
+            reasons=[item["reason"] for item in own],
+            samples=1 + max(item["sample"] for item in own),
+        )
+        for view, own in by_view.items()
+    }
+
+
+def _lenient(items: list[dict]) -> np.ndarray | None:
+    lenient = [item["lenient"] for item in items]
+    return None if None in lenient else np.array(lenient)

@@ -1,0 +1,1 @@
+"""The machine around a run: commands, processes, signals, disk and network."""

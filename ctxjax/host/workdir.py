@@ -1,0 +1,203 @@
+"""The folder of a run: made, or recognised as the same run's, before anything is computed."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import shlex
+import socket
+import subprocess
+import sys
+
+import jax
+from ml_collections import ConfigDict
+
+from ctxjax.host import processes, redact
+from ctxjax.host.checksum import digest
+
+PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+# What may be changed under way: where a run computes, and how often it saves, and not what it computes.
+CHANGEABLE = ("mesh", "cpu_devices", "compile_cache", "train.save_every", "train.keep")
+RESUME = ("auto", "never", "must")
+FIRST_FILES = {"lock", "config.json.partial"}  # all that a run which was killed at its very begin may have left
+
+
+def check(workdir: Path, config: dict, resume: str = "auto") -> None:
+    """Raises ValueError where the folder holds a run with another configuration, with the fields that differ, or
+    anything that is not a run.
+
+    ``resume``: a run with the same configuration is taken up again ("auto"), refused ("never"), or demanded ("must").
+    """
+    stored = workdir / "config.json"
+    if not stored.exists():
+        if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - FIRST_FILES):
+            raise ValueError(f"{workdir} exists and is not a run's folder; choose another --workdir")
+        if resume == "must":
+            raise ValueError(f"{workdir} holds no run to go on with; leave out --resume=must, or mend --workdir")
+        return
+    if resume == "never":
+        raise ValueError(f"{workdir} holds a run already; choose another --workdir, or go on with it: --resume=auto")
+    try:
+        before = json.loads(stored.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{stored} is not valid JSON ({error}); choose another --workdir") from None
+    different = _differences(_compared(before), _compared(config))
+    if different:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
+            + "\n  ".join(different)
+        )
+
+
+def _compared(config: dict, prefix: str = "") -> dict:
+    """The configuration without CHANGEABLE."""
+    return {
+        name: _compared(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in config.items()
+        if f"{prefix}{name}" not in CHANGEABLE
+    }
+
+
+def read_config(workdir: Path) -> dict:
+    """The configuration of the run in a folder. Raises ValueError where the folder holds no run."""
+    stored = workdir / "config.json"
+    try:
+        return json.loads(stored.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{workdir} is not a run's folder: it has no config.json") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{stored} is not valid JSON ({error})") from None
+
+
+def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
+    """Makes the folder and puts the run's name plate, config.json, and its manifest, run.json, on it; returns the
+    manifest. Call it when all input has been read: a run that could not start leaves nothing behind.
+
+    ``inputs``: what was read, by name, as digests. Raises ValueError where a run in this folder began with others.
+    """
+    manifest = facts | {"inputs": inputs, "earlier_starts": []}
+    if (workdir / "config.json").exists() and (workdir / "run.json").exists():
+        before = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+        different = _differences(before.get("inputs"), inputs, "inputs")
+        if different:
+            raise ValueError(
+                f"the run in {workdir} began with other inputs; bring them back, or choose another --workdir. Digests "
+                "then, and now:\n  " + "\n  ".join(different)
+            )
+        start = {name: before.get(name) for name in ("started", "command", "device", "commit", "versions", "resumed")}
+        manifest["earlier_starts"] = [*before.get("earlier_starts", []), start]
+    workdir.mkdir(parents=True, exist_ok=True)
+    processes.wait("workdir read")
+    write_json(workdir / "config.json", facts["config"])
+    write_json(workdir / "run.json", manifest)
+    processes.wait("workdir claimed")
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is not the same folder for all processes of this run; name one that they share")
+    return manifest
+
+
+class Lock:
+    """Keeps other processes out of a run's folder: from ``take`` until the block ends, or the process, in any way."""
+
+    def __init__(self, workdir: Path):
+        self._path, self._file = workdir / "lock", None
+
+    def take(self) -> None:
+        """Raises ValueError, with who holds it, where another run does; of several processes the first takes it. Makes
+        the folder."""
+        if self._file is not None or not processes.is_first():
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "a process that has not said who it is"
+            file.close()
+            raise ValueError(
+                f"{self._path.parent} is in use by another run ({holder}); wait for it, end it, or choose another "
+                "--workdir"
+            ) from None
+        file.truncate(0)
+        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        file.flush()
+        self._file = file
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a file that appears under its name only when it is complete."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise, for text. Of several processes the first writes."""
+    if not processes.is_first():
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _differences(before, now, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [line for k in keys for line in _differences(before.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
+    return [] if before == now else [f"{name}: {before!r} -> {now!r}"]
+
+
+def facts(config: ConfigDict) -> dict:
+    """What run.json says of a run before it begins: configuration, seed, command line, versions, device, time; no
+    secrets."""
+    device = jax.devices()[0]
+    found = {
+        "config": json.loads(config.to_json()),
+        "seed": config.seed,
+        "command": shlex.join(["python", "-m", "ctxjax.main", *sys.argv[1:]]),
+        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
+        "commit": _commit(Path(__file__).parent),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "host": socket.gethostname(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return redact.hidden(found)
+
+
+def code(facts: dict) -> dict:
+    """The part of a run's facts that may change its numbers though configuration and inputs are the same."""
+    return {name: facts[name] for name in ("versions", "commit", "device")}
+
+
+def _commit(package: Path) -> str | None:
+    """The commit that the package is checked out at, and whether it was changed since; None where it is installed."""
+
+    def git(*arguments: str) -> str:
+        line = ["git", "-C", str(package), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        commit, changes = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", ".")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit} with changes {digest(changes)}" if changes else commit
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,144 @@
+"""A base model from scratch, for worlds that fit on a laptop, as an ordinary Hugging Face folder.
+
+The world, a task that can write its own training text (data.task.World), gives the tokenizer and the rows; the
+procedure here is the same for all. The run that follows loads the folder exactly as it would load Llama. Folders are
+cached under a hash of everything that shapes them, and trained again only when that changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import grain
+import jax
+from jax.sharding import Mesh
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from ctxjax import rng, sharding
+from ctxjax.config import BaseConfig
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.task import PretrainingRow, Row, World
+from ctxjax.distill import objective, optim
+from ctxjax.distill.optim import OptimConfig
+from ctxjax.host import processes
+from ctxjax.models import mesh_check, params as params_lib, transformer
+from ctxjax.models.hf import save as hf_save
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.types import Params, Prompts, Rollout
+
+# Part of the hash: raise it when the training text or the procedure changes.
+RECIPE = 1
+
+
+def base_folder(config: BaseConfig, name: str, world: World) -> Path:
+    """Where the base of this configuration lives, whether it exists already or not. ``name`` is the task's."""
+    facts = dataclasses.asdict(config) | world.pretraining_facts() | {"recipe": RECIPE}
+    facts |= {"weights": repr(transformer.param_specs(base_model(config, 1)))}
+    del facts["cache"]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.cache).expanduser() / f"{name}-base-{digest}"
+
+
+def ensure_base(config: BaseConfig, name: str, world: World, mesh: Mesh) -> Path:
+    """The base's folder; trains it first where it is not in the cache. Raises ValueError where only some of several
+    processes see it: two trainings may differ in their last bits, and all must load the same."""
+    folder = base_folder(config, name, world)
+    if processes.of_all(not folder.exists()):
+        train_base(config, world, mesh, folder)
+    elif not processes.of_all(folder.exists()):
+        raise ValueError(f"{folder} is on some hosts only; copy it to all, or set config.base.cache to a shared folder")
+    return folder
+
+
+def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
+    """The architecture of a base with so many tokens."""
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=config.width,
+        layers=config.layers,
+        query_heads=config.query_heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        mlp_width=config.mlp_width,
+        rope_theta=config.rope_theta,
+    )
+
+
+def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> None:
+    """Next-token training on the world's text, responses only, then a Hugging Face folder."""
+    tokenizer = world.tokenizer()
+    model = base_model(config, len(tokenizer))
+    mesh_check.check(model, mesh, "config.base")
+    optimizer = OptimConfig(
+        lr=config.lr, steps=config.steps, schedule="cosine", warmup_steps=config.warmup_steps, b2=0.98,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    key = rng.key_for(jax.random.key(config.seed), 0, "init")
+    params = params_lib.init(transformer.param_specs(model), key, mesh)
+    opt_state = jax.jit(optim.optimizer(optimizer).init)(params)
+    batches, silent = _batches(config, world, tokenizer), not processes.is_first()
+    bar = tqdm(batches, total=config.steps, desc="base model from scratch", unit="step", disable=silent)
+    for step, (prompts, responses) in enumerate(bar, start=1):
+        prompts, responses = sharding.put_batch((prompts, responses), mesh)
+        params, opt_state, loss = _base_step(params, opt_state, prompts, responses, model, optimizer)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+    _save(folder, sharding.to_host(params), model, tokenizer)
+
+
+def _save(folder: Path, params: Params, model: ModelConfig, tokenizer) -> None:
+    """Of several processes the first writes, and then, where they do not share a disk, whoever lacks the folder."""
+    for is_turn in (processes.is_first(), not processes.is_first()):
+        if is_turn and not folder.exists():
+            try:
+                hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+            except OSError:
+                if not folder.exists():  # else another run has just made the same one
+                    raise
+        processes.wait("base model written")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("params", "opt_state"))
+def _base_step(params, opt_state, prompts: Prompts, responses: Rollout, model: ModelConfig, optimizer: OptimConfig):
+    def loss_of(params):
+        return objective.next_token_loss(params, model, prompts, responses, chunk=128)
+
+    loss, grads = jax.value_and_grad(loss_of)(params)
+    updates, opt_state = optim.optimizer(optimizer).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+def _batches(config: BaseConfig, world: World, tokenizer):
+    """Host batches (Prompts, responses as a Rollout), rows a pure function of (seed, place)."""
+
+    def asked(drawn: list[PretrainingRow]) -> list[list[int]]:
+        rows = [Row("", question, context, "") for question, context, _ in drawn]
+        return prompts_lib.encode(tokenizer, rows, PromptConfig())
+
+    def answered(drawn: list[PretrainingRow]) -> list[list[int]]:
+        answers = tokenizer([text for _, _, text in drawn], add_special_tokens=False)["input_ids"]
+        return [[*ids, tokenizer.eos_token_id] for ids in answers]
+
+    longest = [world.longest_pretraining_row()]
+    columns, responses = len(asked(longest)[0]), len(answered(longest)[0])
+
+    def collate(places) -> tuple[Prompts, Rollout]:
+        drawn = [world.pretraining_row(np.random.default_rng([config.seed, 3, int(place)])) for place in places]
+        prompts = prompts_lib.left_pad(asked(drawn), columns, tokenizer.pad_token_id)
+        tokens = np.full((len(drawn), responses), tokenizer.pad_token_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, ids in enumerate(answered(drawn)):
+            tokens[row, : len(ids)] = ids
+            mask[row, : len(ids)] = True
+        return prompts, Rollout(tokens, mask, np.zeros(tokens.shape, np.float32))
+
+    places = grain.MapDataset.range(config.steps * config.batch_size)
+    batches = places.batch(config.batch_size, batch_fn=collate)
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))

@@ -1,0 +1,107 @@
+"""A model folder opened whole: architecture, weights, tokenizer, stop ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from jax.sharding import Mesh
+from transformers import AutoTokenizer
+
+from ctxjax.host.hub import local_folder
+from ctxjax.inputs import tokenizer_match
+from ctxjax.models import attention as attention_lib, mesh_check
+from ctxjax.models.hf import load as hf_load
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """What a run needs of a Hugging Face folder. ``params`` is a nested dict of arrays on the mesh."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: object
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def load_tokenizer(path: Path):
+    """The folder's tokenizer. Raises where there is none, or where it has no chat template."""
+    path = Path(path)
+    if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
+        raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer in {path} has no chat template; put one into its tokenizer_config.json (chat_template), "
+            "or use the instruct model's folder"
+        )
+    return tokenizer
+
+
+def stop_ids(path: Path, tokenizer) -> tuple[int, ...]:
+    """The ids that end a response: generation_config.json's and the tokenizer's together, sorted."""
+    ids = {tokenizer.eos_token_id} - {None}
+    generation = Path(path) / "generation_config.json"
+    if generation.exists():
+        try:
+            named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ValueError(f"{generation} is not a valid JSON object: {error}") from None
+        named = named if isinstance(named, list) else [named]
+        if not all(token is None or type(token) is int for token in named):
+            raise ValueError(f"{generation}: eos_token_id = {named} must be an id or a list of ids")
+        ids |= set(named) - {None}
+    if not ids:
+        raise ValueError(f"{path} names no end token, neither in generation_config.json nor in its tokenizer")
+    return tuple(sorted(ids))
+
+
+def open_folder(
+    path: str | Path,
+    mesh: Mesh,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "reference",
+    student: ModelFolder | None = None,
+) -> ModelFolder:
+    """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.
+
+    ``dtype`` is what the model computes in; "auto": bfloat16 on accelerators, float32 on CPUs, which are slow in it.
+    With ``student`` the folder is its teacher's, and a tokenizer that differs is refused before weights are read.
+    Raises FileNotFoundError or ValueError with one message that names the folder, what is wrong, and the remedy.
+    """
+    path = local_folder(path)
+    platform = mesh.devices.flat[0].platform
+    attention_lib.check(attention, platform)
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    config = dataclasses.replace(hf_load.read_config(path, dtype, remat), attention=attention)
+    mesh_check.check(config, mesh, str(path))
+    tokenizer = load_tokenizer(path)
+    if student is not None:
+        tokenizer_match.require_same(student.tokenizer, tokenizer)
+    # Not len(tokenizer), which counts tokens: some vocabularies leave ids out.
+    ids = max(tokenizer.get_vocab().values()) + 1
+    if ids > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {ids} ids, the head only {config.vocab_size} rows; copy the tokenizer files "
+            "that belong to these weights"
+        )
+    ends = stop_ids(path, tokenizer)
+    if not 0 <= ends[0] <= ends[-1] < config.vocab_size:
+        raise ValueError(
+            f"{path}: the end tokens {ends} are not all ids of the head, which has {config.vocab_size} rows; mend "
+            "eos_token_id in generation_config.json"
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    if ids < config.vocab_size:
+        config = dataclasses.replace(config, tokens=ids)
+    return ModelFolder(config, hf_load.load(path, config, mesh, param_dtype), tokenizer, ends, pad)

@@ -1,0 +1,144 @@
+"""What a run reads, opened before anything is computed: task, models, encoded questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ctxjax import sharding
+from ctxjax.config import DecodeConfig, Experiment
+from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
+from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
+from ctxjax.data.task import Task
+from ctxjax.data.tasks import TASKS
+from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.host.checksum import digest, fingerprint
+from ctxjax.host.hub import local_folder
+from ctxjax.inputs import base_model
+from ctxjax.inputs.model_folder import ModelFolder, open_folder
+from ctxjax.models import transformer
+from ctxjax.types import PrefixKV
+
+
+class Inputs(NamedTuple):
+    """What training reads. ``teacher`` is ``student`` itself where it has no folder of its own; ``retention`` has the
+    rows under other contexts, where an arm wants them."""
+
+    task: Task
+    student: ModelFolder
+    teacher: ModelFolder
+    rows: EncodedRows
+    retention: RetentionRows | None
+
+
+def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
+    """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
+    task = TASKS[config.task][1](config.task_config)
+    splits.check(task)
+    if contexts_lib.one_each(task.rows("train")):
+        print(
+            "warning: every training question has a context of its own; what such contexts teach often does not carry "
+            "over to questions without one, as what a shared context teaches does"
+        )
+    if config.teacher.path:
+        local_folder(config.teacher.path)  # missing: said now, and not when the student is loaded or even trained
+    teacher_path = _teacher_path(config, task, mesh, seconds)
+    student = _open_model(config, task, mesh, seconds)
+    folder, teacher = with_teacher(config, teacher_path, student, mesh, seconds)
+    if config.teacher.offload:
+        is_one = teacher is folder
+        teacher = dataclasses.replace(teacher, params=sharding.on_host(teacher.params))
+        folder = teacher if is_one else folder
+    if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
+        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
+    retention = None
+    if any(loss.mu > 0 for loss in config.arms.values()):
+        retention = RetentionRows.of(folder.tokenizer, task, rows, config.prompt)
+    return Inputs(task, folder, teacher, rows, retention)
+
+
+def _teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
+    """Where the teacher's own folder is, trained from scratch first where it is to be; "": it has none."""
+    if not config.teacher_base.steps:
+        return config.teacher.path
+    clock = time.monotonic()
+    path = base_model.ensure_base(config.teacher_base, config.task, task, mesh)
+    seconds["teacher from scratch"] = time.monotonic() - clock
+    return str(path)
+
+
+def with_teacher(
+    config: Experiment, path: str, student: ModelFolder, mesh, seconds: dict[str, float]
+) -> tuple[ModelFolder, ModelFolder]:
+    """(student, teacher), which are one and the same where ``path``, of the teacher's own folder, is "".
+
+    Both read the student's tokens and stop at the ends of either: a base student comes to end as its teacher does.
+    """
+    if not path:
+        return student, student
+    clock = time.monotonic()
+    model = config.model
+    loaded = open_folder(
+        path, mesh, model.dtype, config.teacher.param_dtype, attention=model.attention, student=student
+    )
+    seconds["load teacher"] = time.monotonic() - clock
+    print(f"teacher: {path}", flush=True)
+    student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
+    return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
+
+
+def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> ModelFolder:
+    clock = time.monotonic()
+    path = config.model.path
+    if not path:
+        path = base_model.ensure_base(config.base, config.task, task, mesh)
+        seconds["base from scratch"] = time.monotonic() - clock
+        clock = time.monotonic()
+    model = config.model
+    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention)
+    seconds["load"] = time.monotonic() - clock
+    print(f"model: {path}", flush=True)
+    return folder
+
+
+def teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
+    """What the teacher makes of the context that all rows start with: its weights are frozen, so once for all arms."""
+    prefix_C = rows.prefixes["context"]
+    if not prefix_C:
+        return None
+    print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
+    compute = jax.jit(transformer.prefix_kv, static_argnames="config")
+    return compute(sharding.on_device(teacher.params), config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
+
+
+def digests(inputs: Inputs) -> dict:
+    """What was read, as digests by name: a run goes on only with the same. Of the models' values and of the questions,
+    contexts and references themselves, wherever they came from; ``prompts`` is what tokenizer and template make of
+    the training rows."""
+    task, rows = inputs.task, inputs.rows
+    models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
+    return {
+        **{name: fingerprint(sharding.on_device(folder.params)) for name, folder in models.items()},
+        "rows": {split: digest(task.rows(split)) for split in ("train", "dev", "test")},
+        "contexts": digest(sorted({row.context or "" for row in rows.rows})),
+        "other_contexts": digest([task.other_contexts(split) for split in ("train", "dev", "test")]),
+        "prompts": digest([rows.bare, rows.context]),
+    }
+
+
+def sampling_config(decode: DecodeConfig, folder: ModelFolder, samples: int = 1) -> SamplingConfig:
+    return SamplingConfig(
+        max_tokens=decode.max_tokens,
+        eos_ids=folder.stop_ids,
+        pad_id=folder.pad_id,
+        temperature=decode.temperature,
+        top_k=decode.top_k,
+        top_p=decode.top_p,
+        weights=decode.weights,
+        samples=samples,
+    )

@@ -1,0 +1,104 @@
+"""The frozen teacher's responses, with the context, that off-policy steps learn from.
+
+They are drawn once, before the first arm: a step of one arm learns from the same tokens as that step of another. A file
+of the run keeps them, ids and text, for the runs that go on from it and for whoever wants them::
+
+    {"step": 1, "id": "q17", "question": "...", "tokens": [17, 4, 2], "logprobs": [-0.1, -2.3, -0.0], "text": "..."}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ctxjax import sharding
+from ctxjax.config import Experiment
+from ctxjax.data.pipeline import order, training_batches
+from ctxjax.distill.train_step import off_policy_steps, teacher_rollout
+from ctxjax.host import processes, workdir as workdir_lib
+from ctxjax.inputs.run_inputs import Inputs, sampling_config
+from ctxjax.types import Rollout
+
+FILE = "teacher_samples.jsonl"
+
+
+def steps_of(config: Experiment, arm: str) -> list[int]:
+    """The arm's off-policy steps; the first step is 1."""
+    given = off_policy_steps(config.arms[arm], jax.random.key(config.seed), config.train.steps)
+    return (np.flatnonzero(given) + 1).tolist()
+
+
+def teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> dict[int, Rollout]:
+    """Host rollouts by step, for every step that is off-policy in some arm: from the run's file, or drawn into it.
+
+    Raises ValueError where the file is not that of such a run.
+    """
+    wanted = sorted({step for arm in config.arms for step in steps_of(config, arm)})
+    path = workdir / FILE
+    if wanted and not processes.of_first(path.exists()):
+        lines = tqdm(
+            _drawn(config, inputs, wanted, mesh),
+            total=len(wanted),
+            desc="teacher's samples",
+            unit="step",
+            disable=not processes.is_first(),
+        )
+        workdir_lib.write_text(path, "".join(json.dumps(row) + "\n" for rows in lines for row in rows))
+        processes.wait("teacher's samples")
+    return _read(path, wanted, config, inputs.student.pad_id) if wanted else {}
+
+
+def _drawn(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterable[list[dict]]:
+    """The rows of the file, step by step."""
+    teacher, train = inputs.teacher, config.train
+    key, sampling = jax.random.key(config.seed), sampling_config(config.teacher.decode, inputs.student)
+    batches = training_batches(
+        inputs.rows, None, seed=config.seed, batch_size=train.batch_size, retention_rows=0, pad_id=teacher.pad_id
+    )
+    places = order(len(inputs.rows.rows), config.seed)
+    for step, batch in zip(range(1, wanted[-1] + 1), batches):
+        if step not in wanted:
+            continue
+        batch = sharding.put_batch(batch, mesh)
+        rollout = teacher_rollout(teacher.params, batch, key, step - 1, teacher.config, sampling)
+        rollout = sharding.to_host(rollout)
+        first = (step - 1) * train.batch_size
+        questions = [inputs.rows.rows[places[first + row]] for row in range(train.batch_size)]
+        kept = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
+        logprobs = [values[mask].tolist() for values, mask in zip(rollout.logprobs_BxT, rollout.mask_BxT)]
+        texts = teacher.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        yield [
+            {"step": step, "id": row.id, "question": row.question, "tokens": ids, "logprobs": values, "text": text}
+            for row, ids, values, text in zip(questions, kept, logprobs, texts)
+        ]
+
+
+def _read(path: Path, wanted: list[int], config: Experiment, pad_id: int) -> dict[int, Rollout]:
+    by_step: dict[int, list[dict]] = {step: [] for step in wanted}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                by_step.get(row["step"], []).append((row["tokens"], row["logprobs"]))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: {error!r}; delete the file, it is drawn again") from None
+    return {step: _rollout(rows, step, path, config, pad_id) for step, rows in by_step.items()}
+
+
+def _rollout(rows: list, step: int, path: Path, config: Experiment, pad_id: int) -> Rollout:
+    shape = (config.train.batch_size, config.rollout.max_tokens)
+    if len(rows) != shape[0] or any(not 0 < len(ids) == len(values) <= shape[1] for ids, values in rows):
+        raise ValueError(
+            f"{path} does not hold {shape[0]} responses of at most {shape[1]} tokens for step {step}; delete the file, "
+            "it is drawn again"
+        )
+    tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+    logprobs = np.zeros(shape, np.float32)
+    for row, (ids, values) in enumerate(rows):
+        tokens[row, : len(ids)], mask[row, : len(ids)], logprobs[row, : len(ids)] = ids, True, values
+    return Rollout(tokens, mask, logprobs)

@@ -1,0 +1,1 @@
+"""The Hugging Face file format: model families, loading and saving."""

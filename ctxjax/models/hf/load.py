@@ -1,0 +1,174 @@
+"""Hugging Face folders, read: config.json and safetensors. No pickle, no remote code.
+
+Weights stream: each shard of each parameter is put together on the host, straight from the mapped files, and handed to
+its device before the next is begun. So the host holds one shard (on a CPU the shard is the device's own memory, not
+a copy) and the pages of the tensor being read; and a process reads only what its own devices keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+
+from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.hf import llama, qwen2, qwen3, safetensors_files
+from ctxjax.models.hf.family import DERIVED_SUFFIX, LAYER_PREFIX, TOP_NAMES, Family
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.types import Params
+
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3)}
+
+ALIGNMENT = 64  # bytes; a CPU device takes over host memory that begins at a multiple
+
+
+def family_of(fields: dict, folder: Path) -> Family:
+    """The family of a config.json's ``model_type``."""
+    name = fields.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"{folder}/config.json: model_type = {name!r} is not supported; known: {sorted(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def read_fields(folder: Path) -> dict:
+    """The folder's config.json as it is. Raises FileNotFoundError or ValueError that names what is wrong."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder {folder} does not exist")
+    return safetensors_files.read_json(folder / "config.json")
+
+
+def read_config(folder: Path, dtype: str = "float32", remat: str = "none") -> ModelConfig:
+    """The architecture in a folder's config.json, to be computed in ``dtype``."""
+    fields = read_fields(folder)
+    try:
+        config = family_of(fields, folder).config_from_hf(fields)
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json has no field {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    return dataclasses.replace(config, dtype=dtype, remat=remat)
+
+
+def tensor_names(family: Family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
+    """Parameter path -> (tensor names, stored transposed, stacked over layers)."""
+    specs = transformer.param_specs(config)
+    paths = {(ours,): ([theirs], flip, False) for ours, (theirs, flip) in TOP_NAMES.items() if ours in specs}
+    for ours in specs["layers"]:
+        theirs, flip = family.layer_names[ours]
+        stacked = [LAYER_PREFIX.format(layer=layer) + theirs for layer in range(config.layers)]
+        paths["layers", ours] = (stacked, flip, True)
+    return paths
+
+
+def _check(folder: Path, config: ModelConfig, paths: dict, specs: dict) -> dict[str, safetensors_files.Stored]:
+    """The folder's tensors. Raises one ValueError that lists every missing, unexpected or unusable one."""
+    found, problems = safetensors_files.find(folder)
+    expected = {}
+    for path, (tensors, flip, stacked) in paths.items():
+        shape = leaf(specs, path).shape
+        shape = shape[1:] if stacked else shape
+        expected |= dict.fromkeys(tensors, tuple(reversed(shape)) if flip else shape)
+    repeated = {"lm_head.weight"} if config.tied_embeddings else set()
+    named = {complaint.split()[1] for complaint in problems}
+    problems += [f"missing: {name}" for name in expected if name not in found and name not in named]
+    for name, stored in found.items():
+        if name not in expected:
+            if name not in repeated and not name.endswith(DERIVED_SUFFIX):
+                problems.append(f"unexpected: {name}")
+        elif stored.shape != expected[name]:
+            shapes = f"{list(stored.shape)}, config.json implies {list(expected[name])}"
+            problems.append(f"wrong shape: {name} is {shapes}")
+        elif stored.dtype not in safetensors_files.DTYPES:
+            problems.append(f"wrong dtype: {name} is {stored.dtype}, known are {', '.join(safetensors_files.DTYPES)}")
+    if problems:
+        raise ValueError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems))
+    return found
+
+
+def leaf(tree: dict, path: tuple[str, ...]):
+    """What lies at ``path`` in a nested dict."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") -> Params:
+    """The folder's weights as a parameter tree in ``dtype``, sharded over ``mesh``.
+
+    Raises ValueError or FileNotFoundError, with every problem in one message.
+    """
+    folder = Path(folder)
+    family = family_of(read_fields(folder), folder)
+    specs = transformer.param_specs(config)
+    paths = tensor_names(family, config)
+    views = safetensors_files.Views(_check(folder, config, paths, specs))
+    shardings = params_lib.shardings(specs, mesh)
+
+    def shard(tensors, flip, stacked, index, shape):
+        """One shard on the host: the part of every tensor of ``tensors`` that ``index`` cuts out."""
+        part = _aligned(shape, dtype)
+        layers, rest = (range(len(tensors))[index[0]], index[1:]) if stacked else ([0], index)
+        for target, layer in zip(part if stacked else [part], layers):
+            stored = views.view(tensors[layer])
+            safetensors_files.fill(target, stored[tuple(reversed(rest)) if flip else rest], flip)
+            views.release(tensors[layer])
+        return part
+
+    params: dict = {"layers": {}}
+    for path, names_and_layout in paths.items():
+        make = functools.partial(shard, *names_and_layout)
+        leaf(params, path[:-1])[path[-1]] = _sharded(leaf(specs, path).shape, leaf(shardings, path), make)
+    _check_values(folder, params, paths)
+    return params
+
+
+def _check_values(folder: Path, params: Params, paths: dict) -> None:
+    """Raises ValueError with the names of the tensors in which a value is not finite, as in files that were damaged or
+    saved by a run that diverged. Reads the weights once, on their devices."""
+    stacked = frozenset(".".join(path) for path, (_, _, is_stacked) in paths.items() if is_stacked)
+    finite = jax.device_get(_finite({".".join(path): leaf(params, path) for path in paths}, stacked))
+    bad = []
+    for path, (tensors, _, _) in paths.items():
+        good = np.atleast_1d(finite[".".join(path)])
+        bad += [tensor for tensor, is_good in zip(tensors, good, strict=True) if not is_good]
+    if bad:
+        shown = "\n  ".join(bad[:8] + [f"and {len(bad) - 8} more"] * (len(bad) > 8))
+        raise ValueError(f"{folder} has weights that are not finite numbers; fetch or export it again:\n  {shown}")
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _finite(arrays: dict[str, jax.Array], stacked: frozenset[str]) -> dict[str, jax.Array]:
+    """Whether all values of an array are finite; of a stacked one, by layer."""
+    return {
+        name: jnp.all(jnp.isfinite(array), axis=tuple(range(name in stacked, array.ndim)))
+        for name, array in arrays.items()
+    }
+
+
+def _sharded(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) -> jax.Array:
+    """The array whose shards are ``make(index, shard's shape)``, one after the other; replicas are made once."""
+    replicas: dict[str, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        replicas.setdefault(str(index), []).append((device, index))
+    arrays = []
+    for group in replicas.values():
+        part = make(group[0][1], sharding.shard_shape(shape))
+        arrays += [jax.device_put(part, device) for device, _ in group]
+        jax.block_until_ready(arrays)
+        del part  # before the next is allocated
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An empty array that a CPU device takes over as it is; other alignments would make it copy."""
+    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(jnp.dtype(dtype)).reshape(shape)

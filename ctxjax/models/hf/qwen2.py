@@ -1,0 +1,20 @@
+"""The Qwen2 and Qwen2.5 family: Llama with biases on q, k and v."""
+
+from __future__ import annotations
+
+from ctxjax.models.hf.family import LAYER_NAMES, Family
+
+FAMILY = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    layer_names=LAYER_NAMES
+    | {
+        "q_bias": ("self_attn.q_proj.bias", False),
+        "k_bias": ("self_attn.k_proj.bias", False),
+        "v_bias": ("self_attn.v_proj.bias", False),
+    },
+    fixed={"hidden_act": "silu", "use_sliding_window": False},
+    irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # sizes of the windows that are not used
+    inferred=frozenset({"head_dim"}),
+    qkv_bias=True,
+)

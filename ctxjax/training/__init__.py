@@ -1,0 +1,1 @@
+"""A run: its arms, step by step, and their checkpoints."""

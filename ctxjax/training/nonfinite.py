@@ -1,0 +1,84 @@
+"""The rows of a step whose loss or gradient was not finite, written down for a look."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ctxjax import sharding
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.distill import chunked_head, losses, scoring
+from ctxjax.distill.train_step import StepConfig, rollout_step, student_params
+from ctxjax.host.workdir import write_text
+from ctxjax.models.transformer import head_weights
+from ctxjax.types import Batch, Frozen, Prompts, Rollout, TrainState
+
+
+def save(
+    folder: Path,
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    samples: Rollout | None,
+    config: StepConfig,
+    step: int,
+    tokenizer,
+) -> Path:
+    """Writes the batch of ``step``, which was skipped, with its responses; those that have no finite loss come first.
+
+    ``state`` is the state after that step: its parameters are still those that sampled the responses, which are drawn
+    again where they are not the teacher's ``samples``. Where every row has a finite loss, the gradient had none.
+    """
+    state = state.replace(step=jnp.int32(step - 1))
+    rollout, other_rollout = jax.jit(rollout_step, static_argnames="config")(state, frozen, batch, config, samples)
+    rows = _rows("bare", batch.bare, batch.context, rollout, state, frozen, batch, config, tokenizer)
+    if batch.other is not None:
+        rows += _rows("other", batch.other, batch.other, other_rollout, state, frozen, batch, config, tokenizer)
+    rows.sort(key=lambda row: row["loss"] is not None)
+    path = folder / f"not_finite_step_{step}.jsonl"
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _rows(
+    view: str, student: Prompts, teacher: Prompts, rollout: Rollout, state, frozen, batch: Batch, config, tokenizer
+) -> list[dict]:
+    loss_B = _row_losses(state, frozen, student, teacher, rollout, config)
+    student, teacher, rollout, loss_B, ids = sharding.to_host((student, teacher, rollout, loss_B, batch.example_id_B))
+    reads = [tokenizer.batch_decode(prompts_lib.token_lists(prompts)) for prompts in (student, teacher)]
+    rows = []
+    for row, (own, teachers) in enumerate(zip(*reads)):
+        tokens = rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()
+        logprobs = rollout.logprobs_BxT[row][rollout.mask_BxT[row]].tolist()
+        rows.append({
+            "loss": _finite(loss_B[row]), "view": view, "example_id": int(ids[row]), "prompt": own,
+            "teacher_prompt": teachers, "response": tokenizer.decode(tokens), "tokens": tokens,
+            "logprobs": [_finite(value) for value in logprobs],
+        })  # fmt: skip
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _row_losses(state, frozen, student: Prompts, teacher: Prompts, rollout: Rollout, config: StepConfig) -> jax.Array:
+    """KL of student and teacher by row, [B], mean nats per token of the response."""
+    params, models = student_params(state.params, frozen, config), (config.model, config.teacher_model)
+    frozen_teacher = sharding.on_device(frozen.teacher)
+    hidden = {
+        "q_x": scoring.response_hidden(params, config.model, student, rollout),
+        "f": scoring.response_hidden(frozen_teacher, config.teacher_model, teacher, rollout),
+    }
+    heads = {"q_x": head_weights(params, config.model), "f": head_weights(frozen_teacher, config.teacher_model)}
+    loss = dataclasses.replace(config.loss, reference=0.0, clip=0.0)  # a clipped loss hides what is infinite
+    function, mask_BxT = functools.partial(losses.bare_values, loss, models), rollout.mask_BxT
+    _, values = chunked_head.chunked(function, loss.chunk, hidden, heads, {}, mask_BxT, rollout.tokens_BxT)
+    return jnp.sum(values["distill"], axis=1) / jnp.maximum(jnp.sum(mask_BxT, axis=1), 1)
+
+
+def _finite(value) -> float | None:
+    return float(value) if math.isfinite(value) else None

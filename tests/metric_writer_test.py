@@ -1,0 +1,57 @@
+"""Curves go on without gap or overlap, whatever an earlier process left behind."""
+
+import json
+
+import chaos
+import numpy as np
+
+from ctxjax.monitoring.alarms import Alarms, AlarmsConfig
+from ctxjax.monitoring.metric_writer import Writer
+
+
+def writer(folder, from_step: int) -> Writer:
+    return Writer(folder, "arm", 9, from_step, 1, Alarms(AlarmsConfig(), "arm"))
+
+
+def write(to: Writer, steps) -> None:
+    for step in steps:
+        to.step(step, {"loss": np.float32(step / 8), "response_tokens": np.float32(3)})
+        if step == 2:
+            to.flush()
+            to.write(step, {"dev/acc_x": 0.5})
+
+
+def read(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_runs_rows_and_scalars_are_those_of_one_run(tmp_path, capsys):
+    whole = writer(tmp_path / "whole", 0)
+    write(whole, range(1, 6))
+    whole.close()
+    first = writer(tmp_path / "parts", 0)
+    write(first, range(1, 5))
+    first.sync()
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed
+    (tmp_path / "parts" / "events" / "events.out.tfevents.0.torn").write_bytes(b"\x18\0\0\0")
+    second = writer(tmp_path / "parts", 3)
+    write(second, (4, 5))
+    second.close()
+    expected, found = read(tmp_path / "whole"), read(tmp_path / "parts")
+    assert [row["step"] for row in found] == [1, 2, 2, 3, 4, 5]
+    assert [chaos.without_times(row) for row in found] == [chaos.without_times(row) for row in expected]
+    curves = [chaos.scalars(tmp_path / name / "events") for name in ("whole", "parts")]
+    assert curves[0] == curves[1]
+    assert ("loss", 4, 0.5) in curves[1] and ("dev/acc_x", 2, 0.5) in curves[1]
+    assert [row["step"] for row in second.kept] == [1, 2, 2, 3]
+    assert "line 6 was not finished" in capsys.readouterr().err
+
+
+def test_what_was_synced_is_on_the_disk_with_the_last_step(tmp_path):
+    running = writer(tmp_path, 0)
+    write(running, (1, 2, 3))
+    running.sync()
+    assert [row["step"] for row in read(tmp_path)] == [1, 2, 2, 3]
+    assert max(step for _, step, _ in chaos.scalars(tmp_path / "events")) == 3
+    running.close()
