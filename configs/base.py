@@ -204,7 +204,7 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # the last number; or "exact", "math", "letter", "yes_no": data/grading/graders.py
+    config.qa_jsonl.grading = "numeric"  # the last number; or "exact", "math", "letter", "yes_no"
     config.qa_jsonl.limit = 0  # first rows read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64

@@ -44,7 +44,7 @@ def mesh_of(params: Params) -> Mesh:
 def _logits(params, config, tokens_BxL, mask_BxL):
     hidden_BxLxD = transformer.forward(params, config, tokens_BxL, mask_BxL)
     raw_BxLxV = transformer.apply_head(hidden_BxLxD, transformer.head_weights(params, config))
-    return jax.reshard(transformer.finished(raw_BxLxV, config), jax.P())
+    return jax.reshard(transformer.finish_logits(raw_BxLxV, config), jax.P())
 
 
 def logits(params: Params, config: ModelConfig, tokens_BxL, mask_BxL) -> jax.Array:

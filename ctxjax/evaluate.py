@@ -79,7 +79,7 @@ def evaluate(config: ConfigDict, split: str):
     if hasattr(task_config, "required"):
         task_config = dataclasses.replace(task_config, required=False)
     task = TASKS[experiment.task][1](task_config)
-    splits.check(task, (split,))
+    splits.check_splits(task, (split,))
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with jax.set_mesh(mesh):
         model = experiment.model

@@ -52,7 +52,7 @@ def main(_) -> None:
         print(preview.first_batch(experiment, shutil.get_terminal_size((100, 0)).columns, colour))
         return
     facts = workdir.facts(_CONFIG.value)
-    workdir.check(place, facts["config"], _RESUME.value)
+    workdir.check_workdir(place, facts["config"], _RESUME.value)
     run.run(experiment, place, facts)
 
 
@@ -66,7 +66,7 @@ def command_line() -> None:
         print("\nSIGTERM: the run ends; the same command goes on", file=sys.stderr)
         sys.exit(preemption.EXIT_CODE)
     except StopRun as stop:
-        print(f"\nstopped: {redact.hidden(str(stop))}", file=sys.stderr)
+        print(f"\nstopped: {redact.hide_secrets(str(stop))}", file=sys.stderr)
         processes.leave(3)
 
 

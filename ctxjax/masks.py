@@ -28,7 +28,7 @@ def causal(real_BxM: jax.Array, columns_BxL: jax.Array | None = None) -> jax.Arr
     return ((key_M <= column_BxLx1) & real_BxM[:, None, :]) | (key_M == column_BxLx1)
 
 
-def joined(prompts: Prompts, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+def join_response(prompts: Prompts, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
     """The sequence that a scoring pass reads, (tokens, mask), each [B, P + T - 1].
 
     The last response token is left out: it is predicted, and predicts nothing.

@@ -18,9 +18,9 @@ def key_for(root: jax.Array, step: jax.Array | int, stream: str) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(root, STREAMS[stream]), step)
 
 
-def row_keys(key: jax.Array, example_id_B: jax.Array) -> jax.Array:
+def row_keys(key: jax.Array, row_number_B: jax.Array) -> jax.Array:
     """One key for each row, [B], by the row's identity and not by its place in the batch."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, example_id_B)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_number_B)
 
 
 def sample_keys(row_keys_B: jax.Array, count: int) -> jax.Array:

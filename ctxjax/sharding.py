@@ -82,7 +82,7 @@ def weight_spec(axes: tuple[str | None, ...]) -> P:
     return P(*(None if axis is None else WEIGHT_RULES[axis] for axis in axes))
 
 
-def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
+def all_gather_embed(weight: jax.Array, *axes: str | None) -> jax.Array:
     """A weight as a matrix product wants it: the shards along ``embed`` collected, the rest in place.
 
     Called on one layer's weights inside the scan over layers, so that at most one layer is whole.
@@ -90,7 +90,7 @@ def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
     return jax.reshard(weight, P(*(None if axis in (None, "embed") else WEIGHT_RULES[axis] for axis in axes)))
 
 
-def for_decoding(weight: jax.Array, rules: str) -> jax.Array:
+def reshard_for_decoding(weight: jax.Array, rules: str) -> jax.Array:
     """A weight, or a stack of a weight of every layer, moved to where ``DECODE_RULES[rules]`` want it."""
     kept = {axis for axis in DECODE_RULES[rules].values() if axis is not None}
     return jax.reshard(weight, P(*(axis if axis in kept else None for axis in jax.typeof(weight).sharding.spec)))
@@ -109,12 +109,12 @@ def lookup(table_VxD: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     return jax.shard_map(own, out_specs=P(BATCH, None, None))(table_VxD, jax.reshard(tokens_BxL, P(BATCH, None)))
 
 
-def on_host(tree):
+def offload_to_host(tree):
     """Arrays of the mesh in the memory of the devices' hosts, shards where they are."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), tree)
 
 
-def on_device(tree):
+def bring_to_device(tree):
     """The tree with those of its arrays that are in the hosts' memory brought to the devices, while tracing too: there
     they come for their use and are gone after it."""
 
@@ -150,7 +150,7 @@ def first_rows(x: jax.Array, count: int) -> jax.Array:
     return jnp.reshape(apart[:, :count], (ways * count, *x.shape[1:]), out_sharding=P(BATCH, *spec))
 
 
-def repeated_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
+def repeat_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
     """Every row of x, along ``axis``, ``count`` times, one after the other: nothing moves between devices."""
     shape = (*x.shape[: axis + 1], count, *x.shape[axis + 1 :])
     apart = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
@@ -187,14 +187,14 @@ def put_batch(tree, mesh: Mesh):
     return map_rows(put_rows, tree, shared=lambda array: put(array, P()))
 
 
-def whole(tree):
+def replicate(tree):
     """The arrays with a copy on every device, so that every process can fetch them; in compiled functions."""
     return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), tree)
 
 
 def to_host(tree):
     """The arrays, whole, on the host of every process; all processes must call it together."""
-    return jax.device_get(tree if jax.process_count() == 1 else jax.jit(whole)(tree))
+    return jax.device_get(tree if jax.process_count() == 1 else jax.jit(replicate)(tree))
 
 
 def check_divisible(name: str, size: int, ways: int, axes: str = "mesh data*fsdp") -> None:

@@ -58,13 +58,13 @@ class Batch:
 
     ``bare`` is x, ``context`` is (c, x), and ``other`` is (c', x') under a different context c', the
     rows on which the student is held to its old obedience, or None where no retention is wanted.
-    ``example_id_B`` int32 names each row; sampling keys derive from it, not from the row's place.
+    ``row_number_B`` int32 names each row; sampling keys derive from it, not from the row's place.
     """
 
     bare: Prompts
     context: Prompts
     other: Prompts | None
-    example_id_B: jax.Array
+    row_number_B: jax.Array
 
 
 @struct.dataclass
@@ -105,7 +105,7 @@ class KVCache:
     length: jax.Array
     prefix: PrefixKV | tuple[PrefixKV, ...] | None = None
 
-    def grown(self, slots: int) -> KVCache:
+    def extend(self, slots: int) -> KVCache:
         """The same with room for ``slots`` columns."""
         more = slots - self.mask_BxM.shape[1]
 

@@ -34,7 +34,7 @@ def observed(rows: list[dict], quiet: int = 0, **config) -> Alarms:
     alarms = Alarms(AlarmsConfig(**config), "opcd")
     for step, row in enumerate(rows, 1):
         added = alarms.observe(step, row, quiet=step <= quiet)
-        alarms.check(step, row | added)
+        alarms.stop_if_due(step, row | added)
     return alarms
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from ctxjax.data.contexts import ContextConfig, Contexts, one_each
+from ctxjax.data.contexts import ContextConfig, Contexts, has_context_per_row
 from ctxjax.data.records import digest
 from ctxjax.data.task import Row
 
@@ -62,5 +62,9 @@ def test_rows_with_a_context_each_are_told_from_rows_that_share_one():
     def row(context):
         return Row("1", "?", context, "")
 
-    assert one_each([row("a"), row("b")])
-    assert not one_each([row("a"), row("b"), row("a")]) and not one_each([row("a")]) and not one_each([])
+    assert has_context_per_row([row("a"), row("b")])
+    assert (
+        not has_context_per_row([row("a"), row("b"), row("a")])
+        and not has_context_per_row([row("a")])
+        and not has_context_per_row([])
+    )

@@ -158,7 +158,7 @@ def test_a_run_that_starts_at_step_17_sees_what_an_uninterrupted_one_sees_there(
     for ours, theirs in zip(batches(tokenizer, world, 17, 3), whole[17:]):
         np.testing.assert_array_equal(ours.bare.tokens_BxP, theirs.bare.tokens_BxP)
         np.testing.assert_array_equal(ours.other.tokens_BxP, theirs.other.tokens_BxP)
-        np.testing.assert_array_equal(ours.example_id_B, theirs.example_id_B)
+        np.testing.assert_array_equal(ours.row_number_B, theirs.row_number_B)
 
 
 def test_an_epoch_shows_every_question_once_and_the_next_one_in_another_order(tokenizer, world):

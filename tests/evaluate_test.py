@@ -15,7 +15,7 @@ from ctxjax import config as config_lib, evaluate, sharding
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.evaluation import views
-from ctxjax.evaluation.evaluator import Evaluator, Split, alike
+from ctxjax.evaluation.evaluator import Evaluator, Split, share_shapes
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.inputs.model_folder import open_folder
 from ctxjax.models import params as params_lib
@@ -114,12 +114,12 @@ def split(batch: int, **lengths: int) -> Split:
 
 
 def test_splits_that_are_near_in_size_are_brought_to_one_and_others_stay():
-    dev, test = alike([split(20, bare=80, context=40), split(25, bare=70, context=100)])
+    dev, test = share_shapes([split(20, bare=80, context=40), split(25, bare=70, context=100)])
     assert (dev.batch, test.batch) == (25, 25)
     assert dev.lengths == {"bare": 80, "context": 40} and test.lengths == {"bare": 80, "context": 100}
-    dev, test = alike([split(19, bare=80), split(25, bare=101)])
+    dev, test = share_shapes([split(19, bare=80), split(25, bare=101)])
     assert (dev.batch, test.batch, dev.lengths["bare"], test.lengths["bare"]) == (19, 25, 80, 101)
-    assert alike([split(3, bare=7)]) == [split(3, bare=7)]
+    assert share_shapes([split(3, bare=7)]) == [split(3, bare=7)]
 
 
 def test_a_second_split_that_is_a_little_larger_is_evaluated_by_the_first_ones_programs(folder, questions):

@@ -199,7 +199,7 @@ def test_a_bad_row_is_named_or_left_out_and_counted(task, row, message, tmp_path
 def test_where_all_rows_are_left_out_nothing_is_trained(tmp_path):
     path = written(tmp_path / "rows.jsonl", [medmcqa(n) | {"cop": -1} for n in range(9)])
     with pytest.raises(ValueError, match="no train rows are left"):
-        splits.check(medical(path, records=RecordsConfig(skip=("label",))))
+        splits.check_splits(medical(path, records=RecordsConfig(skip=("label",))))
 
 
 @pytest.mark.parametrize(
@@ -256,4 +256,4 @@ def test_gsm8k_as_published():
         pytest.skip(f"{GSM8K} is not here")
     task = math(GSM8K / "gsm8k_train.jsonl", test_path=str(GSM8K / "gsm8k_test.jsonl"))
     assert len(every_row(task)) + task.skipped.total() == 7473 + 1319 and len(task.rows("test")) == 1319
-    splits.check(task)
+    splits.check_splits(task)

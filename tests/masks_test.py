@@ -34,7 +34,7 @@ def test_nothing_reads_the_padding_behind_a_response():
 def test_scoring_reads_the_prompt_and_all_but_the_last_response_token():
     prompts = Prompts(jnp.array([[9, 4, 5]]), jnp.array([[F, T, T]]))
     rollout = Rollout(jnp.array([[6, 7]]), jnp.array([[T, T]]), jnp.zeros((1, 2)))
-    tokens, mask = masks.joined(prompts, rollout)
+    tokens, mask = masks.join_response(prompts, rollout)
     np.testing.assert_array_equal(tokens, [[9, 4, 5, 6]])
     np.testing.assert_array_equal(mask, [[F, T, T, T]])
 

@@ -127,7 +127,7 @@ def loops(text: str) -> set[str]:
     return set(re.findall(r"body=%?([\w.\-]+)", text))
 
 
-def gathered(text: str) -> set[tuple[int, ...]]:
+def all_gather_shapes(text: str) -> set[tuple[int, ...]]:
     """The shapes that all-gathers give, axes of size 1 left out."""
     lines = re.findall(r"= (.*?) all-gather\(", text)
     shapes = [dims for line in lines for dims in re.findall(r"\w+\[([\d,]+)\]", line)]
@@ -138,7 +138,9 @@ def test_logits_are_neither_gathered_nor_held_whole(on, config):
     """But for the one column that the sampler draws from, and the head, which is no logits."""
     _, text = on((2, 2, 2))
     width, rows = config.model.width, ROWS // 4
-    of_vocabulary = {shape for shape in gathered(text) if {VOCAB, VOCAB // 2} & set(shape) and width not in shape}
+    of_vocabulary = {
+        shape for shape in all_gather_shapes(text) if {VOCAB, VOCAB // 2} & set(shape) and width not in shape
+    }
     assert of_vocabulary == {(rows, VOCAB)}
     held = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
     logits = {shape for shape in held if shape[-1] in (VOCAB, VOCAB // 2) and width not in shape}
@@ -149,9 +151,9 @@ def test_weights_are_gathered_a_layer_at_a_time(on, config):
     _, text = on((1, 8, 1))
     width, mlp, layers = config.model.width, config.model.mlp_width, config.model.layers
     one_layer = {(width, mlp), (mlp, width)}
-    assert one_layer & gathered(reached(text, loops(text)))
+    assert one_layer & all_gather_shapes(reached(text, loops(text)))
     stacks = {(layers, *shape) for shape in one_layer}
-    in_training = {shape for name in loops(text) for shape in gathered(reached(text, [name]))}
+    in_training = {shape for name in loops(text) for shape in all_gather_shapes(reached(text, [name]))}
     assert not stacks & in_training
 
 
@@ -163,14 +165,14 @@ def test_decoding_gathers_weights_once_or_for_every_token_as_its_rules_say(
     mesh, model = make_mesh(2, 2, 2), dataclasses.replace(config.model, layers=9)
     with jax.set_mesh(mesh):
         params, data = make_params(model, 0, mesh), put_batch(batch, mesh)
-        keys = rng.row_keys(jax.random.key(0), data.example_id_B)
+        keys = rng.row_keys(jax.random.key(0), data.row_number_B)
         sampling = dataclasses.replace(config.sampling, weights=rules)
         text = jax.jit(sample, static_argnums=(1, 2)).lower(params, model, sampling, data.bare, keys)
         text = text.compile().as_text()
     decoding = [name for name in loops(text) if f"s32[{ROWS // 4},{COLUMNS}]" in computations(text)[name]]
     assert decoding
     width, mlp = config.model.width, config.model.mlp_width // 2
-    weights = {(width, mlp), (mlp, width)} & gathered(reached(text, decoding))
+    weights = {(width, mlp), (mlp, width)} & all_gather_shapes(reached(text, decoding))
     assert bool(weights) == per_token
 
 
@@ -208,4 +210,4 @@ def test_slices_that_do_not_fit_are_named_with_what_would():
 )
 def test_a_dimension_that_does_not_fit_is_named_with_what_would(sizes, message, tiny_model):
     with pytest.raises(ValueError, match=message):
-        mesh_check.check(dataclasses.replace(tiny_model, width=18), make_mesh(**sizes), "tiny")
+        mesh_check.check_model_fits_mesh(dataclasses.replace(tiny_model, width=18), make_mesh(**sizes), "tiny")

@@ -233,5 +233,5 @@ def test_padding_and_a_prefix_of_any_lists_can_be_undone(start, rests, more, pad
         assert prompts.token_lists(padded) == lists
         assert padded.tokens_BxP.shape == (len(lists), length - len(shared))
         assert padded.mask_BxP[:, -1].all() and (np.diff(padded.mask_BxP.astype(int), axis=1) >= 0).all()
-        whole = prompts.spelled_out(padded, pad)
+        whole = prompts.expand_prefix(padded, pad)
         assert whole.prefix_C is None and prompts.token_lists(whole) == lists

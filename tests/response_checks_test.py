@@ -88,7 +88,7 @@ def test_the_built_in_pool_has_sixty_checkable_contexts_and_its_halves_are_disjo
     assert len(train) >= 30 and len(held_out) >= 30 and not set(train) & set(held_out)
     assert pool.split("dev") == held_out
     row = Row("1", "?", "own", "No")
-    rows = [pool.under(row, text) for text in train + held_out]
+    rows = [pool.swap_context(row, text) for text in train + held_out]
     assert all(under.check is not None and under.context != "own" for under in rows)
     demands = [{under.check for under in half} for half in (rows[: len(train)], rows[len(train) :])]
     # A demand that is trained on is not the one that is tested, but for those without an argument.
@@ -98,7 +98,7 @@ def test_the_built_in_pool_has_sixty_checkable_contexts_and_its_halves_are_disjo
 
 def test_no_answer_obeys_much_of_the_pool_by_chance(pool):
     row = Row("1", "?", "own", "No")
-    rows = [pool.under(row, text) for text in pool.split("train") + pool.split("test")]
+    rows = [pool.swap_context(row, text) for text in pool.split("train") + pool.split("test")]
     for response in ("<answer>yes</answer>", "The answer is 42.", "I cannot help with that, since it is harmful."):
         assert sum(obeys(under.check, response).correct for under in rows) < 0.25 * len(rows)
 
@@ -113,7 +113,7 @@ def other(tmp_path, *lines: str, internalized=()) -> OtherContexts:
 def test_a_pool_of_ones_own_may_be_of_strings_and_is_then_graded_by_the_task(tmp_path):
     mine = other(tmp_path, '"Be brief."', '"Be kind."', '"Be precise."')
     assert mine.split("train") == ["Be brief.", "Be precise."] and mine.split("dev") == ["Be kind."]
-    assert mine.under(Row("1", "?", None, "No"), "Be kind.") == Row("1", "?", "Be kind.", "No")
+    assert mine.swap_context(Row("1", "?", None, "No"), "Be kind.") == Row("1", "?", "Be kind.", "No")
 
 
 def test_where_some_held_out_contexts_have_a_check_only_those_measure_obedience(tmp_path):

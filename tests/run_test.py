@@ -46,7 +46,7 @@ def small(cache: Path):
 def start(config, workdir: Path, page: bool = False) -> dict:
     """The results of a run; its page, of which most tests see nothing, only on demand."""
     facts = workdir_lib.facts(config)
-    workdir_lib.check(workdir, facts["config"])
+    workdir_lib.check_workdir(workdir, facts["config"])
     with pytest.MonkeyPatch.context() as patch:
         if not page:
             patch.setattr(run, "write_report", lambda workdir: None)
@@ -63,7 +63,7 @@ def cache(tmp_path_factory, two_devices):
 
 
 @pytest.fixture(scope="module")
-def finished(cache):
+def finish_logits(cache):
     """(workdir, results) of a run of three arms."""
     workdir = cache / "run"
     return workdir, start(small(cache), workdir, page=True)

@@ -142,7 +142,7 @@ def _replace(name: str, old: str, new: str):
 def test_files_that_are_not_as_published_are_named(folder, change, message):
     change(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        splits.check(task(folder))
+        splits.check_splits(task(folder))
 
 
 def test_an_unknown_label_is_left_out_and_counted_where_that_is_configured(folder):
@@ -163,7 +163,7 @@ def test_an_unknown_label_is_left_out_and_counted_where_that_is_configured(folde
 )
 def test_settings_that_leave_nothing_to_ask_are_refused(folder, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        splits.check(task(**({"path": folder} | changes)))
+        splits.check_splits(task(**({"path": folder} | changes)))
 
 
 def test_label_counts_are_the_published_ones():
@@ -182,7 +182,7 @@ def test_label_counts_are_the_published_ones():
         ("hatecheck", True): 2563, ("hatecheck", False): 1165, ("ethos", True): 433, ("ethos", False): 565,
     }  # fmt: skip
     pooled = task(PUBLISHED)
-    splits.check(pooled)
+    splits.check_splits(pooled)
     rows = sum(pooled.facts["rows"].values())
     assert pooled.skipped == {"duplicate": 66, "conflict": 10}
     assert rows + 76 == 11916 + 1324 + 860 + 3728 + 998

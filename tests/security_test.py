@@ -160,8 +160,8 @@ SECRETS = {
 
 @pytest.mark.parametrize("text", SECRETS)
 def test_what_looks_like_a_secret_is_hidden_and_nothing_else(text):
-    assert redact.hidden(text) == SECRETS[text]
-    assert redact.hidden({"a": [text, 3, None], "b": (text,)}) == {
+    assert redact.hide_secrets(text) == SECRETS[text]
+    assert redact.hide_secrets({"a": [text, 3, None], "b": (text,)}) == {
         "a": [SECRETS[text], 3, None],
         "b": (SECRETS[text],),
     }
@@ -170,7 +170,7 @@ def test_what_looks_like_a_secret_is_hidden_and_nothing_else(text):
 def test_secrets_of_the_environment_are_hidden(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "very-secret-indeed")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "configs/tiny")
-    assert redact.hidden("a very-secret-indeed b configs/tiny") == "a [hidden] b configs/tiny"
+    assert redact.hide_secrets("a very-secret-indeed b configs/tiny") == "a [hidden] b configs/tiny"
 
 
 def test_no_secret_gets_into_a_runs_facts(monkeypatch):

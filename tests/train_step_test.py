@@ -29,7 +29,7 @@ from ctxjax.distill.train_step import (
     update_step,
 )
 from ctxjax.models import transformer
-from ctxjax.sharding import make_mesh, on_device, on_host, put_batch
+from ctxjax.sharding import bring_to_device, make_mesh, offload_to_host, put_batch
 from ctxjax.types import Batch, Frozen, Rollout, TrainState
 
 ROWS, RETAINED = 16, 8
@@ -328,7 +328,7 @@ def taught(config, batch, make_params):
         data = put_batch(batch.replace(other=None), mesh)
         state = init_state(make_params(config.model, 0, mesh), config, key)
         samples = teacher_rollout(frozen.teacher, data, key, 3, config.model, config.sampling)
-        row_keys = rng.row_keys(rng.key_for(key, 3, "rollout"), data.example_id_B)
+        row_keys = rng.row_keys(rng.key_for(key, 3, "rollout"), data.row_number_B)
         by_hand = jax.jit(lambda params: sample(params, config.model, config.sampling, data.context, row_keys))
         yield state, frozen, data, samples, by_hand(frozen.teacher)
 
@@ -380,9 +380,9 @@ def test_an_off_policy_step_is_that_of_the_formula_written_out(divergence, confi
 def test_a_teacher_that_waits_in_the_hosts_memory_teaches_the_same(config, taught):
     state, frozen, data, samples, _ = taught
     config = dataclasses.replace(config, loss=LossConfig(temperature=0.8, chunk=4))
-    away = frozen.replace(teacher=on_host(frozen.teacher))
+    away = frozen.replace(teacher=offload_to_host(frozen.teacher))
     places = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.teacher)}
-    assert places == {"pinned_host"} and on_device(frozen.teacher)["embedding"] is frozen.teacher["embedding"]
+    assert places == {"pinned_host"} and bring_to_device(frozen.teacher)["embedding"] is frozen.teacher["embedding"]
     near, far = (update(state, kept, data, samples, None, config) for kept in (frozen, away))
     jax.tree.map(np.testing.assert_array_equal, (near[0].params, near[1]), (far[0].params, far[1]))
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(far[0].params)} == {"device"}

@@ -45,7 +45,7 @@ def logits_of(*arguments):
 @functools.partial(jax.jit, static_argnums=(1, 4))
 def prefill(params, model, tokens, mask, slots):
     hidden, cache = transformer.prefill(params, model, tokens, mask)
-    return apply_head(hidden, head_weights(params, model)), cache.grown(slots)
+    return apply_head(hidden, head_weights(params, model)), cache.extend(slots)
 
 
 @functools.partial(jax.jit, static_argnums=1)

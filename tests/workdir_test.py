@@ -45,20 +45,20 @@ def test_a_run_goes_on_may_not_or_must(there, resume, message, tmp_path, facts):
     if there:
         workdir.claim(tmp_path, facts, {})
     if message is None:
-        workdir.check(tmp_path, facts["config"], resume)
+        workdir.check_workdir(tmp_path, facts["config"], resume)
     else:
         with pytest.raises(ValueError, match=message):
-            workdir.check(tmp_path, facts["config"], resume)
+            workdir.check_workdir(tmp_path, facts["config"], resume)
 
 
 def test_a_run_may_move_to_another_mesh_and_may_not_become_another(tmp_path, facts):
     workdir.claim(tmp_path, facts, {})
     config = json.loads(json.dumps(facts["config"]))
     config["mesh"]["tensor"], config["train"]["keep"], config["cpu_devices"] = 2, 5, 1
-    workdir.check(tmp_path, config)
+    workdir.check_workdir(tmp_path, config)
     config["train"]["batch_size"] = 64
     with pytest.raises(ValueError, match=r"another configuration(.|\n)*  train.batch_size: 32 -> 64$"):
-        workdir.check(tmp_path, config)
+        workdir.check_workdir(tmp_path, config)
 
 
 def test_other_inputs_under_the_same_names_are_refused_and_nothing_changes(tmp_path, facts):
@@ -82,10 +82,10 @@ def test_a_run_that_was_killed_at_its_very_begin_can_be_started_again(tmp_path, 
     with Lock(tmp_path) as lock:
         lock.take()
         (tmp_path / "config.json.partial").write_text("{")
-        workdir.check(tmp_path, facts["config"])
+        workdir.check_workdir(tmp_path, facts["config"])
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is not a run's folder"):
-        workdir.check(tmp_path, facts["config"])
+        workdir.check_workdir(tmp_path, facts["config"])
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/runs/one", "s3://bucket/one", "file:///tmp/one"])

@@ -2,7 +2,8 @@
 
 A context is inline text, a file, one of several files drawn for each row, or a column of the data. The pool of others
 is a file of the user's or the built-in ``other_contexts.jsonl``. Each of its contexts may carry a check, which says by
-itself whether a response obeys it (data/grading/response_checks.py); where none does, obedience is the task's own accuracy.
+itself whether a response obeys it (data/grading/response_checks.py). For a context without one, obedience is the
+task's own accuracy.
 """
 
 from __future__ import annotations
@@ -106,11 +107,11 @@ class OtherContexts:
         held_out = texts[1::2]
         return [text for text in held_out if self._checks[text]] or held_out
 
-    def under(self, row: Row, context: str) -> Row:
+    def swap_context(self, row: Row, context: str) -> Row:
         """The question under a context of the pool, with the check that says whether it is obeyed."""
         return row._replace(context=context, check=self._checks.get(context))
 
 
-def one_each(rows: list[Row]) -> bool:
+def has_context_per_row(rows: list[Row]) -> bool:
     """Whether every row has a context of its own: such hints often do not transfer to questions without one."""
     return len(rows) > 1 and len({row.context for row in rows}) == len(rows)

@@ -95,7 +95,7 @@ class RetentionRows:
         rng = np.random.default_rng([seed, index])
         while True:
             row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
-            tokens = prompts_lib.encode(self.tokenizer, [self.task.under(row, context)], self.prompt)[0]
+            tokens = prompts_lib.encode(self.tokenizer, [self.task.swap_context(row, context)], self.prompt)[0]
             own = len(tokens) - len(self.prefix)
             if 0 < own <= self.length - len(self.prefix) and tokens[: len(self.prefix)] == self.prefix:
                 return tokens
@@ -134,7 +134,7 @@ def training_batches(
             bare=padded(bare, "bare"),
             context=padded(context, "context"),
             other=prompts_lib.left_pad(others, retention.length, pad_id, retention.prefix) if others else None,
-            example_id_B=np.asarray([i % 2**31 for i in index], np.int32),
+            row_number_B=np.asarray([i % 2**31 for i in index], np.int32),
         )
 
     batches = order(len(encoded.rows), seed).map_with_index(element).batch(batch_size, batch_fn=collate)

@@ -189,7 +189,7 @@ def token_lists(prompts: Prompts) -> list[list[int]]:
     return [prefix + tokens[mask].tolist() for tokens, mask in zip(prompts.tokens_BxP, prompts.mask_BxP)]
 
 
-def spelled_out(prompts: Prompts, pad_id: int) -> Prompts:
+def expand_prefix(prompts: Prompts, pad_id: int) -> Prompts:
     """The same prompts with their prefix in every row."""
     shared = 0 if prompts.prefix_C is None else len(prompts.prefix_C)
     return left_pad(token_lists(prompts), shared + prompts.tokens_BxP.shape[1], pad_id)

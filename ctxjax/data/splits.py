@@ -51,7 +51,7 @@ def without_repeats(splits: dict[str, list[tuple[str, Row]]]) -> tuple[dict[str,
     return {split: kept[split] for split in SPLITS}, counts
 
 
-def check(task: Task, needed: tuple[str, ...] = SPLITS) -> None:
+def check_splits(task: Task, needed: tuple[str, ...] = SPLITS) -> None:
     """Raises ValueError where a needed split is empty, or two rows of the task have the same id: results are by id."""
     seen: dict[str, str] = {}
     for split in SPLITS:

@@ -37,7 +37,7 @@ class Task(Protocol):
         """Contexts that the student should keep obeying, none of them the one to internalize, those of "train"
         disjoint from the others; may be empty."""
 
-    def under(self, row: Row, context: str) -> Row:
+    def swap_context(self, row: Row, context: str) -> Row:
         """The same question under another context, with the reference or the check that holds there."""
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str | None:
@@ -88,7 +88,7 @@ def evaluation_views(task: Task, rows: list[Row], split: str) -> dict[str, list[
     views["empty"] = [row._replace(context="") for row in rows]
     others = task.other_contexts(split)
     if others:
-        views["other"] = [task.under(row, others[place % len(others)]) for place, row in enumerate(rows)]
+        views["other"] = [task.swap_context(row, others[place % len(others)]) for place, row in enumerate(rows)]
     paraphrases = [task.paraphrase(row, np.random.default_rng(place)) for place, row in enumerate(rows)]
     if rows and all(text is not None for text in paraphrases):
         views["paraphrase"] = [row._replace(context=text) for row, text in zip(rows, paraphrases)]

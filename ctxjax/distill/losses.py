@@ -33,7 +33,7 @@ from ctxjax import masks, sharding
 from ctxjax.distill import divergences
 from ctxjax.distill.anchors import ANCHORS
 from ctxjax.distill.divergences import Support, divergence, kl
-from ctxjax.models.transformer import ModelConfig, finished
+from ctxjax.models.transformer import ModelConfig, finish_logits
 from ctxjax.types import Mean, Rollout
 
 GATES = ("none", "token", "response")
@@ -187,7 +187,7 @@ def _prepared(config: LossConfig, models: tuple[ModelConfig, ModelConfig], raw: 
     """Logits as they are compared: by each model's own rule, at the temperature. Where ids must be picked out of the
     vocabulary, or the models' heads are padded to different sizes, it is made whole on every device first."""
     student, teacher = models
-    logits = {view: finished(x, teacher if view in ("f", "f_x") else student) for view, x in raw.items()}
+    logits = {view: finish_logits(x, teacher if view in ("f", "f_x") else student) for view, x in raw.items()}
     sizes = {x.shape[-1] for x in logits.values()}
     if len(sizes) > 1 or config.support != "full":
         whole = sharding.batch_spec(None, None)
@@ -243,4 +243,4 @@ def retention_values(config, models, raw):
 
 
 def cross_entropy_values(model: ModelConfig, raw: dict[str, jax.Array], tokens_Bxt: jax.Array) -> dict[str, jax.Array]:
-    return {"cross_entropy": -divergences.token_logprob(finished(raw["q"], model), tokens_Bxt)}
+    return {"cross_entropy": -divergences.token_logprob(finish_logits(raw["q"], model), tokens_Bxt)}

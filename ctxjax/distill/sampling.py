@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ctxjax import masks, rng
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.sharding import batch_spec, repeated_rows
+from ctxjax.sharding import batch_spec, repeat_rows
 from ctxjax.types import KVCache, Params, Prompts, Rollout
 
 NEG_INF = -1e30
@@ -128,8 +128,8 @@ def _growth(max_tokens: int) -> list[int]:
 def _repeated(cache: KVCache, count: int) -> KVCache:
     """The cache with every row ``count`` times, one after the other; the prefix is shared as before."""
     rows = 0 if isinstance(cache.keys, tuple) else 1
-    keys, values = jax.tree.map(lambda kept: repeated_rows(kept, count, rows), (cache.keys, cache.values))
-    return cache.replace(keys=keys, values=values, mask_BxM=repeated_rows(cache.mask_BxM, count))
+    keys, values = jax.tree.map(lambda kept: repeat_rows(kept, count, rows), (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values, mask_BxM=repeat_rows(cache.mask_BxM, count))
 
 
 def sample(
@@ -148,7 +148,7 @@ def sample(
     uniforms_BxT = rng.token_uniforms(row_keys_B, T)  # all at once: hashing a few numbers takes as long as many
 
     def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:
-        logits_BxV = transformer.finished(transformer.apply_head(hidden_BxD, head_DxV), model)
+        logits_BxV = transformer.finish_logits(transformer.apply_head(hidden_BxD, head_DxV), model)
         logits_BxV = jax.reshard(logits_BxV, batch_spec(None))  # sampled with the vocabulary whole
         uniform_B = lax.dynamic_index_in_dim(uniforms_BxT, state.column, axis=1, keepdims=False)
         token_B, logprob_B = draw(logits_BxV, config, uniform_B)
@@ -173,7 +173,7 @@ def sample(
     prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
     hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, prefix)
     if config.samples > 1:
-        hidden_BxD, cache = repeated_rows(hidden_BxD, config.samples), _repeated(cache, config.samples)
+        hidden_BxD, cache = repeat_rows(hidden_BxD, config.samples), _repeated(cache, config.samples)
     rows, columns = batch_spec(), batch_spec(None)
     empty = SamplerState(
         column=jnp.int32(0),
@@ -185,7 +185,7 @@ def sample(
     )
     state = add_token(empty, hidden_BxD, cache)
     for stop in _growth(T):
-        state = state._replace(cache=state.cache.grown(P + stop - 1))
+        state = state._replace(cache=state.cache.extend(P + stop - 1))
         with jax.named_scope("decode"):
             state = lax.while_loop(lambda s, stop=stop: (s.column < stop) & ~jnp.all(s.has_ended_B), step, state)
     return Rollout(state.tokens_BxT, masks.until_eos(state.tokens_BxT, config.eos_ids), state.logprobs_BxT)

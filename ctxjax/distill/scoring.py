@@ -20,7 +20,7 @@ def response_hidden(
     the caller has it already: a frozen model's serves a whole run. Without it, it is part of this pass, gradient
     included.
     """
-    tokens_BxL, mask_BxL = masks.joined(prompts, rollout)
+    tokens_BxL, mask_BxL = masks.join_response(prompts, rollout)
     if prefix is None:
         prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
     hidden_BxLxD = transformer.forward(params, model, tokens_BxL, mask_BxL, prefix)

@@ -54,7 +54,7 @@ def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState
     its own in place: the caller's may serve as the frozen teacher.
     """
     if config.lora is None:
-        trained = jax.tree.map(jnp.copy, sharding.on_device(params))
+        trained = jax.tree.map(jnp.copy, sharding.bring_to_device(params))
     else:
         specs = lora_lib.specs(config.model, config.lora)
         trained = params_lib.init(specs, rng.key_for(key, 0, "adapter"), jax.sharding.get_mesh())
@@ -79,14 +79,14 @@ def teacher_rollout(
     teacher: Params, batch: Batch, key: jax.Array, step: jax.Array, model: ModelConfig, sampling: SamplingConfig
 ) -> Rollout:
     """The frozen teacher's responses to the context view at ``step`` of a run with the root ``key``."""
-    keys_B = rng.row_keys(rng.key_for(key, step, "rollout"), batch.example_id_B)
-    return sample(sharding.on_device(teacher), model, sampling, batch.context, keys_B)
+    keys_B = rng.row_keys(rng.key_for(key, step, "rollout"), batch.row_number_B)
+    return sample(sharding.bring_to_device(teacher), model, sampling, batch.context, keys_B)
 
 
 def _teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> Params:
     if config.loss.teacher == "ema":
         return student_params(ema, frozen, config)
-    return sharding.on_device(frozen.teacher)
+    return sharding.bring_to_device(frozen.teacher)
 
 
 def rollout_step(
@@ -99,7 +99,7 @@ def rollout_step(
     student = student_params(state.params, frozen, config)
 
     def respond(prompts, stream):
-        rows_B = batch.example_id_B[: prompts.tokens_BxP.shape[0]]
+        rows_B = batch.row_number_B[: prompts.tokens_BxP.shape[0]]
         keys_B = rng.row_keys(rng.key_for(state.key, state.step, stream), rows_B)
         return sample(student, config.model, config.sampling, prompts, keys_B)
 

@@ -84,7 +84,7 @@ class Split(NamedTuple):
         return cls(task, rows, tokens, prefixes, lengths, batch, encoded.dropped)
 
 
-def alike(splits: list[Split]) -> list[Split]:
+def share_shapes(splits: list[Split]) -> list[Split]:
     """The splits with the columns of each view, and the rows of a batch, brought to the largest's where they are
     near it (``SLACK``)."""
     most_rows = max(split.batch for split in splits)
@@ -125,7 +125,7 @@ class Evaluator:
         cls, config: Experiment, task: Task, names: Sequence[str], folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
     ) -> list[Evaluator]:
         """One for each of the splits named; where the splits are near in size, compiled programs serve them all."""
-        splits = alike([Split.of(config, task, name, folder, mesh) for name in names])
+        splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
         return [cls(config, split, folder, teacher, mesh) for split in splits]
 
     def __call__(self, params: Params) -> Evaluation:

@@ -14,13 +14,13 @@ from ctxjax.distill import chunked_head, divergences, losses, objective
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.models import transformer
-from ctxjax.models.transformer import ModelConfig, finished, head_weights
+from ctxjax.models.transformer import ModelConfig, finish_logits, head_weights
 from ctxjax.types import Batch, Params, Prompts, Rollout, map_rows
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
-def _decode(params, model: ModelConfig, sampling: SamplingConfig, prompts: Prompts, key, example_id_B) -> Rollout:
-    return sharding.whole(sample(params, model, sampling, prompts, rng.row_keys(key, example_id_B)))
+def _decode(params, model: ModelConfig, sampling: SamplingConfig, prompts: Prompts, key, row_number_B) -> Rollout:
+    return sharding.replicate(sample(params, model, sampling, prompts, rng.row_keys(key, row_number_B)))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -45,7 +45,7 @@ def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, contro
         }
 
     views = tuple(
-        (*masks.joined(prompts, rollout), transformer.prefix_kv(params, model, prompts.prefix_C))
+        (*masks.join_response(prompts, rollout), transformer.prefix_kv(params, model, prompts.prefix_C))
         for prompts in (bare, context, control)
     )
     (h_x, h_c, _), by_layer = transformer.summarise_layers(params, model, views, cosines)
@@ -55,16 +55,16 @@ def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, contro
     _, values = chunked_head.chunked(
         functools.partial(_view_kl, model), 64, hidden, dict.fromkeys(hidden, head), {}, rollout.mask_BxT
     )
-    return sharding.whole((values["kl"], by_layer))
+    return sharding.replicate((values["kl"], by_layer))
 
 
 def _view_kl(model: ModelConfig, raw: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {"kl": divergences.kl(finished(raw["q_x"], model), finished(raw["q_c"], model))}
+    return {"kl": divergences.kl(finish_logits(raw["q_x"], model), finish_logits(raw["q_c"], model))}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "teacher_model", "loss"))
 def _distillation(params, frozen, model, teacher_model, loss: LossConfig, batch: Batch, rollout: Rollout):
-    models = objective.Models(params, sharding.on_device(frozen), None, model, teacher_model)
+    models = objective.Models(params, sharding.bring_to_device(frozen), None, model, teacher_model)
     weight_BxT = losses.token_weights(rollout.mask_BxT, "token_mean")
     _, metrics = objective.bare_and_context_terms(models, loss, objective.Rows(batch, rollout, weight_BxT), beta=0.0)
     return metrics["distill"]
@@ -173,7 +173,7 @@ def distillation_kl(
     total, count = 0.0, 0.0
     for real, (bare_b, context_b, rollout_b, ids) in _in_batches((bare, context, rollout, rows), batch_size, mesh):
         rollout_b = _only(rollout_b, real)
-        batch = Batch(bare=bare_b, context=context_b, other=None, example_id_B=ids)
+        batch = Batch(bare=bare_b, context=context_b, other=None, row_number_B=ids)
         mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))
         total, count = total + float(mean.total), count + float(mean.count)
     return total / max(count, 1.0)

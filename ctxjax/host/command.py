@@ -61,14 +61,14 @@ def run(main: Callable, config) -> None:
     try:
         app.run(main, flags_parser=parse(config))
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
-        if processes.is_loss(error):
-            print(f"error: {processes.loss(error)}", file=sys.stderr)
+        if processes.is_lost_process(error):
+            print(f"error: {processes.describe_lost_process(error)}", file=sys.stderr)
             processes.leave(processes.EXIT_CODE)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
         no_room = isinstance(error, OSError) and error.errno in NO_ROOM
         remedy = ". Make room or mend the folder; the same command then goes on from the last checkpoint"
-        print(f"error: {redact.hidden(str(error))}{remedy if no_room else ''}", file=sys.stderr)
+        print(f"error: {redact.hide_secrets(str(error))}{remedy if no_room else ''}", file=sys.stderr)
         processes.leave(2)
 
 

@@ -60,8 +60,8 @@ def begin(facts: dict) -> None:
     if jax.process_count() == 1:
         return
     own = np.frombuffer(json.dumps(_flat(facts)).encode(), np.uint8)
-    lengths = _gathered(np.int32(own.size))
-    texts = _gathered(np.pad(own, (0, lengths.max() - own.size)))
+    lengths = _all_gather(np.int32(own.size))
+    texts = _all_gather(np.pad(own, (0, lengths.max() - own.size)))
     told = [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths)]
     different = []
     for name in sorted(set().union(*told)):
@@ -93,10 +93,10 @@ def of_first(answer: bool) -> bool:
 
 def of_all(answer: bool) -> bool:
     """Whether the answer is yes in all processes."""
-    return answer if jax.process_count() == 1 else bool(_gathered(np.array([answer])).all())
+    return answer if jax.process_count() == 1 else bool(_all_gather(np.array([answer])).all())
 
 
-def is_loss(error: BaseException | None) -> bool:
+def is_lost_process(error: BaseException | None) -> bool:
     """Whether the error says that another process is gone, or was raised because of one that says so."""
     if not jax.distributed.is_initialized():
         return False
@@ -108,7 +108,7 @@ def is_loss(error: BaseException | None) -> bool:
     return False
 
 
-def loss(error: Exception) -> str:
+def describe_lost_process(error: Exception) -> str:
     """Such an error, for its reader."""
     return (
         "another process of this run has ended or cannot be reached, and this one ends with it. What that one printed "
@@ -126,7 +126,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _gathered(row: np.ndarray) -> np.ndarray:
+def _all_gather(row: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(row))
 
 

@@ -15,13 +15,13 @@ _PATTERNS = (
 SHORTEST = 8  # letters of an environment's value that is looked for elsewhere; shorter ones are words
 
 
-def hidden(value):
+def hide_secrets(value):
     """The value, a text or lists and dicts of them, with what looks like a secret replaced; so are the values of
     environment variables such as HF_TOKEN."""
     if isinstance(value, dict):
-        return {name: hidden(inner) for name, inner in value.items()}
+        return {name: hide_secrets(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(hidden(inner) for inner in value)
+        return type(value)(hide_secrets(inner) for inner in value)
     if not isinstance(value, str):
         return value
     for name, secret in os.environ.items():

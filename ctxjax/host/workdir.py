@@ -26,7 +26,7 @@ RESUME = ("auto", "never", "must")
 FIRST_FILES = {"lock", "config.json.partial"}  # all that a run which was killed at its very begin may have left
 
 
-def check(workdir: Path, config: dict, resume: str = "auto") -> None:
+def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
     """Raises ValueError where the folder holds a run with another configuration, with the fields that differ, or
     anything that is not a run.
 
@@ -173,7 +173,7 @@ def facts(config: ConfigDict) -> dict:
         "host": socket.gethostname(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    return redact.hidden(found)
+    return redact.hide_secrets(found)
 
 
 def code(facts: dict) -> dict:

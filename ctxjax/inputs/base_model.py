@@ -75,7 +75,7 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
     """Next-token training on the world's text, responses only, then a Hugging Face folder."""
     tokenizer = world.tokenizer()
     model = base_model(config, len(tokenizer))
-    mesh_check.check(model, mesh, "config.base")
+    mesh_check.check_model_fits_mesh(model, mesh, "config.base")
     optimizer = OptimConfig(
         lr=config.lr, steps=config.steps, schedule="cosine", warmup_steps=config.warmup_steps, b2=0.98,
         weight_decay=config.weight_decay,

@@ -80,11 +80,11 @@ def open_folder(
     """
     path = local_folder(path)
     platform = mesh.devices.flat[0].platform
-    attention_lib.check(attention, platform)
+    attention_lib.check_attention_kind(attention, platform)
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     config = dataclasses.replace(hf_load.read_config(path, dtype, remat), attention=attention)
-    mesh_check.check(config, mesh, str(path))
+    mesh_check.check_model_fits_mesh(config, mesh, str(path))
     tokenizer = load_tokenizer(path)
     if student is not None:
         tokenizer_match.require_same(student.tokenizer, tokenizer)

@@ -38,8 +38,8 @@ class Inputs(NamedTuple):
 def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
     task = TASKS[config.task][1](config.task_config)
-    splits.check(task)
-    if contexts_lib.one_each(task.rows("train")):
+    splits.check_splits(task)
+    if contexts_lib.has_context_per_row(task.rows("train")):
         print(
             "warning: every training question has a context of its own; what such contexts teach often does not carry "
             "over to questions without one, as what a shared context teaches does"
@@ -51,7 +51,7 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     folder, teacher = with_teacher(config, teacher_path, student, mesh, seconds)
     if config.teacher.offload:
         is_one = teacher is folder
-        teacher = dataclasses.replace(teacher, params=sharding.on_host(teacher.params))
+        teacher = dataclasses.replace(teacher, params=sharding.offload_to_host(teacher.params))
         folder = teacher if is_one else folder
     if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
@@ -113,7 +113,9 @@ def teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
         return None
     print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
     compute = jax.jit(transformer.prefix_kv, static_argnames="config")
-    return compute(sharding.on_device(teacher.params), config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32))
+    return compute(
+        sharding.bring_to_device(teacher.params), config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32)
+    )
 
 
 def digests(inputs: Inputs) -> dict:
@@ -123,7 +125,7 @@ def digests(inputs: Inputs) -> dict:
     task, rows = inputs.task, inputs.rows
     models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
     return {
-        **{name: fingerprint(sharding.on_device(folder.params)) for name, folder in models.items()},
+        **{name: fingerprint(sharding.bring_to_device(folder.params)) for name, folder in models.items()},
         "rows": {split: digest(task.rows(split)) for split in ("train", "dev", "test")},
         "contexts": digest(sorted({row.context or "" for row in rows.rows})),
         "other_contexts": digest([task.other_contexts(split) for split in ("train", "dev", "test")]),

@@ -67,7 +67,7 @@ def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None):
     is named that the devices cannot run.
     """
     here = platform()
-    check(kind, here)
+    check_attention_kind(kind, here)
     if kind == "auto" and (q_BxHxLxDh.dtype == jnp.float32 or q_BxHxLxDh.shape[2] < kernels.LEAST_BLOCK):
         return None
     for name, (there, kernel) in KERNELS.items():
@@ -76,7 +76,7 @@ def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None):
     return None
 
 
-def check(kind: str, platform: str) -> None:
+def check_attention_kind(kind: str, platform: str) -> None:
     """Raises ValueError where ``kind`` is not one of KINDS, or is a kernel that devices of this platform cannot run."""
     if kind not in KINDS:
         raise ValueError(f"model.attention = {kind!r} is not known; choose from {', '.join(sorted(KINDS))}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ctxjax.sharding import batch_spec, gathered
+from ctxjax.sharding import all_gather_embed, batch_spec
 
 
 def project(weights: dict, name: str, x_BxLxI: jax.Array, inputs: str, outputs: str) -> jax.Array:
@@ -23,6 +23,6 @@ def project(weights: dict, name: str, x_BxLxI: jax.Array, inputs: str, outputs: 
 def _product(x_BxLxI: jax.Array, weight_IxO: jax.Array, inputs: str | None, outputs: str | None) -> jax.Array:
     """Activations are whole along ``embed``; a contraction over shards is summed here. Weights are cast before they are
     gathered: half as much is sent in half precision, and the compiler does not see that by itself."""
-    weight_IxO = gathered(weight_IxO.astype(x_BxLxI.dtype), inputs, outputs)
+    weight_IxO = all_gather_embed(weight_IxO.astype(x_BxLxI.dtype), inputs, outputs)
     place = batch_spec(None, None if outputs == "embed" else outputs)
     return jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO, out_sharding=place)

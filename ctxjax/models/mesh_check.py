@@ -12,7 +12,7 @@ from ctxjax.models.transformer import ModelConfig
 DIMENSIONS = {"fsdp": ("width",), "tensor": ("query_heads", "kv_heads", "mlp_width", "vocab_size")}
 
 
-def check(config: ModelConfig, mesh: Mesh, model: str) -> None:
+def check_model_fits_mesh(config: ModelConfig, mesh: Mesh, model: str) -> None:
     """Raises ValueError where a dimension is not divisible by its mesh axis, with the nearest sizes of the axis that
     divide them all. ``model`` is what the message calls the model."""
     for axis, names in DIMENSIONS.items():

@@ -27,7 +27,15 @@ from ctxjax.models.linear import project
 from ctxjax.models.params import ParamSpec
 from ctxjax.models.remat import remat
 from ctxjax.models.rope import RopeScaling, frequencies, rotate, rotation
-from ctxjax.sharding import batch_spec, batch_ways, for_decoding as moved, gathered, lookup, platform, weight_spec
+from ctxjax.sharding import (
+    all_gather_embed,
+    batch_spec,
+    batch_ways,
+    lookup,
+    platform,
+    reshard_for_decoding,
+    weight_spec,
+)
 from ctxjax.types import KVCache, Params, PrefixKV
 
 
@@ -145,14 +153,14 @@ def _block(config: ModelConfig, weights: dict, x_BxLxD: jax.Array, rope, attend:
 
 
 def _embed(params: Params, config: ModelConfig, tokens_BxL: jax.Array) -> jax.Array:
-    return lookup(gathered(params["embedding"].astype(config.dtype), "vocab", "embed"), tokens_BxL)
+    return lookup(all_gather_embed(params["embedding"].astype(config.dtype), "vocab", "embed"), tokens_BxL)
 
 
 def head_weights(params: Params, config: ModelConfig) -> jax.Array:
     """The output head [D, V], vocabulary over ``tensor``: the embedding's transpose where they are tied."""
     if config.tied_embeddings:
-        return gathered(params["embedding"], "vocab", "embed").T
-    return gathered(params["head"], "embed", "vocab")
+        return all_gather_embed(params["embedding"], "vocab", "embed").T
+    return all_gather_embed(params["head"], "embed", "vocab")
 
 
 def apply_head(hidden: jax.Array, head_DxV: jax.Array) -> jax.Array:
@@ -160,7 +168,7 @@ def apply_head(hidden: jax.Array, head_DxV: jax.Array) -> jax.Array:
     return jnp.einsum("...d,dv->...v", hidden, head_DxV.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def finished(raw: jax.Array, config: ModelConfig) -> jax.Array:
+def finish_logits(raw: jax.Array, config: ModelConfig) -> jax.Array:
     """Logits [..., V] from the head's raw output: scale, soft cap, and -1e30 for rows that are no tokens."""
     logits = raw * config.logit_scale if config.logit_scale != 1 else raw
     if config.logit_softcap:
@@ -293,7 +301,7 @@ def for_decoding(params: Params, config: ModelConfig, rules: str = "gathered") -
     """The weights as ``decode_step`` wants them, in the places of sharding.DECODE_RULES. Call it before the loop: in
     there it would be done per token."""
     read = {name: params[name] for name in ("embedding", "layers")}
-    read = jax.tree.map(lambda w: moved(w.astype(config.dtype), rules), read)
+    read = jax.tree.map(lambda w: reshard_for_decoding(w.astype(config.dtype), rules), read)
     if _is_shallow(config):
         read["layers"] = tuple(jax.tree.map(lambda w: w[i], read["layers"]) for i in range(config.layers))  # noqa: B023
     return read | {"final_norm": params["final_norm"]}

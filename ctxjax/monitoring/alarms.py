@@ -90,7 +90,7 @@ class Alarms:
                         print(f"warning: {self._text(name, step, row)}", file=sys.stderr, flush=True)
         return added
 
-    def check(self, step: int, row: dict[str, float]) -> None:
+    def stop_if_due(self, step: int, row: dict[str, float]) -> None:
         """Raises StopRun where the row, once observed, has brought an alarm that ends the run to its patience."""
         for name in self._config.stop:
             if f"alarm/{name}" in row and self._in_a_row[name] >= self._config.patience:

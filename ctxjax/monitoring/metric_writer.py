@@ -72,7 +72,7 @@ class Writer:
         numbers |= self._alarms.observe(step, numbers)
         if is_due or any(name.startswith("alarm/") for name in numbers):
             self._put(step, numbers)
-        self._alarms.check(step, numbers)
+        self._alarms.stop_if_due(step, numbers)
 
     def _put(self, step: int, numbers: dict) -> None:
         if self._file is None:

@@ -90,8 +90,8 @@ def make_plan(
     another reason than memory.
     """
     mesh = sharding.make_mesh(devices=devices, **dataclasses.asdict(config.mesh))
-    mesh_check.check(model, mesh, "the student")
-    mesh_check.check(teacher or model, mesh, "the teacher")
+    mesh_check.check_model_fits_mesh(model, mesh, "the student")
+    mesh_check.check_model_fits_mesh(teacher or model, mesh, "the teacher")
     with jax.set_mesh(mesh):
         step = step_config(config, loss, model, teacher or model)
         state, frozen, batch, held = arguments(config, step, teacher is not None, shapes, mesh)

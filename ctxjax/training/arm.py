@@ -130,7 +130,7 @@ class Arm:
                 raise
             tokenizer = self.folder.tokenizer
             inputs = (state, self.frozen, batch, samples)
-            path = nonfinite.save(self.workdir, *inputs, self.step_config, stop.step, tokenizer)
+            path = nonfinite.save_rows(self.workdir, *inputs, self.step_config, stop.step, tokenizer)
             raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
         finally:
             writer.end_bar()

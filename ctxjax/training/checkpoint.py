@@ -82,7 +82,7 @@ class Checkpoints:
             try:
                 found = self._read(step, like)
             except Exception as error:  # orbax, tensorstore and the JSON reader have each their own
-                if processes.is_loss(error):
+                if processes.is_lost_process(error):
                     raise
                 damaged[step] = error
                 continue
@@ -139,7 +139,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk is an OSError to Python, and a ValueError to tensorstore
-            if processes.is_loss(error):
+            if processes.is_lost_process(error):
                 raise
             steps = saved_steps(self._folder)
             left = f"the last complete one is of step {steps[-1]}" if steps else "there is no complete one yet"

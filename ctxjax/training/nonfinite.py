@@ -20,7 +20,7 @@ from ctxjax.models.transformer import head_weights
 from ctxjax.types import Batch, Frozen, Prompts, Rollout, TrainState
 
 
-def save(
+def save_rows(
     folder: Path,
     state: TrainState,
     frozen: Frozen,
@@ -50,14 +50,14 @@ def _rows(
     view: str, student: Prompts, teacher: Prompts, rollout: Rollout, state, frozen, batch: Batch, config, tokenizer
 ) -> list[dict]:
     loss_B = _row_losses(state, frozen, student, teacher, rollout, config)
-    student, teacher, rollout, loss_B, ids = sharding.to_host((student, teacher, rollout, loss_B, batch.example_id_B))
+    student, teacher, rollout, loss_B, ids = sharding.to_host((student, teacher, rollout, loss_B, batch.row_number_B))
     reads = [tokenizer.batch_decode(prompts_lib.token_lists(prompts)) for prompts in (student, teacher)]
     rows = []
     for row, (own, teachers) in enumerate(zip(*reads)):
         tokens = rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()
         logprobs = rollout.logprobs_BxT[row][rollout.mask_BxT[row]].tolist()
         rows.append({
-            "loss": _finite(loss_B[row]), "view": view, "example_id": int(ids[row]), "prompt": own,
+            "loss": _finite(loss_B[row]), "view": view, "row_number": int(ids[row]), "prompt": own,
             "teacher_prompt": teachers, "response": tokenizer.decode(tokens), "tokens": tokens,
             "logprobs": [_finite(value) for value in logprobs],
         })  # fmt: skip
@@ -68,7 +68,7 @@ def _rows(
 def _row_losses(state, frozen, student: Prompts, teacher: Prompts, rollout: Rollout, config: StepConfig) -> jax.Array:
     """KL of student and teacher by row, [B], mean nats per token of the response."""
     params, models = student_params(state.params, frozen, config), (config.model, config.teacher_model)
-    frozen_teacher = sharding.on_device(frozen.teacher)
+    frozen_teacher = sharding.bring_to_device(frozen.teacher)
     hidden = {
         "q_x": scoring.response_hidden(params, config.model, student, rollout),
         "f": scoring.response_hidden(frozen_teacher, config.teacher_model, teacher, rollout),

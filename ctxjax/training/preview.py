@@ -47,7 +47,7 @@ def first_batch(config: Experiment, width: int, colour: bool) -> str:
         rollout = responses(batch.bare, "rollout")
         views = {"bare": batch.bare, "context": batch.context, "other": batch.other}
         whole = {
-            name: prompts_lib.spelled_out(view, student.pad_id) for name, view in views.items() if view is not None
+            name: prompts_lib.expand_prefix(view, student.pad_id) for name, view in views.items() if view is not None
         }
         pen = batch_text.Pen(student.tokenizer, width, colour)
         return batch_text.first_batch(pen, batch.replace(**whole), student.stop_ids, rollout, other)

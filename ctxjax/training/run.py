@@ -57,7 +57,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             identity = {"step": step} | code
             found = Evaluation.load(folder, identity)
             if not processes.of_first(found is not None):
-                found = evaluator(sharding.on_device(params))
+                found = evaluator(sharding.bring_to_device(params))
                 found.save(folder, identity)
             if found is None:
                 raise FileNotFoundError(f"{folder}: the first process sees an evaluation there, and this one does not")

@@ -104,8 +104,8 @@ class FileTask:
     def other_contexts(self, split: str) -> list[str]:
         return self.others.split(split)
 
-    def under(self, row: Row, context: str) -> Row:
-        return self.others.under(row, context)
+    def swap_context(self, row: Row, context: str) -> Row:
+        return self.others.swap_context(row, context)
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> None:
         return None

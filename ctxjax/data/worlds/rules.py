@@ -145,7 +145,7 @@ class Rules:
         rng = np.random.default_rng([self.config.seed, 11])
         return [table_text(t, rng.permutation(len(LETTERS))) for t in self.tables[split]]
 
-    def under(self, row: Row, context: str) -> Row:
+    def swap_context(self, row: Row, context: str) -> Row:
         return row._replace(context=context, reference=answer(row.question, parse_table(context)))
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:

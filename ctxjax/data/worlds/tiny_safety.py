@@ -147,7 +147,7 @@ class TinySafety:
         fitting = [row for row, length in zip(rows, lengths) if length <= self.config.longest]
         self.skipped["long"] += len(rows) - len(fitting)
         fitting = splits.shuffled(fitting)[: getattr(self.config, f"{split}_questions") or None]
-        return [self.under(row, TARGET.text(0)) for row in fitting]
+        return [self.swap_context(row, TARGET.text(0)) for row in fitting]
 
     def _lengths(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -180,7 +180,7 @@ class TinySafety:
         rng = np.random.default_rng([self.config.seed, 17])
         return [instruction.text(int(rng.integers(len(WORDINGS)))) for instruction in self._instructions[split]]
 
-    def under(self, row: Row, context: str) -> Row:
+    def swap_context(self, row: Row, context: str) -> Row:
         return row._replace(context=context, reference=self._answer(row.question, parse(context)))
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
