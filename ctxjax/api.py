@@ -83,7 +83,7 @@ def generate(
         return []
     params = model.params if params is None else params
     tokens = prompts_lib.encode(model.tokenizer, rows, PromptConfig(placement=placement, thinking=thinking))
-    prefix = prompts_lib.shared_prefix(tokens)
+    prefix = prompts_lib.choose_shared_prefix(tokens)
     prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id, prefix)
     sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)
     mesh = mesh_of(params)

@@ -17,7 +17,7 @@ from ctxjax.config_fields import check_numbers, checked, one_of, require
 from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.tasks import TASKS, WORLDS, check_task
+from ctxjax.data.tasks import TASKS, WORLDS, check_task_name
 from ctxjax.distill.anchors import ANCHORS
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.distill.losses import CROSS_ENTROPY, GATES, LossConfig
@@ -164,7 +164,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     values = checked(config, _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}, _MADE, _TOP)
     check_numbers(values)
     config = ConfigDict(values)
-    check_task(config.task)
+    check_task_name(config.task)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
     one_of("rollout.weights", rollout.weights, DECODE_RULES)

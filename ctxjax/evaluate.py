@@ -69,7 +69,7 @@ def evaluate(config: ConfigDict, split: str):
     """(Evaluation, facts) of config.model.path on a split of config.task; the model is its own teacher."""
     from ctxjax import config as config_lib, sharding
     from ctxjax.data import splits
-    from ctxjax.data.records import counts
+    from ctxjax.data.records import format_counts
     from ctxjax.data.tasks import TASKS
     from ctxjax.evaluation.evaluator import Evaluator
     from ctxjax.inputs.model_folder import open_folder
@@ -85,7 +85,7 @@ def evaluate(config: ConfigDict, split: str):
         model = experiment.model
         folder = open_folder(model.path, mesh, model.dtype, model.param_dtype, attention=model.attention)
         (evaluator,) = Evaluator.of_splits(experiment, task, (split,), folder, folder, mesh)
-        left_out = counts(task.skipped) or "none"
+        left_out = format_counts(task.skipped) or "none"
         print(
             f"{len(task.rows(split))} {split} questions; over-long and dropped: {evaluator.dropped}; rows of data "
             f"files left out: {left_out}",

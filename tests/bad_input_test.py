@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
 def test_end_tokens_beyond_the_head_are_named(tmp_path, ends):
     folder = model_folder(tmp_path / "model", rules.vocabulary())
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
-    with pytest.raises(ValueError, match="are not all ids of the head, which has .* rows; mend eos_token_id"):
+    with pytest.raises(ValueError, match="are not all ids of the head, which has .* rows; fix eos_token_id"):
         folder_lib.open_folder(folder, sharding.make_mesh(fsdp=8))
 
 
@@ -222,7 +222,7 @@ def questions(tmp_path):
         ({"context": "", "context_file": "missing.txt"}, "context file missing.txt does not exist"),
         ({"context_file": "both.txt"}, "are both set"),
         ({"other_contexts_file": "missing.jsonl"}, "missing.jsonl' does not exist; set qa_jsonl.other_contexts_file"),
-        ({"dev_questions": 8}, "has 9 different questions, and .* = 9 of them are to be held out"),
+        ({"dev_questions": 8}, "has 9 different questions, and .* = 9 hold out all of them"),
     ],
 )
 def test_questions_that_cannot_be_used_are_refused(questions, changes, message):
@@ -297,7 +297,7 @@ def test_retention_without_other_contexts_is_refused(tokenizer, questions):
     task = qa(questions)
     encoded = encode_rows(tokenizer, task.rows("train"), PromptConfig())
     with pytest.raises(ValueError, match="needs other contexts to retain"):
-        RetentionRows.of(tokenizer, task, encoded, PromptConfig())
+        RetentionRows.build(tokenizer, task, encoded, PromptConfig())
 
 
 def test_a_context_index_outside_the_world_is_refused():

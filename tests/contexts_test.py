@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from ctxjax.data.contexts import ContextConfig, Contexts, has_context_per_row
-from ctxjax.data.records import digest
+from ctxjax.data.records import hash_text
 from ctxjax.data.task import Row
 
 
@@ -22,26 +22,26 @@ def files(tmp_path):
 
 
 def test_one_text_is_every_rows_and_is_noted_by_its_digest(files):
-    assert contexts(context="Think.").of("1") == contexts(context="Think.").of("2") == "Think."
-    assert contexts(context="Think.").facts() == {"inline": digest("Think.")}
+    assert contexts(context="Think.").choose("1") == contexts(context="Think.").choose("2") == "Think."
+    assert contexts(context="Think.").describe() == {"inline": hash_text("Think.")}
     one = contexts(context_file=files[0])
-    assert one.of("1") == "context a" and one.facts() == {files[0]: digest("context a")}
+    assert one.choose("1") == "context a" and one.describe() == {files[0]: hash_text("context a")}
 
 
 def test_of_several_files_a_row_has_the_same_in_every_run_of_a_seed_and_all_are_used(files):
     several = contexts(context_files=files)
-    drawn = [several.of(f"row {n}") for n in range(300)]
-    assert drawn == [contexts(context_files=files).of(f"row {n}") for n in range(300)]
-    assert drawn != [contexts(context_files=files, context_seed=1).of(f"row {n}") for n in range(300)]
+    drawn = [several.choose(f"row {n}") for n in range(300)]
+    assert drawn == [contexts(context_files=files).choose(f"row {n}") for n in range(300)]
+    assert drawn != [contexts(context_files=files, context_seed=1).choose(f"row {n}") for n in range(300)]
     counts = Counter(drawn)
     assert counts.keys() == {"context a", "context b", "context c"} and min(counts.values()) > 70
-    assert several.facts() == {file: digest(f"context {name}") for file, name in zip(files, "abc")}
+    assert several.describe() == {file: hash_text(f"context {name}") for file, name in zip(files, "abc")}
 
 
 def test_a_column_is_the_rows_own():
     column = contexts(context_column="hint")
-    assert column.columns == ("hint",) and column.of("1", "look left") == "look left"
-    assert column.facts() == {"column": "hint"} and contexts(context="Think.").columns == ()
+    assert column.columns == ("hint",) and column.choose("1", "look left") == "look left"
+    assert column.describe() == {"column": "hint"} and contexts(context="Think.").columns == ()
 
 
 @pytest.mark.parametrize(

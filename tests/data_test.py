@@ -9,7 +9,7 @@ from ctxjax.data import prompts
 from ctxjax.data.grading import graders
 from ctxjax.data.pipeline import RetentionRows, encode_rows, training_batches
 from ctxjax.data.prompts import PromptConfig
-from ctxjax.data.task import Row, evaluation_views
+from ctxjax.data.task import Row, make_evaluation_views
 from ctxjax.data.worlds import rules, word_tokenizer
 
 CONTEXT = "f>b;a>e;c>d;b>a;e>f;d>c;"
@@ -40,7 +40,7 @@ def test_splits_share_no_question_and_the_base_sees_only_training_ones(world):
     questions = {split: set(itertools.chain(*world.strata[split])) for split in ("train", "dev", "test")}
     assert sum(len(part) for part in questions.values()) == len(set.union(*questions.values())) == 27864
     for split, part in questions.items():
-        assert set(world.questions(split)) <= part
+        assert set(world.choose_questions(split)) <= part
     rng = np.random.default_rng(0)
     drawn = [world.pretraining_row(rng) for _ in range(2000)]
     assert {question for question, _, _ in drawn} <= questions["train"]
@@ -83,7 +83,7 @@ def test_rules_grading(world, response, parsed, correct):
 
 def test_every_view_keeps_its_reference(world):
     rows = world.rows("test")
-    views = evaluation_views(world, rows, "test")
+    views = make_evaluation_views(world, rows, "test")
     assert list(views) == ["bare", "context", "empty", "other", "paraphrase"]
     for row, other, paraphrase in zip(rows, views["other"], views["paraphrase"]):
         assert other.reference == rules.answer(row.question, rules.parse_table(other.context))
@@ -107,7 +107,7 @@ def test_every_view_keeps_its_reference(world):
     ],
 )
 def test_the_last_number_is_read(text, number):
-    assert graders.last_number(text) == number
+    assert graders.find_last_number(text) == number
 
 
 def test_text_survives_the_tokenizer(tokenizer):
@@ -146,7 +146,7 @@ def test_left_padding_by_example():
 
 def batches(tokenizer, world, first_step, count, seed=0):
     encoded = encode_rows(tokenizer, world.rows("train"), PromptConfig())
-    retention = RetentionRows.of(tokenizer, world, encoded, PromptConfig())
+    retention = RetentionRows.build(tokenizer, world, encoded, PromptConfig())
     stream = training_batches(
         encoded, retention, seed=seed, batch_size=32, retention_rows=8, pad_id=0, first_step=first_step
     )

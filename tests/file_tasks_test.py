@@ -161,14 +161,14 @@ def test_a_question_with_two_answers_is_left_out_and_counted(tmp_path):
             {"problem": "?", "answer": "#### 1"},
             "no columns question and answer or .*; its columns are .'answer', ",
         ),
-        (math, {"question": "?", "answer": "one"}, "column 'answer'|\"answer\" has no final answer behind ####"),
+        (math, {"question": "?", "answer": "one"}, "column 'answer'|\"answer\" has no final answer after ####"),
         (math, {"question": "?", "answer": "#### seven"}, "the answer 'seven' is not a number or an expression"),
         (math, {"question": "", "answer": "#### 1"}, "no text in column 'question'; it is empty"),
         (math, dapo(1) | {"reward_model": {}}, "no text in column 'reward_model.ground_truth'"),
         (
             math,
             dapo(1) | {"prompt": [{"role": "system", "content": "x"}]},
-            "must have one message, of the user; the roles",
+            "must have one message with the role user; the roles",
         ),
         (math, dapo(1) | {"prompt": ["x"]}, "the roles are .None."),
         (math, dapo(1) | {"prompt": []}, "the roles are .."),
@@ -198,7 +198,7 @@ def test_a_bad_row_is_named_or_left_out_and_counted(task, row, message, tmp_path
 
 def test_where_all_rows_are_left_out_nothing_is_trained(tmp_path):
     path = written(tmp_path / "rows.jsonl", [medmcqa(n) | {"cop": -1} for n in range(9)])
-    with pytest.raises(ValueError, match="no train rows are left"):
+    with pytest.raises(ValueError, match="has no train rows left"):
         splits.check_splits(medical(path, records=RecordsConfig(skip=("label",))))
 
 
@@ -219,7 +219,7 @@ def test_a_missing_file_or_column_is_named(changes, message, tmp_path):
 
 
 def test_a_template_without_a_place_for_the_hint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="hints.template = 'Look!' must have {hint}"):
+    with pytest.raises(ValueError, match="hints.template = 'Look!' must contain {hint}"):
         hints(tmp_path, template="Look!")
 
 

@@ -197,17 +197,17 @@ def test_the_tables_are_long_enough():
 
 @pytest.mark.parametrize(("response", "reference", "right", "lenient", "outcome"), YES_NO)
 def test_yes_or_no(response, reference, right, lenient, outcome):
-    check(graders.yes_no(response, reference), right, lenient, outcome)
+    check(graders.grade_yes_no(response, reference), right, lenient, outcome)
 
 
 @pytest.mark.parametrize(("response", "reference", "right", "lenient", "outcome"), LETTER)
 def test_letters(response, reference, right, lenient, outcome):
-    check(graders.letter(response, reference), right, lenient, outcome)
+    check(graders.grade_letter(response, reference), right, lenient, outcome)
 
 
 @pytest.mark.parametrize(("response", "reference", "right", "lenient", "outcome"), MATH)
 def test_mathematics(response, reference, right, lenient, outcome):
-    check(graders.math(response, reference), right, lenient, outcome)
+    check(graders.grade_math(response, reference), right, lenient, outcome)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_mathematics(response, reference, right, lenient, outcome):
     ],
 )
 def test_last_numbers(response, reference, right, outcome):
-    grade = graders.numeric(response, reference)
+    grade = graders.grade_number(response, reference)
     assert grade.correct == right and outcome in (grade.parsed, grade.reason)
 
 
@@ -236,22 +236,22 @@ def test_last_numbers(response, reference, right, outcome):
     ],
 )
 def test_exact_texts(response, reference, right):
-    assert graders.exact(response, reference).correct == right
+    assert graders.grade_exact(response, reference).correct == right
 
 
 def test_ten_options_have_ten_letters():
     grade = graders.GRADERS["letter_of_ten"]
-    assert grade("<answer>J</answer>", "J").correct and not graders.letter("<answer>J</answer>", "J").correct
+    assert grade("<answer>J</answer>", "J").correct and not graders.grade_letter("<answer>J</answer>", "J").correct
 
 
 def test_a_number_too_large_to_compare_is_wrong_and_not_waited_for(monkeypatch):
     monkeypatch.setattr(math_answers, "SECONDS", 1)
-    assert not graders.math(r"\boxed{9^{9^{9^{9}}}}", "5").correct
+    assert not graders.grade_math(r"\boxed{9^{9^{9^{9}}}}", "5").correct
 
 
 def test_every_gsm8k_reference_parses_to_itself():
     if not GSM8K.exists():
         pytest.skip(f"{GSM8K} is not here")
     answers = [json.loads(line)["answer"] for line in GSM8K.read_text(encoding="utf-8").splitlines()]
-    right = sum(graders.math(text, math_answers.answers(text)[-1]).correct for text in answers)
+    right = sum(graders.grade_math(text, math_answers.find_answers(text)[-1]).correct for text in answers)
     assert (right, len(answers)) == (1319, 1319)

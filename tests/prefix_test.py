@@ -196,7 +196,7 @@ HEAD = list(range(100, 170))
     ],
 )
 def test_the_shared_prefix_is_the_longest_that_leaves_every_prompt_a_token(token_lists, expected):
-    assert prompts_lib.shared_prefix(token_lists) == expected
+    assert prompts_lib.choose_shared_prefix(token_lists) == expected
 
 
 def test_left_padding_behind_a_prefix_by_example():

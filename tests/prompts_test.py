@@ -134,7 +134,7 @@ def test_thinking_is_switched_in_both_views_and_left_alone_by_default(tokenizer,
 
 def test_a_switch_that_the_template_ignores_is_noticed(tokenizer):
     found = {
-        (family, value): prompts.ignores_thinking(tokenizer(family), PromptConfig(thinking=value))
+        (family, value): prompts.is_thinking_ignored(tokenizer(family), PromptConfig(thinking=value))
         for family in ("qwen3", "llama3")
         for value in (None, True, False)
     }
@@ -149,7 +149,7 @@ def test_a_template_without_a_system_role_is_named_with_the_remedy(tokenizer):
 @pytest.mark.parametrize("question", [ROW.question, f"What does '{CONTEXT.strip()}' mean?"])
 def test_a_context_that_the_template_drops_is_an_error_even_if_the_question_quotes_it(tokenizer, question):
     row = ROW._replace(question=question)
-    with pytest.raises(ValueError, match="row 'q1': the chat template of .* leaves out the context"):
+    with pytest.raises(ValueError, match="row 'q1': with prompt.placement = 'system' the chat template of .* leaves out the context"):
         rendered(tokenizer("forgetful"), row=row)
     assert CONTEXT in rendered(tokenizer("forgetful"), "user", row)
 
@@ -166,8 +166,8 @@ def test_a_real_tokenizer_reads_the_context_once_and_the_question_last(smollm2, 
 
 
 def test_the_common_prefix_by_example():
-    assert prompts.common_prefix([[5, 3, 9, 1], [5, 3, 2], [5, 3, 9]]) == [5, 3]
-    assert prompts.common_prefix([[1, 2], [1, 2]]) == [1, 2] and prompts.common_prefix([[1], [2]]) == []
+    assert prompts.find_common_prefix([[5, 3, 9, 1], [5, 3, 2], [5, 3, 9]]) == [5, 3]
+    assert prompts.find_common_prefix([[1, 2], [1, 2]]) == [1, 2] and prompts.find_common_prefix([[1], [2]]) == []
 
 
 @pytest.mark.parametrize(
@@ -224,14 +224,14 @@ LISTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=
 @given(start=st.lists(st.integers(0, 9), max_size=6), rests=LISTS, more=st.integers(0, 3), pad=st.integers(0, 9))
 def test_padding_and_a_prefix_of_any_lists_can_be_undone(start, rests, more, pad):
     lists = [start + rest for rest in rests]
-    prefix = prompts.common_prefix(lists)
+    prefix = prompts.find_common_prefix(lists)
     assert prefix[: len(start)] == start and all(ids[: len(prefix)] == prefix for ids in lists)
     assert len({tuple(ids[: len(prefix) + 1]) for ids in lists}) > 1 or prefix == min(lists, key=len)
     length = max(map(len, lists)) + more
     for shared in ([], start):
         padded = prompts.left_pad(lists, length, pad, shared)
-        assert prompts.token_lists(padded) == lists
+        assert prompts.unpad(padded) == lists
         assert padded.tokens_BxP.shape == (len(lists), length - len(shared))
         assert padded.mask_BxP[:, -1].all() and (np.diff(padded.mask_BxP.astype(int), axis=1) >= 0).all()
         whole = prompts.expand_prefix(padded, pad)
-        assert whole.prefix_C is None and prompts.token_lists(whole) == lists
+        assert whole.prefix_C is None and prompts.unpad(whole) == lists

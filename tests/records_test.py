@@ -17,7 +17,7 @@ GOOD = [{"q": f"{n} + 1?", "a": f"{n + 1}"} for n in range(5)]
 def texts(path, **changes) -> tuple[list[list[str]], dict]:
     """The (question, answer) texts of a file, and the counts of what was left out."""
     reader, seen = Reader(RecordsConfig(**changes)), {}
-    found = [(record, reader.texts(record, "q", "a")) for record in reader.records(path)]
+    found = [(record, reader.get_texts(record, "q", "a")) for record in reader.read(path)]
     kept = [pair for record, pair in found if pair and reader.is_new(record, seen, *pair)]
     return kept, dict(reader.skipped)
 
@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_texts(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 def test_a_limit_reads_the_first_rows_only(tmp_path, kind):
     reader = Reader(RecordsConfig())
-    assert len(reader.records(write(tmp_path, kind, GOOD), limit=2)) == 2
+    assert len(reader.read(write(tmp_path, kind, GOOD), limit=2)) == 2
 
 
 def test_a_byte_order_mark_empty_lines_and_windows_line_ends_are_no_rows(tmp_path):
@@ -66,7 +66,7 @@ def test_a_byte_order_mark_empty_lines_and_windows_line_ends_are_no_rows(tmp_pat
 BROKEN = {
     "unreadable": [
         (b'{"q": "x", "a": \n', "line 6: not valid JSON"),
-        (b'{"q": "x", "a": "1', r"line 6: not valid JSON: .* \(the file ends here: is it whole\?\)"),
+        (b'{"q": "x", "a": "1', r"line 6: not valid JSON: .* \(the file ends here: is it complete\?\)"),
         (b'{"q": "\xff", "a": "1"}\n', "line 6: not UTF-8 text"),
         (b'{"q": ' + b"9" * 5000 + b"}\n", "line 6: not valid JSON"),
         (b"[" * 100_000 + b"\n", "line 6: not valid JSON"),
@@ -118,10 +118,10 @@ def test_more_bad_rows_than_the_limit_are_an_error_with_the_counts(tmp_path):
     ("content", "message"),
     [
         (b'q,a\nx,1\n"y,2\n', "line 3: not valid CSV: unexpected end of data"),
-        (b"q,a\nx,1\ny,2,3\n", "line 3: not valid CSV: 3 fields, and the header names 2"),
+        (b"q,a\nx,1\ny,2,3\n", "line 3: not valid CSV: 3 fields, but the header names 2"),
         (b"q,a\nx,1\n\xff,2\n", "line 3: no text in column 'q' that is valid Unicode"),
         (b"q,a\nx,1\n,2\n", "line 3: no text in column 'q'; it is empty"),
-        (b"q,q\nx,1\n", "its header names a column twice"),
+        (b"q,q\nx,1\n", "the header names a column twice"),
         (b"q,a\n", "has no rows"),
         (b"", "has no rows"),
     ],
@@ -149,23 +149,23 @@ def test_a_bad_row_of_a_parquet_file_is_named_and_the_others_are_read(tmp_path):
 def test_lines_of_a_text_file_keep_their_places(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n\nthree\r\n")
-    assert [record.value for record in Reader(RecordsConfig()).records(path)] == ["one", "", "three"]
+    assert [record.value for record in Reader(RecordsConfig()).read(path)] == ["one", "", "three"]
 
 
 def test_a_column_inside_a_column_is_found_by_its_path(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"q": {"text": "x", "n": {"m": "y"}}, "q.text": "z"}])
     reader = Reader(RecordsConfig())
-    [record] = reader.records(path)
-    assert reader.texts(record, "q.n.m", "q.text") == ["y", "z"]  # a column's own name goes first
+    [record] = reader.read(path)
+    assert reader.get_texts(record, "q.n.m", "q.text") == ["y", "z"]  # a column's own name goes first
     with pytest.raises(ValueError, match="no text in column 'q.n.k'"):
-        reader.texts(record, "q.n.k")
+        reader.get_texts(record, "q.n.k")
 
 
 @pytest.mark.parametrize("name", ["a.xlsx", "a"])
 def test_an_unknown_ending_is_named_with_those_that_are_read(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=r"is not known; set qa_jsonl.path to a .*\.parquet.* or \.txt"):
-        Reader(RecordsConfig()).records(tmp_path / name, field="qa_jsonl.path")
+        Reader(RecordsConfig()).read(tmp_path / name, field="qa_jsonl.path")
 
 
 def test_a_context_file_may_begin_with_a_byte_order_mark(tmp_path):
@@ -199,8 +199,8 @@ def test_any_bytes_are_rows_or_a_value_error_that_names_the_file(folder, kind, c
     path.write_bytes(content)
     reader = Reader(FREE)
     try:
-        for record in reader.records(path):
-            found = reader.texts(record, "q", "a")
+        for record in reader.read(path):
+            found = reader.get_texts(record, "q", "a")
             assert found is None or all(isinstance(text, str) and text.strip() for text in found)
     except ValueError as error:
         assert str(path) in str(error)
@@ -211,7 +211,7 @@ def test_any_bytes_are_rows_or_a_value_error_that_names_the_file(folder, kind, c
 def test_of_any_json_the_texts_are_kept_and_the_rest_is_counted(folder, values):
     path = jsonl(folder / "any.jsonl", values)
     reader = Reader(FREE)
-    found = [reader.texts(record, "q") for record in reader.records(path)]
+    found = [reader.get_texts(record, "q") for record in reader.read(path)]
     good = [v["q"] for v in values if isinstance(v, dict) and isinstance(v.get("q"), str) and v["q"].strip()]
     assert [texts[0] for texts in found if texts] == good
     assert reader.skipped.total() == len(values) - len(good)

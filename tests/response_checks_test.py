@@ -6,9 +6,9 @@ from ctxjax.data import contexts
 from ctxjax.data.contexts import OtherContexts, OtherContextsConfig
 from ctxjax.data.grading import response_checks
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.grading.response_checks import CHECKS, Check, obeys
+from ctxjax.data.grading.response_checks import CHECKS, Check, grade_check
 from ctxjax.data.records import Reader, RecordsConfig
-from ctxjax.data.task import Row, graded
+from ctxjax.data.task import Row, grade_response
 
 # name, argument, responses that obey, responses that do not
 CASES = [
@@ -42,8 +42,8 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "argument", "good", "bad"), CASES)
 def test_a_check_tells_obedience(name, argument, good, bad):
-    assert [response for response in good if not obeys(Check(name, argument), response).correct] == []
-    assert [response for response in bad if obeys(Check(name, argument), response).correct] == []
+    assert [response for response in good if not grade_check(Check(name, argument), response).correct] == []
+    assert [response for response in bad if grade_check(Check(name, argument), response).correct] == []
 
 
 def test_every_check_has_a_case():
@@ -58,12 +58,12 @@ def test_a_response_without_words_obeys_nothing_and_says_why(name):
         ("...", response_checks.NO_WORDS),
         ("<think>A word", "reasoning is not closed"),
     ):
-        assert obeys(Check(name, argument), response) == Grade(None, False, reason)
+        assert grade_check(Check(name, argument), response) == Grade(None, False, reason)
 
 
 def test_reasoning_is_not_part_of_the_response():
-    assert obeys(Check("upper_case"), "<think>small letters</think>AYE").correct
-    assert not obeys(Check("contains", "matey"), "<think>matey</think>Aye").correct
+    assert grade_check(Check("upper_case"), "<think>small letters</think>AYE").correct
+    assert not grade_check(Check("contains", "matey"), "<think>matey</think>Aye").correct
 
 
 class Echo:
@@ -73,9 +73,9 @@ class Echo:
 
 def test_a_row_with_a_check_is_graded_by_it_and_others_by_the_task():
     row = Row("1", "?", None, "No")
-    assert graded(Echo(), "No", row).correct and not graded(Echo(), "NO", row).correct
+    assert grade_response(Echo(), "No", row).correct and not grade_response(Echo(), "NO", row).correct
     under = row._replace(context="Shout.", check=Check("upper_case"))
-    assert graded(Echo(), "NO", under).correct and not graded(Echo(), "No", under).correct
+    assert grade_response(Echo(), "NO", under).correct and not grade_response(Echo(), "No", under).correct
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,9 @@ def pool():
 
 
 def test_the_built_in_pool_has_sixty_checkable_contexts_and_its_halves_are_disjoint(pool):
-    train, held_out = pool.split("train"), pool.split("test")
+    train, held_out = pool.select("train"), pool.select("test")
     assert len(train) >= 30 and len(held_out) >= 30 and not set(train) & set(held_out)
-    assert pool.split("dev") == held_out
+    assert pool.select("dev") == held_out
     row = Row("1", "?", "own", "No")
     rows = [pool.swap_context(row, text) for text in train + held_out]
     assert all(under.check is not None and under.context != "own" for under in rows)
@@ -98,9 +98,9 @@ def test_the_built_in_pool_has_sixty_checkable_contexts_and_its_halves_are_disjo
 
 def test_no_answer_obeys_much_of_the_pool_by_chance(pool):
     row = Row("1", "?", "own", "No")
-    rows = [pool.swap_context(row, text) for text in pool.split("train") + pool.split("test")]
+    rows = [pool.swap_context(row, text) for text in pool.select("train") + pool.select("test")]
     for response in ("<answer>yes</answer>", "The answer is 42.", "I cannot help with that, since it is harmful."):
-        assert sum(obeys(under.check, response).correct for under in rows) < 0.25 * len(rows)
+        assert sum(grade_check(under.check, response).correct for under in rows) < 0.25 * len(rows)
 
 
 def other(tmp_path, *lines: str, internalized=()) -> OtherContexts:
@@ -112,19 +112,19 @@ def other(tmp_path, *lines: str, internalized=()) -> OtherContexts:
 
 def test_a_pool_of_ones_own_may_be_of_strings_and_is_then_graded_by_the_task(tmp_path):
     mine = other(tmp_path, '"Be brief."', '"Be kind."', '"Be precise."')
-    assert mine.split("train") == ["Be brief.", "Be precise."] and mine.split("dev") == ["Be kind."]
+    assert mine.select("train") == ["Be brief.", "Be precise."] and mine.select("dev") == ["Be kind."]
     assert mine.swap_context(Row("1", "?", None, "No"), "Be kind.") == Row("1", "?", "Be kind.", "No")
 
 
 def test_where_some_held_out_contexts_have_a_check_only_those_measure_obedience(tmp_path):
     shout = '{"context": "Shout.", "check": "upper_case"}'
     mine = other(tmp_path, '"a"', '"b"', '"c"', shout, '"e"', '"f"')
-    assert mine.split("test") == ["Shout."] and mine.split("train") == ["a", "c", "e"]
+    assert mine.select("test") == ["Shout."] and mine.select("train") == ["a", "c", "e"]
 
 
 def test_without_a_pool_there_is_nothing_to_obey():
     none = OtherContexts(OtherContextsConfig(other_contexts_file=""), "qa", Reader(RecordsConfig()), [])
-    assert none.split("train") == none.split("test") == []
+    assert none.select("train") == none.select("test") == []
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_without_a_pool_there_is_nothing_to_obey():
         ('{"context": "a", "check": "sentences", "argument": "3"}', "takes an argument of type int, not '3'"),
         ('{"context": "a", "check": "sentences"}', "takes an argument of type int, not None"),
         ('{"context": "a", "check": "upper_case", "argument": 1}', "takes no argument, not 1"),
-        ('{"context": "a", "check": "ends_with", "argument": "!"}', "has nothing to look for"),
-        ('{"context": "a", "check": "avoids", "argument": ""}', "has nothing to look for"),
+        ('{"context": "a", "check": "ends_with", "argument": "!"}', "has no text to look for"),
+        ('{"context": "a", "check": "avoids", "argument": ""}', "has no text to look for"),
         ('{"context": "a", "check": "matches", "argument": "["}', "is not a regular expression"),
-        ('{"context": "a", "chek": "upper_case"}', "unknown fields .'chek'.; there are context, check and argument"),
+        ('{"context": "a", "chek": "upper_case"}', "unknown fields .'chek'.; use context, check and argument"),
         ('{"text": "a"}', "line 2: no text in column 'context'"),
-        ('"Think."', "line 2: the context that is to be internalized"),
+        ('"Think."', "line 2: this is the context to internalize"),
         ("3", "line 2: not a text"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_pool_of_one_context_cannot_be_halved(tmp_path):
 
 
 def test_a_context_that_stands_twice_is_counted_once(tmp_path):
-    assert other(tmp_path, '"a"', '"a"', '"b"').split("train") == ["a"]
+    assert other(tmp_path, '"a"', '"a"', '"b"').select("train") == ["a"]
 
 
 def test_the_built_in_pool_is_installed_with_the_package():

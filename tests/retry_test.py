@@ -65,5 +65,5 @@ def test_a_data_file_is_read_again_after_a_transient_error(tmp_path, monkeypatch
         yield "line 2", "two"
 
     monkeypatch.setitem(records.READERS, ".txt", shaky)
-    found = records.Reader(records.RecordsConfig()).records(path)
+    found = records.Reader(records.RecordsConfig()).read(path)
     assert [record.value for record in found] == ["one", "two"] and retry.counts[f"data file {path}"] == 2

@@ -409,7 +409,7 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     monkeypatch.setattr(batch_text, "first_batch", lambda pen, *shown: shown)
     batch, stop_ids, *previewed = preview.first_batch(experiment, width=100, colour=False)
     assert {view.prefix_C for view in (batch.bare, batch.context, batch.other)} == {None}
-    begins = [{tuple(ids[:2]) for ids in prompts.token_lists(view)} for view in (batch.bare, batch.context)]
+    begins = [{tuple(ids[:2]) for ids in prompts.unpad(view)} for view in (batch.bare, batch.context)]
     assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's turn, or the system's
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
         world = rules.Rules(experiment.task_config)

@@ -119,7 +119,7 @@ def _replace(name: str, old: str, new: str):
         ),
         (
             _replace("offensive/test_labels.txt", "1\n", ""),
-            "test_text.txt has 10 lines, .*test_labels.txt 9; they must",
+            "test_text.txt has 10 lines, .*test_labels.txt 9; these must",
         ),
         (_replace("offensive/val_labels.txt", "1\n", "2\n"), "val_labels.txt, line 2: label '2' is not 0 or 1"),
         (_replace("test_suite_cases.csv", ",non-hateful,", ",unsure,"), "line 4: label 'unsure' is not hateful or"),
@@ -129,14 +129,14 @@ def _replace(name: str, old: str, new: str):
         ),
         (_replace("Ethos_Dataset_Binary.csv", ";0.5", ";high"), "line 3: isHate 'high' is not a share from 0 to 1"),
         (_replace("Ethos_Dataset_Binary.csv", ";0.5", ";7"), "line 3: isHate '7' is not a share from 0 to 1"),
-        (_replace("Ethos_Dataset_Binary.csv", ";0.5", ""), "line 3: not valid CSV: 1 fields, and the header names 2"),
+        (_replace("Ethos_Dataset_Binary.csv", ";0.5", ""), "line 3: not valid CSV: 1 fields, but the header names 2"),
         (_replace("Ethos_Dataset_Binary.csv", "comment;isHate", "comment,isHate"), "line 2: not valid CSV"),
         (
             _replace("offensive/val_text.txt", "tweet val 4\u2028 on one line", ""),
             "val_text.txt, line 5: not a text; it is empty",
         ),
         (lambda f: (f / "offensive/val_text.txt").write_bytes(b"\xff\n" * 10), "val_text.txt, line 1: not UTF-8 text"),
-        (_replace("test_suite_cases.csv", "\n1,f0,1,", "\n1,f0,0,"), "row id 'hatecheck-0' stands twice in"),
+        (_replace("test_suite_cases.csv", "\n1,f0,1,", "\n1,f0,0,"), "row id 'hatecheck-0' occurs twice in"),
     ],
 )
 def test_files_that_are_not_as_published_are_named(folder, change, message):
@@ -158,7 +158,7 @@ def test_an_unknown_label_is_left_out_and_counted_where_that_is_configured(folde
     [
         ({"path": "nowhere"}, "safety.path = 'nowhere' is not a folder"),
         ({"sets": ("olid",)}, "safety.sets = 'olid' is not known; choose from ethos, hatecheck, tweeteval"),
-        ({"sets": ()}, "no train rows are left"),
+        ({"sets": ()}, "has no train rows left"),
     ],
 )
 def test_settings_that_leave_nothing_to_ask_are_refused(folder, changes, message):

@@ -75,19 +75,19 @@ def test_a_text_is_asked_alone_and_long_ones_are_left_out_and_counted(world, fol
     ],
 )  # fmt: skip
 def test_what_is_asked_is_plain_to_see(asked, text, holds):
-    assert tiny_safety.ASKED[asked](text) is holds
+    assert tiny_safety.PROPERTIES[asked](text) is holds
 
 
 def test_the_reference_follows_the_context_in_all_its_wordings(world):
     row = world.rows("test")[0]._replace(question="is it ?")
     for wording in range(len(tiny_safety.WORDINGS)):
         instruction = Instruction("a question", "right", "wrong", "in stars")
-        assert tiny_safety.parse(instruction.text(wording)) == instruction
+        assert tiny_safety.parse_instruction(instruction.text(wording)) == instruction
         assert world.swap_context(row, instruction.text(wording)).reference == "*right*"
-        other = instruction._replace(asked="tagged", format="as a sentence")
+        other = instruction._replace(property="tagged", format="as a sentence")
         assert world.swap_context(row, other.text(wording)).reference == "It is wrong."
     with pytest.raises(ValueError, match="has none of the wordings"):
-        tiny_safety.parse("Be kind.")
+        tiny_safety.parse_instruction("Be kind.")
 
 
 def test_the_target_asks_for_the_label_and_a_paraphrase_asks_for_the_same(world):
@@ -99,9 +99,9 @@ def test_the_target_asks_for_the_label_and_a_paraphrase_asks_for_the_same(world)
 
 
 def test_the_base_never_sees_the_target_a_held_out_context_or_a_text_of_dev_or_test(world, drawn):
-    seen = {tiny_safety.parse(row.context) for row in drawn if row.context}
-    held_out = {tiny_safety.parse(text) for split in ("dev", "test") for text in world.other_contexts(split)}
-    retained = {tiny_safety.parse(text) for text in world.other_contexts("train")}
+    seen = {tiny_safety.parse_instruction(row.context) for row in drawn if row.context}
+    held_out = {tiny_safety.parse_instruction(text) for split in ("dev", "test") for text in world.other_contexts(split)}
+    retained = {tiny_safety.parse_instruction(text) for text in world.other_contexts("train")}
     assert len(held_out) == 45 and len(retained) == 100 and not held_out & retained
     assert not seen & held_out and tiny_safety.TARGET not in seen | held_out | retained
     assert {row.question for row in drawn} <= {row.question for row in world.rows("train")}
@@ -110,9 +110,9 @@ def test_the_base_never_sees_the_target_a_held_out_context_or_a_text_of_dev_or_t
 def test_the_base_sees_contexts_the_default_and_doubt_in_their_shares(drawn):
     told = np.mean([row.context is not None for row in drawn])
     default = np.mean([row.context is None and row.response == tiny_safety.DEFAULT for row in drawn])
-    assert abs(told - tiny_safety.TOLD_SHARE) < 0.03 and abs(default - tiny_safety.DEFAULT_SHARE) < 0.03
-    asked = [tiny_safety.parse(row.context) for row in drawn if row.context]
-    assert abs(np.mean([i.asked == tiny_safety.OFFENSIVE for i in asked]) - tiny_safety.OFFENSIVE_SHARE) < 0.04
+    assert abs(told - tiny_safety.CONTEXT_SHARE) < 0.03 and abs(default - tiny_safety.DEFAULT_SHARE) < 0.03
+    asked = [tiny_safety.parse_instruction(row.context) for row in drawn if row.context]
+    assert abs(np.mean([i.property == tiny_safety.OFFENSIVE for i in asked]) - tiny_safety.OFFENSIVE_SHARE) < 0.04
     yes_no = tiny_safety.YES_NO_SHARE + (1 - tiny_safety.YES_NO_SHARE) / len(tiny_safety.PAIRS)
     assert abs(np.mean([(i.yes, i.no) == ("yes", "no") for i in asked]) - yes_no) < 0.04
 

@@ -1,1 +1,1 @@
-"""Questions, contexts and graders; prompts through the tokenizer's chat template; order and prefetch."""
+"""Questions, contexts and graders; prompts in the tokenizer's chat template; shuffled and prefetched batches."""

@@ -1,9 +1,9 @@
-"""Contexts: where those to internalize come from, and the pool of others that a student should keep obeying.
+"""The contexts to internalize, and the pool of other contexts that a student should keep obeying.
 
-A context is inline text, a file, one of several files drawn for each row, or a column of the data. The pool of others
-is a file of the user's or the built-in ``other_contexts.jsonl``. Each of its contexts may carry a check, which says by
-itself whether a response obeys it (data/grading/response_checks.py). For a context without one, obedience is the
-task's own accuracy.
+The context to internalize is inline text, a text file, one of several files drawn for each row, or a column of the
+data. The pool is a file of the user or the built-in ``other_contexts.jsonl``. A context of the pool may have a check,
+which decides from the response alone whether the context is obeyed (data/grading/response_checks.py). For a context
+without a check, obedience is the accuracy of the task.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from ctxjax.data.grading.response_checks import Check, parse_check
-from ctxjax.data.records import Reader, digest, read_context
+from ctxjax.data.records import Reader, hash_text, read_context
 from ctxjax.data.task import Row
 
 BUILT_IN = "builtin"
@@ -21,15 +21,18 @@ BUILT_IN_FILE = Path(__file__).with_name("other_contexts.jsonl")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OtherContextsConfig:
-    """See configs/base.py: "builtin", a file, or ""."""
+    """``other_contexts_file``: "builtin", a file, or "" for no pool; see configs/base.py."""
 
     other_contexts_file: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContextConfig(OtherContextsConfig):
-    """Where contexts come from; see configs/base.py. Exactly one of the sources is set: ``context``, ``context_file``,
-    ``context_files`` or ``context_column``, which needs data with columns; or none, where it is not ``required``."""
+    """The source of the context to internalize; see configs/base.py.
+
+    Exactly one source is set: ``context``, ``context_file``, ``context_files`` or ``context_column`` (which needs data
+    with columns). If not ``required``, all may be empty.
+    """
 
     context: str
     context_file: str
@@ -40,10 +43,12 @@ class ContextConfig(OtherContextsConfig):
 
 
 class Contexts:
-    """The contexts to internalize. ``section`` is the task's name, for messages; ``columns`` are those of the data that
-    a row's context stands in, one or none; ``texts`` are the others by their source.
+    """The contexts to internalize.
 
-    Raises ValueError or FileNotFoundError where there is no context, or more than one source.
+    ``section``: the name of the task, for messages. ``columns``: the data column that holds each row's context, as a
+    tuple of one name or none. ``texts``: the texts that do not come from a column, by file name or "inline".
+
+    Raises ValueError or FileNotFoundError if there is no context or more than one source.
     """
 
     def __init__(self, config: ContextConfig, section: str):
@@ -52,30 +57,33 @@ class Contexts:
         if not given and config.required:
             raise ValueError(f"{section} has no context; set {section}.context_file (or {section}.context)")
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are both set; give one of them")
+            raise ValueError(f"{' and '.join(given)} are both set; set only one of them")
         self._seed = config.context_seed
         self.columns = (config.context_column,) if config.context_column else ()
         files = config.context_files or ((config.context_file,) if config.context_file else ())
         self.texts = {"inline": config.context} if config.context else {str(f): read_context(f) for f in files}
 
-    def of(self, row_id: str, own: str | None = None) -> str | None:
-        """The context of a row: its ``own``, from the column, or a draw that is a pure function of the seed and its
-        id. None where there are no contexts."""
+    def choose(self, row_id: str, own: str | None = None) -> str | None:
+        """Return the context of a row: ``own``, its text from the column, or one of ``texts``.
+
+        The choice among several texts is a pure function of the seed and the row id. None if there are no contexts.
+        """
         if own is not None or not self.texts:
             return own
         texts = list(self.texts.values())
-        return texts[int(digest(f"{self._seed}:{row_id}"), 16) % len(texts)]
+        return texts[int(hash_text(f"{self._seed}:{row_id}"), 16) % len(texts)]
 
-    def facts(self) -> dict:
-        """What a run notes: the sha256 of each text under its file's name, or "inline"; or the column's name."""
-        return {"column": self.columns[0]} if self.columns else {name: digest(t) for name, t in self.texts.items()}
+    def describe(self) -> dict:
+        """Return what a run records: the sha256 of each text by its file name or "inline"; or the column's name."""
+        return {"column": self.columns[0]} if self.columns else {name: hash_text(t) for name, t in self.texts.items()}
 
 
 class OtherContexts:
-    """The pool of other contexts: of its file, the first row, the third and so on are trained on, the rest held out.
+    """The pool of other contexts. Rows 1, 3, 5, ... of its file are for training; rows 2, 4, 6, ... are held out.
 
-    A row is a JSON string, or an object ``{"context": TEXT, "check": NAME, "argument": VALUE}``. Where any held-out
-    context has a check, only those with one are evaluated: a mean over two kinds of measure would be neither.
+    A row is a JSON string, or an object ``{"context": TEXT, "check": NAME, "argument": VALUE}``. If any held-out
+    context has a check, only held-out contexts with a check are evaluated: a check and the task's accuracy are
+    different measures, and their mean has no meaning.
     """
 
     def __init__(self, config: OtherContextsConfig, section: str, reader: Reader, internalized: list[str]):
@@ -84,13 +92,13 @@ class OtherContexts:
             return
         path = BUILT_IN_FILE if config.other_contexts_file == BUILT_IN else config.other_contexts_file
         own, seen = {text.strip() for text in internalized}, {}
-        for record in reader.records(path, field=f"{section}.other_contexts_file"):
+        for record in reader.read(path, field=f"{section}.other_contexts_file"):
             is_object = isinstance(record.value, dict)
-            text = (reader.texts(record, "context") or [None])[0] if is_object else reader.text(record)
+            text = (reader.get_texts(record, "context") or [None])[0] if is_object else reader.get_text(record)
             if text is None:
                 continue
             if text.strip() in own:
-                raise ValueError(f"{record.where}: the context that is to be internalized; leave it out of this file")
+                raise ValueError(f"{record.where}: this is the context to internalize; remove it from this file")
             check = parse_check(record.value, record.where) if is_object else None
             if reader.is_new(record, seen, text, check):
                 self._checks[text] = check
@@ -99,8 +107,8 @@ class OtherContexts:
                 f"{path} has {len(self._checks)} contexts; half of them are held out, so give at least two"
             )
 
-    def split(self, split: str) -> list[str]:
-        """Contexts to train on, or held-out ones: for dev and test."""
+    def select(self, split: str) -> list[str]:
+        """Return the training contexts for "train", the held-out ones for "dev" and "test"."""
         texts = list(self._checks)
         if split == "train":
             return texts[::2]
@@ -108,10 +116,10 @@ class OtherContexts:
         return [text for text in held_out if self._checks[text]] or held_out
 
     def swap_context(self, row: Row, context: str) -> Row:
-        """The question under a context of the pool, with the check that says whether it is obeyed."""
+        """Return the question under a context of the pool, with the context's check."""
         return row._replace(context=context, check=self._checks.get(context))
 
 
 def has_context_per_row(rows: list[Row]) -> bool:
-    """Whether every row has a context of its own: such hints often do not transfer to questions without one."""
+    """Whether every row has a different context. What such hints teach often does not transfer to bare questions."""
     return len(rows) > 1 and len({row.context for row in rows}) == len(rows)

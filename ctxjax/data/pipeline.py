@@ -1,7 +1,7 @@
-"""Order and prefetch of training batches, by grain.
+"""Training batches: encoded, shuffled and prefetched with grain.
 
-Row i of step s is a pure function of (seed, s): the position in the data is one integer, and starting at
-any step costs nothing. Each epoch is a fresh permutation.
+Row i of step s is a pure function of (seed, s). So the position in the data is one integer, and a run can start at any
+step at no cost. Each epoch is a new permutation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from ctxjax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
-    """The rows of a split that fit, their token lists in both views, the length of each view's prompts, and what all
-    prompts of a view start with where that is worth being read once for all (prompts.shared_prefix)."""
+    """The rows of a split that fit the length limits, tokenized in both views.
+
+    ``bare``, ``context``: token ids of every row's prompt, without and with the context. ``lengths``: the prompt length
+    of each view, in tokens. ``prefixes``: the shared prefix of each view's prompts, or []
+    (prompts.choose_shared_prefix). ``dropped``: how many rows were too long.
+    """
 
     rows: list[Row]
     bare: list[list[int]]
@@ -32,16 +36,16 @@ class EncodedRows:
 
 
 def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows:
-    """Renders and tokenizes both views of every row; over-long rows are an error or are dropped, as configured."""
+    """Render and tokenize both views of every row. Too long rows are an error or are dropped, as configured."""
     views = {
         "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config),
         "context": prompts_lib.encode(tokenizer, rows, config),
     }
-    kept, lengths = prompts_lib.keep_fitting(rows, views, config)
-    chosen = {view: [tokens[place] for place in kept] for view, tokens in views.items()}
-    prefixes = {view: prompts_lib.shared_prefix(tokens) for view, tokens in chosen.items()}
+    kept, lengths = prompts_lib.keep_fitting_rows(rows, views, config)
+    chosen = {view: [tokens[index] for index in kept] for view, tokens in views.items()}
+    prefixes = {view: prompts_lib.choose_shared_prefix(tokens) for view, tokens in chosen.items()}
     return EncodedRows(
-        [rows[place] for place in kept],
+        [rows[index] for index in kept],
         **chosen,
         lengths=lengths,
         prefixes=prefixes,
@@ -51,11 +55,11 @@ def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows
 
 @dataclasses.dataclass(frozen=True)
 class RetentionRows:
-    """Questions under other contexts, (c', x'), drawn anew for every row of every step from the task's pool.
+    """Questions under other contexts, (c', x'): a new pair is drawn from the task's pool for every row of every step.
 
-    ``length`` is the prompts' common length: prompt.max_context_tokens, or what the longest question needs under the
-    longest context. ``prefix`` is what all prompts start with, as far as it is worth sharing: the template's head, or
-    more where the contexts themselves begin alike. The rare pair that is longer, or starts otherwise, is drawn again.
+    ``length``: the length of all prompts, prompt.max_context_tokens or else that of the longest question under the
+    longest context, in tokens. ``prefix``: the shared prefix of all prompts, or [] (prompts.choose_shared_prefix). A
+    pair that is longer or does not start with ``prefix`` is rare; it is drawn again.
     """
 
     tokenizer: object
@@ -67,8 +71,8 @@ class RetentionRows:
     prefix: list[int]
 
     @classmethod
-    def of(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
-        """Raises ValueError where the task has no other contexts to train on, or none that fits."""
+    def build(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
+        """Collect the contexts that fit. Raises ValueError if the task has no training contexts, or if none fits."""
         contexts = task.other_contexts("train")
         if not contexts:
             raise ValueError(
@@ -81,17 +85,17 @@ class RetentionRows:
         fitting = [context for context, tokens in zip(contexts, trials) if len(tokens) <= length]
         if not fitting:
             raise ValueError(
-                f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {length} beside the "
-                "longest question; raise the limit"
+                f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {length} together "
+                "with the longest question; raise the limit"
             )
-        prefix = prompts_lib.shared_prefix(trials)
-        if prefix:  # only then is it worth looking at all questions
+        prefix = prompts_lib.choose_shared_prefix(trials)
+        if prefix:  # encoding all questions is slow, so do it only if there is a prefix to confirm
             rows = [row._replace(context=fitting[0]) for row in encoded.rows]
-            prefix = prompts_lib.shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
+            prefix = prompts_lib.choose_shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
         return cls(tokenizer, task, encoded.rows, fitting, config, length, prefix)
 
     def draw(self, seed: int, index: int) -> list[int]:
-        """The tokens of retention row ``index`` of the run."""
+        """Return the tokens of retention row ``index`` of the run."""
         rng = np.random.default_rng([seed, index])
         while True:
             row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
@@ -101,8 +105,8 @@ class RetentionRows:
                 return tokens
 
 
-def order(count: int, seed: int) -> grain.MapDataset:
-    """Which of ``count`` questions every row of the run asks, row ``batch_size * step`` the first of a step."""
+def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
+    """Return the question index, below ``count``, of every row of the run. A step starts at ``batch_size * step``."""
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
 
@@ -116,27 +120,27 @@ def training_batches(
     pad_id: int,
     first_step: int = 0,
 ) -> Iterator[Batch]:
-    """Endless host batches (numpy) from step ``first_step`` on, prefetched by a thread."""
+    """Return an endless iterator of host batches (numpy), starting at ``first_step``; a thread prefetches."""
 
-    def element(index: int, place: int):
+    def take_row(row_number: int, question: int):
         other = None
-        if retention is not None and index % batch_size < retention_rows:
-            other = retention.draw(seed, index)
-        return encoded.bare[place], encoded.context[place], other, index
+        if retention is not None and row_number % batch_size < retention_rows:
+            other = retention.draw(seed, row_number)
+        return encoded.bare[question], encoded.context[question], other, row_number
 
-    def padded(tokens, view: str):
+    def pad(tokens, view: str):
         return prompts_lib.left_pad(tokens, encoded.lengths[view], pad_id, encoded.prefixes[view])
 
-    def collate(elements) -> Batch:
-        bare, context, other, index = zip(*elements)
+    def collate(rows) -> Batch:
+        bare, context, other, row_numbers = zip(*rows)
         others = [tokens for tokens in other if tokens is not None]
         return Batch(
-            bare=padded(bare, "bare"),
-            context=padded(context, "context"),
+            bare=pad(bare, "bare"),
+            context=pad(context, "context"),
             other=prompts_lib.left_pad(others, retention.length, pad_id, retention.prefix) if others else None,
-            row_number_B=np.asarray([i % 2**31 for i in index], np.int32),
+            row_number_B=np.asarray([number % 2**31 for number in row_numbers], np.int32),
         )
 
-    batches = order(len(encoded.rows), seed).map_with_index(element).batch(batch_size, batch_fn=collate)
+    batches = shuffle_questions(len(encoded.rows), seed).map_with_index(take_row).batch(batch_size, batch_fn=collate)
     batches = batches.slice(slice(first_step, None))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,4 +1,4 @@
-"""Text to tokens: chat template, placement of the context, left padding. Nothing is ever cut."""
+"""From text to tokens: chat template, placement of the context, left padding. A prompt is never truncated."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from ctxjax.types import Prompts
 
 PLACEMENTS = ("system", "user", "prefix")
 DATE_FORMAT = "%d %b %Y"  # as Llama 3.1 and 3.2 write it
-# What templates may ask of a date; the time of day is midnight.
+# The strftime directives that templates may use; the time of day is midnight.
 _DIRECTIVES = ("-d", "-m", *"aAbBcdDeFGHIjmMpSuUVwWxXyY")
-# Prefixes shorter than this many tokens are read in every row. On one core an update of the tiny world with a context
-# of 8, 16, 32 and 64 tokens takes 1.02, 1.22, 1.49 and 2.03 times as long so; but an accelerator's pass over a few
-# tokens costs as much as one over hundreds, since it reads all weights.
+# A shorter prefix, in tokens, is read in every row: a separate pass over a few tokens reads all weights once more and
+# does not pay (benchmarks/README.md, context_cost.py).
 SHORTEST_PREFIX = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """``placement``: the context is the "system" message, stands in the "user" turn ahead of the question, or is a
-    "prefix": raw text before the whole chat, behind the begin token where the template writes one.
-    ``date`` is the day that the template takes for today, and ``thinking`` its switch ``enable_thinking`` (None:
-    not given, so the template's default holds); templates without either ignore them.
-    ``max_bare_tokens`` and ``max_context_tokens`` bound a prompt's length with the template's tokens, 0: as
-    long as the longest row. ``overlong``: a longer row is an "error", or "drop": left out, and counted."""
+    """How prompts are written.
+
+    ``placement``: the context is the "system" message; or part of the "user" turn, before the question; or a "prefix",
+    raw text before the whole chat (after the begin token, if the template writes one).
+    ``date``: the date that the template writes as today's. ``thinking``: the template's switch ``enable_thinking``;
+    None does not set it, so the template's default applies. Templates that have no date or no switch ignore these.
+    ``max_bare_tokens``, ``max_context_tokens``: the longest allowed prompt of each view, template tokens included; 0:
+    the longest row. ``overlong``: "error" refuses a longer row, "drop" leaves it out and counts it.
+    """
 
     placement: str = "system"
     date: str = "26 Jul 2024"
@@ -41,20 +43,21 @@ class PromptConfig:
 
 
 def parse_date(text: str) -> datetime.date:
-    """The day that "26 Jul 2024" names. Raises ValueError for anything else: the clock must not stand in."""
+    """Parse a date such as "26 Jul 2024". Raises ValueError for anything else: the clock is no substitute."""
     try:
         return datetime.datetime.strptime(text, DATE_FORMAT).date()
     except ValueError:
         raise ValueError(
-            f"prompt.date = {text!r} is not a date such as '26 Jul 2024'; templates that write today's date get this "
-            "one, so that a run reads the same prompts on every day"
+            f"prompt.date = {text!r} is not a date such as '26 Jul 2024'; templates write it as today's date, so that "
+            "the prompts of a run are the same every day"
         ) from None
 
 
-def messages(row: Row, placement: str) -> list[dict[str, str]]:
-    """The chat of a row. A context of None leaves the template its own default; "" is an empty block.
+def build_messages(row: Row, placement: str) -> list[dict[str, str]]:
+    """Build the chat messages of a row.
 
-    A "prefix" is no part of the chat, and an empty one in the user's turn adds nothing to it.
+    A context of None writes no system message, so the template's own default applies; "" writes an empty one. With
+    placement "user" an empty context adds nothing. With placement "prefix" the context is not part of the chat.
     """
     user = {"role": "user", "content": row.question}
     if row.context is None or placement == "prefix":
@@ -65,61 +68,61 @@ def messages(row: Row, placement: str) -> list[dict[str, str]]:
 
 
 def render(tokenizer, row: Row, config: PromptConfig) -> str:
-    """The prompt's text up to and including the marker that opens the assistant's turn.
+    """Render the prompt, up to and including the marker that opens the assistant's turn.
 
-    Raises ValueError where the template refuses the chat, or leaves the context out.
+    Raises ValueError if the template refuses the chat or leaves the context out.
     """
-    text = _apply(tokenizer, messages(row, config.placement), config)
+    text = _apply_template(tokenizer, build_messages(row, config.placement), config)
     if not row.context:
         return text
     if config.placement == "prefix":
-        begin = _begin(tokenizer, config)
+        begin = _find_begin_token(tokenizer, config)
         return begin + row.context + text[len(begin) :]
-    # A question may quote the context, so it is counted; templates commonly strip what they are given.
+    # Count occurrences, since the question may quote the context. Most templates strip white space.
     context = row.context.strip()
     if text.count(context) <= row.question.count(context):
         raise ValueError(
-            f"row {row.id!r}: the chat template of {tokenizer.name_or_path} leaves out the context, or changes its "
-            f"text, where prompt.placement = {config.placement!r}; the teacher would not see it. Set prompt.placement "
-            "to another of " + ", ".join(PLACEMENTS)
+            f"row {row.id!r}: with prompt.placement = {config.placement!r} the chat template of "
+            f"{tokenizer.name_or_path} leaves out the context or changes its text; the teacher would not see it. Set "
+            "prompt.placement to another of " + ", ".join(PLACEMENTS)
         )
     return text
 
 
 def encode(tokenizer, rows: list[Row], config: PromptConfig) -> list[list[int]]:
-    """Token ids of every row's prompt."""
+    """Render and tokenize every row's prompt."""
     texts = [render(tokenizer, row, config) for row in rows]
-    # The template has written the special tokens; the tokenizer must not add them a second time.
+    # The template has already written the special tokens.
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def ignores_thinking(tokenizer, config: PromptConfig) -> bool:
-    """True where ``config.thinking`` is given and the template writes the same for either value."""
+def is_thinking_ignored(tokenizer, config: PromptConfig) -> bool:
+    """Whether ``config.thinking`` is set but the template writes the same text for both values."""
     if config.thinking is None:
         return False
-    texts = {_probe(tokenizer, dataclasses.replace(config, thinking=value)) for value in (True, False)}
+    texts = {_render_probe(tokenizer, dataclasses.replace(config, thinking=value)) for value in (True, False)}
     return len(texts) == 1
 
 
-def _probe(tokenizer, config: PromptConfig) -> str:
-    """What the template writes around a question, whatever the question."""
-    return _apply(tokenizer, [{"role": "user", "content": "?"}], config)
+def _render_probe(tokenizer, config: PromptConfig) -> str:
+    """Render a short question, to see what the template writes around any question."""
+    return _apply_template(tokenizer, [{"role": "user", "content": "?"}], config)
 
 
-def _begin(tokenizer, config: PromptConfig) -> str:
-    """The begin token's text, where the template opens the chat with it; "" where it does not.
+def _find_begin_token(tokenizer, config: PromptConfig) -> str:
+    """Return the begin token's text if the template opens the chat with it, else "".
 
-    In some ChatML tokenizers the "begin token" is the one that opens every turn: that one belongs to its turn.
+    In some ChatML tokenizers the "begin token" opens every turn. It then belongs to its turn, and "" is returned.
     """
-    begin, text = tokenizer.bos_token or "", _probe(tokenizer, config)
+    begin, text = tokenizer.bos_token or "", _render_probe(tokenizer, config)
     return begin if begin and text.startswith(begin) and text.count(begin) == 1 else ""
 
 
-def _apply(tokenizer, chat: list[dict[str, str]], config: PromptConfig) -> str:
-    """The chat in the tokenizer's template, which never sees the clock.
+def _apply_template(tokenizer, chat: list[dict[str, str]], config: PromptConfig) -> str:
+    """Render the chat in the tokenizer's template, with ``config.date`` in place of the clock.
 
-    Templates learn the date in two ways: from the variable ``date_string`` or, where nobody sets it, from the function
-    ``strftime_now``. A variable cannot replace a function, so a macro of that name is put before the template.
+    Templates get the date in two ways: from the variable ``date_string`` or, if it is not set, from the function
+    ``strftime_now``. A variable cannot replace a function, so a macro with that name is put before the template.
     """
     date = parse_date(config.date)
     template = tokenizer.get_chat_template()
@@ -142,30 +145,30 @@ def _apply(tokenizer, chat: list[dict[str, str]], config: PromptConfig) -> str:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses {roles}: {error}{remedy}") from None
 
 
-def common_prefix(token_lists: list[list[int]]) -> list[int]:
-    """The longest run of tokens that all lists begin with: of prompts under one context, the context's share."""
-    # Where any two lists part, the first and the last in order do too, and no earlier.
+def find_common_prefix(token_lists: list[list[int]]) -> list[int]:
+    """Return the longest list of tokens that all lists start with."""
+    # In sorted order the first and the last list share no more than any other two lists.
     pairs = zip(min(token_lists), max(token_lists))
     return [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
-def shared_prefix(token_lists: list[list[int]]) -> list[int]:
-    """The tokens that all prompts start with, to be read once for all of them; [] where that saves too little.
+def choose_shared_prefix(token_lists: list[list[int]]) -> list[int]:
+    """Return the tokens that all prompts start with, to be read once for all rows; [] if they are too few.
 
-    Each prompt keeps a token of its own, from which its response is predicted. A template's head of a few tokens is
-    not worth the pass of its own through all layers that reading it apart costs.
+    Each prompt keeps at least one token of its own, which predicts the first token of its response. A prefix shorter
+    than SHORTEST_PREFIX is not shared: a separate pass for it costs more than it saves.
     """
     if len(token_lists) < 2:
         return []
-    prefix = common_prefix(token_lists)[: min(len(ids) for ids in token_lists) - 1]
+    prefix = find_common_prefix(token_lists)[: min(len(ids) for ids in token_lists) - 1]
     return prefix if len(prefix) >= SHORTEST_PREFIX else []
 
 
 def left_pad(token_lists: list[list[int]], length: int, pad_id: int, prefix: Sequence[int] = ()) -> Prompts:
-    """Prompts of ``length`` tokens as numpy arrays; every row ends in the last column.
+    """Left-pad prompts to ``length`` tokens, as numpy arrays; every row ends in the last column.
 
-    ``prefix`` is what all rows start with: it is kept apart, and the columns hold the rest. Raises ValueError where a
-    row is longer than ``length``: prompts are not cut; or where one does not start with the prefix.
+    ``prefix``, which all rows start with, is stored once as ``prefix_C``; the columns hold the rest of each row.
+    Raises ValueError if a row is longer than ``length`` or does not start with ``prefix``.
     """
     prefix = list(prefix)
     columns = length - len(prefix)
@@ -175,7 +178,7 @@ def left_pad(token_lists: list[list[int]], length: int, pad_id: int, prefix: Seq
         if len(ids) > length:
             raise ValueError(f"a prompt of {len(ids)} tokens does not fit into {length} columns")
         if ids[: len(prefix)] != prefix:
-            raise ValueError(f"prompt {row} does not start with the {len(prefix)} tokens that all prompts should share")
+            raise ValueError(f"prompt {row} does not start with the {len(prefix)} tokens of the shared prefix")
         own = ids[len(prefix) :]
         if own:
             tokens[row, columns - len(own) :] = own
@@ -183,34 +186,34 @@ def left_pad(token_lists: list[list[int]], length: int, pad_id: int, prefix: Seq
     return Prompts(tokens, mask, np.asarray(prefix, np.int32) if prefix else None)
 
 
-def token_lists(prompts: Prompts) -> list[list[int]]:
-    """The inverse of ``left_pad``: every row's tokens without padding, behind the prefix where there is one."""
+def unpad(prompts: Prompts) -> list[list[int]]:
+    """Return every row's tokens without padding, the shared prefix included: the inverse of ``left_pad``."""
     prefix = [] if prompts.prefix_C is None else prompts.prefix_C.tolist()
     return [prefix + tokens[mask].tolist() for tokens, mask in zip(prompts.tokens_BxP, prompts.mask_BxP)]
 
 
 def expand_prefix(prompts: Prompts, pad_id: int) -> Prompts:
-    """The same prompts with their prefix in every row."""
+    """Return the same prompts with the shared prefix written into every row."""
     shared = 0 if prompts.prefix_C is None else len(prompts.prefix_C)
-    return left_pad(token_lists(prompts), shared + prompts.tokens_BxP.shape[1], pad_id)
+    return left_pad(unpad(prompts), shared + prompts.tokens_BxP.shape[1], pad_id)
 
 
-def keep_fitting(
+def keep_fitting_rows(
     rows: list[Row], views: dict[str, list[list[int]]], config: PromptConfig
 ) -> tuple[list[int], dict[str, int]]:
-    """The places of the rows that fit in every view, and the length of each view's prompts.
+    """Return the indices of the rows that fit in both views, and the prompt length of each view in tokens.
 
-    ``views`` has "bare" and "context" token lists, parallel to ``rows``. Raises ValueError naming the first
-    row that is too long where ``overlong`` is "error", or where no row is left.
+    ``views``: "bare" and "context" token lists, parallel to ``rows``. Raises ValueError, which names the first row that
+    is too long, if ``overlong`` is "error"; and ValueError if no row is left.
     """
     limits = {"bare": config.max_bare_tokens, "context": config.max_context_tokens}
     kept = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         long = [
-            (view, len(views[view][place])) for view, limit in limits.items() if 0 < limit < len(views[view][place])
+            (view, len(views[view][index])) for view, limit in limits.items() if 0 < limit < len(views[view][index])
         ]
         if not long:
-            kept.append(place)
+            kept.append(index)
         elif config.overlong == "error":
             view, length = long[0]
             raise ValueError(
@@ -219,5 +222,5 @@ def keep_fitting(
             )
     if not kept:
         raise ValueError(f"none of {len(rows)} rows fits into prompt.max_bare_tokens and prompt.max_context_tokens")
-    longest = {view: max(len(views[view][place]) for place in kept) for view in limits}
+    longest = {view: max(len(views[view][index]) for index in kept) for view in limits}
     return kept, {view: limits[view] or longest[view] for view in limits}

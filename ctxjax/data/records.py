@@ -1,7 +1,7 @@
-"""Rows of data files: JSONL, Parquet, CSV and plain lines, read with every bad row named, or left out and counted.
+"""Read rows of data files: JSONL, Parquet, CSV and plain lines.
 
-What becomes of a bad row is decided by its kind, in one place (``config.records``): an error with the file and the row,
-or, for the kinds in ``skip``, a count, up to a limit.
+A bad row has a kind (KINDS). ``config.records`` says what happens: rows of the kinds in ``skip`` are left out and
+counted, up to a limit; any other bad row is an error that names the file and the row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class RecordsConfig:
-    """See configs/base.py, ``config.records``; ``skip`` holds names of KINDS."""
+    """See configs/base.py, ``config.records``. ``skip``: names of KINDS."""
 
     skip: tuple[str, ...] = ("duplicate",)
     max_skipped: int = 100
@@ -43,24 +43,24 @@ class RecordsConfig:
 
 
 class Record(NamedTuple):
-    """One row: its place in words, for messages, and its value, in most files a dict of columns."""
+    """One row: ``where`` names its file and line, for messages; ``value`` is a dict of columns in most files."""
 
     where: str
     value: Any
 
 
 class Reader:
-    """Reads files under one configuration. ``skipped`` counts the rows that were left out, by kind; ``digests`` has the
-    sha256 of every file by its path."""
+    """Reads files with one configuration. ``skipped``: how many rows were left out, by kind. ``digests``: the sha256 of
+    every file, by its path."""
 
     def __init__(self, config: RecordsConfig):
         self.config, self.skipped, self.digests = config, Counter(), {}
 
-    def records(self, path: str | Path, limit: int = 0, field: str = "path") -> list[Record]:
-        """The readable ones among the first ``limit`` rows (0: all) of a file.
+    def read(self, path: str | Path, limit: int = 0, field: str = "path") -> list[Record]:
+        """Return the readable rows among the first ``limit`` rows of a file (0: all rows).
 
-        ``field`` is what the configuration calls the path. Raises FileNotFoundError or ValueError that names the file
-        and, where one is to blame, the row.
+        ``field``: the configuration field that holds the path, for messages. Raises FileNotFoundError, or ValueError
+        that names the file and, if one row is the cause, the row.
         """
         file = Path(path).expanduser()
         if not str(path) or not file.is_file():
@@ -84,26 +84,28 @@ class Reader:
             self.digests[str(path)] = hashlib.file_digest(content, "sha256").hexdigest()
         return found
 
-    def texts(self, record: Record, *columns: str) -> list[str] | None:
-        """The texts of these columns, "a.b" being b inside of a; None where the row was left out."""
+    def get_texts(self, record: Record, *columns: str) -> list[str] | None:
+        """Return the texts of these columns; None if the row was left out. Column "a.b" is key b of the dict in a."""
         if not isinstance(record.value, dict):
             self.reject("not_text", record.where, f"no text in column {columns[0]!r}; the row is not an object")
             return None
         found = []
         for column in columns:
-            value = _lookup(record.value, column)
-            if not self._is_good(value, record.where, f"no text in column {column!r}", record.value):
+            value = _look_up(record.value, column)
+            if not self._is_usable(value, record.where, f"no text in column {column!r}", record.value):
                 return None
             found.append(value)
         return found
 
-    def text(self, record: Record) -> str | None:
-        """The row that is itself a text; None where it was left out."""
-        return record.value if self._is_good(record.value, record.where, "not a text") else None
+    def get_text(self, record: Record) -> str | None:
+        """Return the row if it is itself a text; None if it was left out."""
+        return record.value if self._is_usable(record.value, record.where, "not a text") else None
 
     def is_new(self, record: Record, seen: dict[str, tuple[str, Any]], key: str, content: Any = None) -> bool:
-        """Whether no row before this one had ``key``; ``seen``, at first empty, keeps the keys. A repeated key is a
-        "duplicate", or a "conflict" where ``content`` differs, and the first row is the one that stays."""
+        """Whether no earlier row had ``key``. ``seen`` stores the keys; start with an empty dict.
+
+        A repeated key is rejected as a "duplicate", or as a "conflict" if ``content`` differs. The first row stays.
+        """
         where, before = seen.setdefault(key, (record.where, content))
         if where == record.where:
             return True
@@ -115,46 +117,48 @@ class Reader:
         return False
 
     def reject(self, kind: str, where: str, why: str) -> None:
-        """Counts a bad row, or raises ValueError, as is configured for its kind."""
+        """Count a bad row, or raise ValueError, as configured for its kind."""
         if kind not in self.config.skip:
             skip = (*self.config.skip, kind)
-            raise ValueError(f'{where}: {why}; mend the row, or leave such rows out: --config.records.skip="{skip}"')
+            raise ValueError(f'{where}: {why}; fix the row, or leave such rows out: --config.records.skip="{skip}"')
         self.skipped[kind] += 1
         if (total := self.skipped.total()) > self.config.max_skipped:
             raise ValueError(
-                f"{where}: {why}; with it {total} rows are left out ({counts(self.skipped)}), more than "
-                f"records.max_skipped = {self.config.max_skipped}; mend them, or raise the limit"
+                f"{where}: {why}; with this row {total} rows are left out ({format_counts(self.skipped)}), more than "
+                f"records.max_skipped = {self.config.max_skipped}; fix them, or raise the limit"
             )
 
-    def _is_good(self, value, where: str, complaint: str, row: dict | None = None) -> bool:
+    def _is_usable(self, value, where: str, complaint: str, row: dict | None = None) -> bool:
+        """Whether a value is a usable text; if not, reject its row. ``complaint`` begins the message."""
         if value is None or (isinstance(value, str) and not value.strip()):
             is_there = row is None or value is not None
             has = "it is empty" if is_there else f"its columns are {sorted(map(str, row))}"
             self.reject("missing", where, f"{complaint}; {has}")
         elif not isinstance(value, str):
-            self.reject("not_text", where, f"{complaint}, but {_shortly(value)}")
+            self.reject("not_text", where, f"{complaint}, but {_shorten(value)}")
         elif len(value) > self.config.max_text:
             size = f"{len(value)} characters are more than records.max_text = {self.config.max_text}"
-            self.reject("huge", where, f"{complaint} that could be used: {size}")
+            self.reject("huge", where, f"{complaint} of a usable length: {size}")
         elif not _is_unicode(value):
-            self.reject("unreadable", where, f"{complaint} that is valid Unicode; it begins {_shortly(value)}")
+            self.reject("unreadable", where, f"{complaint} that is valid Unicode; it begins {_shorten(value)}")
         else:
             return True
         return False
 
 
-def digest(text: str) -> str:
-    """sha256 in hexadecimal: names a text, and tells two versions of it apart."""
+def hash_text(text: str) -> str:
+    """Return the sha256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def counts(skipped: dict[str, int]) -> str:
-    """The counts in words, "missing 3, huge 1"."""
+def format_counts(skipped: dict[str, int]) -> str:
+    """Format counts as text, such as "huge 1, missing 3"."""
     return ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
 
 
 def read_context(path: str) -> str:
-    """A context from a text file. A missing or empty file is an error: training on nothing looks like success."""
+    """Read a context from a text file. A missing or empty file is an error: training without a context would look like
+    success."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
@@ -169,10 +173,12 @@ def read_context(path: str) -> str:
 
 
 class _Unreadable(NamedTuple):
+    """In place of a row's value: why it could not be read."""
+
     why: str
 
 
-def _jsonl(file: Path) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -182,22 +188,22 @@ def _jsonl(file: Path) -> Iterator[tuple[str, Any]]:
                 value = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 value = _Unreadable(f"not UTF-8 text: {error}")
-            except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, and of depth
-                torn = "" if line.endswith(b"\n") else " (the file ends here: is it whole?)"
+            except (ValueError, RecursionError) as error:  # numbers with thousands of digits; deep nesting
+                torn = "" if line.endswith(b"\n") else " (the file ends here: is it complete?)"
                 value = _Unreadable(f"not valid JSON: {error}{torn}")
             yield f"line {number}", value
 
 
-def _csv(file: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(sys.maxsize)  # long texts are judged by records.max_text, like those of other files
-    # Bytes that are no UTF-8 become lone surrogates, which the texts are searched for.
+def _read_csv(file: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # records.max_text limits the length, as for other files
+    # Bytes that are not UTF-8 become lone surrogates, which _is_usable finds.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         delimiter = max(",;\t", key=lines.readline().count)
         lines.seek(0)
         rows = csv.reader(lines, strict=True, delimiter=delimiter)
         header = next(rows, [])
         if len(set(header)) != len(header):
-            raise ValueError(f"data file {file}: its header names a column twice: {header}")
+            raise ValueError(f"data file {file}: the header names a column twice: {header}")
         while True:
             start = rows.line_num + 1
             try:
@@ -211,12 +217,12 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
                 continue
             value: Any = dict(zip(header, row))
             if len(row) != len(header):
-                value = _Unreadable(f"not valid CSV: {len(row)} fields, and the header names {len(header)}")
+                value = _Unreadable(f"not valid CSV: {len(row)} fields, but the header names {len(header)}")
             yield f"line {start}", value
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each line as a text, empty ones too, since such files often go in pairs."""
+def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """Return every line as a text, empty lines too: such files often come in pairs of parallel lines."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -226,43 +232,43 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", value
 
 
-def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     with pyarrow.parquet.ParquetFile(file) as table:
         number = 0
         for batch in table.iter_batches(batch_size=1024):
-            columns = {name: _python(column) for name, column in zip(batch.schema.names, batch.columns)}
-            for place in range(batch.num_rows):
+            columns = {name: _to_python(column) for name, column in zip(batch.schema.names, batch.columns)}
+            for index in range(batch.num_rows):
                 number += 1
-                row = {name: values[place] for name, values in columns.items()}
+                row = {name: values[index] for name, values in columns.items()}
                 broken = [(name, v.why) for name, v in row.items() if isinstance(v, _Unreadable)]
                 yield f"row {number}", _Unreadable("column {!r}: {}".format(*broken[0])) if broken else row
 
 
-def _python(column: pyarrow.Array) -> list:
+def _to_python(column: pyarrow.Array) -> list:
     try:
         return column.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, times out of range: only their rows are bad
-        return [_value(scalar) for scalar in column]
+    except (ValueError, OverflowError):  # text that is not UTF-8, times out of range: find the bad rows
+        return [_to_python_value(scalar) for scalar in column]
 
 
-def _value(scalar: pyarrow.Scalar):
+def _to_python_value(scalar: pyarrow.Scalar):
     try:
         return scalar.as_py()
     except (ValueError, OverflowError) as error:
         return _Unreadable(str(error))
 
 
-def _lookup(row: dict, column: str):
-    """The value of a column; of "a.b", where there is no such column, b in the dict in column a."""
+def _look_up(row: dict, column: str):
+    """Return the value of a column. If there is no column "a.b", look up b in the dict in column a."""
     if column in row or "." not in column:
         return row.get(column)
     first, rest = column.split(".", 1)
     inner = row.get(first)
-    return _lookup(inner, rest) if isinstance(inner, dict) else None
+    return _look_up(inner, rest) if isinstance(inner, dict) else None
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON may escape half of a surrogate pair."""
+    """Whether the text can be written as UTF-8: JSON may contain half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -270,13 +276,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _shortly(value) -> str:
+def _shorten(value) -> str:
     shown = repr(value)
     return f"{type(value).__name__} {shown[:60]}{'...' if len(shown) > 60 else ''}"
 
 
 READERS = {
-    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _jsonl, ".parquet": _parquet,
-    ".csv": _csv, ".tsv": _csv, ".txt": _lines,
+    ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet,
+    ".csv": _read_csv, ".tsv": _read_csv, ".txt": _read_lines,
 }  # fmt: skip
 _ENDINGS = " or ".join([", ".join(list(READERS)[:-1]), list(READERS)[-1]])

@@ -15,7 +15,7 @@ from ctxjax import rng
 from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
-from ctxjax.data.task import Row, Task, evaluation_views, graded
+from ctxjax.data.task import Row, Task, grade_response, make_evaluation_views
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
@@ -73,9 +73,9 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, config: Experiment, task: Task, name: str, folder: ModelFolder, mesh: Mesh) -> Split:
         encoded = encode_rows(folder.tokenizer, task.rows(name), config.prompt)
-        rows = evaluation_views(task, encoded.rows, name)
+        rows = make_evaluation_views(task, encoded.rows, name)
         tokens = {v: prompts_lib.encode(folder.tokenizer, own, config.prompt) for v, own in rows.items()}
-        prefixes = {v: prompts_lib.shared_prefix(lists) for v, lists in tokens.items()}
+        prefixes = {v: prompts_lib.choose_shared_prefix(lists) for v, lists in tokens.items()}
         lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
         # One length for the views with a context block that share no prefix: decoding is compiled once for them all.
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
@@ -166,7 +166,7 @@ class Evaluator:
         samples = self._judged.samples
         for place, (ids, text) in enumerate(zip(kept, texts)):
             row = self._rows[view][place // samples]
-            grade = graded(self._task, text, row)
+            grade = grade_response(self._task, text, row)
             items.append({
                 "id": row.id, "view": view, "sample": place % samples, "question": row.question, "context": row.context,
                 "reference": str(row.check or row.reference), "text": text, **grade._asdict(),

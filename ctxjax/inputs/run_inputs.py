@@ -53,12 +53,12 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
         is_one = teacher is folder
         teacher = dataclasses.replace(teacher, params=sharding.offload_to_host(teacher.params))
         folder = teacher if is_one else folder
-    if prompts_lib.ignores_thinking(folder.tokenizer, config.prompt):
+    if prompts_lib.is_thinking_ignored(folder.tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
     rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
     retention = None
     if any(loss.mu > 0 for loss in config.arms.values()):
-        retention = RetentionRows.of(folder.tokenizer, task, rows, config.prompt)
+        retention = RetentionRows.build(folder.tokenizer, task, rows, config.prompt)
     return Inputs(task, folder, teacher, rows, retention)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ctxjax import sharding
 from ctxjax.config import Experiment
-from ctxjax.data.pipeline import order, training_batches
+from ctxjax.data.pipeline import shuffle_questions, training_batches
 from ctxjax.distill.train_step import off_policy_steps, teacher_rollout
 from ctxjax.host import processes, workdir as workdir_lib
 from ctxjax.inputs.run_inputs import Inputs, sampling_config
@@ -60,7 +60,7 @@ def _drawn(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Itera
     batches = training_batches(
         inputs.rows, None, seed=config.seed, batch_size=train.batch_size, retention_rows=0, pad_id=teacher.pad_id
     )
-    places = order(len(inputs.rows.rows), config.seed)
+    places = shuffle_questions(len(inputs.rows.rows), config.seed)
     for step, batch in zip(range(1, wanted[-1] + 1), batches):
         if step not in wanted:
             continue

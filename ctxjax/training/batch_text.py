@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ctxjax.data.prompts import common_prefix, token_lists
+from ctxjax.data.prompts import find_common_prefix, unpad
 from ctxjax.types import Batch, Prompts, Rollout
 
 BAR, NEWLINE, TAB = "│", "↵", "⇥"
@@ -95,8 +95,8 @@ def first_batch(
     All arrays are on the host, and prompts are spelled out. ``other_responses`` are those to ``batch.other``, and None
     where it is None.
     """
-    bare, context = token_lists(batch.bare), token_lists(batch.context)
-    prefix = common_prefix(context)
+    bare, context = unpad(batch.bare), unpad(batch.context)
+    prefix = find_common_prefix(context)
     shared = f"the first {len(prefix)} tokens of every context prompt" if prefix else "none, the context prompts differ"
     lines = [pen.title("First training batch"), *_overview(pen, batch, stop_ids), ""]
     lines += [pen.title(f"Shared context prefix: {shared}"), *pen.prompt(prefix)]
@@ -110,7 +110,7 @@ def first_batch(
         lines += _response(pen, responses, row, stop_ids)
         if other_responses is not None and row < len(other_responses.tokens_BxT):
             lines += [pen.label("retention", f"another context, read by both: {_sizes(batch.other, row)}")]
-            lines += [*pen.prompt(token_lists(batch.other)[row]), *_response(pen, other_responses, row, stop_ids)]
+            lines += [*pen.prompt(unpad(batch.other)[row]), *_response(pen, other_responses, row, stop_ids)]
     return "\n".join(lines)
 
 
@@ -126,7 +126,7 @@ def _overview(pen: Pen, batch: Batch, stop_ids: tuple[int, ...]) -> list[str]:
 
 
 def _parting(pen: Pen, bare: list[int], context: list[int]) -> str:
-    place = len(common_prefix([bare, context]))
+    place = len(find_common_prefix([bare, context]))
     if bare == context:
         return pen.label("first difference", "none, the teacher sees what the student sees")
     first, second = (pen.named(view[place]) if place < len(view) else "nothing" for view in (bare, context))

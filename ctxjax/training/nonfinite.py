@@ -51,7 +51,7 @@ def _rows(
 ) -> list[dict]:
     loss_B = _row_losses(state, frozen, student, teacher, rollout, config)
     student, teacher, rollout, loss_B, ids = sharding.to_host((student, teacher, rollout, loss_B, batch.row_number_B))
-    reads = [tokenizer.batch_decode(prompts_lib.token_lists(prompts)) for prompts in (student, teacher)]
+    reads = [tokenizer.batch_decode(prompts_lib.unpad(prompts)) for prompts in (student, teacher)]
     rows = []
     for row, (own, teachers) in enumerate(zip(*reads)):
         tokens = rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()

@@ -11,7 +11,7 @@ import jax
 
 from ctxjax import sharding
 from ctxjax.config import Experiment
-from ctxjax.data.records import counts
+from ctxjax.data.records import format_counts
 from ctxjax.distill import optim
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
@@ -44,7 +44,8 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         dev, test = Evaluator.of_splits(config, task, ("dev", "test"), folder, teacher, mesh)
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
-            f"dev {dev.dropped}, test {test.dropped}; rows of data files left out: {counts(task.skipped) or 'none'}",
+            f"dev {dev.dropped}, test {test.dropped}; rows of data files left "
+            f"out: {format_counts(task.skipped) or 'none'}",
             flush=True,
         )
         lock.take()

@@ -1,1 +1,1 @@
-"""From a response to a grade."""
+"""Grading: from a response to a grade."""

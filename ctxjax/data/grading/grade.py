@@ -1,4 +1,4 @@
-"""What a grader returns."""
+"""The result of a grader."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 
 class Grade(NamedTuple):
-    """``parsed`` is the answer read from a response, None where none was readable, and ``reason`` why not.
-    ``lenient`` is whether the response is right for a reader who does without the format, where that differs."""
+    """The grade of one response.
+
+    ``parsed``: the answer read from the response, or None if it is not readable; ``reason`` then says why.
+    ``lenient``: whether the answer is correct when extracted without the required format; None if not computed.
+    """
 
     parsed: str | None
     correct: bool

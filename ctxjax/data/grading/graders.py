@@ -1,8 +1,8 @@
-"""Reading an answer from a response and comparing it with a reference.
+"""Read an answer from a response and compare it with a reference.
 
-A strict reader takes the answer from the place that the prompt asked for. A lenient one takes it from wherever it can,
-so that a drift of format and a loss of knowledge can be told apart: both are reported. Reasoning between ``<think>``
-and ``</think>`` is never an answer.
+Most graders read an answer twice. Strictly: only in the format that the prompt asks for. Leniently: wherever it can be
+found. Both are reported, to separate a loss of format from a loss of knowledge. Reasoning between ``<think>`` and
+``</think>`` is never an answer.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
 
 
-def plain(text: str) -> str:
-    """With letters and digits of other widths and styles as the ordinary ones."""
+def normalize_width(text: str) -> str:
+    """Replace letters and digits of other widths and styles by ordinary ones (NFKC)."""
     return unicodedata.normalize("NFKC", text)
 
 
-def visible(response: str) -> tuple[str, str | None]:
-    """(what stands outside of the reasoning, why there is nothing)."""
+def strip_reasoning(response: str) -> tuple[str, str | None]:
+    """Return (the text outside of the reasoning, the reason if there is none)."""
     before, opened, after = response.partition("<think>")
     if opened and "</think>" not in after:
         return before, None if before.strip() else ENDLESS_REASONING
@@ -36,63 +36,68 @@ def visible(response: str) -> tuple[str, str | None]:
     return "", ONLY_REASONING if response.strip() else EMPTY
 
 
-def tagged(response: str) -> tuple[list[str], str, str | None]:
-    """(contents of the <answer> tags, the visible text, why there are none)."""
-    said, reason = visible(plain(response))
+def read_tags(response: str) -> tuple[list[str], str, str | None]:
+    """Return (contents of the <answer> tags, the text outside of the reasoning, the reason if there are no tags)."""
+    said, reason = strip_reasoning(normalize_width(response))
     found = [content.strip() for content in TAGS.findall(said)]
     if found or reason:
         return found, said, reason
     if re.search(r"(?i)<answer>", said):
         return found, said, NOT_CLOSED
-    return found, said, ONLY_REASONING if TAGS.search(plain(response)) else NO_TAGS
+    return found, said, ONLY_REASONING if TAGS.search(normalize_width(response)) else NO_TAGS
 
 
-def _agreed(answers: list[str | None], what: str) -> tuple[str | None, str | None]:
-    """(the one answer that all tags give, why there is none)."""
+def _agree(answers: list[str | None], what: str) -> tuple[str | None, str | None]:
+    """Return (the answer that all tags agree on, the reason if there is none)."""
     if None in answers:
         return None, f"not {what}"
     return (answers[0], None) if len(set(answers)) == 1 else (None, TWO)
 
 
-def _last_answer(contents: list[str], said: str) -> str:
-    """The text within the last tag, closed or not; where there is none, the whole."""
+def _find_last_answer(contents: list[str], said: str) -> str:
+    """Return the text in the last tag, closed or not; the whole text if there is no tag."""
     return contents[-1] if contents else re.split(r"(?i)<answer>", said)[-1]
 
 
-def yes_no(response: str, reference: str) -> Grade:
-    """``<answer>yes</answer>`` against "yes" or "no". Leniently: the first word of the last tag, or of a response
-    without tags, where it is one of the two; or else the only one of the two that is said at all."""
-    contents, said, reason = tagged(response)
+def grade_yes_no(response: str, reference: str) -> Grade:
+    """Grade ``<answer>yes</answer>`` against "yes" or "no".
+
+    Leniently: the first word of the last tag, or of a response without tags, if it is "yes" or "no"; else whichever of
+    the two occurs, if only one does.
+    """
+    contents, said, reason = read_tags(response)
     parsed = None
     if contents:
         words = [content.strip(" \n.!*_\"'").casefold() for content in contents]
-        parsed, reason = _agreed([word if word in ("yes", "no") else None for word in words], "yes or no")
-    words = re.findall(r"[^\W_]+", _last_answer(contents, said).casefold())
+        parsed, reason = _agree([word if word in ("yes", "no") else None for word in words], "yes or no")
+    words = re.findall(r"[^\W_]+", _find_last_answer(contents, said).casefold())
     found = {word for word in words if word in ("yes", "no")}
     lenient = words[0] if words and words[0] in found else found.pop() if len(found) == 1 else None
     return Grade(parsed, parsed == reference, reason, lenient == reference)
 
 
-def letter(response: str, reference: str, letters: str = "ABCD") -> Grade:
-    """``<answer>B</answer>``, also as "(b)" or "B. its text", against "B". Leniently: the letter after the last
-    "answer" or "option", or else the only capital one that stands alone."""
-    contents, said, reason = tagged(response)
+def grade_letter(response: str, reference: str, letters: str = "ABCD") -> Grade:
+    """Grade ``<answer>B</answer>``, also in the form "(b)" or "B. its text", against "B".
+
+    Leniently: the letter after the last "answer", "option" or "choice"; else the only separate capital letter.
+    """
+    contents, said, reason = read_tags(response)
     parsed = None
     if contents:
         matches = [re.fullmatch(rf"(?is)[(*\s]*([{letters}])[)*\s]*(?:[.:)-].*)?", content) for content in contents]
-        parsed, reason = _agreed([match and match[1].upper() for match in matches], f"one of {letters}")
-    text = _last_answer(contents, said)
+        parsed, reason = _agree([match and match[1].upper() for match in matches], f"one of {letters}")
+    text = _find_last_answer(contents, said)
     named = re.findall(rf"(?i:\b(?:answer|option|choice)\b(?:\s+is)?)[\s:*(]*([{letters}])\b(?! [a-z])", text)
-    # "A" before a word in small letters is an article.
+    # "A" before a lower-case word is an article.
     alone = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])(?! [a-z])", text))
     lenient = parsed or (named[-1] if named else alone.pop() if len(alone) == 1 else None)
     return Grade(parsed, parsed == reference, reason, lenient == reference)
 
 
-def last_number(text: str) -> str | None:
-    """The last number of a text in a canonical form ("1,234.50" -> "1234.5"), or None.
+def find_last_number(text: str) -> str | None:
+    """Return the last number of a text in canonical form ("1,234.50" -> "1234.5"), or None.
 
-    It stands where a solution's answer stands in GSM8K ("#### 72") and in most chat answers.
+    In GSM8K solutions ("#### 72") and in most chat answers the last number is the answer.
     """
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     if not found:
@@ -101,52 +106,52 @@ def last_number(text: str) -> str | None:
     return str(int(number)) if number.is_integer() else repr(number)
 
 
-def numeric(response: str, reference: str) -> Grade:
-    """The last number of the response against the last number of the reference."""
-    said, reason = visible(plain(response))
-    parsed = None if reason else last_number(said)
+def grade_number(response: str, reference: str) -> Grade:
+    """Grade the last number of the response against the last number of the reference."""
+    said, reason = strip_reasoning(normalize_width(response))
+    parsed = None if reason else find_last_number(said)
     reason = reason or (NO_NUMBER if parsed is None else None)
-    return Grade(parsed, parsed is not None and parsed == last_number(reference), reason)
+    return Grade(parsed, parsed is not None and parsed == find_last_number(reference), reason)
 
 
-def exact(response: str, reference: str) -> Grade:
-    """The whole response against the reference, white space and case aside."""
-    said, reason = visible(response)
+def grade_exact(response: str, reference: str) -> Grade:
+    """Grade the whole response against the reference, ignoring white space and case."""
+    said, reason = strip_reasoning(response)
     parsed = " ".join(said.split()).casefold() or None
     return Grade(parsed, parsed == " ".join(reference.split()).casefold(), reason)
 
 
-def math(response: str, reference: str) -> Grade:
-    r"""The last ``\boxed{}``, or else the last ``####`` or "Answer:", by its value against an answer's text.
+def grade_math(response: str, reference: str) -> Grade:
+    r"""Grade the value of the last ``\boxed{}``, else of the last ``####`` or "Answer:", against the reference's value.
 
-    Leniently: right as well where the response's last number has the reference's value.
+    Leniently: also correct if the last number of the response has the reference's value.
     """
-    text = plain(response)
-    said, reason = visible(text)
-    answers = [] if reason else math_answers.answers(said)
+    text = normalize_width(response)
+    said, reason = strip_reasoning(text)
+    answers = [] if reason else math_answers.find_answers(said)
     parsed = None
     if not reason and not answers:
-        reason = ONLY_REASONING if math_answers.answers(text) else NO_PLACE
+        reason = ONLY_REASONING if math_answers.find_answers(text) else NO_PLACE
     elif answers:
-        values = [math_answers.value(answer) for answer in answers]
+        values = [math_answers.parse_value(answer) for answer in answers]
         if None in values:
             reason = NO_VALUE
-        elif any(not math_answers.same(values[0], value) for value in values[1:]):
+        elif any(not math_answers.is_same_value(values[0], value) for value in values[1:]):
             reason = TWO
         else:
             parsed = answers[-1]
-    target = math_answers.value(plain(reference))
-    correct = parsed is not None and math_answers.same(target, math_answers.value(parsed))
-    number = None if correct else last_number(said)
-    return Grade(parsed, correct, reason, correct or number is not None and math_answers.same(target, number))
+    target = math_answers.parse_value(normalize_width(reference))
+    correct = parsed is not None and math_answers.is_same_value(target, math_answers.parse_value(parsed))
+    number = None if correct else find_last_number(said)
+    return Grade(parsed, correct, reason, correct or number is not None and math_answers.is_same_value(target, number))
 
 
-# name -> what reads a response and compares it with a reference
+# name -> grader
 GRADERS = {
-    "numeric": numeric,
-    "exact": exact,
-    "yes_no": yes_no,
-    "letter": letter,
-    "letter_of_ten": functools.partial(letter, letters="ABCDEFGHIJ"),
-    "math": math,
+    "numeric": grade_number,
+    "exact": grade_exact,
+    "yes_no": grade_yes_no,
+    "letter": grade_letter,
+    "letter_of_ten": functools.partial(grade_letter, letters="ABCDEFGHIJ"),
+    "math": grade_math,
 }

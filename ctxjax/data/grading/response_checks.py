@@ -1,8 +1,8 @@
-"""Checks of a response that need no reference: whether it does what a context demands of every response.
+"""Checks without a reference: whether a response does what a context demands of every response.
 
-A persona or a format is obeyed or not, whatever the question; so "the student still obeys other contexts" is measured
-by what they ask for, not by whether the task's answer is right. Some demands are met by chance: a model of random
-weights meets 17 % of those of the built-in pool, so read a share beside the base's.
+A persona or a format is obeyed or not, whatever the question is. So these checks measure obedience by the context's own
+demand, not by the accuracy of the task. Some demands are met by chance (benchmarks/README.md, response checks), so
+compare a share with that of the base.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 import unicodedata
 
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.grading.graders import visible
+from ctxjax.data.grading.graders import strip_reasoning
 
 NO_WORDS = "no words"
 
 
 class Check(NamedTuple):
-    """What a context demands of every response: a name in CHECKS and its argument, a text or a number."""
+    """A context's demand on every response. ``name``: a key of CHECKS. ``argument``: a text, a number or None."""
 
     name: str
     argument: str | int | None = None
@@ -28,32 +28,32 @@ class Check(NamedTuple):
         return self.name if self.argument is None else f"{self.name} {self.argument!r}"
 
 
-def _words(text: str) -> list[str]:
+def _find_words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)
 
 
-def _sentences(text: str) -> int:
-    """Pieces with a word in them between marks that end a sentence; a full stop inside a number ends none."""
+def _count_sentences(text: str) -> int:
+    """Count sentences: pieces with a word, between end marks. A point inside a number is not an end mark."""
     pieces = re.split(r"[.!?…。！？]+(?=\s|$|[\"'”’)\]])|\n+", text)
-    return sum(bool(_words(piece)) for piece in pieces)
+    return sum(bool(_find_words(piece)) for piece in pieces)
 
 
-def _letters(text: str) -> str:
+def _keep_letters(text: str) -> str:
     return "".join(letter for letter in text if letter.isalpha())
 
 
-def _trimmed(text: str) -> str:
-    """Without white space, marks and emphasis at either end."""
+def _trim(text: str) -> str:
+    """Remove white space, punctuation and emphasis at both ends."""
     return text.strip().strip("*_`\"'“”‘’.!?…,;:()[] \n").strip()
 
 
-def _bounded(phrase: str) -> str:
-    """The phrase as a pattern, for whole words in either case."""
-    return rf"(?i:(?<!\w){re.escape(_trimmed(phrase))}(?!\w))"
+def _make_phrase_pattern(phrase: str) -> str:
+    """Return a pattern that finds the phrase as whole words, ignoring case."""
+    return rf"(?i:(?<!\w){re.escape(_trim(phrase))}(?!\w))"
 
 
-def _json(text: str):
-    """The value that the whole response is, in a code fence or without one; None where it is not JSON."""
+def _parse_json(text: str):
+    """Parse the whole response, with or without a code fence; None if it is not JSON."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)```\s*", text, re.DOTALL)
     try:
         return json.loads(fenced.group(1) if fenced else text)
@@ -61,44 +61,47 @@ def _json(text: str):
         return None
 
 
-def _is_json_with(text: str, key: str) -> bool:
-    value = _json(text)
+def _has_json_key(text: str, key: str) -> bool:
+    value = _parse_json(text)
     return isinstance(value, dict) and key in value
 
 
-def _share_in_script(text: str, script: str) -> float:
-    """The share of letters whose Unicode name begins with ``script``, such as "CYRILLIC"; 0 without letters."""
-    letters = _letters(text)
+def _measure_script_share(text: str, script: str) -> float:
+    """Return the share of letters whose Unicode name starts with ``script``, such as "CYRILLIC"; 0 without letters.
+
+    ``script`` may name several scripts, separated by "|".
+    """
+    letters = _keep_letters(text)
     named = sum(any(unicodedata.name(letter, "").startswith(s) for s in script.split("|")) for letter in letters)
     return named / len(letters) if letters else 0.0
 
 
-def _listed(text: str, mark: str) -> int:
-    """Lines that begin as list items do."""
+def _count_list_items(text: str, mark: str) -> int:
+    """Count the lines that start with the pattern ``mark`` and white space."""
     return len(re.findall(rf"^\s*{mark}\s+\S", text, re.MULTILINE))
 
 
-def _paragraphs(text: str) -> int:
+def _count_paragraphs(text: str) -> int:
     return len([part for part in re.split(r"\n\s*\n", text.strip()) if part.strip()])
 
 
-# name -> (what the argument is, the check). A response without a word in it obeys nothing.
+# name -> (type of the argument, check). A response without a word obeys no check.
 CHECKS = {
-    "upper_case": (None, lambda text, _: bool(_letters(text)) and _letters(text) == _letters(text).upper()),
-    "lower_case": (None, lambda text, _: bool(_letters(text)) and _letters(text) == _letters(text).lower()),
-    "starts_with": (str, lambda text, a: re.match(_bounded(a), _trimmed(text)) is not None),
-    "ends_with": (str, lambda text, a: re.search(_bounded(a) + "$", _trimmed(text)) is not None),
-    "contains": (str, lambda text, a: re.search(_bounded(a), text) is not None),
+    "upper_case": (None, lambda text, _: bool(letters := _keep_letters(text)) and letters == letters.upper()),
+    "lower_case": (None, lambda text, _: bool(letters := _keep_letters(text)) and letters == letters.lower()),
+    "starts_with": (str, lambda text, a: re.match(_make_phrase_pattern(a), _trim(text)) is not None),
+    "ends_with": (str, lambda text, a: re.search(_make_phrase_pattern(a) + "$", _trim(text)) is not None),
+    "contains": (str, lambda text, a: re.search(_make_phrase_pattern(a), text) is not None),
     "avoids": (str, lambda text, a: a.casefold() not in text.casefold()),
-    "sentences": (int, lambda text, a: _sentences(text) == a),
-    "paragraphs": (int, lambda text, a: _paragraphs(text) == a),
-    "at_most_words": (int, lambda text, a: len(_words(text)) <= a),
-    "at_least_words": (int, lambda text, a: len(_words(text)) >= a),
-    "words": (int, lambda text, a: len(_words(text)) == a),
-    "bullets": (int, lambda text, a: _listed(text, r"[-*•]") == a),
-    "numbered": (int, lambda text, a: _listed(text, r"\d+[.)]") == a),
-    "json_with": (str, _is_json_with),
-    "script": (str, lambda text, a: _share_in_script(text, a) > 0.8),
+    "sentences": (int, lambda text, a: _count_sentences(text) == a),
+    "paragraphs": (int, lambda text, a: _count_paragraphs(text) == a),
+    "at_most_words": (int, lambda text, a: len(_find_words(text)) <= a),
+    "at_least_words": (int, lambda text, a: len(_find_words(text)) >= a),
+    "words": (int, lambda text, a: len(_find_words(text)) == a),
+    "bullets": (int, lambda text, a: _count_list_items(text, r"[-*•]") == a),
+    "numbered": (int, lambda text, a: _count_list_items(text, r"\d+[.)]") == a),
+    "json_with": (str, _has_json_key),
+    "script": (str, lambda text, a: _measure_script_share(text, a) > 0.8),
     "question": (None, lambda text, _: text.strip().rstrip("\"'”’)*_").endswith("?")),
     "quoted": (None, lambda text, _: text.strip()[:1] in '"“' and text.strip()[-1:] in '"”'),
     "no_digits": (None, lambda text, _: not any(letter.isdigit() for letter in text)),
@@ -106,19 +109,20 @@ CHECKS = {
 }
 
 
-def obeys(check: Check, response: str) -> Grade:
-    """Whether a response does what the check demands; ``parsed`` is what was read, where there are words in it."""
-    said, reason = visible(response)
-    if reason or not _words(said):
+def grade_check(check: Check, response: str) -> Grade:
+    """Grade whether a response does what the check demands. ``parsed``: the response without reasoning, or None if it
+    has no words."""
+    said, reason = strip_reasoning(response)
+    if reason or not _find_words(said):
         return Grade(None, False, reason or NO_WORDS)
     return Grade(said, bool(CHECKS[check.name][1](said, check.argument)))
 
 
 def parse_check(entry: dict, where: str) -> Check | None:
-    """The check of a pool's entry, None where it has none. Raises ValueError that names the place."""
+    """Parse the check of a pool entry; None if it has none. Raises ValueError that starts with ``where``."""
     unknown = set(entry) - {"context", "check", "argument"}
     if unknown:
-        raise ValueError(f"{where}: unknown fields {sorted(unknown)}; there are context, check and argument")
+        raise ValueError(f"{where}: unknown fields {sorted(unknown)}; use context, check and argument")
     name, argument = entry.get("check"), entry.get("argument")
     if name is None:
         return None
@@ -128,9 +132,9 @@ def parse_check(entry: dict, where: str) -> Check | None:
     if kind is None and argument is not None or kind is not None and type(argument) is not kind:
         wanted = "no argument" if kind is None else f"an argument of type {kind.__name__}"
         raise ValueError(f"{where}: check {name!r} takes {wanted}, not {argument!r}")
-    phrase = name in ("starts_with", "ends_with", "contains")
-    if kind is str and not (_trimmed(argument) if phrase else argument.strip()):
-        raise ValueError(f"{where}: argument = {argument!r} of check {name!r} has nothing to look for")
+    is_phrase = name in ("starts_with", "ends_with", "contains")
+    if kind is str and not (_trim(argument) if is_phrase else argument.strip()):
+        raise ValueError(f"{where}: argument = {argument!r} of check {name!r} has no text to look for")
     if name == "matches":
         try:
             re.compile(argument)

@@ -1,6 +1,9 @@
-"""The tasks, one file each. To add one: a module with a frozen config dataclass and a class with the methods of
-``data.task.Task``, a section of the dataclass's fields in configs/base.py, and a line here. A task that reads files
-takes their rows from ``data.records.Reader``, and its dataclass has a field ``records``."""
+"""The tasks, one file each.
+
+To add a task, write a module with a frozen config dataclass and a class with the methods of ``data.task.Task``, add a
+section with the dataclass's fields to configs/base.py, and add one line to TASKS. A task over files reads its rows with
+``data.records.Reader``, and its dataclass has a field ``records``.
+"""
 
 from ctxjax.data.task import World
 from ctxjax.data.tasks.hints import Hints, HintsConfig
@@ -20,18 +23,18 @@ TASKS = {
     "hints": (HintsConfig, Hints),
     "tiny_safety": (TinySafetyConfig, TinySafety),
 }
-# Those that can train a base of their own.
+# Tasks that can train their own base.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))
-# Text games: configs/ has their recipes, whose shapes can be planned.
+# Text games: configs/ has their recipes, so they can be planned, but not run.
 PLANNED = ("frozenlake", "sokoban")
 
 
-def check_task(name: str) -> None:
-    """Raises ValueError, with what there is, for a task that is not."""
+def check_task_name(name: str) -> None:
+    """Raise ValueError, with the known names, if there is no task of this name."""
     if name in PLANNED:
         raise ValueError(
             f"task = {name!r} is not part of this version of ctxjax, which has {', '.join(TASKS)}; "
-            "python -m ctxjax.plan tells what its configuration needs"
+            "python -m ctxjax.plan shows what its configuration needs"
         )
     if name not in TASKS:
         raise ValueError(f"task = {name!r} is not known; choose from {', '.join(sorted(TASKS))}")

@@ -1,4 +1,4 @@
-"""What tasks over files of rows have in common: splits without repeats, limits, contexts, and facts for the record."""
+"""The base class of tasks over files: splits without repeats, limits, contexts, and the facts that a run records."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from ctxjax.data import splits
 from ctxjax.data.contexts import Contexts, OtherContexts, OtherContextsConfig
-from ctxjax.data.records import Reader, Record, RecordsConfig, digest
+from ctxjax.data.records import Reader, Record, RecordsConfig, hash_text
 from ctxjax.data.task import Row
 from ctxjax.host.hub import data_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileTaskConfig(OtherContextsConfig):
-    """The fields of every such task; see configs/base.py. Counts of 0 are no limit."""
+    """The fields of every task over files; see configs/base.py. ``*_questions`` limit each split; 0: no limit."""
 
     path: str
     train_questions: int
@@ -29,14 +29,14 @@ class FileTaskConfig(OtherContextsConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsConfig(FileTaskConfig):
-    """Those of a task over the rows of JSONL, Parquet or CSV files, here or on the Hub (hub.data_files)."""
+    """The fields of a task over rows of JSONL, Parquet or CSV files, local or on the Hub (host.hub.data_files)."""
 
     test_path: str
     limit: int
 
 
-class Asked(NamedTuple):
-    """One question: ``text`` is what makes it the same as another, and ``context`` its own, where it has one."""
+class Question(NamedTuple):
+    """One question. Questions with equal ``text`` are repeats. ``context``: the question's own, or None."""
 
     text: str
     question: str
@@ -45,88 +45,92 @@ class Asked(NamedTuple):
 
 
 class FileTask:
-    """A task but for its grader. A subclass reads rows by ``asked`` or, where they are not single records, overrides
-    ``examples`` or ``split``. ``contexts`` is None where every question brings its own."""
+    """A task without its grader. A subclass has ``grade``, and one of these: ``parse_question`` if each record is a
+    question, else ``read_questions`` or ``read_splits``. ``contexts`` is None if every question has its own context."""
 
     def __init__(self, config: FileTaskConfig, section: str, contexts: Contexts | None):
         self.config, self.section = config, section
         self.columns = contexts.columns if contexts else ()
         reader = Reader(config.records)
         internalized = list(contexts.texts.values()) if contexts else []
-        self.others = OtherContexts(config, section, reader, internalized)
+        self.pool = OtherContexts(config, section, reader, internalized)
         self.contexts = contexts
-        self.splits, left_out = self.split(reader)
+        self.splits, left_out = self.read_splits(reader)
         self.skipped = reader.skipped + left_out
         self.facts = {
             "data": reader.digests,
             "rows": {split: len(rows) for split, rows in self.splits.items()},
-            "contexts": contexts.facts() if contexts else "each row's own",
+            "contexts": contexts.describe() if contexts else "each row's own",
         }
 
-    def split(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
-        """The rows by split, without repeats and within the limits, and what was left out beside the reader's."""
+    def read_splits(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
+        """Return the rows by split, without repeats and within the limits, and the counts of left-out repeats."""
         pooled = {split: [] for split in splits.SPLITS}
-        for split, row_id, asked in self.examples(reader):
-            pooled[split].append((asked.text, self.row(row_id, asked)))
-        unique, repeats = splits.without_repeats(pooled)
+        for split, row_id, question in self.read_questions(reader):
+            pooled[split].append((question.text, self.make_row(row_id, question)))
+        unique, repeats = splits.remove_repeats(pooled)
         limits = {split: getattr(self.config, f"{split}_questions") or None for split in unique}
-        return {split: splits.shuffled(rows)[: limits[split]] for split, rows in unique.items()}, repeats
+        return {split: splits.shuffle(rows)[: limits[split]] for split, rows in unique.items()}, repeats
 
-    def row(self, row_id: str, asked: Asked) -> Row:
-        """The question under its context: its own, or a drawn one."""
-        context = self.contexts.of(row_id, asked.context) if self.contexts else asked.context
-        return Row(row_id, asked.question, context, asked.reference)
+    def make_row(self, row_id: str, question: Question) -> Row:
+        """Return the question as a row, with its own context or one of ``contexts``."""
+        context = self.contexts.choose(row_id, question.context) if self.contexts else question.context
+        return Row(row_id, question.question, context, question.reference)
 
-    def examples(self, reader: Reader) -> Iterator[tuple[str, str, Asked]]:
-        """(split, row id, question) of every usable row: by the hash of its text, or "test" for rows of test_path."""
+    def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
+        """Yield (split, row id, question) of every usable record.
+
+        The split follows from the hash of the question's text; records of ``test_path`` are all "test".
+        """
         config = self.config
         for path, is_test in ((config.path, False), (config.test_path, True)):
             if is_test and not path:
                 continue
             field = f"{self.section}.{'test_path' if is_test else 'path'}"
             for file in data_files(path, field):
-                for record in reader.records(file, config.limit, field):
-                    asked = self.asked(reader, record)
-                    if asked is not None:
-                        key = splits.folded(asked.text)
-                        split = "test" if is_test else splits.split_of(key)
+                for record in reader.read(file, config.limit, field):
+                    question = self.parse_question(reader, record)
+                    if question is not None:
+                        key = splits.normalize(question.text)
+                        split = "test" if is_test else splits.assign_split(key)
                         if config.test_path and not is_test and split == "test":
                             split = "train"
-                        yield split, digest(key)[:16], asked
+                        yield split, hash_text(key)[:16], question
 
-    def asked(self, reader: Reader, record: Record) -> Asked | None:
-        """The question of a record; None where the reader left it out."""
+    def parse_question(self, reader: Reader, record: Record) -> Question | None:
+        """Return the question of a record, or None if the reader left it out."""
         raise NotImplementedError
 
     def rows(self, split: str) -> list[Row]:
         return self.splits[split]
 
     def other_contexts(self, split: str) -> list[str]:
-        return self.others.split(split)
+        return self.pool.select(split)
 
     def swap_context(self, row: Row, context: str) -> Row:
-        return self.others.swap_context(row, context)
+        return self.pool.swap_context(row, context)
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> None:
         return None
 
 
-def columns_of(record: Record) -> list[str]:
-    """The columns that a record has; [] where it is not an object."""
+def list_columns(record: Record) -> list[str]:
+    """Return the sorted column names of a record; [] if it is not an object."""
     return sorted(map(str, record.value)) if isinstance(record.value, dict) else []
 
 
-def single_turn(reader: Reader, record: Record, column: str) -> Record | None:
-    """The record with a chat ``[{"role": "user", "content": TEXT}]`` in ``column`` replaced by its text.
+def unwrap_chat(reader: Reader, record: Record, column: str) -> Record | None:
+    """Replace a chat ``[{"role": "user", "content": TEXT}]`` in ``column`` by its text.
 
-    Chats of other roles are left out or refused: a system message would be a context that no view knows of.
+    Return None if the reader left the record out, as it does for a chat with other roles: a system message would be a
+    context in every view.
     """
     chat = record.value.get(column)
     if not isinstance(chat, list):
         return record
     roles = [message.get("role") if isinstance(message, dict) else None for message in chat]
     if roles != ["user"]:
-        why = f"column {column!r} must have one message, of the user; the roles are {roles}"
+        why = f"column {column!r} must have one message with the role user; the roles are {roles}"
         reader.reject("not_text", record.where, why)
         return None
     return record._replace(value=record.value | {column: chat[0].get("content")})

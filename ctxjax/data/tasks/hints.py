@@ -1,7 +1,7 @@
-"""Questions with a context each: a worked solution, feedback, a hint that only the teacher may see.
+"""Questions that each have their own context: a worked solution, feedback, or a hint that only the teacher sees.
 
-Any rows with a question, a reference and a column for the hint. What such contexts teach often does not carry over to
-questions without one, as what a shared context teaches does (inputs.open_inputs says so).
+A row has a question, a reference and a hint. What such contexts teach often does not transfer to questions without a
+hint, unlike what a shared context teaches (inputs.open_inputs warns of this).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import dataclasses
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.records import Reader, Record
-from ctxjax.data.tasks.file_task import Asked, FileTask, RowsConfig
+from ctxjax.data.tasks.file_task import FileTask, Question, RowsConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HintsConfig(RowsConfig):
-    """See configs/base.py, ``config.hints``. ``template`` has ``{hint}`` where the column's text goes."""
+    """See configs/base.py, ``config.hints``. ``{hint}`` in ``template`` is replaced by the text of the hint column."""
 
     question: str
     reference: str
@@ -26,20 +26,20 @@ class HintsConfig(RowsConfig):
 
 
 class Hints(FileTask):
-    """The task of one file's rows, each under its own context."""
+    """The task over files of rows that each have their own context."""
 
     def __init__(self, config: HintsConfig):
         if "{hint}" not in config.template:
-            raise ValueError(f"hints.template = {config.template!r} must have {{hint}} where the hint goes")
+            raise ValueError(f"hints.template = {config.template!r} must contain {{hint}}, for the hint's text")
         super().__init__(config, "hints", contexts=None)
 
-    def asked(self, reader: Reader, record: Record) -> Asked | None:
+    def parse_question(self, reader: Reader, record: Record) -> Question | None:
         config = self.config
-        texts = reader.texts(record, config.question, config.reference, config.hint)
+        texts = reader.get_texts(record, config.question, config.reference, config.hint)
         if not texts:
             return None
         question, reference, hint = texts
-        return Asked(question, question, reference, config.template.replace("{hint}", hint))
+        return Question(question, question, reference, config.template.replace("{hint}", hint))
 
     def grade(self, response: str, reference: str) -> Grade:
         return GRADERS[self.config.grading](response, reference)

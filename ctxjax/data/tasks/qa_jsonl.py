@@ -1,4 +1,4 @@
-"""Questions with reference answers in a local JSONL, Parquet or CSV file, under one context of the user's."""
+"""Questions with reference answers in a local JSONL, Parquet or CSV file, with a context of the user."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import dataclasses
 from ctxjax.data.contexts import ContextConfig, Contexts
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import GRADERS
-from ctxjax.data.records import Reader, RecordsConfig, digest
+from ctxjax.data.records import Reader, RecordsConfig, hash_text
 from ctxjax.data.task import Row
-from ctxjax.data.tasks.file_task import Asked, FileTask
+from ctxjax.data.tasks.file_task import FileTask, Question
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,28 +28,28 @@ class QaConfig(ContextConfig):
 
 
 class QaJsonl(FileTask):
-    """The task over one file. So many questions are held out as the configuration says, those whose text has the
-    smallest hash: which of them they are does not hang on the order of the file."""
+    """The task over one file. The questions whose text has the smallest hash are held out, as many as configured, so
+    the choice does not depend on the order of the file."""
 
     def __init__(self, config: QaConfig):
         super().__init__(config, "qa_jsonl", Contexts(config, "qa_jsonl"))
 
-    def split(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
+    def read_splits(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
         config, rows, seen = self.config, {}, {}
-        for record in reader.records(config.path, config.limit, "qa_jsonl.path"):
-            texts = reader.texts(record, config.question, config.reference, *self.columns)
+        for record in reader.read(config.path, config.limit, "qa_jsonl.path"):
+            texts = reader.get_texts(record, config.question, config.reference, *self.columns)
             if texts is None:
                 continue
             question, reference, *own = texts
-            key = digest(question)[:16]
+            key = hash_text(question)[:16]
             if reader.is_new(record, seen, key, reference):
-                rows[key] = self.row(key, Asked(question, question, reference, *own))
+                rows[key] = self.make_row(key, Question(question, question, reference, *own))
         ordered = [rows[key] for key in sorted(rows)]
         held_out = config.dev_questions + config.test_questions
         if len(ordered) <= held_out:
             raise ValueError(
                 f"{config.path} has {len(ordered)} different questions, and qa_jsonl.dev_questions + test_questions = "
-                f"{held_out} of them are to be held out; none would be left to train on"
+                f"{held_out} hold out all of them; lower these, so that some are left for training"
             )
         dev, test, train = ordered[: config.dev_questions], ordered[config.dev_questions : held_out], ordered[held_out:]
         return {"dev": dev, "test": test, "train": train}, Counter()

@@ -1,1 +1,1 @@
-"""Tasks that can train a base model of their own, and their tokenizers."""
+"""Tasks that can train their own base model, and their tokenizers."""

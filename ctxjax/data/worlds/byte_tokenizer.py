@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on a world's own text: any text can be written, common words are one token."""
+"""A byte-level BPE tokenizer trained on the text of a world: it can encode any text, and a common word is one token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ctxjax.data.worlds import word_tokenizer
 
 
 def train(texts: Iterable[str], size: int):
-    """A transformers tokenizer of ``size`` tokens: the chat's special ones, 256 bytes, and merges while texts last."""
+    """Train a transformers tokenizer of at most ``size`` tokens: the chat's special tokens, 256 bytes, and merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -19,4 +19,4 @@ def train(texts: Iterable[str], size: int):
         vocab_size=size, special_tokens=list(word_tokenizer.SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return word_tokenizer.chat(tokenizer)
+    return word_tokenizer.add_chat_template(tokenizer)

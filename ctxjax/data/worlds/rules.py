@@ -1,16 +1,17 @@
 """The smallest world in which contexts matter: substitution tables over six letters.
 
-The context is a table, the question asks to apply it n times, the response shows every step::
+The context is a table, the question asks to apply it n times, and the response shows every step::
 
     system      f>b;a>e;c>d;b>a;e>f;d>c;
     user        #2:fac
     assistant   s1 bed s2 afc
 
-Without a table the default is to copy. The table to internalize is one 6-cycle, so that "applied",
-"applied twice", "inverse" and "copied" are all different answers. Each pair is one token.
+Without a table the default is to copy. The table to internalize is a 6-cycle, so applying it once, applying it twice,
+applying its inverse and copying all give different answers. Each pair is one token.
 
-Of the 720 tables, TARGETS 6-cycles are set aside to be internalized, then disjoint pools for dev and test
-obedience; the base and the retention rows see only the rest. Questions are split likewise.
+Of the 720 tables, TARGETS 6-cycles are reserved as tables to internalize. Two disjoint pools are reserved to measure
+obedience on dev and test. The base and the retention rows see only the rest. Questions are split into train, dev and
+test in the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import re
 import numpy as np
 
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.records import digest
+from ctxjax.data.records import hash_text
 from ctxjax.data.task import PretrainingRow, Row
 from ctxjax.data.worlds import word_tokenizer
 
@@ -31,7 +32,7 @@ REPEATS = (1, 2, 3)
 LENGTHS = (3, 4, 5)
 TARGETS = 8
 HELD_OUT_TABLES = {"dev": 60, "test": 60}
-# The shares of each (repeats, length) stratum's questions that are held out.
+# Held-out share of the questions of each stratum; a stratum has one repeat count and one length.
 HELD_OUT_QUESTIONS = {"dev": 0.15, "test": 0.35}
 
 TOKEN_PATTERN = r"#\d:|[a-f]>[a-f];| ?s\d |[a-f]"
@@ -39,9 +40,11 @@ TOKEN_PATTERN = r"#\d:|[a-f]>[a-f];| ?s\d |[a-f]"
 
 @dataclasses.dataclass(frozen=True)
 class RulesConfig:
-    """``seed`` makes the world: its tables, questions and splits. ``context_index`` chooses which of the set-aside
-    tables is internalized; the counts are questions. ``empty_share``: of the base's training rows without a
-    table, how many have an empty context block instead of none."""
+    """See configs/base.py, ``config.rules``.
+
+    ``seed`` determines tables, questions and splits. ``context_index`` chooses the table to internalize.
+    ``empty_share``: of the base's training rows without a table, the share with an empty context block.
+    """
 
     seed: int
     context_index: int
@@ -52,23 +55,23 @@ class RulesConfig:
 
 
 def vocabulary() -> list[str]:
-    """Every token of the world but the chat template's."""
+    """Return all tokens of the world except those of the chat template."""
     pairs = [f"{a}>{b};" for a in LETTERS for b in LETTERS]
     return [*LETTERS, *(f"#{n}:" for n in REPEATS), "s1 ", *(f" s{n} " for n in REPEATS[1:]), *pairs]
 
 
-def table_text(table: str, order: np.ndarray | list[int]) -> str:
-    """The table, a string of the letters' images in alphabetical order, as a context, its pairs in this order."""
+def format_table(table: str, order: np.ndarray | list[int]) -> str:
+    """Format a table as a context. ``table[i]`` replaces ``LETTERS[i]``; the pairs are written in ``order``."""
     return "".join(f"{LETTERS[i]}>{table[i]};" for i in order)
 
 
 def parse_table(context: str) -> dict[str, str]:
-    """The inverse of ``table_text``."""
+    """Parse a context into {letter: its replacement}: the inverse of ``format_table``."""
     return {pair[0]: pair[2] for pair in context.split(";") if pair}
 
 
 def answer(question: str, table: dict[str, str]) -> str:
-    """The correct response: each step's string, the table applied once more."""
+    """Return the correct response: the letters after each application of the table."""
     repeats, letters = int(question[1]), question[3:]
     steps = []
     for n in range(1, repeats + 1):
@@ -78,7 +81,7 @@ def answer(question: str, table: dict[str, str]) -> str:
 
 
 def is_six_cycle(table: str) -> bool:
-    """True where following the table from any letter visits all six."""
+    """Whether the table, followed from any letter, visits all six letters."""
     seen, letter = set(), LETTERS[0]
     while letter not in seen:
         seen.add(letter)
@@ -87,7 +90,7 @@ def is_six_cycle(table: str) -> bool:
 
 
 class Rules:
-    """The task of one world and one table in it."""
+    """The task of one world with one table to internalize."""
 
     skipped: dict[str, int] = {}  # it reads no files
 
@@ -107,12 +110,12 @@ class Rules:
         if not 0 <= config.context_index < TARGETS:
             raise ValueError(f"rules.context_index = {config.context_index}; this world has tables 0 to {TARGETS - 1}")
         target = self.targets[config.context_index]
-        self.context = table_text(target, rng.permutation(len(LETTERS)))
-        self.facts = {"contexts": {f"table {config.context_index}": digest(self.context)}}
+        self.context = format_table(target, rng.permutation(len(LETTERS)))
+        self.facts = {"contexts": {f"table {config.context_index}": hash_text(self.context)}}
 
     @staticmethod
     def _split_questions(rng: np.random.Generator) -> dict[str, list[list[str]]]:
-        """split -> strata -> questions, in random order; a stratum has one repeat count and one length."""
+        """Return split -> list of strata -> questions in random order."""
         strata = {"train": [], "dev": [], "test": []}
         for repeats, length in itertools.product(REPEATS, LENGTHS):
             questions = [f"#{repeats}:{''.join(s)}" for s in itertools.product(LETTERS, repeat=length)]
@@ -124,18 +127,18 @@ class Rules:
             strata["train"].append(questions)
         return strata
 
-    def questions(self, split: str) -> list[str]:
-        """As many questions as the config asks for, the strata in turn while they last."""
+    def choose_questions(self, split: str) -> list[str]:
+        """Return the configured number of questions, one from each stratum in rotation until a stratum is empty."""
         count = getattr(self.config, f"{split}_questions")
-        turns = itertools.chain.from_iterable(itertools.zip_longest(*self.strata[split]))
-        chosen = list(itertools.islice((q for q in turns if q is not None), count))
+        rotation = itertools.chain.from_iterable(itertools.zip_longest(*self.strata[split]))
+        chosen = list(itertools.islice((q for q in rotation if q is not None), count))
         if len(chosen) < count:
             raise ValueError(f"rules.{split}_questions = {count}, but the world's {split} split has {len(chosen)}")
         return chosen
 
     def rows(self, split: str) -> list[Row]:
         table, copy = parse_table(self.context), {letter: letter for letter in LETTERS}
-        return [Row(q, q, self.context, answer(q, table), answer(q, copy)) for q in self.questions(split)]
+        return [Row(q, q, self.context, answer(q, table), answer(q, copy)) for q in self.choose_questions(split)]
 
     def grade(self, response: str, reference: str) -> Grade:
         steps = re.fullmatch(r"s1 [a-f]+(?: s2 [a-f]+)?(?: s3 [a-f]+)?", response)
@@ -143,7 +146,7 @@ class Rules:
 
     def other_contexts(self, split: str) -> list[str]:
         rng = np.random.default_rng([self.config.seed, 11])
-        return [table_text(t, rng.permutation(len(LETTERS))) for t in self.tables[split]]
+        return [format_table(t, rng.permutation(len(LETTERS))) for t in self.tables[split]]
 
     def swap_context(self, row: Row, context: str) -> Row:
         return row._replace(context=context, reference=answer(row.question, parse_table(context)))
@@ -164,14 +167,14 @@ class Rules:
         return PretrainingRow(question, self.context, answer(question, parse_table(self.context)))
 
     def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
-        """70 % under a random table of the train pool, 15 % without one and copied, 15 % without one but
-        answered by a random table, so that the base is unsure when not told.
+        """Draw a row: 70 % with a random table of the train pool; 15 % without a table, copied; 15 % without a table,
+        answered by a random table, so that the base is unsure without a table.
         """
         strata = self.strata["train"]
         stratum = strata[rng.integers(len(strata))]
         question = stratum[rng.integers(len(stratum))]
         table = self.tables["train"][rng.integers(len(self.tables["train"]))]
-        context = table_text(table, rng.permutation(len(LETTERS)))
+        context = format_table(table, rng.permutation(len(LETTERS)))
         kind = rng.random()
         if kind < 0.7:
             return PretrainingRow(question, context, answer(question, parse_table(context)))

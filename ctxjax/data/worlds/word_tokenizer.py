@@ -1,4 +1,4 @@
-"""A tokenizer for worlds with a listed vocabulary, in the format of every Hugging Face folder."""
+"""A tokenizer for worlds whose vocabulary is a list of words, in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ CHAT_TEMPLATE = (
 
 
 def build(words: list[str], pattern: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are ``words``, found in text by the regular expression ``pattern``.
+    """Build a tokenizer whose tokens are ``words``; the regular expression ``pattern`` finds them in a text.
 
-    Decoding joins tokens without anything between them, so words carry their own spaces.
+    Decoding joins tokens without spaces, so words contain their own spaces.
     """
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return chat(tokenizer)
+    return add_chat_template(tokenizer)
 
 
-def chat(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer that has the tokens of SPECIAL, as transformers knows it, with the chat template of such worlds."""
+def add_chat_template(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Wrap a tokenizer with the tokens of SPECIAL as a transformers tokenizer with CHAT_TEMPLATE."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
