@@ -285,13 +285,13 @@ def saving_cost(mesh, rounds: int, steps: int = 50) -> dict:
     from ctxjax import config as config_lib, sharding
     from ctxjax.distill.sampling import SamplingConfig
     from ctxjax.distill.train_step import StepConfig, init_state, train_step
-    from ctxjax.inputs.base_model import base_model
+    from ctxjax.inputs.base_model import make_model_config
     from ctxjax.models import params as params_lib, transformer
     from ctxjax.training.checkpoint import Checkpoints
     from ctxjax.types import Batch, Frozen, Prompts
 
     config, rng = config_lib.experiment(tiny.get_config(), jax.device_count()), np.random.default_rng(0)
-    model = base_model(config.base, 55)
+    model = make_model_config(config.base, 55)
     params = params_lib.init(transformer.param_specs(model), jax.random.key(0), mesh)
     sampling = SamplingConfig(config.rollout.max_tokens, (3,), 0, 1.0)
     step_config = StepConfig(model, model, sampling, config.arms["opcd"], config.optim)

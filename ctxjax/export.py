@@ -93,7 +93,7 @@ def _experiment(workdir: Path, stored: dict) -> Experiment:
 
 def _own_base(config: Experiment) -> Path:
     task = TASKS[config.task][1](config.task_config)
-    return base_model.base_folder(config.base, config.task, task)
+    return base_model.find_base_folder(config.base, config.task, task)
 
 
 def _choose(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:

@@ -175,7 +175,7 @@ def test_a_thinking_switch_that_the_template_lacks_is_warned_of_once(tmp_path, c
 def test_end_tokens_that_are_no_ids_are_named(tmp_path, tokenizer, ends):
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
     with pytest.raises(ValueError, match="generation_config.json: eos_token_id = .* must be an id or a list of ids"):
-        folder_lib.stop_ids(tmp_path, tokenizer)
+        folder_lib.read_stop_ids(tmp_path, tokenizer)
 
 
 def test_a_mesh_takes_all_devices_that_remain():

@@ -179,7 +179,7 @@ def test_hints_are_distilled_and_the_run_warns_that_they_may_not_transfer(folder
     config.train.steps, config.train.batch_size, config.optim.lr, config.eval.every = 20, 8, 1e-2, 0
     config.eval.bootstrap, config.train.save_every = 20, 20
     results = start(config, tmp_path / "run")
-    assert "warning: every training question has a context of its own" in capsys.readouterr().out
+    assert "warning: every training question has its own context" in capsys.readouterr().out
     assert results["opcd_retained"]["distill"] < 0.7 * results["base"]["distill"]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["task"]["contexts"] == "each row's own" and len(run["task"]["data"]) == 2

@@ -210,7 +210,7 @@ def small():
 
 def test_the_plan_of_a_world_for_local_devices(small):
     result = run.plan(small, None, 8)
-    model = base_model.base_model(config_lib.experiment(small, 8).base, 55)
+    model = base_model.make_model_config(config_lib.experiment(small, 8).base, 55)
     params = params_lib.init(transformer.param_specs(model), jax.random.key(0), make_mesh(2, 4, 1))
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     assert result["bytes"]["trained weights"] == result["bytes"]["teacher"] == weights

@@ -149,7 +149,9 @@ def test_a_template_without_a_system_role_is_named_with_the_remedy(tokenizer):
 @pytest.mark.parametrize("question", [ROW.question, f"What does '{CONTEXT.strip()}' mean?"])
 def test_a_context_that_the_template_drops_is_an_error_even_if_the_question_quotes_it(tokenizer, question):
     row = ROW._replace(question=question)
-    with pytest.raises(ValueError, match="row 'q1': with prompt.placement = 'system' the chat template of .* leaves out the context"):
+    with pytest.raises(
+        ValueError, match="row 'q1': with prompt.placement = 'system' the chat template of .* leaves out the context"
+    ):
         rendered(tokenizer("forgetful"), row=row)
     assert CONTEXT in rendered(tokenizer("forgetful"), "user", row)
 
@@ -177,7 +179,7 @@ def test_the_common_prefix_by_example():
 def test_a_response_ends_at_the_tokens_of_both_files(tmp_path, tokenizer, generation, ids):
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(generation)
-    assert folder_lib.stop_ids(tmp_path, tokenizer("qwen3")) == ids
+    assert folder_lib.read_stop_ids(tmp_path, tokenizer("qwen3")) == ids
 
 
 def changed(*, words=("a", "b", "c"), pattern="[abc]", special=(), template=None):
@@ -188,7 +190,7 @@ def changed(*, words=("a", "b", "c"), pattern="[abc]", special=(), template=None
 
 
 def test_a_tokenizer_is_the_same_whatever_its_template_says_in_words():
-    tokenizer_match.require_same(changed(), changed(template=word_tokenizer.CHAT_TEMPLATE + " Be kind."))
+    tokenizer_match.check_same_tokenizer(changed(), changed(template=word_tokenizer.CHAT_TEMPLATE + " Be kind."))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_another_tokenizer_is_named_with_the_first_differences_and_both_folders(
     student, teacher = changed(), changed(**teacher)
     student.name_or_path, teacher.name_or_path = "small", "large"
     with pytest.raises(ValueError, match=r"teacher.path = large is not the student's in small(.|\n)*" + message):
-        tokenizer_match.require_same(student, teacher)
+        tokenizer_match.check_same_tokenizer(student, teacher)
 
 
 # --- Any lists of tokens ---

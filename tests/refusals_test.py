@@ -183,7 +183,10 @@ CASES = {
         "exist; set qa_jsonl.other_contexts_file",
     ),
     "one other": (calls("context", b'"b>a;"\n', "other_contexts_file"), "context.jsonl .*at least two|has 1 "),
-    "others have the own": (calls("context", b'"a>b;"\n"b>a;"\n', "other_contexts_file"), "line 1: .*the context to internalize"),
+    "others have the own": (
+        calls("context", b'"a>b;"\n"b>a;"\n', "other_contexts_file"),
+        "line 1: .*the context to internalize",
+    ),
     # --- the model ---
     "model missing": (setting(model__path="missing"), "model folder missing does not exist; give a folder"),
     "teacher missing": (setting(teacher__path="missing"), "model folder missing does not exist"),
@@ -205,7 +208,7 @@ CASES = {
     "index names no file": (calls("index", "gone.safetensors"), "index.json names files that do not exist"),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
     "tokenizer is no JSON": (written("model/tokenizer.json", b"{"), "the tokenizer in .* cannot be read"),
-    "head too small": (calls("json", "config.json", vocab_size=5), "wrong shape|the head only 5 rows"),
+    "head too small": (calls("json", "config.json", vocab_size=5), "wrong shape|but the head only 5 rows"),
     "end beyond the head": (calls("json", "generation_config.json", eos_token_id=999), "fix eos_token_id"),
     "end is no id": (calls("json", "generation_config.json", eos_token_id="</s>"), "must be an id or a list of ids"),
     "prompts too long": (setting(prompt__max_bare_tokens=1), "more than prompt.max_bare_tokens = 1; raise the limit"),

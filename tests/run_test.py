@@ -395,9 +395,9 @@ def test_student_and_teacher_end_at_the_ends_of_either_and_the_own_teacher_is_on
     config.teacher.path = str(shutil.copytree(larger, tmp_path / "teacher"))
     (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     student = open_folder(trained(config), mesh)
-    alone = run_inputs.with_teacher(config_lib.experiment(small(cache), device_count=2), "", student, mesh, {})
+    alone = run_inputs.open_teacher(config_lib.experiment(small(cache), device_count=2), "", student, mesh, {})
     assert all(folder is student for folder in alone)
-    both = run_inputs.with_teacher(config_lib.experiment(config, 2), config.teacher.path, student, mesh, {})
+    both = run_inputs.open_teacher(config_lib.experiment(config, 2), config.teacher.path, student, mesh, {})
     assert [folder.stop_ids for folder in both] == [(3, 5), (3, 5)] and student.stop_ids == (3,)
     assert [folder.config.width for folder in both] == [32, 48] and both[0].params is student.params
 
@@ -413,8 +413,8 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's turn, or the system's
     with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
         world = rules.Rules(experiment.task_config)
-        student = open_folder(base_model.base_folder(experiment.base, experiment.task, world), mesh)
-        sampling = run_inputs.sampling_config(experiment.rollout, student)
+        student = open_folder(base_model.find_base_folder(experiment.base, experiment.task, world), mesh)
+        sampling = run_inputs.make_sampling_config(experiment.rollout, student)
         loss = experiment.arms["opcd_retained"]
         config = StepConfig(student.config, student.config, sampling, loss, experiment.optim)
         state = init_state(student.params, config, jax.random.key(experiment.seed))

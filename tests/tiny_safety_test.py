@@ -100,7 +100,9 @@ def test_the_target_asks_for_the_label_and_a_paraphrase_asks_for_the_same(world)
 
 def test_the_base_never_sees_the_target_a_held_out_context_or_a_text_of_dev_or_test(world, drawn):
     seen = {tiny_safety.parse_instruction(row.context) for row in drawn if row.context}
-    held_out = {tiny_safety.parse_instruction(text) for split in ("dev", "test") for text in world.other_contexts(split)}
+    held_out = {
+        tiny_safety.parse_instruction(text) for split in ("dev", "test") for text in world.other_contexts(split)
+    }
     retained = {tiny_safety.parse_instruction(text) for text in world.other_contexts("train")}
     assert len(held_out) == 45 and len(retained) == 100 and not held_out & retained
     assert not seen & held_out and tiny_safety.TARGET not in seen | held_out | retained

@@ -22,7 +22,7 @@ from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
 from ctxjax.evaluation.metrics import Outcomes
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
-from ctxjax.inputs.run_inputs import sampling_config
+from ctxjax.inputs.run_inputs import make_sampling_config
 from ctxjax.types import Params, Rollout
 
 # Two splits are brought to one size where this costs the smaller at most so many times its own: a program is compiled
@@ -111,8 +111,8 @@ class Evaluator:
 
     def __init__(self, config: Experiment, split: Split, folder: ModelFolder, teacher: ModelFolder, mesh: Mesh):
         self._task, self._folder, self._teacher, self._mesh = split.task, folder, teacher, mesh
-        self._judged = sampling_config(config.eval.decode, folder, config.eval.samples)
-        self._rollout = sampling_config(config.rollout, folder)
+        self._judged = make_sampling_config(config.eval.decode, folder, config.eval.samples)
+        self._rollout = make_sampling_config(config.rollout, folder)
         self._rows, self._batch, self.dropped = split.rows, split.batch, split.dropped
         self._prompts = {
             v: prompts_lib.left_pad(lists, split.lengths[v], folder.pad_id, split.prefixes[v])

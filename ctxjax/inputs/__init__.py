@@ -1,1 +1,1 @@
-"""What is opened or made before the first step: task, models, encoded questions, teacher's samples."""
+"""The inputs of a run, opened or made before the first step: task, models, encoded questions, teacher samples."""

@@ -1,8 +1,8 @@
-"""A base model from scratch, for worlds that fit on a laptop, as an ordinary Hugging Face folder.
+"""Train a base model from scratch and write it as an ordinary Hugging Face folder.
 
-The world, a task that can write its own training text (data.task.World), gives the tokenizer and the rows; the
-procedure here is the same for all. The run that follows loads the folder exactly as it would load Llama. Folders are
-cached under a hash of everything that shapes them, and trained again only when that changes.
+A world (data.task.World) provides the tokenizer and the training rows; the procedure is the same for all worlds. The
+run loads the folder exactly as it would load Llama. The folder's name contains a hash of everything that determines the
+base, so the base is trained again only if one of these changes.
 """
 
 from __future__ import annotations
@@ -33,32 +33,37 @@ from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params, Prompts, Rollout
 
-# Part of the hash: raise it when the training text or the procedure changes.
+# Part of the hash: increase it when the training text or the procedure changes.
 RECIPE = 1
 
 
-def base_folder(config: BaseConfig, name: str, world: World) -> Path:
-    """Where the base of this configuration lives, whether it exists already or not. ``name`` is the task's."""
+def find_base_folder(config: BaseConfig, name: str, world: World) -> Path:
+    """Return the folder of this configuration's base, which need not exist yet. ``name``: the task's name."""
     facts = dataclasses.asdict(config) | world.pretraining_facts() | {"recipe": RECIPE}
-    facts |= {"weights": repr(transformer.param_specs(base_model(config, 1)))}
+    facts |= {"weights": repr(transformer.param_specs(make_model_config(config, 1)))}
     del facts["cache"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.cache).expanduser() / f"{name}-base-{digest}"
 
 
 def ensure_base(config: BaseConfig, name: str, world: World, mesh: Mesh) -> Path:
-    """The base's folder; trains it first where it is not in the cache. Raises ValueError where only some of several
-    processes see it: two trainings may differ in their last bits, and all must load the same."""
-    folder = base_folder(config, name, world)
+    """Return the base's folder; train the base first if the cache does not have it.
+
+    Raises ValueError if only some of several processes see the folder: all must load the same weights, and two
+    trainings may differ in their last bits.
+    """
+    folder = find_base_folder(config, name, world)
     if processes.of_all(not folder.exists()):
         train_base(config, world, mesh, folder)
     elif not processes.of_all(folder.exists()):
-        raise ValueError(f"{folder} is on some hosts only; copy it to all, or set config.base.cache to a shared folder")
+        raise ValueError(
+            f"{folder} exists on some hosts only; copy it to all, or set config.base.cache to a shared folder"
+        )
     return folder
 
 
-def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
-    """The architecture of a base with so many tokens."""
+def make_model_config(config: BaseConfig, vocab_size: int) -> ModelConfig:
+    """Return the architecture of a base with ``vocab_size`` tokens."""
     return ModelConfig(
         vocab_size=vocab_size,
         width=config.width,
@@ -72,9 +77,9 @@ def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
 
 
 def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> None:
-    """Next-token training on the world's text, responses only, then a Hugging Face folder."""
+    """Train next-token prediction on the world's text, on the responses only, and write a Hugging Face folder."""
     tokenizer = world.tokenizer()
-    model = base_model(config, len(tokenizer))
+    model = make_model_config(config, len(tokenizer))
     mesh_check.check_model_fits_mesh(model, mesh, "config.base")
     optimizer = OptimConfig(
         lr=config.lr, steps=config.steps, schedule="cosine", warmup_steps=config.warmup_steps, b2=0.98,
@@ -83,30 +88,30 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
     key = rng.key_for(jax.random.key(config.seed), 0, "init")
     params = params_lib.init(transformer.param_specs(model), key, mesh)
     opt_state = jax.jit(optim.optimizer(optimizer).init)(params)
-    batches, silent = _batches(config, world, tokenizer), not processes.is_first()
+    batches, silent = _make_batches(config, world, tokenizer), not processes.is_first()
     bar = tqdm(batches, total=config.steps, desc="base model from scratch", unit="step", disable=silent)
     for step, (prompts, responses) in enumerate(bar, start=1):
         prompts, responses = sharding.put_batch((prompts, responses), mesh)
-        params, opt_state, loss = _base_step(params, opt_state, prompts, responses, model, optimizer)
+        params, opt_state, loss = _update(params, opt_state, prompts, responses, model, optimizer)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{float(loss):.3f}")
     _save(folder, sharding.to_host(params), model, tokenizer)
 
 
 def _save(folder: Path, params: Params, model: ModelConfig, tokenizer) -> None:
-    """Of several processes the first writes, and then, where they do not share a disk, whoever lacks the folder."""
-    for is_turn in (processes.is_first(), not processes.is_first()):
-        if is_turn and not folder.exists():
+    """Write the folder: first by the first process, then by the others if they do not share its disk."""
+    for is_writer in (processes.is_first(), not processes.is_first()):
+        if is_writer and not folder.exists():
             try:
                 hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
             except OSError:
-                if not folder.exists():  # else another run has just made the same one
+                if not folder.exists():  # otherwise another run has just written the same folder
                     raise
         processes.wait("base model written")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("params", "opt_state"))
-def _base_step(params, opt_state, prompts: Prompts, responses: Rollout, model: ModelConfig, optimizer: OptimConfig):
+def _update(params, opt_state, prompts: Prompts, responses: Rollout, model: ModelConfig, optimizer: OptimConfig):
     def loss_of(params):
         return objective.next_token_loss(params, model, prompts, responses, chunk=128)
 
@@ -115,30 +120,30 @@ def _base_step(params, opt_state, prompts: Prompts, responses: Rollout, model: M
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-def _batches(config: BaseConfig, world: World, tokenizer):
-    """Host batches (Prompts, responses as a Rollout), rows a pure function of (seed, place)."""
+def _make_batches(config: BaseConfig, world: World, tokenizer):
+    """Return host batches (prompts, responses as a Rollout). A row is a pure function of (seed, row number)."""
 
-    def asked(drawn: list[PretrainingRow]) -> list[list[int]]:
+    def encode_prompts(drawn: list[PretrainingRow]) -> list[list[int]]:
         rows = [Row("", question, context, "") for question, context, _ in drawn]
         return prompts_lib.encode(tokenizer, rows, PromptConfig())
 
-    def answered(drawn: list[PretrainingRow]) -> list[list[int]]:
+    def encode_responses(drawn: list[PretrainingRow]) -> list[list[int]]:
         answers = tokenizer([text for _, _, text in drawn], add_special_tokens=False)["input_ids"]
         return [[*ids, tokenizer.eos_token_id] for ids in answers]
 
     longest = [world.longest_pretraining_row()]
-    columns, responses = len(asked(longest)[0]), len(answered(longest)[0])
+    columns, responses = len(encode_prompts(longest)[0]), len(encode_responses(longest)[0])
 
-    def collate(places) -> tuple[Prompts, Rollout]:
-        drawn = [world.pretraining_row(np.random.default_rng([config.seed, 3, int(place)])) for place in places]
-        prompts = prompts_lib.left_pad(asked(drawn), columns, tokenizer.pad_token_id)
+    def collate(numbers) -> tuple[Prompts, Rollout]:
+        drawn = [world.pretraining_row(np.random.default_rng([config.seed, 3, int(number)])) for number in numbers]
+        prompts = prompts_lib.left_pad(encode_prompts(drawn), columns, tokenizer.pad_token_id)
         tokens = np.full((len(drawn), responses), tokenizer.pad_token_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        for row, ids in enumerate(answered(drawn)):
+        for row, ids in enumerate(encode_responses(drawn)):
             tokens[row, : len(ids)] = ids
             mask[row, : len(ids)] = True
         return prompts, Rollout(tokens, mask, np.zeros(tokens.shape, np.float32))
 
-    places = grain.MapDataset.range(config.steps * config.batch_size)
-    batches = places.batch(config.batch_size, batch_fn=collate)
+    numbers = grain.MapDataset.range(config.steps * config.batch_size)
+    batches = numbers.batch(config.batch_size, batch_fn=collate)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))

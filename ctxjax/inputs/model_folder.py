@@ -1,4 +1,4 @@
-"""A model folder opened whole: architecture, weights, tokenizer, stop ids."""
+"""Open a model folder: architecture, weights, tokenizer and stop ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ctxjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """What a run needs of a Hugging Face folder. ``params`` is a nested dict of arrays on the mesh."""
+    """What a run needs of a Hugging Face folder. ``params``: a nested dict of arrays on the mesh."""
 
     config: ModelConfig
     params: Params
@@ -29,7 +29,10 @@ class ModelFolder:
 
 
 def load_tokenizer(path: Path):
-    """The folder's tokenizer. Raises where there is none, or where it has no chat template."""
+    """Load the folder's tokenizer.
+
+    Raises FileNotFoundError if there is none, and ValueError if it cannot be read or has no chat template.
+    """
     path = Path(path)
     if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
@@ -40,13 +43,13 @@ def load_tokenizer(path: Path):
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer in {path} has no chat template; put one into its tokenizer_config.json (chat_template), "
-            "or use the instruct model's folder"
+            "or use the folder of an instruct model"
         )
     return tokenizer
 
 
-def stop_ids(path: Path, tokenizer) -> tuple[int, ...]:
-    """The ids that end a response: generation_config.json's and the tokenizer's together, sorted."""
+def read_stop_ids(path: Path, tokenizer) -> tuple[int, ...]:
+    """Return the sorted ids that end a response: those of generation_config.json and of the tokenizer together."""
     ids = {tokenizer.eos_token_id} - {None}
     generation = Path(path) / "generation_config.json"
     if generation.exists():
@@ -59,7 +62,9 @@ def stop_ids(path: Path, tokenizer) -> tuple[int, ...]:
             raise ValueError(f"{generation}: eos_token_id = {named} must be an id or a list of ids")
         ids |= set(named) - {None}
     if not ids:
-        raise ValueError(f"{path} names no end token, neither in generation_config.json nor in its tokenizer")
+        raise ValueError(
+            f"{path} has no end token, neither in generation_config.json nor in its tokenizer; set eos_token_id"
+        )
     return tuple(sorted(ids))
 
 
@@ -72,11 +77,11 @@ def open_folder(
     attention: str = "reference",
     student: ModelFolder | None = None,
 ) -> ModelFolder:
-    """Loads a Hugging Face folder, local or named by its Hub id (see hub.local_folder), onto ``mesh``.
+    """Load a Hugging Face folder onto ``mesh``. ``path``: a local folder or a Hub id (host.hub.local_folder).
 
-    ``dtype`` is what the model computes in; "auto": bfloat16 on accelerators, float32 on CPUs, which are slow in it.
-    With ``student`` the folder is its teacher's, and a tokenizer that differs is refused before weights are read.
-    Raises FileNotFoundError or ValueError with one message that names the folder, what is wrong, and the remedy.
+    ``dtype``: of the model's arithmetic. "auto": bfloat16 on accelerators, float32 on CPUs, where bfloat16 is slow.
+    ``student``: given if the folder is the student's teacher; a different tokenizer is then refused before any weights
+    are read. Raises FileNotFoundError or ValueError, which names the folder, the problem and the remedy.
     """
     path = local_folder(path)
     platform = mesh.devices.flat[0].platform
@@ -87,18 +92,18 @@ def open_folder(
     mesh_check.check_model_fits_mesh(config, mesh, str(path))
     tokenizer = load_tokenizer(path)
     if student is not None:
-        tokenizer_match.require_same(student.tokenizer, tokenizer)
-    # Not len(tokenizer), which counts tokens: some vocabularies leave ids out.
+        tokenizer_match.check_same_tokenizer(student.tokenizer, tokenizer)
+    # Not len(tokenizer), the number of tokens: some vocabularies have gaps in their ids.
     ids = max(tokenizer.get_vocab().values()) + 1
     if ids > config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {ids} ids, the head only {config.vocab_size} rows; copy the tokenizer files "
-            "that belong to these weights"
+            f"{path}: the tokenizer has {ids} ids, but the head only {config.vocab_size} rows; copy the tokenizer "
+            "files that belong to these weights"
         )
-    ends = stop_ids(path, tokenizer)
+    ends = read_stop_ids(path, tokenizer)
     if not 0 <= ends[0] <= ends[-1] < config.vocab_size:
         raise ValueError(
-            f"{path}: the end tokens {ends} are not all ids of the head, which has {config.vocab_size} rows; mend "
+            f"{path}: the end tokens {ends} are not all ids of the head, which has {config.vocab_size} rows; fix "
             "eos_token_id in generation_config.json"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]

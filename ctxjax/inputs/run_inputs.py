@@ -1,4 +1,4 @@
-"""What a run reads, opened before anything is computed: task, models, encoded questions."""
+"""Open what a run reads before anything is computed: task, models, encoded questions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ctxjax.types import PrefixKV
 
 
 class Inputs(NamedTuple):
-    """What training reads. ``teacher`` is ``student`` itself where it has no folder of its own; ``retention`` has the
-    rows under other contexts, where an arm wants them."""
+    """What training reads. ``teacher`` is ``student`` itself if the teacher has no own folder. ``retention``: the rows
+    under other contexts, or None if no arm needs them."""
 
     task: Task
     student: ModelFolder
@@ -36,19 +36,19 @@ class Inputs(NamedTuple):
 
 
 def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
-    """Opens a run's task and models, and encodes the training rows; ``seconds`` takes the times."""
+    """Open a run's task and models and encode the training rows. ``seconds``: gets the time of each part."""
     task = TASKS[config.task][1](config.task_config)
     splits.check_splits(task)
     if contexts_lib.has_context_per_row(task.rows("train")):
         print(
-            "warning: every training question has a context of its own; what such contexts teach often does not carry "
-            "over to questions without one, as what a shared context teaches does"
+            "warning: every training question has its own context; what such contexts teach often does not transfer to "
+            "questions without a context, unlike what a shared context teaches"
         )
     if config.teacher.path:
-        local_folder(config.teacher.path)  # missing: said now, and not when the student is loaded or even trained
-    teacher_path = _teacher_path(config, task, mesh, seconds)
+        local_folder(config.teacher.path)  # refuse a missing folder before the student is loaded or even trained
+    teacher_path = _prepare_teacher_path(config, task, mesh, seconds)
     student = _open_model(config, task, mesh, seconds)
-    folder, teacher = with_teacher(config, teacher_path, student, mesh, seconds)
+    folder, teacher = open_teacher(config, teacher_path, student, mesh, seconds)
     if config.teacher.offload:
         is_one = teacher is folder
         teacher = dataclasses.replace(teacher, params=sharding.offload_to_host(teacher.params))
@@ -62,8 +62,8 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     return Inputs(task, folder, teacher, rows, retention)
 
 
-def _teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
-    """Where the teacher's own folder is, trained from scratch first where it is to be; "": it has none."""
+def _prepare_teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
+    """Return the teacher's own folder, or "" if it has none. Train the teacher first if configured."""
     if not config.teacher_base.steps:
         return config.teacher.path
     clock = time.monotonic()
@@ -72,12 +72,13 @@ def _teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float
     return str(path)
 
 
-def with_teacher(
+def open_teacher(
     config: Experiment, path: str, student: ModelFolder, mesh, seconds: dict[str, float]
 ) -> tuple[ModelFolder, ModelFolder]:
-    """(student, teacher), which are one and the same where ``path``, of the teacher's own folder, is "".
+    """Return (student, teacher). They are the same object if ``path``, the teacher's folder, is "".
 
-    Both read the student's tokens and stop at the ends of either: a base student comes to end as its teacher does.
+    Both use the student's tokenizer. A response ends at the stop ids of either model, so that a base model as student
+    learns to end responses as its teacher does.
     """
     if not path:
         return student, student
@@ -106,22 +107,27 @@ def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float])
     return folder
 
 
-def teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
-    """What the teacher makes of the context that all rows start with: its weights are frozen, so once for all arms."""
+def compute_teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:
+    """Return the teacher's keys and values of the shared prefix; None if there is none.
+
+    The teacher is frozen, so this is computed once for all arms.
+    """
     prefix_C = rows.prefixes["context"]
     if not prefix_C:
         return None
-    print(f"{len(prefix_C)} tokens of every prompt with context are the same and are read once a pass", flush=True)
+    print(f"all prompts with context share their first {len(prefix_C)} tokens, read once per pass", flush=True)
     compute = jax.jit(transformer.prefix_kv, static_argnames="config")
     return compute(
         sharding.bring_to_device(teacher.params), config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32)
     )
 
 
-def digests(inputs: Inputs) -> dict:
-    """What was read, as digests by name: a run goes on only with the same. Of the models' values and of the questions,
-    contexts and references themselves, wherever they came from; ``prompts`` is what tokenizer and template make of
-    the training rows."""
+def compute_digests(inputs: Inputs) -> dict:
+    """Return digests of all inputs by name; a run is resumed only with the same inputs.
+
+    They are computed from values, not from file names: the models' weights, the questions with contexts and references,
+    and (``prompts``) the token ids of the training rows.
+    """
     task, rows = inputs.task, inputs.rows
     models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
     return {
@@ -133,7 +139,8 @@ def digests(inputs: Inputs) -> dict:
     }
 
 
-def sampling_config(decode: DecodeConfig, folder: ModelFolder, samples: int = 1) -> SamplingConfig:
+def make_sampling_config(decode: DecodeConfig, folder: ModelFolder, samples: int = 1) -> SamplingConfig:
+    """Combine decoding options with the model's stop ids and pad id."""
     return SamplingConfig(
         max_tokens=decode.max_tokens,
         eos_ids=folder.stop_ids,

@@ -21,7 +21,7 @@ from ctxjax.config import Experiment
 from ctxjax.data.pipeline import shuffle_questions, training_batches
 from ctxjax.distill.train_step import off_policy_steps, teacher_rollout
 from ctxjax.host import processes, workdir as workdir_lib
-from ctxjax.inputs.run_inputs import Inputs, sampling_config
+from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.types import Rollout
 
 FILE = "teacher_samples.jsonl"
@@ -56,7 +56,7 @@ def teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> 
 def _drawn(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterable[list[dict]]:
     """The rows of the file, step by step."""
     teacher, train = inputs.teacher, config.train
-    key, sampling = jax.random.key(config.seed), sampling_config(config.teacher.decode, inputs.student)
+    key, sampling = jax.random.key(config.seed), make_sampling_config(config.teacher.decode, inputs.student)
     batches = training_batches(
         inputs.rows, None, seed=config.seed, batch_size=train.batch_size, retention_rows=0, pad_id=teacher.pad_id
     )

@@ -1,4 +1,4 @@
-"""Whether two folders' tokenizers are the same by content: a KL compares two distributions over the same ids."""
+"""Compare two tokenizers by content: a KL needs two distributions over the same token ids."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 
-# Equal vocabularies may still cut text differently: cases, digits, spaces, scripts, contractions.
+# Tokenizers with equal vocabularies may still split text differently: case, digits, spaces, scripts, contractions.
 PROBE = "The 3 cats' naïve plan:  don't pay $1,234.50!\n\n\tdef f(x): return x**2  # 東京 Привет 🙂"
-SHOWN = 5  # differences in the message
+SHOWN = 5  # most differences in the message
 
 
-def require_same(student, teacher) -> None:
-    """Raises ValueError with the first differences and both folders where the tokenizers differ in their
-    vocabulary, their special tokens, how they cut a text, or the special tokens that their chat templates write."""
+def check_same_tokenizer(student, teacher) -> None:
+    """Raise ValueError, with both folders and the first differences, if the tokenizers are not the same.
+
+    Compared are the vocabulary, the special tokens, the split of a probe text, and the special tokens that the chat
+    template writes.
+    """
     for what, facts in COMPARED:
         ours, theirs = facts(student), facts(teacher)
         different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
@@ -29,27 +32,27 @@ def require_same(student, teacher) -> None:
             )
 
 
-def _vocabulary(tokenizer) -> dict[str, int]:
+def _get_vocabulary(tokenizer) -> dict[str, int]:
     return dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
 
-def _special_tokens(tokenizer) -> dict[int, str]:
+def _get_special_tokens(tokenizer) -> dict[int, str]:
     return {index: token.content for index, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
 
 
-def _pieces(tokenizer) -> dict[int, str]:
+def _split_probe(tokenizer) -> dict[int, str]:
     return dict(enumerate(tokenizer.tokenize(PROBE)))
 
 
-def _template_tokens(tokenizer) -> dict[int, str]:
+def _get_template_tokens(tokenizer) -> dict[int, str]:
     written = prompts_lib.encode(tokenizer, [Row("", "?", None, "")], PromptConfig())[0]
-    return {index: token for index, token in _special_tokens(tokenizer).items() if index in written}
+    return {index: token for index, token in _get_special_tokens(tokenizer).items() if index in written}
 
 
-# Each is what the later ones build on, so the first that differs is the cause.
+# In this order: a difference in one causes differences in the later ones, so the first one found is the cause.
 COMPARED = (
-    ("id of the token", _vocabulary),
-    ("special token with the id", _special_tokens),
-    ("a text of many scripts, its piece", _pieces),
-    ("special token that the chat template writes, with the id", _template_tokens),
+    ("id of the token", _get_vocabulary),
+    ("special token with the id", _get_special_tokens),
+    ("a text of many scripts, its piece", _split_probe),
+    ("special token that the chat template writes, with the id", _get_template_tokens),
 )

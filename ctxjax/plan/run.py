@@ -12,7 +12,7 @@ from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.task import Row
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
-from ctxjax.inputs.base_model import base_model
+from ctxjax.inputs.base_model import make_model_config
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips
 from ctxjax.plan.architectures import architecture
@@ -82,7 +82,7 @@ def _made(config: ConfigDict, devices: list, arm: str | None, effort: str) -> tu
         facts["teacher"] = f"{experiment.teacher.path}, read from {where}; {_size(teacher)}"
     elif experiment.teacher_base.steps:
         teacher = dataclasses.replace(
-            base_model(experiment.teacher_base, model.vocab_size), dtype=dtype, remat=experiment.model.remat
+            make_model_config(experiment.teacher_base, model.vocab_size), dtype=dtype, remat=experiment.model.remat
         )
         facts["teacher"] = f"a base of its own; {_size(teacher)}"
     kind = experiment.model.attention
@@ -129,7 +129,7 @@ def _student(config: Experiment, dtype: str, shared: bool) -> tuple[ModelConfig,
     assert config.task in WORLDS  # config.experiment has seen to it
     world = TASKS[config.task][1](config.task_config)
     tokenizer, row = world.tokenizer(), world.longest_pretraining_row()
-    model = dataclasses.replace(base_model(config.base, len(tokenizer)), dtype=dtype, remat=config.model.remat)
+    model = dataclasses.replace(make_model_config(config.base, len(tokenizer)), dtype=dtype, remat=config.model.remat)
     lengths = [
         len(prompts_lib.encode(tokenizer, [Row("", row.question, text, "")], config.prompt)[0])
         for text in (None, row.context)

@@ -20,7 +20,7 @@ from ctxjax.distill.train_step import StepConfig, init_state, student_params, tr
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import preemption
 from ctxjax.inputs.model_folder import ModelFolder
-from ctxjax.inputs.run_inputs import sampling_config
+from ctxjax.inputs.run_inputs import make_sampling_config
 from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.monitoring.alarms import Alarms, StopRun
 from ctxjax.monitoring.metric_writer import Writer
@@ -61,7 +61,7 @@ class Arm:
     ):
         self.config, self.name, self.folder, self.rows, self.retention = config, name, folder, rows, retention
         self.samples, self.mesh, self.workdir, self.record = samples, mesh, workdir, record
-        sampling = sampling_config(config.rollout, folder)
+        sampling = make_sampling_config(config.rollout, folder)
         micro_batches = config.train.micro_batches
         self.step_config = StepConfig(
             folder.config, teacher.config, sampling, loss, config.optim, config.lora, micro_batches

@@ -11,7 +11,7 @@ from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import training_batches
 from ctxjax.evaluation.views import decode
-from ctxjax.inputs.run_inputs import open_inputs, sampling_config
+from ctxjax.inputs.run_inputs import make_sampling_config, open_inputs
 from ctxjax.training import batch_text
 from ctxjax.types import Prompts, map_rows
 
@@ -34,7 +34,7 @@ def first_batch(config: Experiment, width: int, colour: bool) -> str:
                 pad_id=student.pad_id,
             )
         )
-        root, sampling = jax.random.key(config.seed), sampling_config(config.rollout, student)
+        root, sampling = jax.random.key(config.seed), make_sampling_config(config.rollout, student)
         ways = sharding.batch_ways(mesh)
 
         def responses(prompts: Prompts, stream: str):

@@ -17,7 +17,7 @@ from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import processes, retry, workdir as workdir_lib
 from ctxjax.inputs.model_folder import ModelFolder
-from ctxjax.inputs.run_inputs import digests, open_inputs, teacher_prefix
+from ctxjax.inputs.run_inputs import compute_digests, compute_teacher_prefix, open_inputs
 from ctxjax.inputs.teacher_samples import steps_of, teacher_samples
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
@@ -40,7 +40,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         inputs = open_inputs(config, mesh, seconds)
         task, folder, teacher, train_rows, retention = inputs
         print(_sizes(config, folder, teacher, mesh), flush=True)
-        prefix = teacher_prefix(teacher, train_rows)
+        prefix = compute_teacher_prefix(teacher, train_rows)
         dev, test = Evaluator.of_splits(config, task, ("dev", "test"), folder, teacher, mesh)
         print(
             f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
@@ -50,7 +50,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         )
         lock.take()
         facts |= {"rows_left_out": dict(task.skipped), "task": task.facts}
-        manifest = workdir_lib.claim(workdir, facts, digests(inputs))
+        manifest = workdir_lib.claim(workdir, facts, compute_digests(inputs))
         code = workdir_lib.code(manifest)
 
         def evaluated(folder: Path, evaluator: Evaluator, params: Params, step: int) -> Evaluation:
