@@ -9,27 +9,33 @@ from ctxjax.types import Prompts, Rollout
 
 
 def positions(mask_BxL: jax.Array) -> jax.Array:
-    """Rotary positions [B, L]: real tokens count 0, 1, 2, ... whatever the padding beside them.
+    """Return rotary positions [B, L]: real tokens count 0, 1, 2, ... however much padding there is.
 
     >>> positions([[F, F, T, T, T]])  ->  [[0, 0, 0, 1, 2]]
     """
     return jnp.maximum(jnp.cumsum(mask_BxL, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def causal(real_BxM: jax.Array, columns_BxL: jax.Array | None = None) -> jax.Array:
-    """Attention mask [B, L, M], True where the query in column c may read key m: m <= c and m is a real token.
+def causal(
+    real_BxM: jax.Array, columns_BxL: jax.Array | None = None, window: int | jax.Array | None = None
+) -> jax.Array:
+    """Return the attention mask [B, L, M]: True if the query in column c may read key m, that is, m is a real token,
+    m <= c, and with a ``window`` also m > c - window.
 
     ``columns_BxL`` are the queries' columns, None: all, one query for every key. Either argument may have one row for
-    all. A padding query reads itself, so that no softmax row is empty; nothing else reads it. Such masks are made for
-    a few columns at a time (models/attention.py): a whole one grows with the square of the length.
+    all. A padding query reads itself, so that no softmax row is empty; nothing else reads it. Build such masks for a
+    few columns at a time (models/attention.py): a whole one grows with the square of the length.
     """
     columns_BxL = jnp.arange(real_BxM.shape[1])[None] if columns_BxL is None else columns_BxL
     key_M, column_BxLx1 = jnp.arange(real_BxM.shape[1]), columns_BxL[..., None]
-    return ((key_M <= column_BxLx1) & real_BxM[:, None, :]) | (key_M == column_BxLx1)
+    is_read = (key_M <= column_BxLx1) & real_BxM[:, None, :]
+    if window is not None:
+        is_read &= key_M > column_BxLx1 - window
+    return is_read | (key_M == column_BxLx1)
 
 
 def join_response(prompts: Prompts, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
-    """The sequence that a scoring pass reads, (tokens, mask), each [B, P + T - 1].
+    """Return the sequence that a scoring pass reads, (tokens, mask), each [B, P + T - 1].
 
     The last response token is left out: it is predicted, and predicts nothing.
     """
@@ -39,9 +45,9 @@ def join_response(prompts: Prompts, rollout: Rollout) -> tuple[jax.Array, jax.Ar
 
 
 def response_window(values_BxL: jax.Array, prompt_length: int) -> jax.Array:
-    """The columns whose outputs predict the response: the project's only next-token shift.
+    """Return the columns whose outputs predict the response: the project's only next-token shift.
 
-    With P = 3 prompt columns and T = 2 response tokens, ``joined`` gives 4 columns::
+    With P = 3 prompt columns and T = 2 response tokens, ``join_response`` gives 4 columns::
 
         read      p0  p1  p2  y0
         predicts  p1  p2  y0  y1      -> columns 2 and 3, that is, P-1 onwards
@@ -50,14 +56,14 @@ def response_window(values_BxL: jax.Array, prompt_length: int) -> jax.Array:
 
 
 def until_eos(tokens_BxT: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-    """Response mask [B, T]: True up to and including the first end token; all True where there is none."""
+    """Return the response mask [B, T]: True up to and including the first end token; all True if there is none."""
     is_eos_BxT = is_any(tokens_BxT, eos_ids)
     ended_before_BxT = jnp.cumsum(is_eos_BxT, axis=1) - is_eos_BxT > 0
     return ~ended_before_BxT
 
 
 def is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """True where a token is one of ``ids`` (static; may be empty)."""
+    """Return whether each token is one of ``ids`` (static; may be empty)."""
     found = jnp.zeros_like(tokens, bool)
     for token in ids:
         found |= tokens == token

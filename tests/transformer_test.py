@@ -50,7 +50,7 @@ def prefill(params, model, tokens, mask, slots):
 
 @functools.partial(jax.jit, static_argnums=1)
 def decode(params, model, token, real, cache):
-    hidden, cache = transformer.decode_step(transformer.for_decoding(params, model), model, token, real, cache)
+    hidden, cache = transformer.decode_step(transformer.prepare_for_decoding(params, model), model, token, real, cache)
     return apply_head(hidden, head_weights(params, model)), cache
 
 

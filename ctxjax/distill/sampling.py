@@ -144,7 +144,7 @@ def sample(
     B, T = prompts.tokens_BxP.shape[0] * config.samples, config.max_tokens
     row_keys_B = rng.sample_keys(row_keys_B, config.samples)
     head_DxV = transformer.head_weights(params, model)
-    decoding_params = transformer.for_decoding(params, model, config.weights)
+    decoding_params = transformer.prepare_for_decoding(params, model, config.weights)
     uniforms_BxT = rng.token_uniforms(row_keys_B, T)  # all at once: hashing a few numbers takes as long as many
 
     def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:

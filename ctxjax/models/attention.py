@@ -5,10 +5,10 @@ matrix product the queries of all rows are one long list against one set of keys
 
     [K, B*G*L, Dh] x [K, C, Dh]     and not     B times [K, G*L, Dh] x [K, C, Dh]
 
-and the sources are joined by one softmax: each one's scores are exponentiated against the common normaliser.
+and one softmax joins the sources: each one's scores are exponentiated against the common normaliser.
 
-That is the reference path, which runs anywhere and at any precision. Kernels that hold no scores at all (kernels.py)
-take the place of it where they can; ``kernel_for`` is the one place that decides.
+This is the reference path, which runs on any platform and at any precision. Kernels that hold no scores at all
+(kernels.py) replace it if they can; ``kernel_for`` is the one place that decides.
 """
 
 from __future__ import annotations
@@ -31,43 +31,64 @@ from ctxjax.types import PrefixKV
 CHUNK_SCORES = {"cpu": 2**21}
 CHUNK_SCORES_ELSEWHERE = 2**25
 
-# Name -> (the platform it runs on, the kernel). "reference" is this module, on any.
+# Name -> (the platform it runs on, the kernel). "reference" is this module, on any platform.
 KERNELS = {"splash": ("tpu", kernels.splash), "cudnn": ("gpu", kernels.cudnn)}
 KINDS = ("auto", "reference", *KERNELS)
 
 
+class Window(NamedTuple):
+    """How far back queries read: the query at position p reads keys at positions above p - ``size``.
+
+    Within a row, distances in columns are distances in positions, so ``positions_BxL`` are for the prefix, whose key m
+    is at position m.
+    """
+
+    size: int | jax.Array
+    positions_BxL: jax.Array
+
+
 class Source(NamedTuple):
-    """Something to read: ``keys`` and ``values`` [B, K, M, Dh], a set for each row, or [K, M, Dh], one for all rows.
-    Which keys a query reads follows from ``real_BxM`` and the queries' ``columns_BxL`` (masks.causal); without them
+    """What queries read: ``keys`` and ``values`` [B, K, M, Dh], a set for each row, or [K, M, Dh], one for all rows.
+    ``real_BxM``, the queries' ``columns_BxL`` and ``window`` say which keys a query reads (masks.causal); without them
     every query reads all."""
 
     keys: jax.Array
     values: jax.Array
     real_BxM: jax.Array | None = None
     columns_BxL: jax.Array | None = None
+    window: int | jax.Array | None = None
 
 
 def self_attention(
-    kind: str, q_BxHxLxDh: jax.Array, k_BxKxLxDh: jax.Array, v_BxKxLxDh: jax.Array, real_BxL, prefix: PrefixKV | None
+    kind: str,
+    q_BxHxLxDh: jax.Array,
+    k_BxKxLxDh: jax.Array,
+    v_BxKxLxDh: jax.Array,
+    real_BxL: jax.Array,
+    prefix: PrefixKV | None,
+    window: Window | None = None,
 ) -> jax.Array:
-    """What each column of a whole sequence reads of its row's columns up to itself and of ``prefix``, by the way that
-    ``kind`` names (``KINDS``): that of training, scoring and reading prompts."""
-    kernel = kernel_for(kind, q_BxHxLxDh, prefix)
+    """Attention of whole sequences, in training, scoring and reading prompts: every column reads its row's columns up
+    to itself and ``prefix``. ``kind`` is one of ``KINDS``."""
+    kernel = kernel_for(kind, q_BxHxLxDh, prefix, window)
     if kernel is not None:
         return kernel(q_BxHxLxDh, k_BxKxLxDh, v_BxKxLxDh, real_BxL, prefix)
     columns_1xL = jnp.arange(q_BxHxLxDh.shape[2])[None]
-    return attention(q_BxHxLxDh, k_BxKxLxDh, v_BxKxLxDh, real_BxL, columns_1xL, prefix)
+    return attention(q_BxHxLxDh, k_BxKxLxDh, v_BxKxLxDh, real_BxL, columns_1xL, prefix, window)
 
 
-def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None):
-    """The kernel for such queries on the current mesh's devices, or None: the reference path.
+def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None, window: Window | None = None):
+    """Return the kernel for such queries on the current mesh's devices, or None: the reference path.
 
-    "auto" takes a kernel in half precision alone, where the reference path is no more exact, and for a block of
-    columns or more; a kernel's name takes it at any precision and length that it can. Raises ValueError where a kernel
-    is named that the devices cannot run.
+    "auto" takes a kernel only in half precision, in which the reference path is no more exact, and only for a block of
+    columns or more; a kernel's name takes it at any precision and length that it can. No kernel has windows: layers
+    with one take the reference path, and so do all layers of a model if windows differ between its layers.
+    Raises ValueError if ``kind`` names a kernel that the devices cannot run.
     """
     here = platform()
     check_attention_kind(kind, here)
+    if window is not None:
+        return None
     if kind == "auto" and (q_BxHxLxDh.dtype == jnp.float32 or q_BxHxLxDh.shape[2] < kernels.LEAST_BLOCK):
         return None
     for name, (there, kernel) in KERNELS.items():
@@ -77,7 +98,7 @@ def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None):
 
 
 def check_attention_kind(kind: str, platform: str) -> None:
-    """Raises ValueError where ``kind`` is not one of KINDS, or is a kernel that devices of this platform cannot run."""
+    """Raise ValueError if ``kind`` is not one of KINDS, or is a kernel that devices of this platform cannot run."""
     if kind not in KINDS:
         raise ValueError(f"model.attention = {kind!r} is not known; choose from {', '.join(sorted(KINDS))}")
     if kind in KERNELS and KERNELS[kind][0] != platform:
@@ -92,17 +113,19 @@ def attention(
     real_BxM: jax.Array,
     columns_BxL: jax.Array,
     prefix: PrefixKV | None = None,
+    window: Window | None = None,
 ) -> jax.Array:
-    """What each query reads, [B, H, L, Dh]; softmax in float32.
+    """Return what each query reads, [B, H, L, Dh]: softmax(q k / sqrt(Dh)) v, the softmax in float32.
 
-    ``keys`` and ``values`` are [B, K, M, Dh], or [K, M, Dh] where all rows share them. A query in column c reads the
-    real ones up to c (masks.causal), and before those all of ``prefix``, one layer's [K, C, Dh].
+    ``keys`` and ``values`` are [B, K, M, Dh], or [K, M, Dh] if all rows share them. A query in column c reads the
+    real ones up to c (masks.causal), and before those all of ``prefix``, one layer's [K, C, Dh]; of both only what is
+    in the ``window``.
 
-    The G = H/K query heads of a group share a key head. Where the scores are too many to be held at one time
-    (``CHUNK_SCORES``), they are computed for some query columns after the other, and again in the backward pass.
+    The G = H/K query heads of a group share a key head. Scores that are too many to be held at one time
+    (``CHUNK_SCORES``) are computed for one chunk of query columns after the other, and again in the backward pass.
     """
-    own = Source(keys, values, real_BxM, columns_BxL)
-    sources = [own] if prefix is None else [Source(prefix.keys, prefix.values), own]
+    own = Source(keys, values, real_BxM, columns_BxL, None if window is None else window.size)
+    sources = [own] if prefix is None else [_prefix_source(prefix, window), own]
     L = q_BxHxLxDh.shape[2]
     queries = math.prod(jax.typeof(q_BxHxLxDh).sharding.shard_shape(q_BxHxLxDh.shape)[:3])
     limit = CHUNK_SCORES.get(platform(), CHUNK_SCORES_ELSEWHERE)
@@ -121,16 +144,25 @@ def attention(
     @jax.checkpoint
     def chunk(_, queries_and_columns):
         q, columns = queries_and_columns
-        return None, _attend(q, [*sources[:-1], own._replace(columns_BxL=columns)])
+        return None, _attend(q, [source._replace(columns_BxL=c) for source, c in zip(sources, columns)])
 
-    _, out = lax.scan(chunk, None, (split(q_BxHxLxDh, 2), split(columns_BxL, 1)))
+    columns = [None if source.columns_BxL is None else split(source.columns_BxL, 1) for source in sources]
+    _, out = lax.scan(chunk, None, (split(q_BxHxLxDh, 2), columns))
     out = jnp.moveaxis(out, 0, 2)
     return out.reshape(*out.shape[:2], chunks * size, -1)[:, :, :L]
 
 
+def _prefix_source(prefix: PrefixKV, window: Window | None) -> Source:
+    """All of the prefix; or the part of it in the window, since a key's column is its position here."""
+    if window is None:
+        return Source(prefix.keys, prefix.values)
+    real_1xC = jnp.ones((1, prefix.keys.shape[-2]), bool)
+    return Source(prefix.keys, prefix.values, real_1xC, window.positions_BxL, window.size)
+
+
 def _attend(q_BxHxLxDh, sources) -> jax.Array:
-    """The group's heads are laid side by side with the queries, [B, K, G*L, Dh], so that all products are plain
-    batched matrix products."""
+    """Attention over ``sources`` with one softmax. The heads of a group are laid out along the queries,
+    [B, K, G*L, Dh], so that all products are plain batched matrix products."""
     B, H, L, Dh = q_BxHxLxDh.shape
     K = sources[0].keys.shape[-3]
     q = jnp.reshape(q_BxHxLxDh * Dh**-0.5, (B, K, H // K * L, Dh), out_sharding=batch_spec("kv_heads", None, None))
@@ -141,32 +173,32 @@ def _attend(q_BxHxLxDh, sources) -> jax.Array:
         totals = [jax.nn.logsumexp(s, axis=-1, keepdims=True) for s in scores]
         total = functools.reduce(jnp.logaddexp, [_rows_first(t, source) for t, source in zip(totals, sources)])
         weights = [jnp.exp(s - _rows_first(total, source)) for s, source in zip(scores, sources)]
-    out = sum(_read(w, source) for w, source in zip(weights, sources)).astype(q.dtype)
+    out = sum(_weighted_values(w, source) for w, source in zip(weights, sources)).astype(q.dtype)
     return jnp.reshape(out, (B, H, L, Dh), out_sharding=batch_spec("heads", None, None))
 
 
 def _rows_first(x, source: Source):
-    """Between [B, K, ...] and the order of a source's own arrays: [K, B, ...] where all rows share the keys, in which
-    the product needs no transposed copy of the scores (on one core 1.6 to 2.6 times faster). Its own inverse."""
+    """Convert between [B, K, ...] and the order of the source's scores, [K, B, ...] if all rows share the keys: so the
+    product needs no transposed copy of the scores (benchmarks/README.md, context_cost.py). Its own inverse."""
     return x.swapaxes(0, 1) if source.keys.ndim == 3 else x
 
 
 def _scores(q_BxKxQxDh, source: Source) -> jax.Array:
-    """[B, K, Q, M], or [K, B, Q, M] of shared keys, in float32; -1e30 where a query may not read."""
+    """Return [B, K, Q, M], or [K, B, Q, M] of shared keys, in float32; -1e30 for keys that the query may not read."""
     keys = "kmd" if source.keys.ndim == 3 else "bkmd"
     rows = "kb" if source.keys.ndim == 3 else "bk"
     q = _rows_first(q_BxKxQxDh, source)
     scores = jnp.einsum(f"{rows}qd,{keys}->{rows}qm", q, source.keys, preferred_element_type=jnp.float32)
     if source.real_BxM is None:
         return scores
-    mask_BxLxM = masks.causal(source.real_BxM, source.columns_BxL)
+    mask_BxLxM = masks.causal(source.real_BxM, source.columns_BxL, source.window)
     groups = q_BxKxQxDh.shape[2] // mask_BxLxM.shape[1]
     mask = _rows_first(jnp.tile(mask_BxLxM, (1, groups, 1))[:, None], source)
     return jnp.where(mask, scores, -1e30)
 
 
-def _read(weights, source: Source) -> jax.Array:
-    """[B, K, Q, Dh], float32: the values by the weights, which are ordered as the source's scores."""
+def _weighted_values(weights, source: Source) -> jax.Array:
+    """Return the sum of the values by ``weights``, which are ordered as the source's scores: [B, K, Q, Dh], float32."""
     values = "kmd" if source.values.ndim == 3 else "bkmd"
     rows = "kb" if source.values.ndim == 3 else "bk"
     weights = weights.astype(source.values.dtype)

@@ -8,11 +8,13 @@ import math
 import jax
 import jax.numpy as jnp
 
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines [B, 1, L, Dh/2], float32, or [R, B, 1, L, Dh/2] of R kinds
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3.1's frequency scaling: long wavelengths are stretched by ``factor``, short ones kept, and those
-    between blended (``rope_type: llama3`` in config.json)."""
+    """Llama 3.1's frequency scaling (``rope_type: llama3`` in config.json): long wavelengths are stretched by
+    ``factor``, short ones are kept, those between are blended."""
 
     factor: float
     low_freq_factor: float
@@ -21,7 +23,7 @@ class RopeScaling:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angular frequencies [Dh/2] in radians per position, after scaling."""
+    """Return the angular frequencies [Dh/2] in radians per position, after scaling."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequency = theta**-exponent
     if scaling is None:
@@ -37,14 +39,14 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax
     return jnp.where(wavelength < longest_kept, frequency, scaled)
 
 
-def rotation(positions_BxL: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, 1, L, Dh/2], float32."""
+def rotation(positions_BxL: jax.Array, frequencies: jax.Array) -> Rotation:
+    """Return the rotation of each position by ``frequencies`` [Dh/2], or [R, 1, 1, 1, Dh/2]."""
     angle = positions_BxL.astype(jnp.float32)[:, None, :, None] * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x_BxHxLxDh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding in the half-split convention of Hugging Face checkpoints."""
+def rotate(x_BxHxLxDh: jax.Array, rope: Rotation) -> jax.Array:
+    """Rotate pairs of x (RoPE, arXiv 2104.09864); as in Hugging Face checkpoints, a pair is (i, i + Dh/2)."""
     cos, sin = rope
     x1, x2 = jnp.split(x_BxHxLxDh.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BxHxLxDh.dtype)
