@@ -38,7 +38,7 @@ from ctxjax.distill.train_step import StepConfig, init_state, rollout_step, upda
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.attention import self_attention
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.plan.flops import matmul_flops
+from ctxjax.plan.flops import count_matmul_flops
 from ctxjax.types import Frozen, Prompts
 
 LLAMA32_1B = ModelConfig(
@@ -196,7 +196,7 @@ def step(sizes: Sizes, rates: dict) -> dict:
         lambda state, frozen, batch, rollout: update_step(state, frozen, batch, rollout, None, config), donate_argnums=0
     )
     trace = update.trace(state, frozen, batch, rollout)
-    flops, compiled = matmul_flops(trace.jaxpr.jaxpr), trace.lower().compile()
+    flops, compiled = count_matmul_flops(trace.jaxpr.jaxpr), trace.lower().compile()
     times = []
     for _ in range(1 + sizes.runs):
         start = time.perf_counter()

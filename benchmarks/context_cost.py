@@ -31,7 +31,7 @@ from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.distill.train_step import StepConfig, init_state, update_step
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.plan.flops import matmul_flops
+from ctxjax.plan.flops import count_matmul_flops
 from ctxjax.types import Batch, Frozen, Prompts, Rollout
 
 SMALL = ModelConfig(512, 256, 2, 4, 2, 64, 704)
@@ -100,14 +100,14 @@ def traced(model: ModelConfig, rows: int, question: int, response: int, context:
 
 
 def flops(model: ModelConfig, context: int, shared: bool, mesh) -> int:
-    return matmul_flops(traced(model, 64, 64, 256, context, shared, mesh).jaxpr.jaxpr)
+    return count_matmul_flops(traced(model, 64, 64, 256, context, shared, mesh).jaxpr.jaxpr)
 
 
 def counted_over_compiled(mesh) -> float:
     """This script's count over the compiler's, of a program whose loops run once."""
     model = dataclasses.replace(SMALL, layers=1)
     trace = traced(model, 2, 16, 16, 64, True, mesh)
-    return matmul_flops(trace.jaxpr.jaxpr) / trace.lower().compile().cost_analysis()["flops"]
+    return count_matmul_flops(trace.jaxpr.jaxpr) / trace.lower().compile().cost_analysis()["flops"]
 
 
 def main() -> None:
@@ -126,11 +126,11 @@ def main() -> None:
         runs = 1 if options.quick else 2
         base = seconds(0, False, runs, mesh)
         result["cpu"][0] = {"seconds": round(base, 3)}
-        small = matmul_flops(traced(SMALL, BATCH, QUESTION, RESPONSE, 0, False, mesh).jaxpr.jaxpr)
+        small = count_matmul_flops(traced(SMALL, BATCH, QUESTION, RESPONSE, 0, False, mesh).jaxpr.jaxpr)
         for context in contexts[1:]:
             shared, unshared = (seconds(context, kind, runs, mesh) for kind in (True, False))
             counts = [
-                matmul_flops(traced(SMALL, BATCH, QUESTION, RESPONSE, context, kind, mesh).jaxpr.jaxpr)
+                count_matmul_flops(traced(SMALL, BATCH, QUESTION, RESPONSE, context, kind, mesh).jaxpr.jaxpr)
                 for kind in (True, False)
             ]
             result["cpu"][context] = {

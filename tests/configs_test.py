@@ -36,11 +36,11 @@ def fields(config, prefix=""):
 def test_a_setting_overrides_fields_of_base_and_is_an_experiment_on_its_slice(name):
     config = load(name)
     assert set(fields(config)) == set(fields(base.get_config()))
-    generation = chips.generation(config.slice)
+    generation = chips.parse_generation(config.slice)
     assert generation in chips.CHIPS
     if config.task not in TASKS:
         config.task = "qa_jsonl"  # as python -m ctxjax.plan does
-    experiment = config_lib.experiment(config, chips.chips(config.slice))
+    experiment = config_lib.experiment(config, chips.count_chips(config.slice))
     assert list(experiment.arms) == ["opcd", "opcd_anchored"]
     assert experiment.arms["opcd_anchored"].beta == 0.5
     assert experiment.optim.lr == 5e-6 and experiment.model.param_dtype == "float32" and experiment.lora is None
@@ -67,7 +67,7 @@ def test_an_argument_that_is_not_known_is_answered_with_those_that_are():
 def test_a_game_cannot_be_run_yet_and_says_so():
     config = load("qwen3:frozenlake")
     with pytest.raises(ValueError, match="'frozenlake' is not part of this version of ctxjax.*ctxjax.plan"):
-        config_lib.experiment(config, chips.chips(config.slice))
+        config_lib.experiment(config, chips.count_chips(config.slice))
 
 
 def test_every_recipe_is_covered_by_a_setting():

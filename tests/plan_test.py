@@ -15,8 +15,8 @@ from ctxjax.inputs import base_model
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.plan import architectures, chips, flops, hlo, run
 from ctxjax.plan.chips import Chip
-from ctxjax.plan.remedies import candidates, remedies
-from ctxjax.plan.report import as_json, as_text, verdict
+from ctxjax.plan.remedies import choose_remedies, estimate_remedies
+from ctxjax.plan.report import as_json, as_text, judge
 from ctxjax.plan.step import Plan
 from ctxjax.sharding import make_mesh
 
@@ -51,7 +51,7 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
 
 
 def test_collectives_in_loops_count_as_often_as_the_loops_run():
-    found = hlo.traffic(LOOPS.replace("STOP", "20"), head_turns=3)
+    found = hlo.count_traffic(LOOPS.replace("STOP", "20"), head_chunks=3)
     assert {kind: one.count for kind, one in found.items()} == {
         "all-reduce": 1, "all-gather": 32, "reduce-scatter": 32, "collective-permute": 19 + 3,
     }  # fmt: skip
@@ -68,7 +68,7 @@ def test_decode_loops_run_from_bound_to_bound():
     later = "\n".join(part for part in second[0].split("\n%") if part.startswith("later"))
     text = LOOPS.replace("STOP", "20").replace("ENTRY", f"%{later}\nENTRY")
     line = next(line for line in second[1].splitlines() if "%w4" in line)
-    found = hlo.traffic(text.replace("  %w3", f"{line}\n  %w3"), head_turns=3)
+    found = hlo.count_traffic(text.replace("  %w3", f"{line}\n  %w3"), head_chunks=3)
     assert found["collective-permute"].count == (20 - 1) + (50 - 20) + 3
 
 
@@ -80,7 +80,7 @@ def test_a_compiled_programs_collectives_are_found(mesh8):
     def layers(x, weights):
         return lax.scan(lambda x, w: (x @ jax.reshard(w, jax.P(None, None)), None), x, weights)[0]
 
-    found = hlo.traffic(jax.jit(layers).lower(x, weights).compile().as_text(), head_turns=1)
+    found = hlo.count_traffic(jax.jit(layers).lower(x, weights).compile().as_text(), head_chunks=1)
     assert found["all-gather"].count % 5 == 0 and found["all-gather"].count > 0
     assert found["all-gather"].sent == pytest.approx(5 * 16 * 16 * 4 * 3 / 4)
 
@@ -90,13 +90,13 @@ def test_flops_count_loops_branches_and_devices(mesh8):
     once = 2 * 2 * 3 * 3
 
     def count(function, *arguments, **options):
-        return flops.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr, **options)
+        return flops.count_matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr, **options)
 
     assert count(lambda a, b: a @ b, a, b) == once
     assert count(lambda a, b: lax.scan(lambda x, _: (x @ b, None), a, length=7)[0], a, b) == 7 * once
     assert count(lambda a, b: lax.cond(True, lambda: a @ b @ b, lambda: a @ b), a, b) == 2 * once
     loop = lambda a, b: lax.while_loop(lambda c: c[0] < 9, lambda c: (c[0] + 1, c[1] @ b), (0, a))  # noqa: E731
-    assert count(loop, a, b, trips=flops.bound) == 9 * once
+    assert count(loop, a, b, trips=flops.find_loop_bound) == 9 * once
     everywhere = lambda a, b: jax.shard_map(lambda a, b: a @ b, out_specs=jax.P())(a, b)  # noqa: E731
     assert count(everywhere, a, b) == 8 * once
 
@@ -112,42 +112,44 @@ def make(temporaries: int, held: int = 2**30, seconds: float = 100.0, refused: s
 
 
 def test_floors_are_arithmetic_of_the_published_figures():
-    floors = make(2**30).floors(CHIP)
+    floors = make(2**30).compute_floors(CHIP)
     assert floors == {"compute": 8e14 / 4 / 100e12, "memory": 3.0, "interconnect": 10e9 / 200e9}
 
 
 def test_the_verdict_leaves_a_reserve():
-    assert verdict(make(10 * 2**30), 16) == "fits"  # 14 of 16
-    assert verdict(make(11 * 2**30), 16) == "tight"  # 15 of 16, over 92 %
-    assert verdict(make(13 * 2**30), 16) == "does not fit"
-    assert verdict(make(2**30, refused="Ran out of memory"), 16) == "does not fit"
+    assert judge(make(10 * 2**30), 16) == "fits"  # 14 of 16
+    assert judge(make(11 * 2**30), 16) == "tight"  # 15 of 16, over 92 %
+    assert judge(make(13 * 2**30), 16) == "does not fit"
+    assert judge(make(2**30, refused="Ran out of memory"), 16) == "does not fit"
 
 
 def test_remedies_that_suffice_are_named_first_the_mild_ones_and_tried_where_that_is_cheap():
     config, plan = tiny.get_config(), make(14 * 2**30)
     config.train.batch_size = 64
-    estimates = list(candidates(plan, config, 4, "v5e:2x4", 8))
+    estimates = list(estimate_remedies(plan, config, 4, "v5e:2x4", 8))
     flags = [estimate.flag.split("=")[0] for estimate in estimates]
     assert flags[0] == "--config.train.micro_batches" and flags[-1] == "--topology"
     assert "--config.lora.rank" in flags
     limit = int(chips.USABLE * 16 * 2**30)
     tried = []
-    found = remedies(plan, iter(estimates), limit, tried.append)
+    found = choose_remedies(plan, iter(estimates), limit, tried.append)
     assert not tried and found and all(one.total_bytes <= limit and not one.compiled for one in found)
-    found = remedies(make(14 * 2**30, seconds=1.0), iter(estimates), limit, lambda flag: make(2**30))
+    found = choose_remedies(make(14 * 2**30, seconds=1.0), iter(estimates), limit, lambda flag: make(2**30))
     assert [one.flag for one in found] == [one.flag for one in estimates] and all(one.compiled for one in found)
-    hopeless = remedies(plan, iter(estimates), 1, tried.append)
+    hopeless = choose_remedies(plan, iter(estimates), 1, tried.append)
     assert len(hopeless) == len(estimates)
 
 
 def test_a_report_has_every_item_and_the_remedies():
     plan = make(14 * 2**30, refused="Ran out of memory on HBM")
     config = tiny.get_config()
-    result = as_json(plan, {"model": "m", "mesh": "fsdp 4"}, "v5e", list(candidates(plan, config, 4, "v5e:2x4", 8)))
+    result = as_json(
+        plan, {"model": "m", "mesh": "fsdp 4"}, "v5e", list(estimate_remedies(plan, config, 4, "v5e:2x4", 8))
+    )
     assert json.loads(json.dumps(result)) == result
     text = as_text(result)
     assert "does not fit" in text and "Ran out of memory" in text and "(estimate)" in text
-    for item in plan.held:
+    for item in plan.buffers:
         assert item in text
 
 
@@ -162,7 +164,7 @@ def test_a_report_has_every_item_and_the_remedies():
 )
 def test_an_unknown_topology_is_answered_with_those_that_work(topology, message):
     with pytest.raises(ValueError, match=message):
-        chips.tpu_devices(topology)
+        chips.make_tpu_devices(topology)
 
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):
@@ -174,7 +176,7 @@ def test_without_libtpu_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     monkeypatch.setattr(chips, "has_libtpu", lambda: False)
     with pytest.raises(ValueError, match=r'libtpu, which is not installed; pip install "jax\[tpu\]==.*--devices=N'):
-        chips.tpu_devices("v5e:2x2")
+        chips.make_tpu_devices("v5e:2x2")
 
 
 SIZES = {  # scalars of the published checkpoints
@@ -191,11 +193,11 @@ def test_published_architectures_have_their_published_sizes(monkeypatch):
 
     monkeypatch.setattr(architectures, "hf_hub_download", unreachable)
     for name, size in SIZES.items():
-        model, source = architectures.architecture(name, "bfloat16", tiny.get_config().model.remat)
+        model, source = architectures.find_architecture(name, "bfloat16", tiny.get_config().model.remat)
         assert params_lib.count(transformer.param_specs(model)) == size, name
         assert source.startswith("the table of published architectures")
     with pytest.raises(FileNotFoundError, match="org/name's config.json.*Llama-3.1-8B"):
-        architectures.architecture("org/name", "bfloat16", False)
+        architectures.find_architecture("org/name", "bfloat16", False)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +220,7 @@ def test_the_plan_of_a_world_for_local_devices(small):
     assert result["bytes"]["temporaries"] > 0 and result["collectives"]["all-gather"]["sent_bytes"] > 0
     assert result["total_bytes"] == sum(result["bytes"].values())
     assert "prompts of 10 and 18 tokens" in result["step"] and "verdict" not in result
-    with pytest.raises(ValueError, match="--arm=nope: the configuration's run_arms are opcd"):
+    with pytest.raises(ValueError, match="--arm=nope is not known; choose from run_arms: opcd"):
         run.plan(small, None, 8, "nope")
 
 

@@ -1,8 +1,8 @@
-"""Plans a run: ``python -m ctxjax.plan --config=FILE[:arguments] --topology=v5e:4x4 [--json] [--config.field=value]``.
+"""Plan a run: ``python -m ctxjax.plan --config=FILE[:arguments] --topology=v5e:4x4 [--json] [--config.field=value]``.
 
-Compiles the whole training step for a TPU slice that nobody has to own (with libtpu's compiler), or with
-``--devices=N`` for local devices, and prints the memory of a chip by item, arithmetic, traffic and the times below
-which no step can go. Only architectures are read: no weights, no data.
+Compiles the whole training step for a TPU slice, which need not exist here (libtpu's compiler does it), or with
+``--devices=N`` for local devices. Prints the memory of a chip by item, arithmetic, traffic and lower bounds of a step's
+time. Reads only architectures: no weights, no data.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ctxjax.host import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/llama3.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v4, v5e, v5p or v6e and its chips, such as v5e:4x4.")
-_DEVICES = flags.DEFINE_integer("devices", None, "Plan for so many local devices instead.")
-_ARM = flags.DEFINE_string("arm", None, "Which arm of the run; left out: the one with most passes.")
+_DEVICES = flags.DEFINE_integer("devices", None, "Plan for this number of local devices instead.")
+_ARM = flags.DEFINE_string("arm", None, "Arm of the run; default: the one with the most passes.")
 _EFFORT = flags.DEFINE_enum(
     "effort",
     "least",
     ["memory", "least", "full"],
-    "With --topology: compile until memory is known (a minute), to the end with the least optimisation (minutes; "
-    "collectives too), or as a run does (several times as long).",
+    "With --topology, how far to compile. memory: until memory is known (a minute). least: to the end with the least "
+    "optimisation (minutes; shows collectives too). full: as a run does (several times as long).",
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
@@ -40,7 +40,7 @@ def main(_) -> int:
         raise ValueError(f"--effort={_EFFORT.value} is for TPU slices; local devices compile as a run does")
     if _DEVICES.value and _DEVICES.value > 0:
         jax.config.update("jax_num_cpu_devices", _DEVICES.value)
-    from ctxjax.plan import run  # after the number of devices is settled
+    from ctxjax.plan import run  # after the number of devices is set
 
     result = run.plan(config, topology, _DEVICES.value, _ARM.value, _EFFORT.value)
     if _JSON.value:

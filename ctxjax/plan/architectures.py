@@ -1,4 +1,4 @@
-"""Architectures for planning: from a model's config.json, or from this table where that cannot be had."""
+"""Architectures for planning: from a model's config.json or, if that cannot be read, from the table here."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _QWEN3 = {
 }  # fmt: skip
 
 
-def _sizes(width: int, layers: int, heads: int, mlp: int) -> dict:
+def _make_sizes(width: int, layers: int, heads: int, mlp: int) -> dict:
     return {
         "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp,
     }  # fmt: skip
 
 
-_QWEN3_4B = _QWEN3 | _sizes(2560, 36, 32, 9728) | {"tie_word_embeddings": True}
-# Hub id -> what its published config.json says of the architecture.
+_QWEN3_4B = _QWEN3 | _make_sizes(2560, 36, 32, 9728) | {"tie_word_embeddings": True}
+# Hub id -> the architecture fields of its published config.json.
 PUBLISHED = {
-    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA3 | _sizes(4096, 32, 32, 14336),
-    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA32 | _sizes(3072, 28, 24, 8192),
-    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA32 | _sizes(2048, 16, 32, 8192) | {"head_dim": 64},
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA3 | _make_sizes(4096, 32, 32, 14336),
+    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA32 | _make_sizes(3072, 28, 24, 8192),
+    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA32 | _make_sizes(2048, 16, 32, 8192) | {"head_dim": 64},
     "Qwen/Qwen2.5-7B-Instruct": _QWEN25
-    | _sizes(3584, 28, 28, 18944)
+    | _make_sizes(3584, 28, 28, 18944)
     | {"num_key_value_heads": 4, "vocab_size": 152064},
     "Qwen/Qwen2.5-3B-Instruct": _QWEN25
-    | _sizes(2048, 36, 16, 11008)
+    | _make_sizes(2048, 36, 16, 11008)
     | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "Qwen/Qwen3-8B": _QWEN3 | _sizes(4096, 36, 32, 12288),
+    "Qwen/Qwen3-8B": _QWEN3 | _make_sizes(4096, 36, 32, 12288),
     "Qwen/Qwen3-4B": _QWEN3_4B,
     "Qwen/Qwen3-4B-Instruct-2507": _QWEN3_4B | {"max_position_embeddings": 262144, "rope_theta": 5e6},
-    "Qwen/Qwen3-1.7B": _QWEN3 | _sizes(2048, 28, 16, 6144) | {"tie_word_embeddings": True},
+    "Qwen/Qwen3-1.7B": _QWEN3 | _make_sizes(2048, 28, 16, 6144) | {"tie_word_embeddings": True},
 }
 
 
-def architecture(path: str, dtype: str, remat) -> tuple[ModelConfig, str]:
-    """A model's architecture and where it was read: its folder, the Hub's cache, the Hub, or PUBLISHED.
+def find_architecture(path: str, dtype: str, remat) -> tuple[ModelConfig, str]:
+    """Return a model's architecture and its source: the folder, the Hub's cache, the Hub, or PUBLISHED.
 
-    Only config.json is read, never weights. Raises FileNotFoundError where there is none to be had.
+    Only config.json is read, never weights. Raises FileNotFoundError if there is none.
     """
     if Path(path).expanduser().is_dir():
         return hf_load.read_config(Path(path).expanduser(), dtype, remat), path
@@ -71,9 +71,9 @@ def architecture(path: str, dtype: str, remat) -> tuple[ModelConfig, str]:
             continue
     if name not in PUBLISHED:
         raise FileNotFoundError(
-            f"the Hub cannot be asked for {name}'s config.json, and the table of published architectures does not have "
-            f"it: {', '.join(PUBLISHED)}; give the folder of a copy"
+            f"the Hub cannot be reached for {name}'s config.json, and the table of published architectures has only "
+            f"{', '.join(PUBLISHED)}; give the folder of a copy"
         )
     family = hf_load.family_of(PUBLISHED[name], Path(name))
     config = dataclasses.replace(family.config_from_hf(PUBLISHED[name]), dtype=dtype, remat=remat)
-    return config, "the table of published architectures, as the Hub could not be asked"
+    return config, "the table of published architectures, since the Hub could not be reached"

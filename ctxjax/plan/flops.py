@@ -1,6 +1,6 @@
-"""Arithmetic of a traced program: two operations for every multiplication and addition of its matrix products.
+"""Count the arithmetic of a traced program: two operations for each multiply-add of its matrix products.
 
-Bodies of loops count as often as they run, which the compiler's own count does not do.
+The body of a loop counts as often as it runs; the compiler's own count takes it only once.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import math
 
 from jax.extend.core import jaxprs_in_params
 
-# Of a ``while`` equation, how often its body runs.
+# From a ``while`` equation to the number of times that its body runs.
 Trips = Callable[..., int]
 
 
-def matmul_flops(jaxpr, trips: Trips = lambda equation: 1) -> int:
-    """Of all devices together. ``trips(equation)`` says how often a ``while`` runs; of the branches of a ``cond`` the
-    most expensive counts."""
+def count_matmul_flops(jaxpr, trips: Trips = lambda equation: 1) -> int:
+    """Return the FLOPs of all devices together.
+
+    ``trips(equation)``: how often the body of a ``while`` runs. Of a ``cond`` the most expensive branch counts.
+    """
     total = 0
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, jaxprs_in_params(equation.params)
@@ -25,28 +27,28 @@ def matmul_flops(jaxpr, trips: Trips = lambda equation: 1) -> int:
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
             continue
-        parts = [matmul_flops(getattr(part, "jaxpr", part), trips) for part in inner]
+        parts = [count_matmul_flops(getattr(part, "jaxpr", part), trips) for part in inner]
         if name == "cond":
             total += max(parts, default=0)
         else:
-            total += _times(equation, name, trips) * sum(parts)
+            total += _count_repeats(equation, name, trips) * sum(parts)
     return total
 
 
-def _times(equation, name: str, trips: Trips) -> int:
+def _count_repeats(equation, name: str, trips: Trips) -> int:
     if name == "scan":
         return equation.params["length"]
     if name == "while":
         return trips(equation)
-    if name == "shard_map":  # shapes in it are those of one device
+    if name == "shard_map":  # its inner shapes are those of one device
         return equation.params["mesh"].size
     if name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid)
     return 1
 
 
-def bound(equation) -> int | None:
-    """The constant that a ``while`` compares its counter with, where it does so with ``<``."""
+def find_loop_bound(equation) -> int | None:
+    """Return the constant in the ``<`` comparison of a ``while``'s condition; None if there is none."""
     jaxpr = equation.params["cond_jaxpr"].jaxpr
     constants = [
         int(operand.val)

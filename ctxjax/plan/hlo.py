@@ -1,7 +1,8 @@
-"""What a compiled program sends between devices, read off its text.
+"""Read from the text of a compiled program how much the devices send to each other.
 
-Collectives in loop bodies count as often as the loop runs: by the constant that its counter is compared with, or
-that the compiler notes. Loops over response columns end when the responses do; here all are of full length.
+A collective in a loop body counts as often as the loop runs. That number is the trip count that the compiler notes, or
+the constant that the loop counter is compared with. Loops over response columns can end early; here all responses have
+full length.
 """
 
 from __future__ import annotations
@@ -24,40 +25,40 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass
 class Traffic:
-    """Of one kind of collective, for a whole step: how often it runs, and the bytes that a device sends for it."""
+    """One kind of collective in a whole step. ``count``: how often it runs. ``sent``: bytes that one device sends."""
 
     count: int = 0
     sent: float = 0.0
 
 
-def traffic(text: str, head_turns: int) -> dict[str, Traffic]:
-    """Collectives of a compiled program by kind. ``head_turns``: how often the loop over the head's chunks runs."""
-    computations, entry = _computations(text)
+def count_traffic(text: str, head_chunks: int) -> dict[str, Traffic]:
+    """Return a compiled program's collectives by kind. ``head_chunks``: trips of the loop over the head's chunks."""
+    computations, entry = _split_computations(text)
     totals: dict[str, Traffic] = {}
-    trips = _trips(computations, head_turns)
+    trips = _count_trips(computations, head_chunks)
 
     def walk(name: str, times: int, inside: str) -> None:
         for line in computations.get(name, ()):
             match = _COLLECTIVE.search(line)
             if match:
                 kind = match[2]
-                if kind == "all-reduce" and "all-reduce-scatter" in inside:  # how a TPU writes it
-                    kind, size = "reduce-scatter", _bytes(match[1]) / _group(line)
+                if kind == "all-reduce" and "all-reduce-scatter" in inside:  # a TPU's reduce-scatter
+                    kind, size = "reduce-scatter", _measure_bytes(match[1]) / _find_group_size(line)
                 else:
-                    size = _bytes(match[1])
+                    size = _measure_bytes(match[1])
                 total = totals.setdefault(kind, Traffic())
                 total.count += times
-                total.sent += times * sent(kind, size, _group(line))
+                total.sent += times * compute_sent_bytes(kind, size, _find_group_size(line))
             often = times * trips.get(line, 1) if " while(" in line else times
-            for called in _calls(line):
+            for called in _find_calls(line):
                 walk(called, often, called if " fusion(" in line else inside)
 
     walk(entry, 1, "")
     return totals
 
 
-def sent(kind: str, size: float, group: int) -> float:
-    """Bytes that each of ``group`` devices sends at least, where a collective's result has ``size`` bytes on each."""
+def compute_sent_bytes(kind: str, size: float, group: int) -> float:
+    """Return the least number of bytes that each of ``group`` devices sends; ``size``: bytes of the result on each."""
     others = group - 1
     return {
         "all-reduce": 2 * size * others / group,
@@ -68,8 +69,8 @@ def sent(kind: str, size: float, group: int) -> float:
     }.get(kind, size)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Each computation's lines, and the entry's name."""
+def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Return the lines of each computation, and the name of the entry computation."""
     found, entry, lines = {}, "", None
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
@@ -83,14 +84,14 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _calls(line: str) -> list[str]:
+def _find_calls(line: str) -> list[str]:
     branches = _BRANCHES.search(line)
     names = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
     return names + _CALLED.findall(line)
 
 
-def _trips(computations: dict[str, list[str]], head_turns: int) -> dict[str, int]:
-    """How often each loop runs, by its line."""
+def _count_trips(computations: dict[str, list[str]], head_chunks: int) -> dict[str, int]:
+    """Return how often each loop runs, by its line."""
     loops = [line for lines in computations.values() for line in lines if " while(" in line]
     found, decode = {}, []
     for line in loops:
@@ -103,15 +104,15 @@ def _trips(computations: dict[str, list[str]], head_turns: int) -> dict[str, int
         elif name and re.search(r"decode\W*/while$", name[1]) and bounds:
             decode.append((max(bounds), line))
         else:
-            found[line] = max(bounds) if bounds else head_turns
-    before = 1  # the first token comes from the prompt's pass
+            found[line] = max(bounds) if bounds else head_chunks
+    before = 1  # the pass over the prompt gives the first token
     for stop, line in sorted(decode):
         found[line], before = stop - before, stop
     return found
 
 
-def _bytes(shapes: str) -> int:
-    """Of the largest array of a type: an asynchronous collective's is a tuple that holds its input too."""
+def _measure_bytes(shapes: str) -> int:
+    """Return the bytes of the largest array of a type: an asynchronous collective's type also contains its input."""
     sizes = [
         BYTES.get(kind, 1 if kind.startswith("f8") else 4) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, dims in _SHAPE.findall(shapes)
@@ -119,7 +120,7 @@ def _bytes(shapes: str) -> int:
     return max(sizes, default=0)
 
 
-def _group(line: str) -> int:
+def _find_group_size(line: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return len(listed[1].split(","))

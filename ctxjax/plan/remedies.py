@@ -1,5 +1,4 @@
-"""First changes to a configuration that does not fit: by arithmetic on its plan, or by compiling them where that is
-cheap."""
+"""Suggest changes to a configuration that does not fit: estimated from its plan, or compiled if that is fast."""
 
 from __future__ import annotations
 
@@ -10,25 +9,29 @@ from ml_collections import ConfigDict
 
 from ctxjax.plan.step import Plan
 
-# Seconds: plans that were compiled faster are tried out, others are only estimated.
-CHEAP = 20
+CHEAP = 20  # seconds; if the plan compiled faster, changes are compiled too, otherwise only estimated
 
 
 class Remedy(NamedTuple):
-    """A change as it is written on the command line, and a chip's bytes with it: compiled, or else estimated."""
+    """A change as a command-line flag, and the bytes of a chip with it: compiled or estimated."""
 
     flag: str
     total_bytes: int
     compiled: bool
 
 
-def candidates(plan: Plan, config: ConfigDict, ways: int, larger: str | None, larger_chips: int) -> Iterator[Remedy]:
-    """Estimates of single changes, the mildest first. ``ways``: devices that the rows of a batch are spread over.
+def estimate_remedies(
+    plan: Plan, config: ConfigDict, ways: int, larger: str | None, larger_chips: int
+) -> Iterator[Remedy]:
+    """Estimate the memory of single changes, the mildest first. ``ways``: devices that share the rows of a batch.
 
-    What of the temporaries is neither gradients nor cache nor a copy of weights goes with the rows of a micro-batch
-    and with what layers keep; the estimate takes all of it to do so, and is the better the more of it does.
+    Temporaries that are not gradients, cache or copies of weights are assumed to be activations, which shrink with the
+    rows of a micro-batch and with what layers keep for the backward pass. This is only approximately true.
     """
-    kept = min(max(plan.inside["gradients"], sum(plan.inside.values()) - plan.inside["gradients"]), plan.temporaries)
+    kept = min(
+        max(plan.temporary_parts["gradients"], sum(plan.temporary_parts.values()) - plan.temporary_parts["gradients"]),
+        plan.temporaries,
+    )
     activations = plan.temporaries - kept
     parts = config.train.micro_batches
     if config.train.batch_size % (2 * parts * ways) == 0:
@@ -38,23 +41,28 @@ def candidates(plan: Plan, config: ConfigDict, ways: int, larger: str | None, la
     if config.rollout.weights == "gathered":
         yield Remedy(
             "--config.rollout.weights=stored",
-            plan.total - plan.inside["weights for decoding"] * (ways - 1) // ways,
+            plan.total - plan.temporary_parts["weights for decoding"] * (ways - 1) // ways,
             False,
         )
     if config.lora.rank == 0:
-        less = plan.held.get("optimiser moments", 0) + plan.held.get("trained weights", 0) + plan.inside["gradients"]
+        less = (
+            plan.buffers.get("optimiser moments", 0)
+            + plan.buffers.get("trained weights", 0)
+            + plan.temporary_parts["gradients"]
+        )
         yield Remedy("--config.lora.rank=16", plan.total - min(less, plan.total), False)
     if larger:
         share = plan.chips / larger_chips
         yield Remedy(f"--topology={larger}", int(plan.total * share), False)
 
 
-def remedies(
+def choose_remedies(
     plan: Plan, estimates: Iterator[Remedy], limit: int, compile_with: Callable[[str], Plan | None]
 ) -> list[Remedy]:
-    """The changes that bring a plan under ``limit`` bytes, or where no single one does, all with what they leave.
+    """Return the changes that bring a plan under ``limit`` bytes; if no single change does, return all of them.
 
-    Where the plan compiled in less than CHEAP seconds, each is compiled by ``compile_with``; None: it cannot be.
+    If the plan compiled in less than CHEAP seconds, ``compile_with`` compiles each change. It returns None if the
+    configuration does not allow the change; the estimate then stays.
     """
     found = []
     for remedy in estimates:

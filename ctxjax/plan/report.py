@@ -1,4 +1,4 @@
-"""A plan as text and as JSON."""
+"""Print a plan as text or as JSON."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from ctxjax.plan.step import Plan
 GIB = 2**30
 
 
-def verdict(plan: Plan, hbm_gib: float) -> str:
-    """ "fits", "tight" (more than USABLE of the memory), or "does not fit"."""
+def judge(plan: Plan, hbm_gib: float) -> str:
+    """Return "fits", "tight" (more than USABLE of the memory) or "does not fit"."""
     if plan.refused or plan.total > hbm_gib * GIB:
         return "does not fit"
     return "fits" if plan.total <= USABLE * hbm_gib * GIB else "tight"
 
 
 def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Remedy]) -> dict:
-    """The plan as plain values; sizes in bytes of a chip, times in seconds. ``generation`` None: local devices."""
+    """Return the plan as plain values: sizes in bytes per chip, times in seconds.
+
+    ``generation``: of TPUs, or None for local devices.
+    """
     chip = CHIPS.get(generation)
     result = facts | {
         "chips": plan.chips,
-        "bytes": plan.held | {"temporaries": plan.temporaries},
-        "inside_temporaries": plan.inside,
+        "bytes": plan.buffers | {"temporaries": plan.temporaries},
+        "inside_temporaries": plan.temporary_parts,
         "total_bytes": plan.total,
         "flops": plan.flops,
         "compile_seconds": round(plan.compile_seconds, 1),
@@ -36,30 +39,30 @@ def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Reme
         result |= {
             "hbm_bytes": int(chip.hbm_gib * GIB),
             "share_of_hbm": round(plan.total / (chip.hbm_gib * GIB), 4),
-            "verdict": verdict(plan, chip.hbm_gib),
-            "floor_seconds": {name: float(f"{value:.4g}") for name, value in plan.floors(chip).items()},
+            "verdict": judge(plan, chip.hbm_gib),
+            "floor_seconds": {name: float(f"{value:.4g}") for name, value in plan.compute_floors(chip).items()},
             "remedies": [remedy._asdict() for remedy in remedies],
         }
     return result
 
 
 def as_text(result: dict) -> str:
-    """What ``as_json`` gives, for a terminal."""
-    said = ("model", "teacher", "task", "arm", "devices", "mesh", "step", "notes")
-    lines = [f"{name}: {result[name]}" for name in said if result.get(name)]
+    """Format the result of ``as_json`` for a terminal."""
+    shown = ("model", "teacher", "task", "arm", "devices", "mesh", "step", "notes")
+    lines = [f"{name}: {result[name]}" for name in shown if result.get(name)]
     lines += ["", "memory of a chip"]
     lines += [f"  {_size(size)}  {name}" for name, size in result["bytes"].items()]
     parts = ", ".join(f"{name} {_size(size).strip()}" for name, size in result["inside_temporaries"].items())
-    lines.append(f"               (among the temporaries, not all at one time: {parts})")
-    total = f"  {_size(result['total_bytes'])}  together"
+    lines.append(f"               (parts of the temporaries, which need not exist at the same time: {parts})")
+    total = f"  {_size(result['total_bytes'])}  in total"
     if "verdict" in result:
         total += f", {100 * result['share_of_hbm']:.0f} % of {_size(result['hbm_bytes']).strip()}: {result['verdict']}"
     lines.append(total)
     if result["refused"]:
         lines.append(f"  the compiler: {result['refused']}")
-    lines += ["", f"arithmetic: {result['flops']:.3g} FLOPs a step, responses of full length"]
+    lines += ["", f"arithmetic: {result['flops']:.3g} FLOPs per step, with responses of full length"]
     if result["collectives"] is not None:
-        lines.append("collectives of a step: kind, how often, GB that a chip sends")
+        lines.append("collectives of a step: kind, count, GB that a chip sends")
         kinds = result["collectives"].items()
         lines += [f"  {kind:20} {one['count']:>9,}  {one['sent_bytes'] / 1e9:10.3f}" for kind, one in kinds] or [
             "  none"
@@ -73,9 +76,9 @@ def as_text(result: dict) -> str:
         ]
         lines.append(f"a step takes at least: {', '.join(known)}")
     done = {
-        "memory": "compiled as far as memory is known",
+        "memory": "compiled until memory was known",
         "least": "compiled with the least optimisation",
-        "full": "compiled as a run is",
+        "full": "compiled as a run does",
     }[result["effort"]]
     lines.append(f"{done} in {result['compile_seconds']:.0f} s")
     if result.get("remedies"):
