@@ -9,8 +9,8 @@ import pytest
 from ctxjax import sharding
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
-from ctxjax.evaluation import metrics, statistics, views
-from ctxjax.evaluation.metrics import Outcomes
+from ctxjax.evaluation import metrics, outcomes as outcomes_lib, statistics, views
+from ctxjax.evaluation.outcomes import Comparison, Outcomes
 from ctxjax.types import Prompts, Rollout
 
 
@@ -31,14 +31,18 @@ def paired(right_right, right_wrong, wrong_right, wrong_wrong):
     return np.repeat([1, 1, 0, 0], counts).astype(bool), np.repeat([1, 0, 1, 0], counts).astype(bool)
 
 
+def both_views(bare: Outcomes, context: Outcomes) -> dict:
+    return metrics.compute_metrics({"bare": bare, "context": context})
+
+
 # --- Metrics ---
 
 
-def test_removability_of_ten_questions_by_hand():
+def test_metrics_of_ten_questions_by_hand():
     x, xc = paired(3, 2, 4, 1)
     bare = outcomes(x, length=[2, 4, 6] * 3 + [4], truncated=[1] + [0] * 9)
     context = outcomes(xc, length=[5] * 10, truncated=[1, 1] + [0] * 8, parsed=[0] * 3 + [1] * 7)
-    result = metrics.removability(bare, context)
+    result = both_views(bare, context)
     expected = {
         "n": 10, "acc_x": 0.5, "acc_xc": 0.7, "gap": 0.2, "harm": 0.4, "benefit": 0.8, "both_correct": 0.3,
         "dlen": 0.25, "length_x": 4.0, "length_xc": 5.0, "truncated_x": 0.1, "truncated_xc": 0.2, "parse_x": 1.0,
@@ -52,15 +56,15 @@ def test_removability_of_ten_questions_by_hand():
 
 
 def test_a_share_of_nothing_is_none():
-    all_wrong = metrics.removability(outcomes([0, 0, 0]), outcomes([1, 0, 0]))
+    all_wrong = both_views(outcomes([0, 0, 0]), outcomes([1, 0, 0]))
     assert all_wrong["harm"] is None and all_wrong["harm_ci"] is None and all_wrong["benefit"] == pytest.approx(1 / 3)
-    all_right = metrics.removability(outcomes([1, 1, 1]), outcomes([1, 0, 0]))
+    all_right = both_views(outcomes([1, 1, 1]), outcomes([1, 0, 0]))
     assert all_right["benefit"] is None and all_right["benefit_ci"] is None
     assert all_right["harm"] == pytest.approx(2 / 3)
 
 
 def test_results_are_plain_numbers_that_json_can_hold():
-    result = metrics.removability(outcomes([1, 0, 1]), outcomes([1, 1, 0]))
+    result = both_views(outcomes([1, 0, 1]), outcomes([1, 1, 0]))
     assert json.loads(json.dumps(result))["n"] == 3
 
 
@@ -74,30 +78,87 @@ def test_results_are_plain_numbers_that_json_can_hold():
     ],
 )
 def test_regimes_follow_the_sign_of_a_significant_change(counts, regime):
-    assert metrics.regime(*paired(*counts)) == regime
+    assert outcomes_lib.regime(*map(outcomes, paired(*counts))) == regime
 
 
 def test_harm_is_among_the_questions_right_without_context_along_any_axis():
     x = np.array([[1, 1, 1, 0], [0, 0, 0, 0]], bool)
     xc = np.array([[1, 0, 0, 0], [1, 1, 1, 1]], bool)
-    np.testing.assert_allclose(metrics.share(x & ~xc, x), [2 / 3, np.nan])
-    np.testing.assert_allclose(metrics.share((x & ~xc).T, x.T, axis=0), [2 / 3, np.nan])
+    np.testing.assert_allclose(statistics.share(x & ~xc, x), [2 / 3, np.nan])
+    np.testing.assert_allclose(statistics.share((x & ~xc).T, x.T, axis=0), [2 / 3, np.nan])
 
 
-def test_view_distance_counts_response_tokens_only():
+def test_the_view_kl_counts_response_tokens_only():
     kl = np.array([[1.0, 3.0, np.nan], [5.0, 99.0, np.nan]])
     mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
-    assert metrics.view_distance(kl, mask) == {"view_kl": 3.0, "view_kl_by_position": [3.0, 3.0, None]}
+    comparison = Comparison(kl, {}, mask)
+    assert outcomes_lib.view_kl(comparison) == 3.0
+    assert outcomes_lib.view_kl_by_position(comparison) == [3.0, 3.0, None]
 
 
 def test_layer_cosines_are_means_over_response_tokens_by_layer():
     mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
     cosine = np.array([[[0.5, 0.6, -9.0], [0.7, -9.0, -9.0]], [[0.1, 0.2, -9.0], [0.3, -9.0, -9.0]]])
-    result = metrics.layer_cosines({"cosine": cosine, "control": cosine / 2, "centred": cosine / 10}, mask)
+    cosines = {"cosine": cosine, "control": cosine / 2, "centred": cosine / 10}
+    result = metrics.compute_metrics({"comparison": Comparison(np.zeros((2, 3)), cosines, mask)})
     assert result["cosine_by_layer"] == pytest.approx([0.6, 0.2])
     assert result["cosine_control_by_layer"] == pytest.approx([0.3, 0.1])
     assert result["cosine_centred_by_layer"] == pytest.approx([0.06, 0.02])
     assert result["cosine_p5_by_layer"] == pytest.approx([0.51, 0.11])
+
+
+def test_what_is_not_measured_has_no_metrics():
+    assert set(metrics.compute_metrics({"other": outcomes([1, 0])})) == {"obedience", "obedience_ci"}
+    assert "harm_floor" not in both_views(outcomes([1]), outcomes([1]))  # two samples a question, at least
+
+
+def test_one_entry_of_the_table_is_a_metric(monkeypatch):
+    long = metrics.Metric(
+        "long", "long", "share", "Responses of more than 10 tokens.", ("bare",),
+        lambda bare: statistics.rate(bare.length > 10), better="lower",
+    )  # fmt: skip
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, long))
+    result = both_views(outcomes([1, 1], length=[10, 11]), outcomes([1, 1]))
+    assert result["long"] == 0.5 and result["long_ci"] == statistics.wilson(1, 2)
+    metrics.check_select("-long")
+    with pytest.raises(ValueError, match="length_xc, -long, "):
+        metrics.check_select("short")
+
+
+def test_keys_are_unique_and_metrics_of_one_header_share_unit_table_and_definition():
+    assert len({metric.key for metric in metrics.METRICS}) == len(metrics.METRICS)
+    by_header = {metric.header: metric for metric in metrics.METRICS}
+    for metric in metrics.METRICS:
+        if metric.unit is not None:
+            same = by_header[metric.header]
+            assert (metric.unit, metric.table, metric.definition) == (same.unit, same.table, same.definition)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_every_number_of_one_model_selects_even_if_the_base_has_no_value_for_it(samples):
+    view = Outcomes(*np.eye(4, dtype=bool), lenient=np.zeros(4, bool), samples=samples)
+    cosines = dict.fromkeys(("cosine", "control", "centred"), np.zeros((2, 4, 3)))
+    measured = dict.fromkeys(("bare", "context", "empty", "other", "paraphrase", "default"), view)
+    measured |= {"comparison": Comparison(np.zeros((4, 3)), cosines, np.ones((4, 3), bool)), "distill": 0.5}
+    result = metrics.compute_metrics(measured)
+    numbers = {key for key, value in result.items() if isinstance(value, float)}
+    assert {"acc_x_lenient", "harm", "distill", "acc_default", "view_kl"} < numbers
+    for key in numbers:
+        metrics.check_select(key)
+        metrics.check_select(f"-{key}", result | {key: None})
+
+
+@pytest.mark.parametrize(
+    "select", ["", "-", "--harm", "accuracy", "n", "regime", "flips", "cosine_by_layer", "harm_ci"]
+)
+def test_what_is_no_number_of_one_model_does_not_select(select):
+    with pytest.raises(ValueError, match=rf"eval.select = '{select}' is not a metric; choose from -acc_.*, -harm, "):
+        metrics.check_select(select)
+
+
+def test_a_metric_that_a_task_does_not_have_is_refused_with_those_that_it_has():
+    with pytest.raises(ValueError, match=r"'-obedience' is not a metric of this task; choose from acc_x, -harm \("):
+        metrics.check_select("-obedience", {"acc_x": 1.0, "harm": None, "regime": "agreement"})
 
 
 # --- Statistics ---
@@ -125,32 +186,34 @@ def test_mcnemar_is_exact_and_ignores_agreement(only_a, only_b, p):
 
 
 def arms(seed, n, harm_a, harm_b):
-    """(right_x, right_xc) of two arms, which harm their right answers with these probabilities."""
+    """Outcomes by view of two arms, which harm their right answers with these probabilities."""
     rng = np.random.default_rng(seed)
-    return tuple((right := rng.random(n) < 0.8, right & (rng.random(n) >= harm)) for harm in (harm_a, harm_b))
+    pairs = [(right := rng.random(n) < 0.8, right & (rng.random(n) >= harm)) for harm in (harm_a, harm_b)]
+    return tuple({"bare": outcomes(x), "context": outcomes(xc)} for x, xc in pairs)
 
 
 def test_the_bootstrap_is_deterministic_and_encloses_its_estimate():
     a, b = arms(0, 200, 0.3, 0.1)
-    estimate, low, high = metrics.harm_difference(a, b, 500)
-    assert metrics.harm_difference(a, b, 500) == [estimate, low, high]
-    assert estimate == pytest.approx(float(metrics.share(a[0] & ~a[1], a[0]) - metrics.share(b[0] & ~b[1], b[0])))
+    estimate, low, high = outcomes_lib.harm_difference(a, b, 500)
+    assert metrics.compare_arms(a, b, "sft", 500) == {"harm_minus_sft": [estimate, low, high]}
+    harm_a, harm_b = (outcomes_lib.harm(arm["bare"], arm["context"]).value for arm in (a, b))
+    assert estimate == pytest.approx(harm_a - harm_b)
     assert 0 < low < estimate < high < 0.4
 
 
 def test_the_bootstrap_resamples_all_arrays_of_an_item_together():
     a, _ = arms(0, 100, 0.3, 0.1)
-    assert metrics.harm_difference(a, a, 200) == [0.0, 0.0, 0.0]
+    assert outcomes_lib.harm_difference(a, a, 200) == [0.0, 0.0, 0.0]
 
 
 def test_the_bootstrap_covers_the_true_difference_about_as_often_as_it_says():
-    intervals = [metrics.harm_difference(*arms(seed, 120, 0.3, 0.1), 300) for seed in range(100)]
+    intervals = [outcomes_lib.harm_difference(*arms(seed, 120, 0.3, 0.1), 300) for seed in range(100)]
     assert 88 <= sum(low <= 0.2 <= high for _, low, high in intervals) <= 100
 
 
 def test_a_difference_of_a_rate_that_does_not_exist_is_none():
-    never_right = (np.zeros(5, bool), np.ones(5, bool))
-    assert metrics.harm_difference(never_right, arms(0, 5, 0.5, 0.5)[0], 50) is None
+    never_right = {"bare": outcomes([0] * 5), "context": outcomes([1] * 5)}
+    assert outcomes_lib.harm_difference(never_right, arms(0, 5, 0.5, 0.5)[0], 50) is None
 
 
 # --- Views ---
@@ -245,7 +308,7 @@ def test_harm_above_its_floor_is_nothing_where_two_views_are_equally_unsure_and_
     that this is no harm."""
     random, chances = np.random.default_rng(0), np.repeat(np.tile([0.2, 0.5, 0.8, 1.0], 200), 8)
     x, xc = (random.random(chances.size) < chances for _ in range(2))
-    result = metrics.removability(sampled(x, 8), sampled(xc, 8))
+    result = both_views(sampled(x, 8), sampled(xc, 8))
     expected = np.mean(chances * (1 - chances)) / np.mean(chances)
     assert result["n"] == 800 and result["samples"] == 8
     assert result["harm"] == pytest.approx(expected, abs=0.02) and result["harm_floor"] == pytest.approx(
@@ -255,7 +318,7 @@ def test_harm_above_its_floor_is_nothing_where_two_views_are_equally_unsure_and_
     low, high = result["harm_ci"]
     assert low < result["harm"] < high
     sure = np.ones(800, bool)
-    result = metrics.removability(sampled(sure, 8), sampled(np.repeat(np.arange(100) >= 30, 8), 8))
+    result = both_views(sampled(sure, 8), sampled(np.repeat(np.arange(100) >= 30, 8), 8))
     assert result["harm_floor"] == 0 and result["harm"] == result["excess_harm"] == pytest.approx(0.3)
     assert result["regime"] == "perturbation"
 
@@ -263,5 +326,5 @@ def test_harm_above_its_floor_is_nothing_where_two_views_are_equally_unsure_and_
 def test_samples_of_a_question_do_not_make_an_interval_narrower_than_questions_do():
     """Eight equal samples of a question say no more than one."""
     right = np.random.default_rng(1).random(60) < 0.5
-    one, eight = metrics.rate("acc", right)["acc_ci"], metrics.rate("acc", np.repeat(right, 8), samples=8)["acc_ci"]
+    one, eight = statistics.rate(right).interval, statistics.rate(np.repeat(right, 8), samples=8).interval
     assert eight[1] - eight[0] == pytest.approx(one[1] - one[0], rel=0.15)

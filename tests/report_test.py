@@ -1,5 +1,6 @@
 """Tests of the report: a small synthetic run goes in, a table and a page come out."""
 
+import html
 import html.parser
 import json
 import pathlib
@@ -8,11 +9,14 @@ import sys
 
 import pytest
 
+from ctxjax.evaluation import metrics
+from ctxjax.evaluation.metrics import Metric
 from ctxjax.report import results_table, write_report
 from ctxjax.report.__main__ import main
 from ctxjax.report.assessment import glance, levels, share_closed, verdict
+from ctxjax.report.formatting import UNITS, mean_over_layers
 from ctxjax.report.samples import sample_responses
-from ctxjax.report.tables import alarm_rows, mean_layer_cosine, result_rows
+from ctxjax.report.tables import alarm_rows, check_table, columns, glossary, result_rows
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -285,8 +289,8 @@ def test_a_teacher_of_its_own_is_the_target_and_no_arm(workdir: pathlib.Path) ->
 
 
 def test_mean_cosine_leaves_the_embedding_out() -> None:
-    assert mean_layer_cosine({"cosine_by_layer": [1.0, 0.9, None, 0.7]}) == pytest.approx(0.8)
-    assert mean_layer_cosine({"cosine_by_layer": []}) is None
+    assert mean_over_layers([1.0, 0.9, None, 0.7]) == pytest.approx(0.8)
+    assert mean_over_layers([]) is None
 
 
 def test_missing_results_name_the_path_and_the_remedy(tmp_path: pathlib.Path) -> None:
@@ -327,6 +331,60 @@ def test_writing_is_atomic(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatc
 
 def test_same_run_gives_same_bytes(workdir: pathlib.Path, written: pathlib.Path) -> None:
     assert write_report(workdir).read_bytes() == written.read_bytes()
+
+
+def cells_of(table: tuple[list[str], list], header: str) -> list[tuple[str, str]]:
+    headers, rows = table
+    return [(cells[headers.index(header)].text, cells[headers.index(header)].interval) for _, cells in rows]
+
+
+def test_arms_are_compared_with_the_first_one_whatever_its_name() -> None:
+    """An arm's name may be a part of another's, and is escaped."""
+    for name in ("sft", "opcd_anchored", "<b>sft</b>"):
+        change = {f"harm_minus_{name}": [-0.25, -0.33, -0.17]}
+        results = {"base": RESULTS["base"], name: RESULTS["opcd"], "opcd": metrics_of(1.0, 1.0, 0.0, 0.97, **change)}
+        cells = cells_of(check_table(results), f"harm minus {name} pp")
+        assert cells == [("-", ""), ("-", ""), ("-25.0", "[-33.0, -17.0]")]
+        assert f"25.0\u00a0points fewer than <code>{html.escape(name)}</code>" in verdict(results)
+
+
+def test_columns_of_checks_in_which_no_arm_has_a_value_are_left_out() -> None:
+    results = {"opcd": {"length_x": 4.0, "truncated_x": 0.0, "truncated_xc": None, "regime": "scaffold", "step": 7}}
+    assert check_table(results)[0] == ["length x / xc", "truncated x / xc %", "regime", "step"]
+    assert [cell.text for cell in check_table(results)[1][0][1]] == ["4.0 / -", "0.0 / -", "scaffold", "7"]
+    assert check_table({"opcd": {}})[0] == ["step"]
+
+
+def test_one_entry_of_the_table_of_metrics_is_a_column_and_a_term_of_the_glossary(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Metric("long", "long", "share", "Responses of more than 10 tokens.", ("bare",), better="lower")
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, long))
+    results = RESULTS | {"opcd": RESULTS["opcd"] | {"long": 0.125, "long_ci": [0.1, 0.2]}}
+    assert results_table(results).split("\n")[0].endswith(" cosine | long % |")
+    assert [cells[-1].text for _, cells in result_rows(results)][:3] == ["-", "-", "12.5"]
+    (workdir / "results.json").write_text(json.dumps(results))
+    text = parse(write_report(workdir)).text
+    assert "long %" in text and "12.5[10.0, 20.0]" in text
+    assert "Responses of more than 10 tokens. Lower is better." in text
+
+
+def test_every_metric_with_a_unit_has_a_column_and_a_definition() -> None:
+    shown = [metric for metric in metrics.METRICS if metric.unit is not None]
+    assert {metric.unit for metric in shown} == UNITS.keys()
+    placed = [metric for table in ("results", "checks") for column in columns(table) for metric in column.metrics]
+    assert sorted(metric.key for metric in placed) == sorted(metric.key for metric in shown)
+    assert all(definition.endswith(".") for _, definition in glossary("results", "checks"))
+
+
+def test_the_readme_defines_the_metrics_of_the_main_table() -> None:
+    lines = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("\n")
+    start = lines.index("| metric | definition |")
+    entries = [(header, definition.replace("|", "\\|")) for header, definition in glossary("results")]
+    expected = [f"| {header} | {definition} |" for header, definition in entries]
+    found = lines[start + 2 : start + 2 + len(expected)]
+    assert found == expected, "README.md's table should read:\n" + "\n".join(expected)
+    assert not lines[start + 2 + len(expected)].startswith("|")
 
 
 def test_verdict_tells_the_arms_apart() -> None:

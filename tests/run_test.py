@@ -18,6 +18,7 @@ from ctxjax import config as config_lib, sharding
 from ctxjax.data import prompts
 from ctxjax.data.worlds import rules
 from ctxjax.distill.train_step import StepConfig, init_state, rollout_step
+from ctxjax.evaluation import metrics, statistics
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.inputs import base_model, run_inputs, teacher_samples
@@ -63,7 +64,7 @@ def cache(tmp_path_factory, two_devices):
 
 
 @pytest.fixture(scope="module")
-def finish_logits(cache):
+def finished(cache):
     """(workdir, results) of a run of three arms."""
     workdir = cache / "run"
     return workdir, start(small(cache), workdir, page=True)
@@ -239,6 +240,39 @@ def test_the_checkpoint_that_is_best_on_dev_is_kept_and_measured_beside_the_last
     assert results["opcd"]["step"] == 4 and results["opcd"]["selected"]["step"] == 2
     assert results["opcd"]["selected"]["view_kl"] != results["opcd"]["view_kl"]
     assert "opcd, step 2, best on dev" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("select", ["accuracy", "--harm", "n"])
+def test_a_select_that_is_no_metric_is_refused_before_anything_is_opened(select, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "open_inputs", None)
+    config = small(cache)
+    config.eval.select = select
+    with pytest.raises(ValueError, match=f"eval.select = '{select}' is not a metric; choose from .*, -harm, "):
+        start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_entry_of_the_table_is_a_metric_that_selects_and_is_reported(cache, tmp_path, monkeypatch, capsys):
+    """From the responses to results.json, metrics.jsonl, the console and the page; the first arm is not opcd."""
+    long = metrics.Metric(
+        "long", "long", "share", "Responses of more than 10 tokens.", ("bare",),
+        lambda bare: statistics.rate(bare.length > 10), better="lower",
+    )  # fmt: skip
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, long))
+    config = small(cache)
+    config.run_arms, config.eval.select = ("opcd_anchored", "opcd"), "-long"
+    results = start(config, tmp_path / "run", page=True)
+    for arm, row in results.items():
+        lengths = [item["length"] for item in rows(tmp_path / "run" / arm / "items.jsonl") if item["view"] == "bare"]
+        assert row["long"] == np.mean(np.array(lengths) > 10)
+    assert "harm_minus_opcd_anchored" in results["opcd"]
+    written = rows(tmp_path / "run" / "opcd" / "metrics.jsonl")
+    assert [row["step"] for row in written if "dev/long" in row] == [0, 2, 4]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| arm ")]
+    assert len(table) == 1 and table[0].endswith(" long % |")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<th>long %</th>" in page and "<th>harm minus opcd_anchored pp</th>" in page
+    assert "<dt>long</dt><dd>Responses of more than 10 tokens. Lower is better.</dd>" in page
 
 
 def test_what_is_held_is_printed_once(cache, capsys):

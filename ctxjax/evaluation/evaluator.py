@@ -1,8 +1,9 @@
-"""Evaluates parameters on a split: every view decoded, graded, compared and summed up."""
+"""Evaluate parameters on a split: decode and grade every view, compare two of them, compute the metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -19,48 +20,50 @@ from ctxjax.data.task import Row, Task, grade_response, make_evaluation_views
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
-from ctxjax.evaluation.metrics import Outcomes
+from ctxjax.evaluation.outcomes import Comparison, Outcomes
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
 from ctxjax.types import Params, Rollout
 
-# Two splits are brought to one size where this costs the smaller at most so many times its own: a program is compiled
-# once for both, which takes longer than reading a few columns or rows more.
+# Two splits are padded to the same shapes if that costs the smaller at most 25 %: one compiled program serves both,
+# and compiling takes longer than reading a few more columns or rows.
 SLACK = 1.25
-
-# The metric that a view's accuracy is reported as; the first two are reported by metrics.removability.
-ACCURACY_OF_VIEW = {"empty": "acc_empty", "other": "obedience", "paraphrase": "acc_paraphrase"}
 
 
 class Evaluation(NamedTuple):
-    """Numbers of one model on one split, one dict per question and view, and the outcomes by view."""
+    """One model on one split: ``metrics`` as in results.json, ``items`` with a dict for each response, and the outcomes
+    by view."""
 
     metrics: dict
     items: list[dict]
     outcomes: dict[str, Outcomes]
 
     def save(self, folder: Path, identity: dict) -> None:
-        """Writes items.jsonl and evaluation.json; ``identity`` says what was evaluated, and by what code."""
+        """Write items.jsonl and evaluation.json. ``identity``: what was evaluated, and by what code."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in self.items))
         write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics})
 
     @classmethod
     def load(cls, folder: Path, identity: dict) -> Evaluation | None:
-        """What ``save`` has written of the same ``identity``; None where there is nothing of it, or not all."""
+        """Read what ``save`` wrote; None if a file is missing or cut off, or of another ``identity``."""
         try:
             stored = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
             with (folder / "items.jsonl").open(encoding="utf-8") as lines:
                 items = [json.loads(line) for line in lines]
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return cls(stored["metrics"], items, _outcomes(items)) if stored["of"] == identity else None
+        return cls(stored["metrics"], items, _collect_outcomes(items)) if stored["of"] == identity else None
 
 
 class Split(NamedTuple):
-    """A split's questions in all views: rows, tokens, what all prompts of a view start with, and the columns that they
-    take with it; the rows of a batch, and how many over-long rows were left out."""
+    """A split's questions in all views.
+
+    By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with; and
+    ``lengths``, the columns P that its prompts are padded to. ``batch``: rows in a batch. ``dropped``: over-long rows
+    that were left out.
+    """
 
     task: Task
     rows: dict[str, list[Row]]
@@ -72,12 +75,13 @@ class Split(NamedTuple):
 
     @classmethod
     def of(cls, config: Experiment, task: Task, name: str, folder: ModelFolder, mesh: Mesh) -> Split:
+        """Tokenize the questions of the split called ``name``."""
         encoded = encode_rows(folder.tokenizer, task.rows(name), config.prompt)
         rows = make_evaluation_views(task, encoded.rows, name)
         tokens = {v: prompts_lib.encode(folder.tokenizer, own, config.prompt) for v, own in rows.items()}
         prefixes = {v: prompts_lib.choose_shared_prefix(lists) for v, lists in tokens.items()}
         lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
-        # One length for the views with a context block that share no prefix: decoding is compiled once for them all.
+        # Views with a context block and no shared prefix get one length: one compiled program decodes them all.
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
         lengths |= dict.fromkeys(blocks, max((lengths[view] for view in blocks), default=0))
         batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
@@ -85,28 +89,27 @@ class Split(NamedTuple):
 
 
 def share_shapes(splits: list[Split]) -> list[Split]:
-    """The splits with the columns of each view, and the rows of a batch, brought to the largest's where they are
-    near it (``SLACK``)."""
+    """Raise the columns of each view and the rows of a batch to the largest split's if they are near it (``SLACK``)."""
     most_rows = max(split.batch for split in splits)
     most = {view: max(split.lengths[view] for split in splits if view in split.lengths) for view in splits[0].lengths}
     return [
         split._replace(
-            batch=_raised(split.batch, most_rows),
-            lengths={view: _raised(length, most.get(view, length)) for view, length in split.lengths.items()},
+            batch=_raise_if_near(split.batch, most_rows),
+            lengths={view: _raise_if_near(length, most.get(view, length)) for view, length in split.lengths.items()},
         )
         for split in splits
     ]
 
 
-def _raised(size: int, largest: int) -> int:
+def _raise_if_near(size: int, largest: int) -> int:
     return largest if largest <= SLACK * size else size
 
 
 class Evaluator:
-    """A split in all its views, tokenized once; call it with parameters of ``folder``'s architecture.
+    """A split in all its views, tokenized once. Call it with parameters of ``folder``'s architecture.
 
-    Responses are judged as ``config.eval`` decodes them (temperature 0 unless it says otherwise), and sampled as
-    training samples (``config.rollout``) for the held-out distillation loss, against ``teacher``.
+    Responses are judged as ``config.eval`` decodes them (greedily by default). For the held-out distillation loss,
+    against ``teacher``, they are sampled as in training (``config.rollout``).
     """
 
     def __init__(self, config: Experiment, split: Split, folder: ModelFolder, teacher: ModelFolder, mesh: Mesh):
@@ -124,38 +127,28 @@ class Evaluator:
     def of_splits(
         cls, config: Experiment, task: Task, names: Sequence[str], folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
     ) -> list[Evaluator]:
-        """One for each of the splits named; where the splits are near in size, compiled programs serve them all."""
+        """Return an evaluator for each split of ``names``. Splits of nearly the same size share compiled programs."""
         splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
         return [cls(config, split, folder, teacher, mesh) for split in splits]
 
     def __call__(self, params: Params) -> Evaluation:
-        """Decodes every view; the hidden states and the view KL are taken along the bare view's responses."""
+        """Decode and grade every view, and compare bare and context view along the bare view's first responses."""
         model = self._folder.config
         rollouts = {v: self._decode(params, v, self._judged) for v in self._prompts}
         items = [item for view, rollout in rollouts.items() for item in self._grade(view, rollout)]
-        outcomes, samples = _outcomes(items), self._judged.samples
-        with_context = "context" in outcomes
-        if with_context:
-            result = metrics_lib.removability(outcomes["bare"], outcomes["context"])
-        else:
-            result = metrics_lib.one_view("x", outcomes["bare"])
-        for view, name in ACCURACY_OF_VIEW.items():
-            if view in outcomes:
-                result |= metrics_lib.rate(name, outcomes[view].correct, samples=samples)
-        result |= self._default_rate(items)
-        if not with_context:
-            return Evaluation(result, items, outcomes)
-        bare, context = self._prompts["bare"], self._prompts["context"]
-        control = self._prompts.get("other", self._prompts["empty"])
-        first = jax.tree.map(lambda array: array[::samples], rollouts["bare"])
-        kl, cosines = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
-        mask = first.mask_BxT
-        result |= metrics_lib.view_distance(kl, mask) | metrics_lib.layer_cosines(cosines, mask)
-        result["distill"] = self._distillation(params)
-        return Evaluation(result, items, outcomes)
+        outcomes = _collect_outcomes(items)
+        measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
+        if "context" in outcomes:
+            bare, context = self._prompts["bare"], self._prompts["context"]
+            control = self._prompts.get("other", self._prompts["empty"])
+            first = jax.tree.map(lambda array: array[:: self._judged.samples], rollouts["bare"])
+            compared = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
+            measured["comparison"] = Comparison(*compared, first.mask_BxT)
+            measured["distill"] = self._distillation(params)
+        return Evaluation(metrics_lib.compute_metrics(measured), items, outcomes)
 
     def _decode(self, params: Params, view: str, sampling: SamplingConfig) -> Rollout:
-        """Views are sampled independently of each other."""
+        """Decode one view. Each view has a key of its own: samples of different views are independent."""
         model, key = self._folder.config, rng.key_for(self._root, list(self._prompts).index(view), "evaluation")
         return views_lib.decode(params, model, sampling, self._prompts[view], key, self._batch, self._mesh)
 
@@ -174,18 +167,17 @@ class Evaluator:
             })  # fmt: skip
         return items
 
-    def _default_rate(self, items: list[dict]) -> dict:
-        """How often the bare view still answers as the base does by default, where the task knows that."""
+    def _grade_against_defaults(self, items: list[dict], bare: Outcomes) -> dict[str, Outcomes]:
+        """Return {"default": the bare responses graded against the base's default answers}; {} if the task has none."""
         rows: list[Row] = self._rows["bare"]
         if not rows or rows[0].default is None:
             return {}
-        bare = (item for item in items if item["view"] == "bare")
-        samples = self._judged.samples
-        same = [self._task.grade(item["text"], rows[i // samples].default).correct for i, item in enumerate(bare)]
-        return metrics_lib.rate("acc_default", np.array(same), samples=samples)
+        texts = (item["text"] for item in items if item["view"] == "bare")
+        same = [self._task.grade(text, rows[i // bare.samples].default).correct for i, text in enumerate(texts)]
+        return {"default": dataclasses.replace(bare, correct=np.array(same))}
 
     def _distillation(self, params: Params) -> float:
-        """Held-out KL(q_x || f) in nats per token, on the student's own samples, as in training."""
+        """Return the held-out KL(q_x || f) in nats per token on the student's own samples, as in training."""
         model, bare = self._folder.config, self._prompts["bare"]
         rollout = self._decode(params, "bare", self._rollout)
         loss = LossConfig(temperature=self._rollout.temperature)
@@ -203,8 +195,8 @@ class Evaluator:
         )
 
 
-def _outcomes(items: list[dict]) -> dict[str, Outcomes]:
-    """The items' outcomes by view, in the items' order."""
+def _collect_outcomes(items: list[dict]) -> dict[str, Outcomes]:
+    """Return the outcomes by view, in the order of ``items``."""
     by_view: dict[str, list[dict]] = {}
     for item in items:
         by_view.setdefault(item["view"], []).append(item)
@@ -214,7 +206,7 @@ def _outcomes(items: list[dict]) -> dict[str, Outcomes]:
             parsed=np.array([item["parsed"] is not None for item in own]),
             truncated=np.array([item["truncated"] for item in own]),
             length=np.array([item["length"] for item in own]),
-            lenient=_lenient(own),
+            lenient=_collect_lenient(own),
             reasons=[item["reason"] for item in own],
             samples=1 + max(item["sample"] for item in own),
         )
@@ -222,6 +214,6 @@ def _outcomes(items: list[dict]) -> dict[str, Outcomes]:
     }
 
 
-def _lenient(items: list[dict]) -> np.ndarray | None:
+def _collect_lenient(items: list[dict]) -> np.ndarray | None:
     lenient = [item["lenient"] for item in items]
     return None if None in lenient else np.array(lenient)

@@ -1,159 +1,248 @@
-"""The metrics of removability, from per-question outcomes in several views.
+"""The table of all metrics: METRICS has one entry for each.
 
-    Acc_x, Acc_xc   accuracy without and with the context      Gap = Acc_xc - Acc_x
-    Harm            P(wrong with c | right without c)
-    Harm floor      E[p (1 - p)] / E[p], where p is how often samples of the bare view are right: what two of them
-                    disagree on already. Harm less the floor is the excess.
-    Benefit         P(right with c | wrong without c)
-    BothCorrect     P(right in both views)
-    dLen            relative change of the mean response length when c is added
+results.json, the console table, the report's columns and glossary, the README's table and ``eval.select`` read METRICS:
+one more entry is one more metric everywhere. Its order is that of results.json and of the columns. What the entries
+compute is in outcomes.py.
 
-Harm alone would reward a model that ignores every prompt; read it beside obedience.
+Harm alone would reward a model that ignores every prompt; read it together with obedience.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
+from typing import Any
 
-import numpy as np
-
-from ctxjax.evaluation import statistics
-
-RESAMPLES = 2000  # of a bootstrap over questions
+from ctxjax.evaluation import outcomes
+from ctxjax.evaluation.outcomes import Outcomes
+from ctxjax.evaluation.statistics import Rate
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcomes:
-    """What happened to n questions in one view: arrays [n]; ``length`` in tokens, end token included.
+class Metric:
+    """One metric: what it is called, what it means, how it is computed and printed.
 
-    With several ``samples`` of a question the arrays are [n * samples], a question's one after the other, and intervals
-    are over questions. ``lenient`` is whether they are right for a reader who does without the format, None where there
-    is no such reader; ``reasons`` says of each why no answer could be read, None where one could."""
-
-    correct: np.ndarray
-    parsed: np.ndarray
-    truncated: np.ndarray
-    length: np.ndarray
-    lenient: np.ndarray | None = None
-    reasons: list[str | None] = dataclasses.field(default_factory=list)
-    samples: int = 1
-
-
-def share(part: np.ndarray, whole: np.ndarray, axis: int = -1) -> np.ndarray:
-    """sum(part) / sum(whole) along ``axis``; NaN where there is nothing to take a share of."""
-    total = np.sum(whole, axis=axis)
-    return np.where(total > 0, np.sum(part, axis=axis) / np.where(total > 0, total, 1), np.nan)
-
-
-def rate(name: str, successes: np.ndarray, among: np.ndarray | None = None, samples: int = 1) -> dict:
-    """{name, name_ci}: a share, None where there is nothing to take a share of, with its Wilson interval; with several
-    samples of a question, which are not independent, with an interval by bootstrap over questions."""
-    among = np.ones_like(successes) if among is None else among
-    if samples > 1:
-        return _by_bootstrap(name, _by_question(successes & among, samples), _by_question(among, samples))
-    chosen = successes[among]
-    n = len(chosen)
-    return {
-        name: float(np.mean(chosen)) if n else None,
-        f"{name}_ci": statistics.wilson(int(np.sum(chosen)), n),
-    }
-
-
-def _by_question(values: np.ndarray, samples: int) -> np.ndarray:
-    """Means over the samples of each question, [n]."""
-    return np.mean(np.reshape(values, (-1, samples)), axis=1)
-
-
-def _by_bootstrap(name: str, part_n: np.ndarray, whole_n: np.ndarray) -> dict:
-    interval = statistics.paired_bootstrap(share, (part_n, whole_n), RESAMPLES)
-    value = float(share(part_n, whole_n))
-    return {name: value if np.isfinite(value) else None, f"{name}_ci": interval and interval[1:]}
-
-
-def regime(right_x: np.ndarray, right_xc: np.ndarray) -> str:
-    """ "perturbation" where the context significantly lowers accuracy, "scaffold" where it raises it (McNemar, 5 %),
-    else "agreement"."""
-    if statistics.mcnemar(right_x, right_xc) >= 0.05:
-        return "agreement"
-    return "perturbation" if np.mean(right_xc) < np.mean(right_x) else "scaffold"
-
-
-def one_view(view: str, outcomes: Outcomes) -> dict:
-    """Accuracy, length, truncated and readable shares of one view, "x" or "xc"."""
-    samples = outcomes.samples
-    result = {"n": len(outcomes.correct) // samples} | rate(f"acc_{view}", outcomes.correct, samples=samples)
-    if outcomes.lenient is not None:
-        result |= rate(f"acc_{view}_lenient", outcomes.lenient, samples=samples)
-    return result | {
-        f"length_{view}": float(np.mean(outcomes.length)),
-        f"truncated_{view}": float(np.mean(outcomes.truncated)),
-        f"parse_{view}": float(np.mean(outcomes.parsed)),
-        f"unparsed_{view}": dict(Counter(reason for reason in outcomes.reasons if reason).most_common()),
-    }
-
-
-def removability(bare: Outcomes, context: Outcomes) -> dict:
-    """The metrics of the two views on the same questions."""
-    x, xc, samples = bare.correct, context.correct, bare.samples
-    result = one_view("x", bare) | one_view("xc", context)
-    result["gap"] = float(np.mean(xc) - np.mean(x))
-    result |= rate("harm", ~xc, x, samples) | rate("benefit", xc, ~x, samples)
-    result |= rate("both_correct", x & xc, samples=samples)
-    result["dlen"] = float(np.mean(context.length) / np.mean(bare.length) - 1)
-    result["flips"] = {
-        "right_right": int(np.sum(x & xc)),
-        "right_wrong": int(np.sum(x & ~xc)),
-        "wrong_right": int(np.sum(~x & xc)),
-        "wrong_wrong": int(np.sum(~x & ~xc)),
-    }
-    if samples > 1:
-        return result | _sampled(x, xc, samples)
-    return result | {"mcnemar_p": statistics.mcnemar(x, xc), "regime": regime(x, xc)}
-
-
-def _sampled(x: np.ndarray, xc: np.ndarray, samples: int) -> dict:
-    """The floor of harm and what is above it, and the regime by whether the gap's interval over questions has 0 in it:
-    McNemar's test wants one response a question."""
-    p_n, harmed_n = _by_question(x, samples), _by_question(x & ~xc, samples)
-    disagreement_n = samples / (samples - 1) * p_n * (1 - p_n)  # of two different samples, without bias
-    result = {"samples": samples} | _by_bootstrap("harm_floor", disagreement_n, p_n)
-    result |= _by_bootstrap("excess_harm", harmed_n - disagreement_n, p_n)
-    gap = _by_bootstrap("gap", _by_question(xc, samples) - p_n, np.ones_like(p_n))
-    low, high = gap["gap_ci"] or (0.0, 0.0)
-    return result | {"regime": "perturbation" if high < 0 else "scaffold" if low > 0 else "agreement"}
-
-
-def view_distance(kl_nxT: np.ndarray, mask_nxT: np.ndarray) -> dict:
-    """View KL in nats per token, overall and by response position (None where no response reaches it)."""
-    kl = np.where(mask_nxT, kl_nxT, 0.0)
-    reached_T = mask_nxT.sum(axis=0)
-    by_position = [float(total / count) if count else None for total, count in zip(kl.sum(axis=0), reached_T)]
-    return {"view_kl": float(kl.sum() / max(mask_nxT.sum(), 1)), "view_kl_by_position": by_position}
-
-
-def layer_cosines(cosines: dict[str, np.ndarray], mask_nxT: np.ndarray) -> dict:
-    """Mean cosines by layer, index 0 the embedding's output, and the 5th percentile of the first kind."""
-    tokens = {name: values[:, mask_nxT] for name, values in cosines.items()}
-    return {
-        "cosine_by_layer": tokens["cosine"].mean(axis=1).tolist(),
-        "cosine_p5_by_layer": np.percentile(tokens["cosine"], 5, axis=1).tolist(),
-        "cosine_control_by_layer": tokens["control"].mean(axis=1).tolist(),
-        "cosine_centred_by_layer": tokens["centred"].mean(axis=1).tolist(),
-    }
-
-
-def harm_difference(
-    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], resamples: int, samples: int = 1
-) -> list | None:
-    """[harm(a) - harm(b), low, high] for two arms, each (right_x, right_xc), by paired bootstrap over questions.
-
-    The arms' denominators differ, since each is right without context on its own set of questions.
+    key         its name in results.json, in metrics.jsonl (``dev/KEY``) and in ``eval.select``
+    header      its name for readers, in tables and in the glossary; metrics with the same header share a column
+    unit        how its value is printed, a key of UNITS in report/formatting.py; None: it is in results.json only
+    definition  what it means, for the glossary and the README
+    needs       what ``compute`` takes, by name (see ``compute_metrics``); without one of them the metric is left out
+    compute     returns a Rate (KEY and KEY_ci in results.json), another value, or None if the metric is not defined
+    better      "higher", "lower" or None
+    table       which table has its column: "results" (console, model card, page) or "checks" (page)
+    compare     for a metric of two arms, instead of ``compute``: takes the outcomes by view of an arm and of the first
+                arm, and a number of resamples; returns [difference, low, high] or None. Its key in results.json is
+                KEY_ARM, and "{arm}" in its header becomes ARM, the first arm's name.
     """
 
-    def difference(a_harmed, a_right, b_harmed, b_right, axis=-1):
-        return share(a_harmed, a_right, axis) - share(b_harmed, b_right, axis)
+    key: str
+    header: str
+    unit: str | None
+    definition: str
+    needs: tuple[str, ...] = ()
+    compute: Callable[..., Any] | None = None
+    better: str | None = None
+    table: str = "results"
+    compare: Callable[..., list[float] | None] | None = None
 
-    parts = [_by_question(values, samples) for x, xc in (a, b) for values in (x & ~xc, x)]
-    interval = statistics.paired_bootstrap(difference, tuple(parts), resamples)
-    return None if interval is None else list(interval)
+    @property
+    def is_selectable(self) -> bool:
+        """Whether ``eval.select`` can name it: its value is one number of one model."""
+        return self.compute is not None and self.unit in ("share", "points", "change", "nats", "tokens", "p-value")
+
+
+def _metrics_of_view(suffix: str, view: str, condition: str) -> tuple[Metric, ...]:
+    """Return the metrics that each of the two views has."""
+    return (
+        Metric(
+            f"acc_{suffix}", f"Acc_{suffix}", "share", f"Accuracy {condition} the context.",
+            (view,), outcomes.accuracy, better="higher",
+        ),
+        Metric(
+            f"acc_{suffix}_lenient", "lenient x / xc", "share",
+            "Accuracy without and with the context if the required form of the answer is not demanded.",
+            (view,), outcomes.lenient_accuracy, better="higher", table="checks",
+        ),
+        Metric(
+            f"length_{suffix}", "length x / xc", "tokens",
+            "Mean response length in tokens without and with the context, end token included.",
+            (view,), outcomes.mean_length, table="checks",
+        ),
+        Metric(
+            f"truncated_{suffix}", "truncated x / xc", "share",
+            "Share of responses cut at the length limit, without and with the context.",
+            (view,), outcomes.truncated_share, better="lower", table="checks",
+        ),
+        Metric(
+            f"parse_{suffix}", "readable x / xc", "share",
+            "Share of responses with an answer in the required form, without and with the context. Accuracy falls with "
+            "it, whatever the model knows.",
+            (view,), outcomes.readable_share, better="higher", table="checks",
+        ),
+        Metric(
+            f"unparsed_{suffix}", "unreadable", None, f"Unreadable responses {condition} the context, by reason.",
+            (view,), outcomes.count_reasons,
+        ),
+    )  # fmt: skip
+
+
+BOTH = ("bare", "context")
+
+METRICS = (
+    Metric("n", "questions", None, "Number of questions.", ("bare",), outcomes.count_questions),
+    *_metrics_of_view("x", "bare", "without"),
+    *_metrics_of_view("xc", "context", "with"),
+    Metric(
+        "gap", "Gap", "points", "Acc_xc minus Acc_x. Below zero the context disturbs; above zero it is still needed.",
+        BOTH, outcomes.gap,
+    ),
+    Metric(
+        "harm", "Harm", "share",
+        "Of the questions answered right without the context, the share answered wrong with it.",
+        BOTH, outcomes.harm, better="lower",
+    ),
+    Metric(
+        "benefit", "Benefit", "share",
+        "Of the questions answered wrong without the context, the share answered right with it. A model that ignores "
+        "its prompt has neither harm nor benefit.",
+        BOTH, outcomes.benefit, better="higher",
+    ),
+    Metric(
+        "both_correct", "BothCorrect", "share", "Share of the questions answered right in both views.",
+        BOTH, outcomes.both_correct, better="higher",
+    ),
+    Metric(
+        "dlen", "dLen", "change",
+        "Relative change of the mean response length when the context is added. Read it with the truncated share.",
+        BOTH, outcomes.length_change,
+    ),
+    Metric(
+        "flips", "flips", None, "Questions by whether they are answered right without and with the context.",
+        BOTH, outcomes.flips,
+    ),
+    Metric(
+        "samples", "samples", None, "Responses to each question, if there are several.", BOTH, outcomes.count_samples,
+    ),
+    Metric(
+        "harm_floor", "harm floor", "share",
+        "The harm between two samples of the same view: E[p (1 - p)] / E[p], with p the probability of a right answer "
+        "without the context. Measured if eval.samples > 1.",
+        BOTH, outcomes.harm_floor, table="checks",
+    ),
+    Metric(
+        "excess_harm", "excess harm", "points", "Harm minus the harm floor.",
+        BOTH, outcomes.excess_harm, better="lower", table="checks",
+    ),
+    Metric(
+        "mcnemar_p", "McNemar p, x against xc", "p-value",
+        "Exact test on the questions that only one of the two views gets right.",
+        BOTH, outcomes.mcnemar_p, table="checks",
+    ),
+    Metric(
+        "regime", "regime", "word",
+        "Perturbation: the context significantly lowers accuracy. Scaffold: it raises it, so internalization is "
+        "unfinished. Agreement: neither.",
+        BOTH, outcomes.regime, table="checks",
+    ),
+    Metric(
+        "acc_empty", "empty context", "share",
+        "Accuracy with a context block without content: it may matter whether the block exists at all.",
+        ("empty",), outcomes.accuracy, better="higher",
+    ),
+    Metric(
+        "obedience", "obedience", "share",
+        "Accuracy under other contexts than the internalized one, judged by what they ask for; no arm was trained on "
+        "them. A student should keep the base's.",
+        ("other",), outcomes.accuracy, better="higher",
+    ),
+    Metric(
+        "acc_paraphrase", "paraphrased context", "share", "Accuracy when the context comes back in other words.",
+        ("paraphrase",), outcomes.accuracy, better="higher", table="checks",
+    ),
+    Metric(
+        "acc_default", "default answers", "share",
+        "Share of the answers without the context that are what the base answers by default.",
+        ("default",), outcomes.accuracy, better="lower", table="checks",
+    ),
+    Metric(
+        "view_kl", "view KL", "nats",
+        "KL(q_x || q_c) in nats per token along the same responses: how far the context moves the next-token "
+        "distribution. Zero: the context changes nothing.",
+        ("comparison",), outcomes.view_kl, better="lower",
+    ),
+    Metric(
+        "view_kl_by_position", "view KL by position", None, "The view KL at each position of the response.",
+        ("comparison",), outcomes.view_kl_by_position,
+    ),
+    Metric(
+        "cosine_by_layer", "cosine", "cosine",
+        "Cosine of the hidden states of the same response tokens without and with the context, mean over the layers' "
+        "outputs. Centred: after subtracting each view's mean state. Control: with an unrelated context.",
+        ("comparison",), outcomes.mean_cosine, better="higher",
+    ),
+    Metric(
+        "cosine_p5_by_layer", "cosine, 5th percentile", None, "5th percentile over the response tokens, by layer.",
+        ("comparison",), outcomes.fifth_percentile_of_cosine,
+    ),
+    Metric(
+        "cosine_control_by_layer", "cosine, control", None, "Mean cosine with an unrelated context, by layer.",
+        ("comparison",), outcomes.mean_control_cosine,
+    ),
+    Metric(
+        "cosine_centred_by_layer", "cosine, centred", None, "Mean cosine of the centred states, by layer.",
+        ("comparison",), outcomes.mean_centred_cosine,
+    ),
+    Metric(
+        "distill", "distill", "nats", "Held-out KL(q_x || f) in nats per token on the model's own samples.",
+        ("distill",), float, better="lower", table="checks",
+    ),
+    Metric(
+        "harm_minus", "harm minus {arm}", "points",
+        "Harm minus the harm of the first arm, with a paired bootstrap interval over the questions.",
+        better="lower", table="checks", compare=outcomes.harm_difference,
+    ),
+)  # fmt: skip
+
+
+def compute_metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of one model on one split, as in results.json.
+
+    ``measured`` holds what was measured, by name; any of it may be missing. "bare", "context", "empty", "other" and
+    "paraphrase" are the Outcomes of the views; "default" those of the bare responses, graded against the default
+    answers; "comparison" is the Comparison of the bare and the context view; "distill" the held-out distillation loss
+    in nats per token.
+    """
+    result = {}
+    for metric in METRICS:
+        if metric.compute is None or not measured.keys() >= set(metric.needs):
+            continue
+        value = metric.compute(*(measured[name] for name in metric.needs))
+        if isinstance(value, Rate):
+            result |= {metric.key: value.value, f"{metric.key}_ci": value.interval}
+        elif value is not None:
+            result[metric.key] = value
+    return result
+
+
+def compare_arms(
+    arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], name: str, resamples: int
+) -> dict[str, list[float] | None]:
+    """Return the metrics of an arm against the first arm, which is called ``name``; both are outcomes by view."""
+    return {f"{m.key}_{name}": m.compare(arm, first, resamples) for m in METRICS if m.compare is not None}
+
+
+def check_select(select: str, measured: Collection[str] | None = None) -> None:
+    """Raise ValueError if ``eval.select`` names no metric or, given the keys that were ``measured``, none of them."""
+    known = {m.key: m for m in METRICS if m.is_selectable and (measured is None or m.key in measured)}
+    if parse_select(select)[0] not in known:
+        names = ", ".join(f"-{key}" if known[key].better == "lower" else key for key in sorted(known))
+        of_what = "" if measured is None else " of this task"
+        raise ValueError(
+            f"eval.select = {select!r} is not a metric{of_what}; choose from {names} (with a minus sign: the lower the "
+            "better)"
+        )
+
+
+def parse_select(select: str) -> tuple[str, int]:
+    """Split ``eval.select`` into the metric's key and the sign of a score that is better if it is higher."""
+    return select.removeprefix("-"), -1 if select.startswith("-") else 1

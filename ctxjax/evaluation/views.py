@@ -1,4 +1,4 @@
-"""Decoding a split in one view, and comparing two views token by token. Compiled; arrays in, arrays out."""
+"""Decode a split in one view, and compare two views token by token: compiled programs, arrays in and out."""
 
 from __future__ import annotations
 
@@ -76,33 +76,37 @@ def _cosine(a, b):
 
 
 def batch_size(rows: int, most: int, mesh: Mesh) -> int:
-    """Rows in each of the fewest batches of at most ``most`` that hold ``rows``: as even as the mesh's ways allow, so
-    that the last is not filled up with copies."""
+    """Return the size of each of the fewest batches of at most ``most`` rows that hold ``rows``.
+
+    Batches are as even as the mesh allows: few copies fill the last one.
+    """
     ways = sharding.batch_ways(mesh)
     return -(-rows // -(-rows // most) // ways) * ways
 
 
 def _in_batches(tree, batch_size: int, mesh: Mesh):
-    """(rows that count, device batch) over the leading axis of a tree of host arrays; the last batch is filled up
-    with copies of its last row, so that one compiled program serves all."""
+    """Yield (number of rows that count, device batch) along the leading axis of a tree of host arrays.
+
+    Copies of the last row fill the last batch, so that one compiled program serves all batches.
+    """
     count = jax.tree.leaves(tree)[0].shape[0]
     for start in range(0, count, batch_size):
         places = np.minimum(np.arange(start, start + batch_size), count - 1)
         real = min(batch_size, count - start)
-        yield real, sharding.put_batch(_take(tree, places), mesh)
+        yield real, sharding.put_batch(_take_rows(tree, places), mesh)
 
 
-def _take(tree, index):
+def _take_rows(tree, index):
     return map_rows(lambda array: np.asarray(array)[index], tree)
 
 
-def _only(rollout: Rollout, real: int) -> Rollout:
-    """The rollout with the masks of all but the first ``real`` rows cleared: copies that fill a batch do not count."""
+def _mask_rows_from(rollout: Rollout, real: int) -> Rollout:
+    """Clear the masks of the rows from number ``real`` on: copies that fill a batch do not count."""
     keep = jnp.arange(rollout.mask_BxT.shape[0])[:, None] < real
     return rollout.replace(mask_BxT=rollout.mask_BxT & jax.reshard(keep, sharding.batch_spec(None)))
 
 
-def _joined(parts: list, axis: int = 0):
+def _concatenate(parts: list, axis: int = 0):
     return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=axis), *parts)
 
 
@@ -115,21 +119,24 @@ def decode(
     batch_size: int,
     mesh: Mesh,
 ) -> Rollout:
-    """Responses to all n prompts (host arrays [n, P]) as host arrays [n * samples, T], a prompt's one after the other;
-    the randomness of prompt i's is (key, i). ``batch_size``: responses decoded at a time."""
+    """Return responses to n prompts (host arrays [n, P]) as host arrays [n * samples, T], all of a prompt in a row.
+
+    The randomness of prompt i is (key, i). ``batch_size``: responses decoded at a time.
+    """
     rows = np.arange(prompts.tokens_BxP.shape[0], dtype=np.int32)
     ways, parts, running = sharding.batch_ways(mesh), [], None
     batch_size = max(batch_size // sampling.samples // ways, 1) * ways
     for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):
         rollout = _decode(params, model, sampling, batch, key, ids)
-        # The last batch's responses come while this one's are made.
-        parts += _fetched(running)
+        # The previous batch is copied to the host while this one is decoded.
+        parts += _copy_to_host(running)
         running = rollout, real * sampling.samples
-    return _joined(parts + _fetched(running))
+    return _concatenate(parts + _copy_to_host(running))
 
 
-def _fetched(running: tuple[Rollout, int] | None) -> list[Rollout]:
-    return [] if running is None else [_take(jax.device_get(running[0]), slice(running[1]))]
+def _copy_to_host(running: tuple[Rollout, int] | None) -> list[Rollout]:
+    """Wait for (rollout, number of rows that count) and return these rows; nothing if there is none."""
+    return [] if running is None else [_take_rows(jax.device_get(running[0]), slice(running[1]))]
 
 
 def compare(
@@ -142,18 +149,18 @@ def compare(
     batch_size: int,
     mesh: Mesh,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """KL(q_x || q_c) in nats, [n, T], and hidden-state cosines, each [N+1, n, T], along the same responses.
+    """Return KL(q_x || q_c) in nats, [n, T], and hidden-state cosines, each [N+1, n, T], along the same responses.
 
     "cosine" is between the bare and the context view, "control" between the bare view and one under an unrelated
-    context, "centred" the first after subtracting each view's mean state: raw cosines are high everywhere.
+    context. "centred" is "cosine" after subtracting each view's mean state, since raw cosines are high everywhere.
     """
     kls, cosines = [], []
     for real, batch in _in_batches((bare, context, control, rollout), batch_size, mesh):
         *prompts, rollout_b = batch
-        kl, by_layer = jax.device_get(_compare(params, model, *prompts, _only(rollout_b, real)))
+        kl, by_layer = jax.device_get(_compare(params, model, *prompts, _mask_rows_from(rollout_b, real)))
         kls.append(kl[:real])
         cosines.append({name: values[:, :real] for name, values in by_layer.items()})
-    return np.concatenate(kls), _joined(cosines, axis=1)
+    return np.concatenate(kls), _concatenate(cosines, axis=1)
 
 
 def distillation_kl(
@@ -168,11 +175,11 @@ def distillation_kl(
     batch_size: int,
     mesh: Mesh,
 ) -> float:
-    """L_distill, nats per token, on given responses."""
+    """Return L_distill in nats per token on given responses."""
     rows = np.arange(bare.tokens_BxP.shape[0], dtype=np.int32)
     total, count = 0.0, 0.0
     for real, (bare_b, context_b, rollout_b, ids) in _in_batches((bare, context, rollout, rows), batch_size, mesh):
-        rollout_b = _only(rollout_b, real)
+        rollout_b = _mask_rows_from(rollout_b, real)
         batch = Batch(bare=bare_b, context=context_b, other=None, row_number_B=ids)
         mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))
         total, count = total + float(mean.total), count + float(mean.count)

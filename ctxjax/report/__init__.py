@@ -1,5 +1,7 @@
 """Tables, plots and one self-contained `report.html` of a run that compares arms of context distillation."""
 
+from __future__ import annotations
+
 import pathlib
 
 from ctxjax.report.tables import results_table
@@ -8,8 +10,8 @@ __all__ = ["results_table", "write_report"]
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `workdir/report.html` and returns its path; see `ctxjax.report.page.write_report`."""
-    # Imported on first use: a training job that only prints the table never loads matplotlib.
+    """Write ``workdir/report.html`` and return its path; see ``ctxjax.report.page.write_report``."""
+    # Imported here, so that a program that only prints the table does not load matplotlib.
     from ctxjax.report import page
 
     return page.write_report(workdir)

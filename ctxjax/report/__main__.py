@@ -1,4 +1,6 @@
-"""Rebuilds the page of a finished or running run: `python -m ctxjax.report --workdir=DIR`."""
+"""Rebuild the page of a finished or running run: ``python -m ctxjax.report --workdir=DIR``."""
+
+from __future__ import annotations
 
 import argparse
 import pathlib
@@ -9,15 +11,13 @@ from ctxjax.report.run_files import read_results
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table and the path of the page.
+    """Print the table and the path of the page; ``arguments`` are the command line's by default.
 
-    Args:
-        arguments: command line without the program's name; None takes `sys.argv`.
-
-    Returns:
-        0, or 2 after one line on stderr when the run's files are missing or unreadable.
+    Returns 0, or 2 after one line on stderr if the run's files are missing or cannot be read.
     """
-    parser = argparse.ArgumentParser(prog="python -m ctxjax.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m ctxjax.report", description="Rebuild the page of a finished or running run."
+    )
     parser.add_argument(
         "--workdir", required=True, type=pathlib.Path, metavar="DIR", help="folder that holds results.json"
     )

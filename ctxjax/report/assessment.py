@@ -1,29 +1,31 @@
-"""What the numbers say: a level per metric, three questions per arm, and a verdict in plain words."""
+"""What the numbers say: a level for each metric, three questions for each arm, and a verdict in plain words."""
+
+from __future__ import annotations
 
 from markupsafe import Markup
 
+from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.report.formatting import finite, finite_list, interval, pair, percent
 
-BASE, TEACHER = "base", "teacher"  # rows that were not trained; a teacher that is the base has no row of its own
-OPCD = "opcd"
+BASE, TEACHER = "base", "teacher"  # rows of untrained models; a teacher that is the base has no row of its own
 NO_BREAK = "\u00a0"  # keeps a number and its unit on one line
 
-# The report's reading aids, printed beside the table. They are conventions for the eye, not tests.
+# Limits of the levels, which the page prints under its table. They are conventions for the eye, not tests.
 CLOSED_GOOD, CLOSED_BAD = 0.90, 0.50  # share of the way from the base's Acc_x to the teacher's accuracy
-HARM_GOOD, HARM_BAD = 0.02, 0.01  # the interval lies below the first, or above the second
+HARM_GOOD, HARM_BAD = 0.02, 0.01  # the whole interval is below the first, or above the second
 KEPT_GOOD, KEPT_BAD = 0.90, 0.50  # obedience as a share of the base's
 SHORT_GOOD, SHORT_BAD = 0.02, 0.05  # points below the teacher's accuracy
-FEW_ANSWERS = 30  # below this many answers right without context, harm is hardly measured
+FEW_ANSWERS = 30  # with fewer answers right without the context, harm is hardly measured
 
 
 def trained(results: dict) -> dict[str, dict]:
-    """The rows of the trained arms, in order."""
+    """Return the rows of the trained arms, in order."""
     return {arm: row for arm, row in results.items() if arm not in (BASE, TEACHER)}
 
 
 def reference(results: dict) -> dict | None:
-    """The row that arms are judged by: the base, with the teacher's accuracy under the context for its own where the
-    teacher is a model of its own."""
+    """Return the row that arms are judged by: the base's. If the teacher is another model, its accuracy with the
+    context replaces the base's."""
     base, teacher = results.get(BASE), results.get(TEACHER)
     if base is None or teacher is None:
         return base
@@ -31,9 +33,9 @@ def reference(results: dict) -> dict | None:
 
 
 def share_closed(row: dict, base: dict | None) -> float | None:
-    """Share of the way from the base's Acc_x to the teacher's accuracy; None where the context hardly helps.
+    """Return the share of the way from the base's Acc_x to the teacher's accuracy; None if the context hardly helps.
 
-    A ratio of accuracies would call a base internalized whose context adds only a few points.
+    A ratio of accuracies would be misleading: if the context adds only a few points, it is near 1 for the base itself.
     """
     start, target = _rate(base, "acc_x"), _rate(base, "acc_xc")
     reached = _rate(row, "acc_x")
@@ -43,7 +45,7 @@ def share_closed(row: dict, base: dict | None) -> float | None:
 
 
 def right_without_context(row: dict) -> int | None:
-    """Number of questions right without context, which is the denominator of harm."""
+    """Return the number of questions answered right without the context, the denominator of harm."""
     flips = row.get("flips")
     if isinstance(flips, dict):
         counts = finite_list([flips.get("right_right"), flips.get("right_wrong")])
@@ -53,8 +55,25 @@ def right_without_context(row: dict) -> int | None:
     return None if rate is None or questions is None else round(rate * questions)
 
 
+def first_arm(results: dict) -> str | None:
+    """Return the arm that the others are compared with; None if no arm is compared."""
+    keys = [metric.key for metric in metrics_lib.METRICS if metric.compare is not None]
+    return next((name for row in results.values() for key in keys if (name := _compared_with(row, key))), None)
+
+
+def difference(row: dict, key: str) -> tuple[float | None, list[float | None]]:
+    """Return (difference, [low, high]) of a metric that compares an arm with the first one; (None, []) if missing."""
+    values = finite_list(row.get(f"{key}_{_compared_with(row, key)}"))
+    return (values[0], values[1:]) if len(values) == 3 else (None, [])
+
+
+def _compared_with(row: dict, key: str) -> str | None:
+    """Return the arm's name in KEY_ARM, as results.json calls a metric of two arms."""
+    return next((name.removeprefix(f"{key}_") for name in row if name.startswith(f"{key}_")), None)
+
+
 def levels(row: dict, base: dict | None) -> dict[str, str]:
-    """Level ('good', 'mid', 'bad') by metric key; metrics that cannot be judged are left out."""
+    """Return a level ('good', 'mid', 'bad') by metric key; metrics that cannot be judged are left out."""
     target, obeyed = _rate(base, "acc_xc"), _rate(base, "obedience")
     found = {
         "acc_x": _above(share_closed(row, base), CLOSED_GOOD, CLOSED_BAD),
@@ -72,7 +91,7 @@ def levels(row: dict, base: dict | None) -> dict[str, str]:
 
 
 def glance(results: dict) -> list[tuple[str, list[str]]]:
-    """Three questions per trained arm: (arm, levels of [internalized, unharmed, obeys others])."""
+    """Answer three questions for each trained arm: (arm, levels of [internalized, unharmed, obeys others])."""
     rows = []
     for arm, row in trained(results).items():
         judged = levels(row, reference(results))
@@ -81,7 +100,7 @@ def glance(results: dict) -> list[tuple[str, list[str]]]:
 
 
 def verdict(results: dict) -> Markup:
-    """The paragraph at the top of the page, from the numbers alone; arm names are escaped."""
+    """Return the paragraph at the top of the page, made from the numbers alone; arm names are escaped."""
     base = reference(results)
     sentences = [_about_base(base, TEACHER in results)]
     for arm, row in trained(results).items():
@@ -121,27 +140,29 @@ def _about_accuracy(arm: str, row: dict, base: dict | None) -> Markup:
 
 
 def _about_prompts(row: dict, base: dict | None) -> Markup:
-    """One sentence on the two ways to meet a prompt again: the internalized context, and other ones."""
+    """Return a sentence on what the model does under a context again: the internalized one, and other ones."""
     harm_level, obedience_level = _harm_level(row), levels(row, base).get("obedience", "")
     harm, obedience = _harm_clause(row, harm_level), _obedience_clause(row, base, obedience_level)
     if not harm or not obedience:
         clause = harm or obedience
-        return Markup(clause[:1].upper() + clause[1:] + ".") if clause else Markup("")
+        return Markup("{}{}.").format(clause[:1].upper(), clause[1:]) if clause else Markup("")
     contrast = "good" in (harm_level, obedience_level) and harm_level != obedience_level
-    return Markup(f"{harm[:1].upper()}{harm[1:]}, {'but' if contrast else 'and'} {obedience}.")
+    conjunction = "but" if contrast else "and"
+    return Markup("{}{}, {} {}.").format(harm[:1].upper(), harm[1:], conjunction, obedience)
 
 
-def _harm_clause(row: dict, level: str) -> str:
+def _harm_clause(row: dict, level: str) -> Markup:
     harm = _rate(row, "harm")
     if harm is None:
-        return ""
+        return Markup("")
     spread = interval(row.get("harm_ci")).replace(" ", NO_BREAK)
-    figures = f"<b>{_show(harm)}</b>{' ' + spread if spread else ''} of its right answers turn wrong"
-    change, low, high = (finite_list(row.get("harm_minus_opcd")) + [None] * 3)[:3]
-    # A difference is put in words only where its interval leaves out zero.
-    if change is not None and low is not None and high is not None and (high < 0 or low > 0):
-        direction = "fewer" if change < 0 else "more"
-        figures += f", {100 * abs(change):.1f}{NO_BREAK}points {direction} than <code>{OPCD}</code>"
+    figures = Markup("<b>{}</b>{} of its right answers turn wrong").format(_show(harm), f" {spread}" if spread else "")
+    change, ends = difference(row, "harm_minus")
+    ends = pair(ends)
+    # A difference is put in words only if 0 is outside its interval.
+    if change is not None and ends is not None and (ends[1] < 0 or ends[0] > 0):
+        points = f"{100 * abs(change):.1f}{NO_BREAK}points {'fewer' if change < 0 else 'more'}"
+        figures += Markup(", {} than <code>{}</code>").format(points, _compared_with(row, "harm_minus"))
     count = right_without_context(row)
     if count is not None and count < FEW_ANSWERS:
         figures += f", and there are only {count}"
@@ -151,13 +172,13 @@ def _harm_clause(row: dict, level: str) -> str:
         "bad": "the returning context harms it",
         "": "",
     }[level]
-    return f"{claim} ({figures})"
+    return Markup("{} ({})").format(claim, figures)
 
 
-def _obedience_clause(row: dict, base: dict | None, level: str) -> str:
+def _obedience_clause(row: dict, base: dict | None, level: str) -> Markup:
     value, obeyed = _rate(row, "obedience"), _rate(base, "obedience")
     if value is None:
-        return ""
+        return Markup("")
     claim = {
         "good": "it still obeys other contexts",
         "mid": "it obeys other contexts only in part",
@@ -165,7 +186,7 @@ def _obedience_clause(row: dict, base: dict | None, level: str) -> str:
         "": "its accuracy under other contexts is known, the base's is not",
     }[level]
     against = f", base {_show(obeyed)}" if obeyed is not None else ""
-    return f"{claim} (<b>{_show(value)}</b>{against})"
+    return Markup("{} (<b>{}</b>{})").format(claim, _show(value), against)
 
 
 def _about_all(rows: list[tuple[str, list[str]]]) -> Markup:
@@ -200,12 +221,12 @@ def _harm_level(row: dict) -> str:
     if harm is None:
         return ""
     low, high = pair(row.get("harm_ci")) or (harm, harm)
-    # The whole interval must lie on one side: a point at 0 from 20 questions is no proof of safety.
+    # The whole interval must be on one side: no harm in 20 questions is no proof of safety.
     return "good" if high <= HARM_GOOD else "bad" if low >= HARM_BAD else "mid"
 
 
 def _gap_level(gap: float | None) -> str:
     if gap is None:
         return ""
-    # A positive gap is unfinished internalization (the context is still a scaffold), which is no harm.
+    # A positive gap is unfinished internalization, which is no harm: the context still helps.
     return "good" if abs(gap) <= SHORT_GOOD else "mid" if gap > -SHORT_BAD else "bad"

@@ -1,39 +1,57 @@
-"""Numbers as the report prints them. Missing, null and non-finite values all become a dash."""
+"""Numbers as the report prints them. A missing, null or non-finite value is printed as a dash."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 import math
+from typing import NamedTuple
 
 DASH = "-"
 
 
 def finite(value: object) -> float | None:
-    """Returns `value` as a float, or None where it is not a finite number (booleans are not numbers here)."""
+    """Return ``value`` as a float; None if it is not a finite number (booleans are not numbers here)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def finite_list(values: object) -> list[float | None]:
-    """Returns a list with None at the missing places, so that indices keep their meaning."""
+    """Return the values as a list, with None for each missing one; [] if it is not a list."""
     return [finite(value) for value in values] if isinstance(values, list | tuple) else []
 
 
 def pair(values: object) -> tuple[float, float] | None:
-    """Returns an interval (low, high), or None unless both ends are finite."""
+    """Return an interval (low, high); None unless both ends are finite."""
     ends = finite_list(values)
     if len(ends) != 2 or ends[0] is None or ends[1] is None:
         return None
     return ends[0], ends[1]
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are present; None if there are none."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def mean_over_layers(values: object) -> float | None:
+    """Return the mean over the layers' outputs; None if there are none.
+
+    Index 0, the embedding, is left out: a token has the same embedding in both views, so its cosine is always 1.
+    """
+    layers = finite_list(values)
+    return mean(layers[1:] if len(layers) > 1 else layers)
+
+
 def percent(rate: object) -> str:
-    """Formats a rate in 0..1 as percent with one decimal, without the sign: 0.25 -> '25.0'."""
+    """Format a rate in 0..1 as percent with one decimal, without the sign: 0.25 -> '25.0'."""
     number = finite(rate)
     return DASH if number is None else f"{100 * number:.1f}"
 
 
 def signed_percent(rate: object) -> str:
-    """Formats a difference of rates (or a relative change) with its sign: -0.25 -> '-25.0'."""
+    """Format a difference of rates, or a relative change, with its sign: -0.25 -> '-25.0'."""
     number = finite(rate)
     if number is None:
         return DASH
@@ -42,13 +60,13 @@ def signed_percent(rate: object) -> str:
 
 
 def decimals(value: object, places: int = 3) -> str:
-    """Formats a number with a fixed count of decimals."""
+    """Format a number with a fixed number of decimals."""
     number = finite(value)
     return DASH if number is None else f"{number:.{places}f}"
 
 
 def interval(values: object, signed: bool = False) -> str:
-    """Formats an interval of rates as '[21.4, 29.0]' in percent, or '' where there is none."""
+    """Format an interval of rates as '[21.4, 29.0]' in percent; '' if there is none."""
     ends = pair(values)
     if ends is None:
         return ""
@@ -57,14 +75,29 @@ def interval(values: object, signed: bool = False) -> str:
 
 
 def p_value(value: object) -> str:
-    """Formats a p-value; tiny ones as a bound, since their digits carry no meaning."""
+    """Format a p-value; below 0.0001 only as a bound, since more digits mean nothing."""
     number = finite(value)
     if number is None:
         return DASH
     return "< 0.0001" if number < 1e-4 else f"{number:.4f}"
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the entries that are present, or None where there are none."""
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
+class Unit(NamedTuple):
+    """How a metric is printed: ``suffix`` follows its header, ``form`` makes its text, ``words`` name the unit."""
+
+    suffix: str
+    form: Callable[[object], str]
+    words: str
+
+
+# The units of evaluation/metrics.py.
+UNITS = {
+    "share": Unit(" %", percent, "percent"),
+    "points": Unit(" pp", signed_percent, "percentage points"),
+    "change": Unit(" %", signed_percent, "percent"),
+    "nats": Unit("", decimals, "nats per token"),
+    "tokens": Unit("", lambda value: decimals(value, 1), "tokens"),
+    "cosine": Unit("", lambda values: decimals(mean_over_layers(values)), "mean over layers"),
+    "p-value": Unit("", p_value, "probability"),
+    "word": Unit("", lambda value: str(value or DASH), "a word"),
+}

@@ -1,10 +1,12 @@
 """The README.md of an exported model: what it is, how to open it, what was measured, how it was trained."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
 from ctxjax.report.run_files import read_results
-from ctxjax.report.tables import results_table
+from ctxjax.report.tables import glossary, results_table
 
 _OPEN_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,15 +23,11 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 
 
 def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adapter: bool) -> str:
-    """Markdown with the front matter that model hubs read.
+    """Return the card as Markdown with the front matter that model hubs read.
 
-    Args:
-        workdir: the run's folder; without results.json, as in an unfinished run, the card has no table.
-        arm: the arm that was exported.
-        step: the checkpoint's step.
-        base: folder or hub id of the model that training started from.
-        config: the run's configuration, as in config.json.
-        adapter: whether the folder holds an adapter and not a whole model.
+    ``workdir`` is the run's folder; without results.json in it, as in an unfinished run, the card has no table. ``arm``
+    and ``step`` name the exported checkpoint, ``base`` the folder or Hub id of the model that training started from.
+    ``config`` is the run's config.json; ``adapter`` says whether an adapter was exported and not the whole model.
     """
     front = ["library_name: " + ("peft" if adapter else "transformers"), "tags:", "- ctxjax"]
     loss = config["loss"] | config["arms"][arm]
@@ -61,6 +59,7 @@ def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adap
 
 
 def _results(workdir: Path, arm: str, step: int) -> str:
+    """Return the table of the base and the arm, and what its columns mean."""
     try:
         results = read_results(workdir)
     except FileNotFoundError:
@@ -68,7 +67,9 @@ def _results(workdir: Path, arm: str, step: int) -> str:
     if arm not in results:
         return "This arm has not been evaluated on its test questions."
     evaluated = results[arm].get("step")
-    note = "On the run's test questions; Acc_x is without the context, Acc_xc with it."
+    note = "On the run's test questions."
     if evaluated != step:
         note += f" **The row of {arm} is of step {evaluated}, not of the exported step {step}.**"
-    return f"{note}\n\n{results_table({name: results[name] for name in ('base', arm) if name in results})}"
+    table = results_table({name: results[name] for name in ("base", arm) if name in results})
+    definitions = "\n".join(f"- {header}: {definition}" for header, definition in glossary("results"))
+    return f"{note}\n\n{table}\n\n{definitions}"

@@ -1,4 +1,6 @@
-"""Builds the report: one self-contained HTML page from the files of a run."""
+"""Build the report: one self-contained HTML page from the files of a run."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 import os
@@ -8,6 +10,7 @@ import tempfile
 import jinja2
 from markupsafe import Markup
 
+from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.report import assessment, tables
 from ctxjax.report.formatting import finite, finite_list, pair
 from ctxjax.report.run_files import RunFiles, read_run
@@ -27,20 +30,13 @@ Panels = list[tuple[str, Markup]]
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `workdir/report.html` from the files of a run.
+    """Write ``workdir/report.html`` from the files of a run, and return its path.
 
-    The page appears whole or not at all: it is written under a temporary name and renamed. Parts whose files
-    or numbers are missing are left out.
+    results.json is required; parts of the page are left out if run.json, ARM/metrics.jsonl or ARM/items.jsonl, or
+    numbers in them, are missing. The page is written under a temporary name and then renamed, so it is never half
+    written.
 
-    Args:
-        workdir: folder with results.json, and optionally run.json, <arm>/metrics.jsonl and <arm>/items.jsonl.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        FileNotFoundError: results.json is missing.
-        ValueError: a file is there but cannot be read.
+    Raises FileNotFoundError if results.json is missing, and ValueError if a file cannot be read.
     """
     workdir = pathlib.Path(workdir)
     text = render(read_run(workdir), name=workdir.resolve().name)
@@ -49,7 +45,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        # mkstemp makes files private; a page is for others to read, as far as the folder allows.
+        # mkstemp makes private files; others may read a page if they may read its folder.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -59,8 +55,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def render(files: RunFiles, name: str) -> str:
-    """Returns the page as HTML. Text from models and data files is escaped; only the figures are markup."""
-    # matplotlib takes a second to load and only this function needs it.
+    """Return the page as HTML. Text from models and data files is escaped; only the figures are markup."""
+    # Imported here: matplotlib takes a second to load, and nothing else needs it.
     from ctxjax.report import plots
 
     environment = jinja2.Environment(
@@ -76,6 +72,7 @@ def render(files: RunFiles, name: str) -> str:
     positions = {arm: finite_list(row.get("view_kl_by_position")) for arm, row in results.items()}
     cosines = _cosine_series(results)
     styles = plots.STYLES
+    check_headers, checks = tables.check_table(results)
     return environment.get_template("report.html.j2").render(
         name=name,
         run=files.run,
@@ -84,11 +81,13 @@ def render(files: RunFiles, name: str) -> str:
         verdict=assessment.verdict(results),
         glance=assessment.glance(results),
         limits=assessment,
-        columns=tables.COLUMNS,
+        columns=tables.columns("results"),
+        units_note=tables.units_note(),
         rows=tables.result_rows(results),
         teacher_labels=tables.TEACHER_LABELS,
-        check_headers=tables.CHECK_HEADERS,
-        checks=tables.check_rows(results),
+        check_headers=check_headers,
+        checks=checks,
+        glossary=tables.glossary("results", "checks"),
         alarms=tables.alarm_rows(results),
         curves=_curve_panels(curves, results, plots),
         curves_legend=_legend(
@@ -132,7 +131,7 @@ def _legend(entries: Mapping[str, tuple], plots) -> list[tuple[str, Markup]]:
 
 
 def _series(rows: Iterable[dict], key: str) -> tuple[list[float], list[float]] | None:
-    # A resumed run repeats steps; the later row is the one that the run went on from.
+    # A resumed run repeats steps; it went on from the later row.
     points = {}
     for row in rows:
         step, value = finite(row.get("step")), finite(row.get(key))
@@ -149,7 +148,7 @@ def _dev_series(rows: list[dict]) -> dict:
 
 def _loss_series(rows: list[dict]) -> dict:
     found = {key: _series(rows, key) for key in LOSSES}
-    # A term whose weight is 0 is logged as zeros: a flat line says nothing.
+    # A term of weight 0 is logged as zeros, and a flat line at 0 says nothing.
     return {key: series for key, series in found.items() if series and any(series[1])}
 
 
@@ -165,22 +164,20 @@ def _curve_panels(curves: dict, results: dict, plots) -> Panels:
 
 
 def _bars(results: dict, plots) -> list[tuple[str, Markup]]:
-    found = []
-    for key, style, title in (
-        ("harm", "context", "Harm: right without the context, wrong with it"),
-        ("obedience", "obedience", "Obedience: right under other contexts"),
-    ):
+    found, metrics = [], {metric.key: metric for metric in metrics_lib.METRICS}
+    for key, style in (("harm", "context"), ("obedience", "obedience")):
+        title = f"{metrics[key].header}: {metrics[key].definition}"
         rows = [(arm, finite(row.get(key)), pair(row.get(f"{key}_ci")), "not measured") for arm, row in results.items()]
         if key == "harm":
             rows = [_base_harm(results[arm]) if arm == assessment.BASE else (arm, *rest) for arm, *rest in rows]
         if any(rate is not None for _, rate, _, _ in rows):
-            label = f"{title}, by arm, with 95 % intervals"
+            label = f"{title} By arm, with 95 % intervals."
             found.append((title, Markup(plots.rate_bars(rows, style, label))))
     return found
 
 
 def _base_harm(row: dict) -> tuple:
-    # The base is right on next to nothing without the context: its harm would be a ratio of accidents.
+    # The base is hardly ever right without the context: its harm would be a ratio of accidents.
     count = assessment.right_without_context(row)
     if count is None or count < assessment.FEW_ANSWERS:
         return (assessment.BASE, None, None, "too few right answers without the context")
@@ -255,7 +252,7 @@ def _times(seconds: object) -> str:
 
 
 def _flatten(config: object, prefix: str = "") -> list[tuple[str, str]]:
-    """Turns a nested configuration into (dotted name, value) pairs in its own order."""
+    """Return a nested configuration as (dotted name, value) pairs, in its order."""
     if not isinstance(config, dict):
         return [(prefix, str(config))] if prefix else []
     return [

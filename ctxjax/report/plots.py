@@ -1,8 +1,11 @@
-"""Small figures as inline SVG strings. Pure functions of the numbers: no pyplot, no global state left behind.
+"""Draw small figures as inline SVG strings: pure functions of the numbers, without pyplot and its global state.
 
-Each function returns one `<svg>` element that scales to the width of its container and refers to nothing
-outside itself. Labels stay text, so the page's font applies and a reader can select them.
+Each function returns one ``<svg>`` element, which scales to the width of its container and refers to nothing outside
+itself. Labels stay text: the page's font applies, and a reader can select them. ``label`` says what the picture shows,
+for readers who cannot see it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -20,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 Numbers = Sequence[float | None]
 
 INK, FAINT = "#3a3a3a", "#9a9a9a"
-# Okabe and Ito's colours, which stay apart for colour-blind readers; dashes and markers repeat the message.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers say the same.
 STYLES: Mapping[str, tuple[str, str, str]] = {
     "bare": ("#0072B2", "-", "o"),
     "context": ("#D55E00", "--", "s"),
@@ -44,13 +47,13 @@ ARM_STYLES = (
 )
 _DASHES = {"-": "none", "--": "4 2", ":": "1.2 2", "-.": "4 2 1 2"}
 
-PANEL = (2.5, 1.85)  # inches; one of several small panels that stand side by side
+PANEL = (2.5, 1.85)  # inches, one of several small panels in a row
 WIDE = (4.2, 2.2)
-MAX_POINTS = 300  # longer series are averaged in blocks: more points than pixels only make the page heavy
+MAX_POINTS = 300  # longer series are averaged in blocks: more points than pixels only make the page larger
 
 
 def swatch(style: tuple[str, str, str]) -> str:
-    """Returns a legend's key for a (colour, dash, marker) as SVG."""
+    """Return a legend's key for a (colour, dash, marker) as SVG."""
     colour, dash, marker = style
     mark = {
         "o": f'<circle cx="14" cy="5" r="2.6" fill="{colour}"/>',
@@ -67,13 +70,10 @@ def accuracy_curves(
     target: float | None,
     label: str,
 ) -> str:
-    """Draws rates over training steps.
+    """Draw rates over training steps.
 
-    Args:
-        series: by name in STYLES, (steps, rates in 0..1) of equal length.
-        last_step: right end of the axis, shared by the panels.
-        target: the teacher's accuracy in 0..1, drawn as a thin line; None leaves it out.
-        label: what the picture shows, for readers who cannot see it.
+    ``series``: by name in STYLES, (steps, rates in 0..1) of equal length. ``last_step``: right end of the axis, which
+    the panels share. ``target``: the teacher's accuracy in 0..1, drawn as a thin line; None leaves it out.
     """
     with _figure(PANEL) as (figure, axes):
         if target is not None:
@@ -90,13 +90,10 @@ def accuracy_curves(
 
 
 def rate_bars(rows: Sequence[tuple[str, float | None, tuple[float, float] | None, str]], style: str, label: str) -> str:
-    """Draws one horizontal bar per arm with its interval.
+    """Draw one horizontal bar for each arm with its interval.
 
-    Args:
-        rows: (arm, rate in 0..1 or None, (low, high) or None, what to say instead of a missing rate), top to
-            bottom.
-        style: name in STYLES that gives the colour.
-        label: what the picture shows.
+    ``rows``, from top to bottom: (arm, rate in 0..1 or None, (low, high) or None, text instead of a missing rate).
+    ``style``: name in STYLES of the colour.
     """
     with _figure((4.2, 0.55 + 0.34 * len(rows))) as (figure, axes):
         tops = [100 * max(rate, spread[1] if spread else 0) for _, rate, spread, _ in rows if rate is not None]
@@ -121,12 +118,10 @@ def rate_bars(rows: Sequence[tuple[str, float | None, tuple[float, float] | None
 
 
 def length_histogram(lengths: Mapping[str, Sequence[float]], limits: tuple[float, float], label: str) -> str:
-    """Draws the distribution of response lengths.
+    """Draw the distribution of response lengths.
 
-    Args:
-        lengths: tokens per response, by view ("bare", "context").
-        limits: shortest and longest length over all arms, so that the panels share one axis.
-        label: what the picture shows.
+    ``lengths``: tokens of each response, by view ("bare", "context"). ``limits``: shortest and longest length over all
+    arms, so that the panels share one axis.
     """
     low, high = limits
     # Whole-number bins: bins of 0.7 tokens would show gaps that are not in the data.
@@ -147,13 +142,11 @@ def length_histogram(lengths: Mapping[str, Sequence[float]], limits: tuple[float
 
 
 def cosine_panel(layers: Mapping[str, Numbers], fifth: Numbers, bottom: float, label: str) -> str:
-    """Draws hidden-state cosines by layer.
+    """Draw hidden-state cosines by layer.
 
-    Args:
-        layers: by name in STYLES ("mean", "centred", "control"), one cosine per layer; index 0: embedding.
-        fifth: 5th percentile by layer, shaded below the mean; [] leaves it out.
-        bottom: lower end of the axis, shared by the panels.
-        label: what the picture shows.
+    ``layers``: by name in STYLES ("mean", "centred", "control"), one cosine for each layer, index 0 the embedding.
+    ``fifth``: 5th percentile by layer, shaded below the mean; [] leaves it out. ``bottom``: lower end of the axis, the
+    same for all panels.
     """
     with _figure(PANEL) as (figure, axes):
         mean = layers.get("mean", [])
@@ -180,7 +173,7 @@ def cosine_panel(layers: Mapping[str, Numbers], fifth: Numbers, bottom: float, l
 
 
 def position_lines(series: Mapping[str, Numbers], label: str) -> str:
-    """Draws the view KL in nats over response positions, one line per arm (in the order of ARM_STYLES)."""
+    """Draw the view KL in nats over response positions, one line for each arm (in the order of ARM_STYLES)."""
     with _figure(WIDE) as (figure, axes):
         shown = []
         for index, values in enumerate(series.values()):
@@ -198,7 +191,7 @@ def position_lines(series: Mapping[str, Numbers], label: str) -> str:
 
 
 def loss_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> str:
-    """Draws training losses in nats per token; series by name in STYLES, (steps, losses) of equal length."""
+    """Draw training losses in nats per token; ``series``: by name in STYLES, (steps, losses) of equal length."""
     with _figure(PANEL) as (figure, axes):
         shown = []
         for name, (steps, losses) in series.items():
@@ -214,12 +207,12 @@ def loss_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], l
 
 
 def arm_style(index: int) -> tuple[str, str, str]:
-    """Returns the (colour, dash, marker) of the arm at a place in results.json."""
+    """Return the (colour, dash, marker) of the arm with this number in results.json."""
     return ARM_STYLES[index % len(ARM_STYLES)]
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Averages a long series in equal blocks; a short one passes unchanged."""
+    """Average a long series in equal blocks; return a short one unchanged."""
     block = -(-len(points) // MAX_POINTS)
     parts = [points[i : i + block] for i in range(0, len(points), block)]
     means = [[sum(axis) / len(part) for axis in zip(*part, strict=True)] for part in parts]
@@ -231,10 +224,10 @@ def _whole_numbers(count: int) -> MaxNLocator:
 
 
 def _value_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Chooses a logarithmic axis where positive values span more than two decades."""
+    """Use a logarithmic axis if positive values span more than two decades."""
     if values and min(values) > 0 and max(values) / min(values) > 100:
         axes.set_yscale("log")
-        # matplotlib's own labels are formulas, which are not set here: arm names may hold dollar signs.
+        # matplotlib's own labels are formulas, and those are off (text.parse_math): arm names may hold dollar signs.
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
@@ -278,12 +271,12 @@ def _figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
 
 def _svg(figure: Figure, label: str) -> str:
     buffer = io.StringIO()
-    # Not by way of savefig, which draws everything a first time for the layout, which the second draw makes itself.
+    # savefig would draw twice, the first time for the layout; print_svg makes the layout too.
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    # Ids must be unique in a page that holds many figures; most are referred to by nothing and go.
+    # Ids must be unique in a page of many figures. Most are used by no reference and are removed.
     used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", text))
     used = {name for pair in used for name in pair if name}
     prefix = "f" + hashlib.sha1((label + text).encode()).hexdigest()[:8] + "-"

@@ -1,4 +1,6 @@
-"""Reads the files of a run. Only results.json is required; everything else may be missing."""
+"""Read the files of a run. Only results.json is required; everything else may be missing."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -7,13 +9,11 @@ import pathlib
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """What a run left behind.
+    """The files that a run wrote.
 
-    Attributes:
-        results: metrics by arm, in the file's order.
-        run: configuration, versions, device and times; {} where run.json is missing.
-        metrics: by arm, the rows of metrics.jsonl in file order; [] where missing.
-        items: by arm, the rows of items.jsonl in file order; [] where missing.
+    ``results``: metrics by arm, in the file's order. ``run``: configuration, versions, device and times; {} if run.json
+    is missing. ``metrics`` and ``items``: by arm, the rows of metrics.jsonl and of items.jsonl, in the files' order;
+    [] if the file is missing.
     """
 
     results: dict[str, dict]
@@ -23,11 +23,10 @@ class RunFiles:
 
 
 def read_results(workdir: pathlib.Path) -> dict[str, dict]:
-    """Reads `workdir/results.json`.
+    """Read ``workdir/results.json``.
 
-    Raises:
-        FileNotFoundError: there is no such file; the message names it and the remedy.
-        ValueError: it is not a JSON object with one object per arm.
+    Raises FileNotFoundError, with the path and the remedy, if there is no such file, and ValueError if it is not a JSON
+    object with one object for each arm.
     """
     path = pathlib.Path(workdir) / "results.json"
     if not path.is_file():
@@ -39,17 +38,16 @@ def read_results(workdir: pathlib.Path) -> dict[str, dict]:
     if not results:
         raise ValueError(f"{path} holds no arm: evaluate at least one")
     for arm in results:
-        if pathlib.PurePath(arm).name != arm or arm == "..":  # each names a folder of the run
+        if pathlib.PurePath(arm).name != arm or arm == "..":  # an arm's name is that of a folder of the run
             raise ValueError(f"{path}: {arm!r} is no name of an arm")
     return {arm: _expect_object(row, f"{path}, arm {arm!r}") for arm, row in results.items()}
 
 
 def read_run(workdir: pathlib.Path) -> RunFiles:
-    """Reads a run's folder.
+    """Read the folder of a run.
 
-    Raises:
-        FileNotFoundError: results.json is missing.
-        ValueError: a file that is there cannot be read; the message names the file and the line.
+    Raises FileNotFoundError if results.json is missing, and ValueError, with the file and the line, if a file cannot be
+    read.
     """
     workdir = pathlib.Path(workdir)
     results = read_results(workdir)

@@ -1,26 +1,24 @@
-"""Chooses and prepares the sample responses that the page shows side by side."""
+"""Choose and prepare the sample responses that the page shows side by side."""
+
+from __future__ import annotations
 
 from ctxjax.report import assessment
 
 SAMPLES = 5
 VIEWS = ("bare", "context")
-# Head and tail that are shown of a long text: the answer usually stands at the end.
+# What is shown of a long text. Its end is shown too: the answer is usually there.
 HEAD_CHARACTERS, TAIL_CHARACTERS = 700, 500
 
 
 def sample_responses(items: dict[str, list[dict]]) -> dict:
-    """Picks up to SAMPLES items and pairs their two views over the arms.
+    """Choose up to SAMPLES items and pair their two views for each arm; ``items`` has the rows of items.jsonl by arm.
 
-    Items that the reference arm (`opcd`, else the first trained arm) has right without context and wrong with
-    it come first, then any item that is wrong in a view, then the rest; each group in file order.
+    First come the items that one arm (``opcd``, else the first trained one) answers right without the context and wrong
+    with it, then those that it answers wrong in a view, then the rest; each group in the file's order.
 
-    Args:
-        items: by arm, the rows of items.jsonl.
-
-    Returns:
-        {"arm": reference arm or None, "harmed": how many of the shown items that arm has harmed,
-        "context": the one context all shown items share or None, "items": [{"id", "question", "context",
-        "reference", "arms": [{"arm", "views": {"bare": row or None, "context": row or None}}]}]}.
+    Returns {"arm": that arm or None, "harmed": number of shown items that it has harmed, "context": the context if all
+    shown items have the same one, else None, "items": [{"id", "question", "context", "reference", "arms": [{"arm",
+    "views": {"bare": row or None, "context": row or None}}]}]}.
     """
     by_arm = {arm: _pairs(rows) for arm, rows in items.items() if rows}
     if not by_arm:
@@ -40,7 +38,7 @@ def sample_responses(items: dict[str, list[dict]]) -> dict:
 
 
 def shorten(text: object) -> str:
-    """Returns the text, with the middle left out and the loss stated where it is long."""
+    """Return the text; from the middle of a long one, say how many characters were left out."""
     text = "" if text is None else str(text)
     left_out = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
     if left_out <= 0:
@@ -52,7 +50,7 @@ def _pairs(rows: list[dict]) -> dict[str, dict[str, dict]]:
     found: dict[str, dict[str, dict]] = {}
     for row in rows:
         if row.get("view") in VIEWS:
-            # With several draws per item the first one is shown.
+            # The first of several samples is shown.
             found.setdefault(str(row.get("id")), {}).setdefault(row["view"], row)
     return found
 

@@ -1,50 +1,32 @@
-"""The table of results: plain text for the console, cells for the page."""
+"""The tables of results: plain text for the console, cells for the page. Their columns come from metrics.METRICS."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 import dataclasses
 
+from ctxjax.evaluation import metrics as metrics_lib
+from ctxjax.evaluation.metrics import Metric
 from ctxjax.report import assessment
 from ctxjax.report.assessment import BASE, TEACHER
-from ctxjax.report.formatting import (
-    DASH,
-    decimals,
-    finite,
-    finite_list,
-    interval,
-    mean,
-    p_value,
-    percent,
-    signed_percent,
-)
+from ctxjax.report.formatting import DASH, UNITS, finite, interval, percent
 
-# The teacher's row where the base is its own teacher, and where the teacher is another model.
+# The teacher's row if the base is its own teacher, and if the teacher is another model.
 TEACHER_LABELS = ("base with context = teacher", "teacher with context")
-# What the frozen teacher is asked to hand over: its accuracy with context, in either view of the student.
+# What the frozen teacher is asked to hand over: its accuracy with the context, in either view of the student.
 TARGET_KEYS = ("acc_x", "acc_xc")
+WITH_INTERVAL = "harm"  # the one metric whose interval the console table shows
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One metric: its key in results.json, its header and how its value is printed."""
+    """One column: a header with its unit, and the metrics that share it."""
 
-    key: str
     header: str
-    form: Callable[[object], str]
+    metrics: tuple[Metric, ...]
 
-
-COLUMNS = (
-    Column("acc_x", "Acc_x %", percent),
-    Column("acc_xc", "Acc_xc %", percent),
-    Column("gap", "Gap pp", signed_percent),
-    Column("harm", "Harm %", percent),
-    Column("benefit", "Benefit %", percent),
-    Column("both_correct", "BothCorrect %", percent),
-    Column("dlen", "dLen %", signed_percent),
-    Column("view_kl", "view KL", decimals),
-    Column("cosine", "cosine", decimals),
-    Column("obedience", "obedience %", percent),
-    Column("acc_empty", "empty context %", percent),
-)
+    @property
+    def key(self) -> str:
+        return self.metrics[0].key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,32 +38,48 @@ class Cell:
     level: str = ""
 
 
-def mean_layer_cosine(row: dict) -> float | None:
-    """Mean cosine over the layers' outputs, or None.
+def columns(table: str, first_arm: str = "the first arm") -> list[Column]:
+    """Return the columns of a table, "results" or "checks", in the order of METRICS.
 
-    The embedding output (index 0) is left out: the same token has the same embedding in both views, so it
-    is 1 whatever the model has learned.
+    ``first_arm``: the arm that metrics of two arms compare with.
     """
-    layers = finite_list(row.get("cosine_by_layer"))
-    return mean(layers[1:] if len(layers) > 1 else layers)
+    by_header: dict[str, list[Metric]] = {}
+    for metric in metrics_lib.METRICS:
+        if metric.unit is not None and metric.table == table:
+            header = metric.header.replace("{arm}", first_arm) + UNITS[metric.unit].suffix
+            by_header.setdefault(header, []).append(metric)
+    return [Column(header, tuple(metrics)) for header, metrics in by_header.items()]
+
+
+def glossary(*tables: str) -> list[tuple[str, str]]:
+    """Return (header, definition) of the metrics in these tables, one entry for each header."""
+    entries = {}
+    for column in (column for table in tables for column in columns(table)):
+        metric = column.metrics[0]
+        better = f" {metric.better.capitalize()} is better." if metric.better else ""
+        entries[metric.header.replace("{arm}", "the first arm")] = metric.definition + better
+    return list(entries.items())
+
+
+def units_note() -> str:
+    """Return what the numbers of the main table are, in words."""
+    metrics = [column.metrics[0] for column in columns("results")]
+    others = [f"{m.header} ({words})" for m in metrics if (words := UNITS[m.unit].words) != "percent"]
+    return "Percent" + (f", except {', '.join(others)}" if others else "") + "."
 
 
 def results_table(results: dict) -> str:
-    """Lays out the results as aligned text that is valid Markdown too.
+    """Format results.json as aligned text that is also a Markdown table, without a newline at the end.
 
-    Args:
-        results: metrics by arm, as in results.json; rates in 0..1, `view_kl` in nats per token.
-
-    Returns:
-        Lines joined by newlines, no newline at the end. Rates are percent, the gap percentage points, missing
-        values a dash.
+    ``results``: metrics by arm; rates in 0..1, KL in nats per token. Missing values are printed as a dash.
     """
-    header = ["arm"] + [column.header + (" [95 % CI]" if column.key == "harm" else "") for column in COLUMNS]
+    shown = columns("results")
+    header = ["arm"] + [c.header + (" [95 % CI]" if c.key == WITH_INTERVAL else "") for c in shown]
     body = []
     for label, cells in result_rows(results):
         texts = [label.replace("|", "\\|").replace("\n", " ")]
-        for column, cell in zip(COLUMNS, cells, strict=True):
-            with_interval = column.key == "harm" and cell.interval
+        for column, cell in zip(shown, cells, strict=True):
+            with_interval = column.key == WITH_INTERVAL and cell.interval
             texts.append(f"{cell.text} {cell.interval}" if with_interval else cell.text)
         body.append(texts)
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
@@ -90,67 +88,42 @@ def results_table(results: dict) -> str:
 
 
 def result_rows(results: dict) -> list[tuple[str, list[Cell]]]:
-    """Rows of the main table, (label, one cell per entry of COLUMNS); the teacher follows the base."""
-    reference = assessment.reference(results)
+    """Return the rows of the main table, (label, one cell for each column); the teacher follows the base."""
+    shown, reference = columns("results"), assessment.reference(results)
     rows = []
     if reference is not None:
-        rows.append((BASE, [_cell(column, results[BASE], "") for column in COLUMNS]))
+        rows.append((BASE, [_cell(column, results[BASE]) for column in shown]))
         target, empty = Cell(percent(reference.get("acc_xc")), interval(reference.get("acc_xc_ci"))), Cell(DASH)
-        cells = [target if column.key in TARGET_KEYS else empty for column in COLUMNS]
-        rows.append((TEACHER_LABELS[TEACHER in results], cells))
+        rows.append((TEACHER_LABELS[TEACHER in results], [target if c.key in TARGET_KEYS else empty for c in shown]))
     for arm, row in assessment.trained(results).items():
         levels = assessment.levels(row, reference)
-        rows.append((arm, [_cell(column, row, levels.get(column.key, "")) for column in COLUMNS]))
+        rows.append((arm, [_cell(column, row, levels.get(column.key, "")) for column in shown]))
         selected = row.get("selected")
-        if isinstance(selected, dict):  # the checkpoint that was best on dev, where that is not the last one
+        if isinstance(selected, dict):  # the checkpoint that was best on dev, if it is not the last one
             label = f"{arm}, step {selected.get('step')}, best on dev"
-            rows.append((label, [_cell(column, selected, "") for column in COLUMNS]))
+            rows.append((label, [_cell(column, selected) for column in shown]))
     return rows
 
 
-CHECK_HEADERS = (
-    "harm minus opcd, pp",
-    "regime",
-    "McNemar p, x against xc",
-    "paraphrased context %",
-    "default answers %",
-    "length x / xc",
-    "truncated x / xc %",
-    "readable x / xc %",
-    "lenient x / xc %",
-    "step",
-)
+def check_table(results: dict) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """Return the headers and the rows, (arm, cells), of the second table: comparisons and sanity checks.
 
-
-def check_rows(results: dict) -> list[tuple[str, list[Cell]]]:
-    """Rows of the second table: comparisons and sanity checks, one cell per entry of CHECK_HEADERS."""
-    rows = []
-    for arm, row in results.items():
-        difference = finite_list(row.get("harm_minus_opcd"))
-        centre = difference[0] if len(difference) == 3 else None
-        rows.append(
-            (
-                arm,
-                [
-                    Cell(signed_percent(centre), interval(difference[1:], signed=True)),
-                    Cell(str(row.get("regime") or DASH)),
-                    Cell(p_value(row.get("mcnemar_p"))),
-                    Cell(percent(row.get("acc_paraphrase")), interval(row.get("acc_paraphrase_ci"))),
-                    Cell(percent(row.get("acc_default")), interval(row.get("acc_default_ci"))),
-                    _two(decimals(row.get("length_x"), 1), decimals(row.get("length_xc"), 1)),
-                    _two(percent(row.get("truncated_x")), percent(row.get("truncated_xc"))),
-                    _two(percent(row.get("parse_x")), percent(row.get("parse_xc"))),
-                    _two(percent(row.get("acc_x_lenient")), percent(row.get("acc_xc_lenient"))),
-                    Cell(_count(row.get("step"))),
-                ],
-            )
-        )
-    return rows
+    Columns in which no arm has a value are left out.
+    """
+    shown = columns("checks", assessment.first_arm(results) or "the first arm")
+    by_arm = {arm: [_cell(column, row) for column in shown] for arm, row in results.items()}
+    filled = [i for i in range(len(shown)) if any(cells[i].text != DASH for cells in by_arm.values())]
+    headers = [shown[i].header for i in filled] + ["step"]
+    return headers, [
+        (arm, [cells[i] for i in filled] + [Cell(_count(results[arm].get("step")))]) for arm, cells in by_arm.items()
+    ]
 
 
 def alarm_rows(results: dict) -> list[tuple[str, str, str, str, str]]:
-    """(arm, alarm, step at which it was raised, rows of metrics.jsonl in which it held, what it said), by step; the
-    steps that were skipped have a row of their own."""
+    """Return (arm, alarm, step at which it was raised, rows of metrics.jsonl in which it held, its message), by step.
+
+    Skipped steps have a row of their own.
+    """
     found = []
     for arm, row in results.items():
         alarms = row.get("alarms")
@@ -169,13 +142,22 @@ def _count(value: object) -> str:
     return DASH if number is None else f"{number:g}"
 
 
-def _cell(column: Column, row: dict, level: str) -> Cell:
-    value = mean_layer_cosine(row) if column.key == "cosine" else row.get(column.key)
-    return Cell(column.form(value), interval(row.get(f"{column.key}_ci")), level)
+def _cell(column: Column, row: dict, level: str = "") -> Cell:
+    """Print a column's metrics of one model; two that share a header as "without / with", without intervals."""
+    parts = [_print(metric, row) for metric in column.metrics]
+    if len(parts) == 1:
+        return Cell(*parts[0], level)
+    texts = [text for text, _ in parts]
+    return Cell(DASH if set(texts) == {DASH} else " / ".join(texts))
 
 
-def _two(first: str, second: str) -> Cell:
-    return Cell(DASH if first == second == DASH else f"{first} / {second}")
+def _print(metric: Metric, row: dict) -> tuple[str, str]:
+    """Return the printed value and its interval."""
+    unit = UNITS[metric.unit]
+    value, ends = row.get(metric.key), row.get(f"{metric.key}_ci")
+    if metric.compare is not None:
+        value, ends = assessment.difference(row, metric.key)
+    return unit.form(value), interval(ends, signed=metric.unit == "points")
 
 
 def _line(texts: list[str], widths: list[int]) -> str:

@@ -18,6 +18,7 @@ from ctxjax.data.pipeline import EncodedRows, RetentionRows, training_batches
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
+from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host import preemption
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
@@ -196,9 +197,8 @@ class Arm:
         return True
 
     def _score(self, row: dict[str, float]) -> float:
-        name = self.config.eval.select
-        value = row.get(f"dev/{name.removeprefix('-')}", math.nan)
-        return -value if name.startswith("-") else value
+        key, sign = parse_select(self.config.eval.select)
+        return sign * row.get(f"dev/{key}", math.nan)
 
     def _student(self, state: TrainState) -> Params:
         return student_params(state.params, self.frozen, self.step_config)

@@ -31,6 +31,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     ``facts`` (configuration, command, versions) go into run.json. Returns the results by arm. A run that was ended, in
     whatever way, goes on: arms from their latest checkpoint, and what has been evaluated is not evaluated again.
     """
+    metrics_lib.check_select(config.eval.select)
     started = time.monotonic()
     seconds: dict[str, float] = {}
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
@@ -67,7 +68,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         clock = time.monotonic()
         base = evaluated(workdir / "base", test, folder.params, 0)
         base_on_dev = evaluated(workdir / "base" / "dev", dev, folder.params, 0)
-        _check_select(config.eval.select, base_on_dev)
+        metrics_lib.check_select(config.eval.select, base_on_dev.metrics)
         seconds["evaluate base"] = time.monotonic() - clock
         finished, selected, alarms = {"base": base}, {}, {}
         if teacher is not folder:
@@ -120,12 +121,6 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     return results
 
 
-def _check_select(name: str, base_on_dev: Evaluation) -> None:
-    known = sorted(key for key, value in base_on_dev.metrics.items() if isinstance(value, float))
-    if name.removeprefix("-") not in known:
-        raise ValueError(f"eval.select = {name!r} is not a metric of this task; choose from {', '.join(known)}")
-
-
 def _sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh) -> str:
     """What the weights and the optimiser hold, in scalars and in bytes of the whole mesh."""
     trained = student.params
@@ -158,18 +153,12 @@ def _short(number: int) -> str:
 
 
 def _results(finished: dict[str, Evaluation], config: Experiment) -> dict[str, dict]:
-    """results.json: the metrics by arm; each arm's harm beside that of the first one, usually plain OPCD."""
+    """Return results.json: the metrics by arm, with each arm compared to the first one, usually plain OPCD."""
     results = {name: dict(evaluation.metrics) for name, evaluation in finished.items()}
-    reference, *others = config.arms
-    plain = finished[reference].outcomes
+    first, *others = config.arms
     for name in config.arms:
         results[name]["step"] = config.train.steps
     for name in others:
-        arm = finished[name].outcomes
-        results[name][f"harm_minus_{reference}"] = metrics_lib.harm_difference(
-            (arm["bare"].correct, arm["context"].correct),
-            (plain["bare"].correct, plain["context"].correct),
-            config.eval.bootstrap,
-            config.eval.samples,
-        )
+        pair = finished[name].outcomes, finished[first].outcomes
+        results[name] |= metrics_lib.compare_arms(*pair, first, config.eval.bootstrap)
     return results

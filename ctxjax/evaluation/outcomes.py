@@ -1,0 +1,217 @@
+"""What is measured of a model in each view, and the values that metrics.py makes metrics of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from ctxjax.evaluation.statistics import (
+    Rate,
+    bootstrap_rate,
+    mcnemar,
+    mean_by_question,
+    paired_bootstrap,
+    rate,
+    share,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What happened to n questions in one view: arrays [n * samples], all samples of a question in a row.
+
+    ``length`` is in tokens, end token included. ``lenient``: whether the answer is right if the required format is not
+    demanded; None if the task has no such reader. ``reasons``: why no answer could be read from a response, None if one
+    could.
+    """
+
+    correct: np.ndarray
+    parsed: np.ndarray
+    truncated: np.ndarray
+    length: np.ndarray
+    lenient: np.ndarray | None = None
+    reasons: list[str | None] = dataclasses.field(default_factory=list)
+    samples: int = 1
+
+
+class Comparison(NamedTuple):
+    """The two views compared along the same n responses, of which ``mask_nxT`` marks the tokens.
+
+    ``kl_nxT`` is KL(q_x || q_c) in nats. ``cosines`` has hidden-state cosines [N+1, n, T] by layer, index 0 the
+    embedding: "cosine" of the bare and the context view, "control" of the bare view and one under an unrelated context,
+    "centred" as "cosine" after subtracting each view's mean state.
+    """
+
+    kl_nxT: np.ndarray
+    cosines: dict[str, np.ndarray]
+    mask_nxT: np.ndarray
+
+
+# --- One view ---
+
+
+def count_questions(view: Outcomes) -> int:
+    return len(view.correct) // view.samples
+
+
+def accuracy(view: Outcomes) -> Rate:
+    return rate(view.correct, samples=view.samples)
+
+
+def lenient_accuracy(view: Outcomes) -> Rate | None:
+    return None if view.lenient is None else rate(view.lenient, samples=view.samples)
+
+
+def mean_length(view: Outcomes) -> float:
+    return float(np.mean(view.length))
+
+
+def truncated_share(view: Outcomes) -> float:
+    return float(np.mean(view.truncated))
+
+
+def readable_share(view: Outcomes) -> float:
+    return float(np.mean(view.parsed))
+
+
+def count_reasons(view: Outcomes) -> dict[str, int]:
+    """Return how many responses had no readable answer for each reason, the most frequent first."""
+    return dict(Counter(reason for reason in view.reasons if reason).most_common())
+
+
+# --- Both views of the same questions ---
+
+
+def gap(bare: Outcomes, context: Outcomes) -> float:
+    return float(np.mean(context.correct) - np.mean(bare.correct))
+
+
+def harm(bare: Outcomes, context: Outcomes) -> Rate:
+    return rate(~context.correct, bare.correct, bare.samples)
+
+
+def benefit(bare: Outcomes, context: Outcomes) -> Rate:
+    return rate(context.correct, ~bare.correct, bare.samples)
+
+
+def both_correct(bare: Outcomes, context: Outcomes) -> Rate:
+    return rate(bare.correct & context.correct, samples=bare.samples)
+
+
+def length_change(bare: Outcomes, context: Outcomes) -> float:
+    return float(np.mean(context.length) / np.mean(bare.length) - 1)
+
+
+def flips(bare: Outcomes, context: Outcomes) -> dict[str, int]:
+    x, xc = bare.correct, context.correct
+    return {
+        "right_right": int(np.sum(x & xc)),
+        "right_wrong": int(np.sum(x & ~xc)),
+        "wrong_right": int(np.sum(~x & xc)),
+        "wrong_wrong": int(np.sum(~x & ~xc)),
+    }
+
+
+def count_samples(bare: Outcomes, context: Outcomes) -> int | None:
+    """None for one sample a question."""
+    return bare.samples if bare.samples > 1 else None
+
+
+def harm_floor(bare: Outcomes, context: Outcomes) -> Rate | None:
+    """None for one sample a question, from which p (1 - p) cannot be estimated."""
+    if bare.samples == 1:
+        return None
+    return bootstrap_rate(_disagreement(bare), mean_by_question(bare.correct, bare.samples))
+
+
+def excess_harm(bare: Outcomes, context: Outcomes) -> Rate | None:
+    """None for one sample a question, as for ``harm_floor``."""
+    if bare.samples == 1:
+        return None
+    right_n, harmed_n = (mean_by_question(v, bare.samples) for v in (bare.correct, bare.correct & ~context.correct))
+    return bootstrap_rate(harmed_n - _disagreement(bare), right_n)
+
+
+def _disagreement(bare: Outcomes) -> np.ndarray:
+    """Return p (1 - p) of each question [n], estimated without bias: p is the probability of a right answer."""
+    p_n = mean_by_question(bare.correct, bare.samples)
+    return bare.samples / (bare.samples - 1) * p_n * (1 - p_n)
+
+
+def mcnemar_p(bare: Outcomes, context: Outcomes) -> float | None:
+    """None for several samples a question: the test assumes independent pairs."""
+    return mcnemar(bare.correct, context.correct) if bare.samples == 1 else None
+
+
+def regime(bare: Outcomes, context: Outcomes) -> str:
+    """Return the sign of a significant gap in words.
+
+    Significant is a McNemar test below 5 % or, with several samples a question, an interval of the gap over questions
+    without 0 in it.
+    """
+    if bare.samples == 1:
+        significant = mcnemar(bare.correct, context.correct) < 0.05
+        low = high = gap(bare, context) if significant else 0.0
+    else:
+        bare_n, context_n = (mean_by_question(view.correct, view.samples) for view in (bare, context))
+        low, high = bootstrap_rate(context_n - bare_n, np.ones_like(bare_n)).interval or (0.0, 0.0)
+    return "perturbation" if high < 0 else "scaffold" if low > 0 else "agreement"
+
+
+# --- Along the same responses ---
+
+
+def view_kl(comparison: Comparison) -> float:
+    kl, mask = comparison.kl_nxT, comparison.mask_nxT
+    return float(np.where(mask, kl, 0.0).sum() / max(mask.sum(), 1))
+
+
+def view_kl_by_position(comparison: Comparison) -> list[float | None]:
+    """None at a position that no response reaches."""
+    total_T = np.where(comparison.mask_nxT, comparison.kl_nxT, 0.0).sum(axis=0)
+    reached_T = comparison.mask_nxT.sum(axis=0)
+    return [float(total / count) if count else None for total, count in zip(total_T, reached_T)]
+
+
+def mean_cosine(comparison: Comparison) -> list[float]:
+    return _tokens(comparison, "cosine").mean(axis=1).tolist()
+
+
+def fifth_percentile_of_cosine(comparison: Comparison) -> list[float]:
+    return np.percentile(_tokens(comparison, "cosine"), 5, axis=1).tolist()
+
+
+def mean_control_cosine(comparison: Comparison) -> list[float]:
+    return _tokens(comparison, "control").mean(axis=1).tolist()
+
+
+def mean_centred_cosine(comparison: Comparison) -> list[float]:
+    return _tokens(comparison, "centred").mean(axis=1).tolist()
+
+
+def _tokens(comparison: Comparison, kind: str) -> np.ndarray:
+    """Return one kind of cosine for all response tokens, [N+1, tokens]."""
+    return comparison.cosines[kind][:, comparison.mask_nxT]
+
+
+# --- Two arms ---
+
+
+def harm_difference(arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], resamples: int) -> list[float] | None:
+    """Return [harm(arm) - harm(first), low, high] by paired bootstrap over questions.
+
+    The denominators differ: each arm is right without the context on its own set of questions.
+    """
+
+    def difference(arm_harmed, arm_right, first_harmed, first_right, axis=-1):
+        return share(arm_harmed, arm_right, axis) - share(first_harmed, first_right, axis)
+
+    pairs = [(views["bare"].correct, views["context"].correct) for views in (arm, first)]
+    samples = arm["bare"].samples
+    parts = [mean_by_question(values, samples) for x, xc in pairs for values in (x & ~xc, x)]
+    interval = paired_bootstrap(difference, tuple(parts), resamples)
+    return None if interval is None else list(interval)
