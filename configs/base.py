@@ -111,7 +111,6 @@ def get_config() -> ConfigDict:
     config.loss.beta = 0.0  # weight of the anchor, nats per nat
     config.loss.beta_ramp = 0  # steps in which it rises to that
     config.loss.anchor = "bare"  # what q_c is held to: or "ema", "teacher_bare", "joint", "symmetric", "teacher"
-    config.loss.anchor_fraction = 1.0  # share of the rows that are anchored, weighted as if all were
     config.loss.anchor_every = 1  # steps from one that is anchored to the next, which weighs as much as all of them
     config.loss.gate = "none"  # anchor everywhere, or by agreement of q_x and teacher: per "token", per "response"
     config.loss.gate_threshold = 0.9  # share of a response's tokens that must agree

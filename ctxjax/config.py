@@ -18,9 +18,9 @@ from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.tasks import TASKS, WORLDS, check_task_name
-from ctxjax.distill.anchors import ANCHORS
+from ctxjax.distill.anchors import ANCHORS, GATES
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
-from ctxjax.distill.losses import CROSS_ENTROPY, GATES, LossConfig
+from ctxjax.distill.losses import CROSS_ENTROPY, LossConfig
 from ctxjax.distill.optim import SCHEDULES, OptimConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES

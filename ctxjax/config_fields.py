@@ -20,7 +20,7 @@ AT_MOST = {
     "optim.lr": 1.0, "base.lr": 1.0, "optim.b1": 0.99999, "optim.b2": 0.9999999, "optim.weight_decay": 1.0,
     "base.weight_decay": 1.0, "rollout.temperature": 100.0, "eval.temperature": 100.0, "rollout.top_p": 1.0,
     "eval.top_p": 1.0, "teacher.temperature": 100.0, "teacher.top_p": 1.0,
-    "loss.anchor_fraction": 1.0, "loss.gate_threshold": 1.0, "loss.on_policy_fraction": 1.0,
+    "loss.gate_threshold": 1.0, "loss.on_policy_fraction": 1.0,
     "loss.ema_decay": 1.0, "loss.beta": 1000.0, "loss.mu": 1000.0, "loss.reference": 1000.0, "rules.empty_share": 1.0,
     "alarms.untrained": 1.0, "alarms.truncated": 1.0, "alarms.repetition": 1.0, "alarms.parse_rate": 1.0,
     "alarms.agreement": 1.0, "base.layers": 1000, "base.width": 65536, "base.mlp_width": 262144,

@@ -11,7 +11,7 @@ import pytest
 from ctxjax import sharding
 from ctxjax.distill import losses, scoring
 from ctxjax.distill.losses import LossConfig
-from ctxjax.distill.objective import Models, Rows, objective
+from ctxjax.distill.objective import Networks, WeightedBatch, objective
 from ctxjax.distill.optim import OptimConfig
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
@@ -138,15 +138,16 @@ def test_only_the_adapter_has_gradients_and_moments(params, step_config):
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) <= 2 * adapter + 8
 
 
-def rows_of(batch, config, make_rollout, mesh) -> Rows:
+def rows_of(batch, config, make_rollout, mesh) -> WeightedBatch:
     batch, y, other = sharding.put_batch((batch, make_rollout(0, ROWS, 5), make_rollout(1, ROWS, 5)), mesh)
     weights = (losses.token_weights(rollout.mask_BxT, config.averaging) for rollout in (y, other))
-    return Rows(batch, y, next(weights), other, next(weights))
+    return WeightedBatch(batch, y, next(weights), other, next(weights))
 
 
 def loss_of(trained, frozen, rows, config):
-    models = Models(student_params(trained, frozen, config), frozen.teacher, None, config.model, config.teacher_model)
-    return objective(models, config.loss, rows, losses.scales(config.loss, 0))[0]
+    student = student_params(trained, frozen, config)
+    networks = Networks(student, frozen.teacher, None, config.model, config.teacher_model)
+    return objective(networks, config.loss, rows, 0)[0]
 
 
 @pytest.mark.parametrize("is_adapted", [True, False])

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax.distill import losses
-from ctxjax.distill.anchors import ANCHORS
+from ctxjax.distill import losses, objective
+from ctxjax.distill.anchors import ANCHORS, anchor_term, loss_at
 from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.terms import token_values
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Rollout
 
 # p = (1/2, 1/2), q = (1/4, 3/4):
 P, Q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
 KL_P_Q, KL_Q_P = 0.14384104, 0.13081204
-VIEWS = ("q_x", "q_c", "f", "f_x", "ema")
+VIEWS, OTHERS = ("q_x", "q_c", "f", "f_x", "ema"), ("q_other", "f_other")
 
 
 def model_of(vocab_size, **fields) -> ModelConfig:
@@ -77,22 +78,27 @@ def test_the_average_of_nothing_is_zero(averaging):
     assert not np.any(losses.token_weights(jnp.zeros_like(MASK), averaging))
 
 
+def weights(config, step) -> dict[str, float]:
+    """The weight of every term that the objective has."""
+    return {term.name: float(term.weight(jnp.int32(step))) for term in objective.terms(config)}
+
+
 @pytest.mark.parametrize("ramp, expected", [(0, [0.5] * 5), (4, [0.125, 0.25, 0.375, 0.5, 0.5]), (1, [0.5] * 5)])
 def test_weights_rise_over_their_first_steps(ramp, expected):
-    for field in ("beta", "mu"):
+    for field, name in (("beta", "anchor"), ("mu", "retain")):
         config = LossConfig(**{"beta": 2.0, "mu": 3.0, field: 0.5, f"{field}_ramp": ramp})
-        found = [losses.scales(config, jnp.int32(step)) for step in range(5)]
-        np.testing.assert_allclose([getattr(at, field) for at in found], expected)
-        assert found[0]._asdict() | {field: 0} == {"beta": 2.0, "mu": 3.0, field: 0}
+        np.testing.assert_allclose([weights(config, step)[name] for step in range(5)], expected)
+        others = {"distill": 1.0, "anchor": 2.0, "retain": 3.0}
+        assert weights(config, 0) | {name: 0} == others | {name: 0}
 
 
 def test_an_anchor_of_every_third_step_weighs_three_times_there_and_is_left_out_elsewhere():
     config = LossConfig(beta=0.5, mu=1.0, anchor_every=3, beta_ramp=2)
-    assert [config.at(step).beta for step in range(1, 7)] == [0, 0, 0.5, 0, 0, 0.5]
-    assert config.at(3) == config and dataclasses.replace(config.at(4), beta=0.5) == config
-    found = [losses.scales(config.at(step + 1), jnp.int32(step)) for step in range(6)]
-    np.testing.assert_allclose([at.beta for at in found], [0, 0, 1.5, 0, 0, 1.5])
-    assert [at.mu for at in found] == [1.0] * 6
+    assert [loss_at(config, step).beta for step in range(6)] == [0, 0, 0.5, 0, 0, 0.5]
+    assert loss_at(config, 2) == config and dataclasses.replace(loss_at(config, 3), beta=0.5) == config
+    found = [weights(loss_at(config, step), step) for step in range(6)]
+    assert [at.get("anchor") for at in found] == [None, None, 1.5, None, None, 1.5]
+    assert [at["retain"] for at in found] == [1.0] * 6
 
 
 # --- The terms per token ---
@@ -108,9 +114,14 @@ def test_distillation_is_the_divergence_of_the_student_from_the_teacher_that_the
     assert value(support="teacher_top_k", top_k=1, remainder="raw") == pytest.approx(0.5 * np.log(2 / 3), abs=1e-6)
 
 
+def retention(student, teacher):
+    logits = {"q_other": student, "f_other": teacher}
+    return losses.retention_term(LossConfig(mu=1.0)).values(logits, None)["retain"]
+
+
 def test_retention_weighs_by_the_teacher():
-    assert losses.retention(student=P, teacher=Q) == pytest.approx(KL_Q_P, abs=1e-6)
-    assert losses.retention(student=Q, teacher=P) == pytest.approx(KL_P_Q, abs=1e-6)
+    assert retention(student=P, teacher=Q) == pytest.approx(KL_Q_P, abs=1e-6)
+    assert retention(student=Q, teacher=P) == pytest.approx(KL_P_Q, abs=1e-6)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
@@ -121,7 +132,7 @@ def test_distillation_moves_the_student_and_never_the_teacher(divergence):
 
 
 def test_retention_moves_the_student_and_never_the_teacher():
-    student, teacher = jax.grad(lambda s, t: losses.retention(s, t), argnums=(0, 1))(P, Q)
+    student, teacher = jax.grad(retention, argnums=(0, 1))(P, Q)
     assert not np.any(teacher)
     np.testing.assert_allclose(student, [0.5 - 0.25, 0.5 - 0.75], atol=1e-6)
 
@@ -138,8 +149,10 @@ ANCHOR_TABLE = {  # what q_c is compared with, by which value where that is p an
 }
 
 
-def anchor_values(config, raw):
-    return losses.anchor_values(config, (model_of(2), model_of(2)), raw)
+def anchor_values(config, raw, models=None):
+    """Of the anchor alone."""
+    models = models or (model_of(2), model_of(2))
+    return token_values((anchor_term(config),), models, config.temperature, raw, None)
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
@@ -151,7 +164,7 @@ def test_each_anchor_compares_q_c_with_its_view_and_moves_only_what_it_may(ancho
     found, gradients = jax.value_and_grad(lambda raw: anchor_values(config, raw)["anchor"])(raw)
     assert found == pytest.approx(value, abs=1e-6)
     assert {name for name in VIEWS if np.any(gradients[name])} == moved
-    assert ANCHORS[anchor].view == view
+    assert ANCHORS[anchor].target == view
     if value == KL_P_Q:
         np.testing.assert_allclose(gradients["q_c"], [0.25 - 0.5, 0.75 - 0.5], atol=1e-6)  # q_c - target
 
@@ -168,8 +181,6 @@ def test_a_gate_by_token_anchors_where_the_student_finds_the_teachers_token_like
     moved = jax.grad(lambda raw: jnp.sum(anchor_values(gated, raw)["anchor"]))(raw)
     assert np.any(moved["q_c"], axis=-1).tolist() == [[True, False, True]]
     assert not np.any(moved["q_x"]) and not np.any(moved["f"])
-    agreement = losses.agreement_values(gated, (model_of(2), model_of(2)), {"q_x": bare, "f": teacher})
-    np.testing.assert_array_equal(agreement["agreement"], [[1, 0, 1]])
 
 
 # --- What one sweep over the bare view tells ---
@@ -177,7 +188,8 @@ def test_a_gate_by_token_anchors_where_the_student_finds_the_teachers_token_like
 
 def bare_values(config, raw, tokens, models=None):
     models = models or (model_of(raw["q_x"].shape[-1]), model_of(raw["f"].shape[-1]))
-    return losses.bare_values(config, models, raw, jnp.array(tokens))
+    terms = tuple(term for term in objective.terms(config) if term.name in ("distill", "reference"))
+    return token_values(terms, models, config.temperature, raw, jnp.array(tokens))
 
 
 def test_companions_of_distillation_by_hand(mesh):
@@ -230,16 +242,17 @@ def test_rows_that_pad_a_head_are_never_compared(sizes, support, mesh):
     """Students and teachers of one tokenizer with 5 tokens; further rows of either head hold large numbers."""
     rng = np.random.default_rng(0)
     tokens, config = [[1, 4, 0]], LossConfig(beta=1.0, support=support, top_k=3, remainder="tail", reference=0.1)
-    real = {view: jnp.array(rng.normal(size=(1, 3, 5)), jnp.float32) for view in VIEWS}
+    real = {view: jnp.array(rng.normal(size=(1, 3, 5)), jnp.float32) for view in VIEWS + OTHERS}
     models = tuple(model_of(size, tokens=5) for size in sizes)
-    size = {view: models[view in ("f", "f_x")].vocab_size for view in VIEWS}
+    size = {view: models[view in ("f", "f_x", "f_other")].vocab_size for view in VIEWS + OTHERS}
     padded = {view: jnp.pad(x, [(0, 0), (0, 0), (0, size[view] - 5)], constant_values=50.0) for view, x in real.items()}
 
     @functools.partial(jax.jit, static_argnums=1)
     @functools.partial(jax.value_and_grad, has_aux=True)
     def total_and_values(raw, models):
-        values = losses.bare_and_anchor_values(config, models, raw, jnp.array(tokens))
-        values |= losses.retention_values(config, models, {"q_c": raw["q_c"], "f": raw["f"]})
+        terms = objective.terms(dataclasses.replace(config, mu=1.0))
+        values = token_values(terms[:3], models, 1.0, {view: raw[view] for view in VIEWS}, jnp.array(tokens))
+        values |= token_values(terms[3:], models, 1.0, {view: raw[view] for view in OTHERS}, jnp.array(tokens))
         return sum(jnp.sum(value) for value in values.values()), values
 
     (_, plain), _ = total_and_values(real, (model_of(5), model_of(5)))
@@ -253,6 +266,7 @@ def test_each_model_finishes_its_own_logits_and_the_temperature_divides_all(mesh
     """The student caps, the teacher scales; the temperature comes last."""
     rng = np.random.default_rng(1)
     raw = {view: jnp.array(4 * rng.normal(size=(1, 2, 6)), jnp.float32) for view in VIEWS}
+    raw |= {"q_other": raw["q_c"], "f_other": raw["f"]}
     student, teacher = model_of(6, logit_softcap=3.0), model_of(6, logit_scale=0.25)
     config = LossConfig(beta=1.0, temperature=0.7, reference=0.1)
 
@@ -265,13 +279,15 @@ def test_each_model_finishes_its_own_logits_and_the_temperature_divides_all(mesh
         return (np.exp(logp(one)) * (logp(one) - logp(two))).sum(-1)
 
     models = (student, teacher)
-    values = losses.bare_values(config, models, raw, jnp.array([[0, 1]]))
+    values = bare_values(config, raw, [[0, 1]], models)
     assert close((values["distill"], values["reference"]), (kl("q_x", "f"), kl("q_x", "f_x")), rtol=1e-5)
     for anchor, expected in (("ema", kl("ema", "q_c")), ("teacher_bare", kl("f_x", "q_c"))):
-        found = losses.anchor_values(dataclasses.replace(config, anchor=anchor), models, raw)["anchor"]
+        found = anchor_values(dataclasses.replace(config, anchor=anchor), raw, models)["anchor"]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(losses.retention_values(config, models, raw)["retain"], kl("f", "q_c"), rtol=1e-5)
-    chosen = losses.cross_entropy_values(student, {"q": raw["q_x"]}, jnp.array([[0, 5]]))["cross_entropy"]
+    retained = token_values((losses.retention_term(LossConfig(mu=1.0)),), models, 0.7, raw, None)["retain"]
+    np.testing.assert_allclose(retained, kl("f", "q_c"), rtol=1e-5)
+    sft = dataclasses.replace(config, temperature=1.0, divergence="cross_entropy", reference=0.0)
+    chosen = bare_values(sft, {"q_x": raw["q_x"]}, [[0, 5]], models)["distill"]
     capped = 3 * np.tanh(np.asarray(raw["q_x"], np.float64) / 3)
     expected = np.log(np.exp(capped).sum(-1)) - capped[0, [0, 1], [0, 5]]
     np.testing.assert_allclose(chosen, expected, rtol=1e-5)

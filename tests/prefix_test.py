@@ -12,8 +12,8 @@ import pytest
 from ctxjax import rng
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.distill import losses, scoring
-from ctxjax.distill.losses import LossConfig, Scales
-from ctxjax.distill.objective import Models, Rows, objective
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.objective import Networks, WeightedBatch, objective
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.evaluation import views
 from ctxjax.models import attention, transformer
@@ -150,11 +150,11 @@ def test_what_a_frozen_teacher_made_of_the_prefix_serves_every_step(
 
     @jax.jit
     def compiled(params, frozen, batch, y, teacher_prefix):
-        rows, config = Rows(batch, y, losses.token_weights(y.mask_BxT, "token_mean")), LossConfig(beta=0.5)
+        rows, config = WeightedBatch(batch, y, losses.token_weights(y.mask_BxT, "token_mean")), LossConfig(beta=0.5)
 
         def loss(params):
-            models = Models(params, frozen, None, tiny_model, tiny_model, teacher_prefix)
-            return objective(models, config, rows, Scales(0.5, 0.0))[0]
+            networks = Networks(params, frozen, None, tiny_model, tiny_model, teacher_prefix)
+            return objective(networks, config, rows, 0)[0]
 
         return jax.value_and_grad(loss)(params)
 

@@ -1,41 +1,102 @@
-"""What the student's context view is held to: the anchors that the literature compares, one line each.
+"""Everything about the anchor, the term that keeps a context removable.
 
-    bare          KL( sg q_x || q_c )        No-Context Anchoring, arXiv 2606.11627: the student's own bare output
-    ema           KL( sg ema_x || q_c )      an average of its past selves, bare
-    teacher_bare  KL( sg f_x || q_c )        the teacher's bare output: anchors to what was there before
-    joint         KL( q_x || q_c )           as "bare", but q_x is moved towards q_c too
+    L_anchor = KL( stop_gradient(q_x) || q_c )      No-Context Anchoring, arXiv 2606.11627
+
+It holds the student's context view q_c to a target, by default to the student's own bare output. The anchors that the
+literature compares:
+
+    bare          KL( sg q_x || q_c )        No-Context Anchoring
+    ema           KL( sg ema || q_c )        the moving average of the student, bare
+    teacher_bare  KL( sg f_x || q_c )        the teacher's bare output: what was there before training
+    joint         KL( q_x || q_c )           like "bare", but q_x is moved towards q_c too
     symmetric     (KL(q_x||q_c) + KL(q_c||q_x)) / 2, both moved: "SymKL"
     teacher       KL( q_c || sg f )          the context view is distilled like the bare one: "DualOPD"
 
-Only "bare" and "ema" are known to remove the harm; the others are here to be compared with. All take logits [..., V]
-by view and return nats per token.
+Only "bare" and "ema" are known to remove the harm; the others are here for comparison.
+
+To add an anchor: a line in ANCHORS; if it needs a new distribution, a line in terms.PASSES too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 from typing import NamedTuple
 
 import jax
 from jax.lax import stop_gradient
+import jax.numpy as jnp
 
 from ctxjax.distill.divergences import kl
-
-Logits = dict[str, jax.Array]
+from ctxjax.distill.losses import LossConfig, top1_agreement
+from ctxjax.distill.terms import Logits, Measure, Term, ramp
 
 
 class Anchor(NamedTuple):
-    """``view`` names what q_c is compared with: "q_x", "f", "f_x" (teacher, bare) or "ema" (averaged student, bare)."""
+    """``target``: the pass (terms.PASSES) that q_c is compared with. ``value``: Logits -> nats per token, [...]."""
 
-    view: str
+    target: str
     value: Callable[[Logits], jax.Array]
 
 
 ANCHORS = {
-    "bare": Anchor("q_x", lambda v: kl(stop_gradient(v["q_x"]), v["q_c"])),
-    "ema": Anchor("ema", lambda v: kl(stop_gradient(v["ema"]), v["q_c"])),
-    "teacher_bare": Anchor("f_x", lambda v: kl(stop_gradient(v["f_x"]), v["q_c"])),
-    "joint": Anchor("q_x", lambda v: kl(v["q_x"], v["q_c"])),
-    "symmetric": Anchor("q_x", lambda v: 0.5 * (kl(v["q_x"], v["q_c"]) + kl(v["q_c"], v["q_x"]))),
-    "teacher": Anchor("f", lambda v: kl(v["q_c"], stop_gradient(v["f"]))),
+    "bare": Anchor("q_x", lambda p: kl(stop_gradient(p["q_x"]), p["q_c"])),
+    "ema": Anchor("ema", lambda p: kl(stop_gradient(p["ema"]), p["q_c"])),
+    "teacher_bare": Anchor("f_x", lambda p: kl(stop_gradient(p["f_x"]), p["q_c"])),
+    "joint": Anchor("q_x", lambda p: kl(p["q_x"], p["q_c"])),
+    "symmetric": Anchor("q_x", lambda p: 0.5 * (kl(p["q_x"], p["q_c"]) + kl(p["q_c"], p["q_x"]))),
+    "teacher": Anchor("f", lambda p: kl(p["q_c"], stop_gradient(p["f"]))),
 }
+# Where the anchor is taken: everywhere, on the tokens whose likeliest id the bare student and the teacher share, or on
+# the responses most of whose tokens (``gate_threshold``) are such.
+GATES = ("none", "token", "response")
+
+
+def anchor_term(config: LossConfig) -> Term | None:
+    """beta * L_anchor, or None if beta is 0.
+
+    beta rises over ``beta_ramp`` steps. With ``anchor_every`` k, only every k-th step has the term, with k times its
+    weight (see ``loss_at``).
+    """
+    if config.beta == 0:
+        return None
+    anchor = ANCHORS[config.anchor]
+    gate_passes = ("q_x", "f") if config.gate == "token" else ()
+
+    def values(logits: Logits, tokens_Bxt) -> dict[str, jax.Array]:
+        value = anchor.value(logits)
+        if config.gate != "token":
+            return {"anchor": value}
+        gate = top1_agreement(logits)
+        return {"anchor": jnp.where(gate, value, 0.0), "gate": gate.astype(jnp.float32)}
+
+    return Term(
+        name="anchor",
+        passes=tuple(dict.fromkeys(("q_c", anchor.target, *gate_passes))),
+        values=values,
+        weight=ramp(config.beta * config.anchor_every, config.beta_ramp),
+        row_gate=_response_gate(config) if config.gate == "response" else None,
+    )
+
+
+def _response_gate(config: LossConfig) -> Callable[[Measure, jax.Array], jax.Array]:
+    """1 for a response if the bare student agrees with the teacher on at least ``gate_threshold`` of its tokens.
+
+    It costs both heads once more: the gate of a response's first token depends on its last one.
+    """
+
+    def gate(measure: Measure, mask_BxT: jax.Array) -> jax.Array:
+        agrees = measure(("q_x", "f"), lambda logits: {"agrees": top1_agreement(logits).astype(jnp.float32)})
+        share_B = jnp.sum(agrees["agrees"], axis=1) / jnp.maximum(jnp.sum(mask_BxT, axis=1), 1)
+        return (share_B >= config.gate_threshold).astype(jnp.float32)[:, None]
+
+    return gate
+
+
+def loss_at(config: LossConfig, step: int) -> LossConfig:
+    """The objective of ``step`` (the first is 0): ``config``, or ``config`` without the anchor.
+
+    The anchor is taken in the last of every ``anchor_every`` steps.
+    """
+    is_due = (step + 1) % config.anchor_every == 0
+    return config if is_due else dataclasses.replace(config, beta=0.0)

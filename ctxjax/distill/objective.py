@@ -1,9 +1,9 @@
-"""The objective of a batch: runs the passes that its terms need, and adds the terms up.
+"""The objective of a batch: run the passes that its terms need, and add the terms up.
 
-    L = L_distill + beta * L_anchor + mu * L_retain        (losses.py)
+    L = L_distill + beta * L_anchor + mu * L_retain        (losses.py, anchors.py)
 
-Everything is a weighted sum over tokens whose weights are known before the passes run, so that the losses of a batch's
-parts add up to the loss of the batch, and chunked_head can make the gradient while it makes the loss.
+Every term is a weighted sum over tokens, and the weights are known before the passes run. So the losses of a batch's
+parts add up to the loss of the batch, and chunked_head can compute the gradient together with the loss.
 """
 
 from __future__ import annotations
@@ -16,18 +16,33 @@ import jax
 from jax.lax import stop_gradient
 import jax.numpy as jnp
 
-from ctxjax import sharding
-from ctxjax.distill import chunked_head, losses, scoring
-from ctxjax.distill.anchors import ANCHORS
-from ctxjax.distill.losses import LossConfig, Scales, average, token_weights
-from ctxjax.models.transformer import ModelConfig, head_weights
-from ctxjax.types import Batch, Max, Mean, Params, PrefixKV, Prompts, Rollout, map_rows
+from ctxjax.distill import anchors, chunked_head, losses, scoring
+from ctxjax.distill.divergences import token_logprob
+from ctxjax.distill.losses import LossConfig, average, token_weights
+from ctxjax.distill.terms import PASSES, Logits, Term, token_values
+from ctxjax.models.transformer import ModelConfig, finish_logits, head_weights
+from ctxjax.types import Batch, Max, Mean, Params, PrefixKV, Prompts, Rollout
+
+# Functions LossConfig -> Term, or None if the configuration leaves the term out. A new term is a line here.
+TERMS = (losses.distillation_term, losses.reference_term, anchors.anchor_term, losses.retention_term)
+
+
+def terms(config: LossConfig) -> tuple[Term, ...]:
+    """The terms of an objective, in the order of TERMS."""
+    found = (term(config) for term in TERMS)
+    return tuple(term for term in found if term is not None)
+
+
+def needs_ema(config: LossConfig) -> bool:
+    """Whether a run keeps a moving average of the student: as its teacher, or since a term compares with it."""
+    passes = {name for term in terms(config) for name in term.passes}
+    return config.teacher == "ema" or any(PASSES[name].weights == "ema" for name in passes)
 
 
 @struct.dataclass
-class Rows:
-    """All that a loss needs of a batch, or of a part of one. ``weight_BxT`` is each response token's share of the mean
-    over the *whole* batch, 0 where a token is not trained on; ``other_weight_BxT`` likewise, of ``other_rollout``."""
+class WeightedBatch:
+    """A batch, or a part of one, with its responses. ``weight_BxT`` is each response token's share of the mean over the
+    *whole* batch, 0 for a token that is not trained on; ``other_weight_BxT`` the same for ``other_rollout``."""
 
     batch: Batch
     rollout: Rollout
@@ -36,9 +51,9 @@ class Rows:
     other_weight_BxT: jax.Array | None = None
 
 
-class Models(NamedTuple):
-    """Whole parameter trees and their architectures. ``ema`` is the student's average, or None where none is kept;
-    ``teacher_prefix`` is the teacher's reading of what the context prompts start with, where the caller keeps it."""
+class Networks(NamedTuple):
+    """Whole parameter trees and their architectures. ``ema``: the student's moving average, None if none is kept.
+    ``teacher_prefix``: the teacher's keys and values of the shared context prefix, if the caller has computed them."""
 
     student: Params
     teacher: Params
@@ -49,149 +64,109 @@ class Models(NamedTuple):
 
 
 class _Passes:
-    """Hidden states and heads of the views, each pass run once, when it is first asked for."""
+    """Hidden states and heads by pass. Each pass runs once, when it is first asked for; so does each head."""
 
-    def __init__(
-        self,
-        models: Models,
-        bare: Prompts | None,
-        context: Prompts,
-        rollout: Rollout,
-        teacher_prefix: PrefixKV | None = None,
-    ):
-        student = (models.student, models.config)
-        teacher = (models.teacher, models.teacher_config)
-        self._views = {
-            "q_x": (*student, bare),
-            "q_c": (*student, context),
-            "f": (*teacher, context),
-            "f_x": (*teacher, bare),
-            "ema": (models.ema, models.config, bare),
+    def __init__(self, networks: Networks, batch: Batch, rollout: Rollout):
+        self._weights = {
+            "student": (networks.student, networks.config),
+            "teacher": (networks.teacher, networks.teacher_config),
+            "ema": (networks.ema, networks.config),
         }
-        self._rollout, self._prefixes, self._hidden = rollout, {"f": teacher_prefix}, {}
-        self._student_head = head_weights(*student)
-        self._teacher_head = head_weights(*teacher)
+        self._batch, self._rollout = batch, rollout
+        self._prefixes = {"f": networks.teacher_prefix}
+        self._hidden, self._heads = {}, {}
 
-    def hidden(self, views) -> dict[str, jax.Array]:
-        for view in views:
-            if view not in self._hidden:
-                prefix = self._prefixes.get(view)
-                self._hidden[view] = scoring.response_hidden(*self._views[view], self._rollout, prefix)
-        return {view: self._hidden[view] for view in views}
+    def hidden(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
+        for name in names:
+            if name not in self._hidden:
+                weights, prompts = PASSES[name]
+                self._hidden[name] = scoring.response_hidden(
+                    *self._weights[weights], getattr(self._batch, prompts), self._rollout, self._prefixes.get(name)
+                )
+        return {name: self._hidden[name] for name in names}
 
-    def heads(self, views) -> dict[str, jax.Array]:
-        own = {"q_x": self._student_head, "q_c": self._student_head, "f": self._teacher_head, "f_x": self._teacher_head}
-        return {view: own[view] if view in own else head_weights(*self._views[view][:2]) for view in views}
-
-
-def objective(models: Models, config: LossConfig, rows: Rows, at: Scales) -> tuple[jax.Array, dict[str, Mean | Max]]:
-    """L of these rows (a scalar; over all rows of a batch, nats per token), and its terms and companions.
-
-    Adding up the losses of a batch's parts gives the loss of the batch, and so with the terms.
-    ``rows.other_rollout`` must be given exactly when mu > 0.
-    """
-    loss, metrics = bare_and_context_terms(models, config, rows, at.beta)
-    if config.mu > 0:
-        retained, metrics["retain"] = _retention_term(models, config, rows, at.mu)
-        loss += retained
-    return loss, metrics
+    def heads(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
+        for weights in {PASSES[name].weights: None for name in names}:
+            if weights not in self._heads:
+                self._heads[weights] = head_weights(*self._weights[weights])
+        return {name: self._heads[PASSES[name].weights] for name in names}
 
 
-def bare_and_context_terms(
-    models: Models, config: LossConfig, rows: Rows, beta: jax.Array | float
+def objective(
+    networks: Networks, config: LossConfig, rows: WeightedBatch, step: jax.Array | int
 ) -> tuple[jax.Array, dict[str, Mean | Max]]:
-    """L_distill + beta L_anchor + the reference term on the rollout y, with all their metrics."""
-    batch, rollout, weight = rows.batch, rows.rollout, rows.weight_BxT
-    passes = _Passes(models, batch.bare, batch.context, rollout, models.teacher_prefix)
-    configs = (models.config, models.teacher_config)
-    has_anchor = config.beta > 0
-    on_all_rows = has_anchor and config.anchor_fraction == 1
-    weights, views, function = {"distill": weight}, ["q_x"], losses.bare_values
-    if config.needs_teacher:
-        views.append("f")
-    if config.reference:
-        weights["reference"] = config.reference * weight
-        views.append("f_x")
-    gate = _response_gate(config, configs, passes, weight) if on_all_rows else None
-    if on_all_rows:
-        weights["anchor"] = beta * weight if gate is None else beta * weight * gate
-        views += [view for view in _anchor_views(config) if view not in views]
-        function = losses.bare_and_anchor_values
-    function = functools.partial(function, config, configs)
-    hidden, heads, mask = passes.hidden(views), passes.heads(views), weight > 0
-    loss, values = chunked_head.chunked(function, config.chunk, hidden, heads, weights, mask, rollout.tokens_BxT)
-    values = _gated(values, gate)
-    # Decoding and scoring must agree on the log-probability of what was sampled, else the rollout was not on-policy.
-    gap_BxT = jnp.where(mask, jnp.abs(values.pop("logprob") - rollout.logprobs_BxT), 0.0)
-    terms = {name: average(values.pop(name), mask, config.averaging) for name in weights}
-    metrics = terms | {name: Mean.of(value, mask) for name, value in values.items()}
-    if config.is_on_policy:
-        metrics |= {"logprob_gap": Mean.of(gap_BxT, mask), "logprob_gap_max": Max(jnp.max(gap_BxT))}
-    if has_anchor and not on_all_rows:
-        anchored, more = _anchor_on_some_rows(models, config, rows, passes, beta)
-        loss, metrics = loss + anchored, metrics | more
+    """(L, metrics) of these rows at ``step`` (the first is 0).
+
+    L is a float32 scalar; over all rows of a batch it is in nats per token. The losses of a batch's parts add up to the
+    loss of the batch, and so do the metrics: the mean of every term by its name, and what the terms' logits give.
+    ``rows.other_rollout`` must be given exactly if a term is taken on it (mu > 0).
+    """
+    loss, metrics, responses = jnp.float32(0), {}, ((rows.rollout, rows.weight_BxT),)
+    if rows.other_rollout is not None:
+        responses += ((rows.other_rollout, rows.other_weight_BxT),)
+    for is_other, (rollout, weight_BxT) in enumerate(responses):
+        mine = tuple(term for term in terms(config) if term.is_on_other == is_other)
+        if not mine:
+            continue
+        part, values = _sweep(networks, config, mine, rows.batch, rollout, weight_BxT, step)
+        loss += part
+        metrics |= _metrics(config, mine, values, rollout, weight_BxT > 0)
     return loss, metrics
 
 
-def _anchor_views(config: LossConfig) -> list[str]:
-    views = ["q_c", ANCHORS[config.anchor].view]
-    return views + ["q_x", "f"] if config.gate == "token" else views
+def distillation_values(networks: Networks, config: LossConfig, rows: WeightedBatch) -> jax.Array:
+    """L_distill of every response token, nats, float32 [B, T]; 0 for tokens of weight 0."""
+    mine = (losses.distillation_term(config),)
+    return _sweep(networks, config, mine, rows.batch, rows.rollout, rows.weight_BxT, 0)[1]["distill"]
 
 
-def _response_gate(config: LossConfig, configs, passes: _Passes, weight_BxT: jax.Array) -> jax.Array | None:
-    """[B, 1], 1.0 where the bare student agrees with the teacher on most of its response, if that is the gate. Costs
-    both heads once more, since the gate of a response's first token depends on its last."""
-    if config.gate != "response":
-        return None
-    hidden, heads, mask = stop_gradient(passes.hidden(["q_x", "f"])), passes.heads(["q_x", "f"]), weight_BxT > 0
-    function = functools.partial(losses.agreement_values, config, configs)
-    _, values = chunked_head.chunked(function, config.chunk, hidden, stop_gradient(heads), {}, mask)
-    share_B = jnp.sum(values["agreement"], axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
-    return (share_B >= config.gate_threshold).astype(jnp.float32)[:, None]
+def _sweep(
+    networks: Networks, config: LossConfig, mine: tuple[Term, ...], batch: Batch, rollout: Rollout, weight_BxT, step
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted sum of terms on one response, and their values per token {name: [B, T]}."""
+    passes, models = _Passes(networks, batch, rollout), (networks.config, networks.teacher_config)
+    mask_BxT = weight_BxT > 0
+
+    def measure(names: tuple[str, ...], function) -> dict[str, jax.Array]:
+        probe = Term("", names, lambda logits, tokens: function(logits))
+        of_tokens = functools.partial(token_values, (probe,), models, config.temperature)
+        hidden, heads = stop_gradient((passes.hidden(names), passes.heads(names)))
+        return chunked_head.chunked(of_tokens, config.chunk, hidden, heads, {}, mask_BxT, rollout.tokens_BxT)[1]
+
+    gates = {term.name: term.row_gate(measure, mask_BxT) for term in mine if term.row_gate is not None}
+    weights = {term.name: term.weight(step) * weight_BxT for term in mine}
+    weights |= {name: weights[name] * gate_Bx1 for name, gate_Bx1 in gates.items()}
+    names = tuple(dict.fromkeys(name for term in mine for name in term.passes))
+    of_tokens = functools.partial(token_values, mine, models, config.temperature)
+    hidden, heads = passes.hidden(names), passes.heads(names)
+    loss, values = chunked_head.chunked(of_tokens, config.chunk, hidden, heads, weights, mask_BxT, rollout.tokens_BxT)
+    for name, gate_Bx1 in gates.items():
+        values[name] = gate_Bx1 * values[name]
+        values["gate"] = jnp.broadcast_to(gate_Bx1, values[name].shape)
+    return loss, values
 
 
-def _gated(values: dict[str, jax.Array], gate_Bx1: jax.Array | None) -> dict[str, jax.Array]:
-    """The anchor as the loss takes it, and where it does, as a gate by token reports them."""
-    if gate_Bx1 is None:
-        return values
-    return values | {"anchor": gate_Bx1 * values["anchor"], "gate": jnp.broadcast_to(gate_Bx1, values["anchor"].shape)}
-
-
-def _anchor_on_some_rows(models: Models, config: LossConfig, rows: Rows, passes: _Passes, beta):
-    """The anchor on the first rows of each device, weighted as if on all; the bare passes are not run again."""
-    configs = (models.config, models.teacher_config)
-    per_device = rows.weight_BxT.shape[0] // sharding.batch_ways()
-    count = max(round(config.anchor_fraction * per_device), 1)
-    first = functools.partial(sharding.first_rows, count=count)
-    mine = (rows.batch.replace(other=None), rows.rollout, rows.weight_BxT)  # of rows under other contexts are fewer
-    some = Rows(*(map_rows(first, x) for x in mine))
-    own = _Passes(models, some.batch.bare, some.batch.context, some.rollout)
-    views = _anchor_views(config)
-    hidden = own.hidden(["q_c"]) | jax.tree.map(first, passes.hidden([view for view in views if view != "q_c"]))
-    gate = jax.tree.map(first, _response_gate(config, configs, passes, rows.weight_BxT))
-    weight = beta * per_device / count * some.weight_BxT
-    weight = weight if gate is None else weight * gate
-    function = functools.partial(losses.anchor_values, config, configs)
-    mask = some.weight_BxT > 0
-    loss, values = chunked_head.chunked(function, config.chunk, hidden, own.heads(views), {"anchor": weight}, mask)
-    values = _gated(values, gate)
-    anchor = average(values.pop("anchor"), mask, config.averaging)
-    return loss, {"anchor": anchor} | {name: Mean.of(value, mask) for name, value in values.items()}
-
-
-def _retention_term(models: Models, config: LossConfig, rows: Rows, mu) -> tuple[jax.Array, Mean]:
-    """mu L_retain on the rows under other contexts, and its mean."""
-    passes, weight = _Passes(models, None, rows.batch.other, rows.other_rollout), rows.other_weight_BxT
-    hidden, heads, mask = passes.hidden(["q_c", "f"]), passes.heads(["q_c", "f"]), weight > 0
-    function = functools.partial(losses.retention_values, config, (models.config, models.teacher_config))
-    loss, values = chunked_head.chunked(function, config.chunk, hidden, heads, {"retain": mu * weight}, mask)
-    return loss, average(values["retain"], mask, config.averaging)
+def _metrics(
+    config: LossConfig, mine: tuple[Term, ...], values: dict[str, jax.Array], rollout: Rollout, mask_BxT: jax.Array
+) -> dict[str, Mean | Max]:
+    """Terms averaged as the loss averages them, everything else over tokens."""
+    names = [term.name for term in mine]
+    metrics = {name: average(values[name], mask_BxT, config.averaging) for name in names}
+    metrics |= {name: Mean.of(value, mask_BxT) for name, value in values.items() if name not in (*names, "logprob")}
+    if "logprob" in values and config.is_on_policy:
+        # Sampling and scoring must agree on log p of the sampled tokens, otherwise the rollout was not on-policy.
+        gap_BxT = jnp.where(mask_BxT, jnp.abs(values["logprob"] - rollout.logprobs_BxT), 0.0)
+        metrics |= {"logprob_gap": Mean.of(gap_BxT, mask_BxT), "logprob_gap_max": Max(jnp.max(gap_BxT))}
+    return metrics
 
 
 def next_token_loss(params: Params, model: ModelConfig, prompts: Prompts, responses: Rollout, chunk: int) -> jax.Array:
-    """Cross-entropy of given responses, nats per token: what base models are trained with from scratch."""
+    """Cross-entropy of given responses, nats per token: the loss that base models are trained with from scratch."""
     hidden = {"q": scoring.response_hidden(params, model, prompts, responses)}
     weights = {"cross_entropy": token_weights(responses.mask_BxT, "token_mean")}
-    function = functools.partial(losses.cross_entropy_values, model)
-    heads = {"q": head_weights(params, model)}
+    heads, function = {"q": head_weights(params, model)}, functools.partial(_cross_entropy, model)
     return chunked_head.chunked(function, chunk, hidden, heads, weights, responses.mask_BxT, responses.tokens_BxT)[0]
+
+
+def _cross_entropy(model: ModelConfig, raw: Logits, tokens_Bxt: jax.Array) -> dict[str, jax.Array]:
+    return {"cross_entropy": -token_logprob(finish_logits(raw["q"], model), tokens_Bxt)}

@@ -23,7 +23,7 @@ import optax
 from ctxjax import rng, sharding
 from ctxjax.distill import losses, objective, optim
 from ctxjax.distill.losses import LossConfig
-from ctxjax.distill.objective import Models, Rows
+from ctxjax.distill.objective import Networks, WeightedBatch
 from ctxjax.distill.optim import OptimConfig
 from ctxjax.distill.response_stats import response_metrics
 from ctxjax.distill.sampling import SamplingConfig, sample
@@ -59,7 +59,7 @@ def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState
         specs = lora_lib.specs(config.model, config.lora)
         trained = params_lib.init(specs, rng.key_for(key, 0, "adapter"), jax.sharding.get_mesh())
     opt_state = jax.jit(optim.optimizer(config.optim).init)(trained)
-    ema = jax.tree.map(jnp.copy, trained) if config.loss.needs_ema else None
+    ema = jax.tree.map(jnp.copy, trained) if objective.needs_ema(config.loss) else None
     return TrainState(step=jnp.int32(0), params=trained, opt_state=opt_state, key=key, ema=ema)
 
 
@@ -144,7 +144,7 @@ def update_step(
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
-def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None, config: StepConfig) -> Rows:
+def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None, config: StepConfig) -> WeightedBatch:
     """The batch with every token's share of the mean, which is known before any pass is run."""
 
     def weights(responses):
@@ -152,20 +152,19 @@ def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None
         return losses.token_weights(mask_BxT, config.loss.averaging)
 
     other = (other_rollout, weights(other_rollout)) if other_rollout is not None else ()
-    return Rows(batch, rollout, weights(rollout), *other)
+    return WeightedBatch(batch, rollout, weights(rollout), *other)
 
 
-def _gradient(state: TrainState, frozen: Frozen, rows: Rows, config: StepConfig):
+def _gradient(state: TrainState, frozen: Frozen, rows: WeightedBatch, config: StepConfig):
     """((loss, {metric: Mean or Max}), gradient of what is trained), over the whole batch."""
-    at = losses.scales(config.loss, state.step)
     ema = student_params(state.ema, frozen, config) if state.ema is not None else None
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(trained, rows):
         student, teacher = student_params(trained, frozen, config), _teacher_params(state.ema, frozen, config)
         prefix = frozen.teacher_prefix if config.loss.teacher == "frozen" else None
-        models = Models(student, teacher, ema, config.model, config.teacher_model, prefix)
-        return objective.objective(models, config.loss, rows, at)
+        networks = Networks(student, teacher, ema, config.model, config.teacher_model, prefix)
+        return objective.objective(networks, config.loss, rows, state.step)
 
     count = config.micro_batches
     if count == 1:

@@ -12,6 +12,7 @@ import numpy as np
 from ctxjax import masks, rng, sharding
 from ctxjax.distill import chunked_head, divergences, losses, objective
 from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.objective import Networks, WeightedBatch
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig, finish_logits, head_weights
@@ -64,9 +65,9 @@ def _view_kl(model: ModelConfig, raw: dict[str, jax.Array]) -> dict[str, jax.Arr
 
 @functools.partial(jax.jit, static_argnames=("model", "teacher_model", "loss"))
 def _distillation(params, frozen, model, teacher_model, loss: LossConfig, batch: Batch, rollout: Rollout):
-    models = objective.Models(params, sharding.bring_to_device(frozen), None, model, teacher_model)
+    networks = Networks(params, sharding.bring_to_device(frozen), None, model, teacher_model)
     weight_BxT = losses.token_weights(rollout.mask_BxT, "token_mean")
-    _, metrics = objective.bare_and_context_terms(models, loss, objective.Rows(batch, rollout, weight_BxT), beta=0.0)
+    _, metrics = objective.objective(networks, loss, WeightedBatch(batch, rollout, weight_BxT), 0)
     return metrics["distill"]
 
 

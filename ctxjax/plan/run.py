@@ -12,6 +12,7 @@ from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.task import Row
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.objective import needs_ema
 from ctxjax.inputs.base_model import make_model_config
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips
@@ -112,7 +113,7 @@ def _is_context_shared(config: Experiment) -> bool:
 
 def _count_passes(loss: LossConfig) -> int:
     """Return roughly how many passes and parameter trees a step of an arm needs, to find the largest step."""
-    return (loss.beta > 0) + 2 * (loss.mu > 0) + loss.needs_ema + (loss.reference > 0)
+    return (loss.beta > 0) + 2 * (loss.mu > 0) + needs_ema(loss) + (loss.reference > 0)
 
 
 def _format_size(model: ModelConfig) -> str:

@@ -16,6 +16,7 @@ from ctxjax.config import Experiment
 from ctxjax.data.prompts import SHORTEST_PREFIX
 from ctxjax.distill import optim
 from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.objective import needs_ema
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.distill.train_step import StepConfig, train_step
 from ctxjax.models import lora, mesh_check, params as params_lib, transformer
@@ -132,7 +133,7 @@ def make_arguments(config: Experiment, step: StepConfig, own_teacher: bool, shap
     initial = model_params(step.model, config.model.param_dtype)
     trained = initial if step.lora is None else params_lib.abstract(lora.specs(step.model, step.lora), mesh)
     opt_state = jax.eval_shape(optim.optimizer(step.optim).init, trained)
-    ema = trained if step.loss.needs_ema else None
+    ema = trained if needs_ema(step.loss) else None
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, key, ema)
     teacher = model_params(step.teacher_model, config.teacher.param_dtype) if own_teacher else initial

@@ -15,6 +15,7 @@ import jax
 from ctxjax import sharding
 from ctxjax.config import Experiment
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, training_batches
+from ctxjax.distill.anchors import loss_at
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
@@ -139,7 +140,7 @@ class Arm:
         return self._student(state)
 
     def _kind(self, step: int) -> StepKind:
-        return StepKind(self.step_config.loss.at(step), step in self.samples)
+        return StepKind(loss_at(self.step_config.loss, step - 1), step in self.samples)
 
     def _programs(self, state: TrainState, batch: Batch, steps: range) -> dict[StepKind, Any]:
         """The compiled steps of every kind among ``steps``: before the first one, since SIGTERM can then end the run at

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 
 from ctxjax import sharding
 from ctxjax.data import prompts as prompts_lib
-from ctxjax.distill import chunked_head, losses, scoring
+from ctxjax.distill.objective import Networks, WeightedBatch, distillation_values
 from ctxjax.distill.train_step import StepConfig, rollout_step, student_params
 from ctxjax.host.workdir import write_text
-from ctxjax.models.transformer import head_weights
 from ctxjax.types import Batch, Frozen, Prompts, Rollout, TrainState
 
 
@@ -67,17 +66,13 @@ def _rows(
 @functools.partial(jax.jit, static_argnames="config")
 def _row_losses(state, frozen, student: Prompts, teacher: Prompts, rollout: Rollout, config: StepConfig) -> jax.Array:
     """KL of student and teacher by row, [B], mean nats per token of the response."""
-    params, models = student_params(state.params, frozen, config), (config.model, config.teacher_model)
-    frozen_teacher = sharding.bring_to_device(frozen.teacher)
-    hidden = {
-        "q_x": scoring.response_hidden(params, config.model, student, rollout),
-        "f": scoring.response_hidden(frozen_teacher, config.teacher_model, teacher, rollout),
-    }
-    heads = {"q_x": head_weights(params, config.model), "f": head_weights(frozen_teacher, config.teacher_model)}
-    loss = dataclasses.replace(config.loss, reference=0.0, clip=0.0)  # a clipped loss hides what is infinite
-    function, mask_BxT = functools.partial(losses.bare_values, loss, models), rollout.mask_BxT
-    _, values = chunked_head.chunked(function, loss.chunk, hidden, heads, {}, mask_BxT, rollout.tokens_BxT)
-    return jnp.sum(values["distill"], axis=1) / jnp.maximum(jnp.sum(mask_BxT, axis=1), 1)
+    mask_BxT = rollout.mask_BxT
+    batch = Batch(student, teacher, None, jnp.zeros(mask_BxT.shape[0], jnp.int32))
+    params, frozen_teacher = student_params(state.params, frozen, config), sharding.bring_to_device(frozen.teacher)
+    networks = Networks(params, frozen_teacher, None, config.model, config.teacher_model)
+    loss = dataclasses.replace(config.loss, clip=0.0)  # a clipped loss hides what is infinite
+    values_BxT = distillation_values(networks, loss, WeightedBatch(batch, rollout, mask_BxT.astype(jnp.float32)))
+    return jnp.sum(values_BxT, axis=1) / jnp.maximum(jnp.sum(mask_BxT, axis=1), 1)
 
 
 def _finite(value) -> float | None:
