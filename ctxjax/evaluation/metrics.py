@@ -166,8 +166,8 @@ METRICS = (
     ),
     Metric(
         "view_kl", "view KL", "nats",
-        "KL(q_x || q_c) in nats per token along the same responses: how far the context moves the next-token "
-        "distribution. Zero: the context changes nothing.",
+        "KL(q_x || q_c), from the next-token distribution without the context to that with it, in nats per token along "
+        "the same responses. Zero: the context changes nothing.",
         ("comparison",), outcomes.view_kl, better="lower",
     ),
     Metric(
@@ -193,7 +193,9 @@ METRICS = (
         ("comparison",), outcomes.mean_centred_cosine,
     ),
     Metric(
-        "distill", "distill", "nats", "Held-out KL(q_x || f) in nats per token on the model's own samples.",
+        "distill", "distill", "nats",
+        "Held-out KL(q_x || f), from the student without the context to the teacher with it, in nats per token on the "
+        "student's own samples.",
         ("distill",), float, better="lower", table="checks",
     ),
     Metric(
