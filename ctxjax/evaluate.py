@@ -1,7 +1,8 @@
-"""Evaluates any model folder: ``python -m ctxjax.evaluate --model=FOLDER --task=NAME [--context=FILE] --out=FOLDER``.
+"""Evaluate any model folder: ``python -m ctxjax.evaluate --model=FOLDER --task=NAME [--context=FILE] --out=FOLDER``.
 
-The questions, views, decoding and graders are those of a training run (configs/base.py: ``--config.TASK.path=...``,
-``--config.eval.temperature=...``). Without a context there is no context view, and nothing that compares views.
+Questions, views, decoding and graders are those of a training run; set them with ``--config.TASK.path=...``,
+``--config.eval.temperature=...`` and so on (configs/base.py). Without a context there is no context view, and no metric
+that compares views.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from ml_collections import ConfigDict, config_flags
 
 from ctxjax.host import command
 
-NAME = "model"  # of the evaluated model in results.json
+NAME = "model"  # the key of the evaluated model in results.json
 
 
 def main(
     config: ConfigDict, model: str | None, task: str | None, context: str | None, split: str, out: str | None
 ) -> None:
-    """The command, by the values of its flags (see ``command_line``)."""
+    """Run the command with the values of its flags (see ``command_line``)."""
     if out is None:
-        raise ValueError("--out is missing; name a folder for results.json and the responses")
+        raise ValueError("--out is missing; give a folder for results.json and the responses")
     out = command.folder("--out", out)
     if out.exists():
-        raise FileExistsError(f"--out={out} exists; choose another, nothing is overwritten")
+        raise FileExistsError(f"--out={out} exists; choose another folder, since nothing is overwritten")
     command.prepare(config)
-    choose(config, model, task, context)
+    apply_flags(config, model, task, context)
     from ctxjax import report
     from ctxjax.host import workdir
 
@@ -42,16 +43,16 @@ def main(
     workdir.write_json(out / "run.json", workdir.facts(config) | facts | {"command": line})
     workdir.write_json(out / "results.json", {NAME: evaluation.metrics})
     print(f"\n{report.results_table({NAME: evaluation.metrics})}\n")
-    print(_readable(evaluation.metrics))
+    print(_format_readable(evaluation.metrics))
     print(f"results and responses: {out}")
 
 
-def choose(config: ConfigDict, model: str | None, task: str | None, context: str | None) -> None:
-    """Puts the command's flags into the configuration. Raises ValueError where the task takes no context."""
+def apply_flags(config: ConfigDict, model: str | None, task: str | None, context: str | None) -> None:
+    """Copy the command's flags into the configuration. Raises ValueError if the task takes no context."""
     if model is not None:
         config.model.path = model
     if not config.model.path:
-        raise ValueError("--model is missing; name the folder or the Hub id of a model")
+        raise ValueError("--model is missing; give the folder or the Hub id of a model")
     if task is not None:
         config.task = task
     if context is None:
@@ -66,7 +67,7 @@ def choose(config: ConfigDict, model: str | None, task: str | None, context: str
 
 
 def evaluate(config: ConfigDict, split: str):
-    """(Evaluation, facts) of config.model.path on a split of config.task; the model is its own teacher."""
+    """Evaluate config.model.path on a split of config.task, with itself as teacher. Return (Evaluation, facts)."""
     from ctxjax import config as config_lib, sharding
     from ctxjax.data import splits
     from ctxjax.data.records import format_counts
@@ -94,8 +95,8 @@ def evaluate(config: ConfigDict, split: str):
         return evaluator(folder.params), {"task": task.facts, "split": split, "rows_left_out": dict(task.skipped)}
 
 
-def _readable(metrics: dict) -> str:
-    """How many responses have a readable answer, and what kept the others from having one."""
+def _format_readable(metrics: dict) -> str:
+    """Format the share of readable responses, and the reasons why the others are not readable."""
     lines = []
     for view, name in (("x", "without context"), ("xc", "with context")):
         if f"parse_{view}" in metrics:
@@ -108,14 +109,16 @@ def _readable(metrics: dict) -> str:
 
 
 def command_line() -> None:
-    """Reads the flags and runs the command. They are declared here and not where the module is imported, since the
-    training command has flags of the same names."""
-    config = config_flags.DEFINE_config_file("config", "configs/base.py", "The configuration that --config.* change.")
+    """Read the flags and run the command. The flags are declared here and not at import, since the training command has
+    flags of the same names."""
+    config = config_flags.DEFINE_config_file(
+        "config", "configs/base.py", "The configuration that --config.* flags change."
+    )
     options = (
-        flags.DEFINE_string("model", None, "A Hugging Face folder or Hub id; left out: config.model.path."),
-        flags.DEFINE_string("task", None, "Whose questions and grader; left out: config.task."),
-        flags.DEFINE_string("context", None, "Text file with the context; left out: the task's own, or none."),
-        flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which questions."),
+        flags.DEFINE_string("model", None, "A Hugging Face folder or Hub id; default: config.model.path."),
+        flags.DEFINE_string("task", None, "The task with questions and grader; default: config.task."),
+        flags.DEFINE_string("context", None, "Text file with the context; default: the task's own, or none."),
+        flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "The questions to ask."),
         flags.DEFINE_string("out", None, "Folder to write; must not exist."),
     )
     command.run(lambda _: main(config.value, *(option.value for option in options)), config)

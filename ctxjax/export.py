@@ -1,8 +1,8 @@
-"""Exports a trained arm as a Hugging Face folder: ``python -m ctxjax.export --workdir=DIR --out=FOLDER``.
+"""Export a trained arm as a Hugging Face folder: ``python -m ctxjax.export --workdir=DIR --out=FOLDER``.
 
-The folder holds what transformers and vLLM open: weights in safetensors shards, the source model's own config.json,
-generation config, tokenizer and chat template, and a README.md with the run's results and configuration. Adapters
-are merged into the weights, or written in PEFT's format with ``--adapter``.
+transformers and vLLM open the folder. It has the weights in safetensors shards; config.json, generation config,
+tokenizer and chat template of the source model; and a README.md with the run's results and configuration. An adapter
+is merged into the weights, or written in PEFT's format with ``--adapter``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.report.model_card import model_card
 from ctxjax.training import checkpoint
 
-# What belongs to a model beside its weights and config.json, copied as it is.
+# Other files of a model, copied unchanged.
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template*", "LICENSE*", "NOTICE*",
@@ -43,18 +43,18 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = hf_save.MAX_SHARD_BYTES,
 ) -> tuple[str, int]:
-    """Writes the folder ``out``; returns the arm and the step that it holds.
+    """Write the folder ``out``; return the exported arm and step.
 
-    ``arm`` None: the only one that has checkpoints; ``step`` None: its latest. ``dtype`` None: as trained. Raises
-    ValueError or OSError whose message names what there is; then nothing is left under ``out``.
+    ``arm``: None for the only arm that has checkpoints. ``step``: None for the latest. ``dtype``: None for the trained
+    one. Raises ValueError or OSError, which names what exists; then nothing is left at ``out``.
     """
     stored = workdir_lib.read_config(workdir)
-    config = _experiment(workdir, stored)
+    config = _read_experiment(workdir, stored)
     if adapter and config.lora is None:
         raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
-    arm, step = _choose(workdir, config, arm, step)
+    arm, step = _choose_checkpoint(workdir, config, arm, step)
     checkpoints = workdir / arm / "checkpoints"
-    name = config.model.path or str(_own_base(config))
+    name = config.model.path or str(_find_own_base(config))
     source = local_folder(name)
     model = hf_load.read_config(source)
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -82,46 +82,46 @@ def export(
     return arm, step
 
 
-def _experiment(workdir: Path, stored: dict) -> Experiment:
-    """The run's configuration, on whatever devices there are now: an export needs no mesh of the training's shape."""
+def _read_experiment(workdir: Path, stored: dict) -> Experiment:
+    """Return the run's configuration for one device: an export does not need the mesh of the training."""
     one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 0}}
     try:
         return config_lib.experiment(ConfigDict(stored | one_device), device_count=1)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{workdir}/config.json is not of this version of ctxjax: {error}") from None
+        raise ValueError(f"{workdir}/config.json does not fit this version of ctxjax: {error}") from None
 
 
-def _own_base(config: Experiment) -> Path:
+def _find_own_base(config: Experiment) -> Path:
     task = TASKS[config.task][1](config.task_config)
     return base_model.find_base_folder(config.base, config.task, task)
 
 
-def _choose(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:
+def _choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:
     steps = {name: checkpoint.saved_steps(workdir / name / "checkpoints") for name in config.arms}
-    there = "; ".join(f"{name}: step {', '.join(map(str, found))}" for name, found in steps.items() if found)
-    there = f"{workdir} has checkpoints of {there}" if there else f"{workdir} has no checkpoint yet"
+    saved = "; ".join(f"{name}: step {', '.join(map(str, found))}" for name, found in steps.items() if found)
+    saved = f"{workdir} has checkpoints of {saved}" if saved else f"{workdir} has no checkpoint yet"
     if arm is None:
         found = [name for name in steps if steps[name]]
         if len(found) != 1:
-            raise ValueError(f"name an arm with --arm; {there}")
+            raise ValueError(f"give an arm with --arm; {saved}")
         arm = found[0]
     if not steps.get(arm):
-        raise ValueError(f"--arm={arm}: {there}")
+        raise ValueError(f"--arm={arm}: {saved}")
     step = steps[arm][-1] if step is None else step
     if step not in steps[arm]:
-        raise ValueError(f"--step={step}: {there}")
+        raise ValueError(f"--step={step}: {saved}")
     return arm, step
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exports and prints the folder's name; 0, or 2 after one line on stderr where that is not possible."""
+    """Export and print the folder's name. Return 0, or 2 after one line on stderr if it fails."""
     parser = argparse.ArgumentParser(prog="python -m ctxjax.export", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must not exist")
-    parser.add_argument("--arm", help="which arm; may be left out where only one has checkpoints")
-    parser.add_argument("--step", type=int, help="which checkpoint; the latest where left out")
-    parser.add_argument("--adapter", action="store_true", help="the adapter alone, as PEFT reads it")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; as trained where left out")
+    parser.add_argument("--arm", help="arm; default: the only one that has checkpoints")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; default: the latest")
+    parser.add_argument("--adapter", action="store_true", help="write only the adapter, in PEFT's format")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as trained")
     options = parser.parse_args(arguments)
     try:
         workdir, out = command.folder("--workdir", options.workdir), command.folder("--out", options.out)

@@ -1,8 +1,8 @@
-"""Trains and evaluates: ``python -m ctxjax.main --config=configs/tiny.py --workdir=DIR [--config.field=value ...]``.
+"""Train and evaluate: ``python -m ctxjax.main --config=configs/tiny.py --workdir=DIR [--config.field=value ...]``.
 
-With ``--dump_batch`` it shows the first training batch, token by token, and ends. Several processes train together
-where each is given the same command: on TPU pods and under Slurm they find each other, elsewhere
-``--coordinator=HOST:PORT --processes=N --process_id=I`` says where they are.
+With ``--dump_batch`` it prints the first training batch, token by token, and ends. Several processes train together if
+all get the same command. On TPU pods and under Slurm they find each other; elsewhere add
+``--coordinator=HOST:PORT --processes=N --process_id=I``.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from ctxjax.monitoring.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes the first one's address, host:port.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes train together; 1: this one alone.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "With several processes: the address of the first, host:port.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes that train together; 1: only this one.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 _RESUME = flags.DEFINE_enum(
-    "resume", "auto", ["auto", "never", "must"], "Whether a run that lies in the workdir goes on, may not, or must."
+    "resume",
+    "auto",
+    ["auto", "never", "must"],
+    "auto: resume the run in the workdir, if there is one; never: refuse it; must: refuse a workdir without a run.",
 )
 _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training batch and end; needs no workdir.")
 
 
 def main(_) -> None:
-    preemption.listen()  # a thread: not before command.run has had all threads take from one arena
+    preemption.listen()  # starts a thread, so after command.run has set the memory allocator for all threads
     if _WORKDIR.value is None and not _DUMP_BATCH.value:
-        raise ValueError("--workdir is missing; name a folder for results, report, metrics and checkpoints")
+        raise ValueError("--workdir is missing; give a folder for results, report, metrics and checkpoints")
     if _CONFIG.value is None:
         raise ValueError("--config is missing; for example --config=configs/tiny.py")
-    # Imported here, so that a mistyped flag is answered at once.
+    # Imported here, so that a mistyped flag is refused at once.
     from ctxjax import config
     from ctxjax.host import workdir
     from ctxjax.training import preview, run
@@ -57,9 +60,12 @@ def main(_) -> None:
 
 
 def command_line() -> None:
-    """Runs the command. Bad input, a full disk or one that cannot be written to end with one readable message and exit
-    code 2, without a traceback; an alarm that ends the run (config.alarms.stop) likewise, with exit code 3; SIGTERM
-    with preemption.EXIT_CODE, after which the same command goes on."""
+    """Run the command.
+
+    Bad input and a disk that is full or read-only end it with one message and exit code 2, without a traceback. An
+    alarm that stops the run (config.alarms.stop) ends it with one message and exit code 3. SIGTERM ends it with
+    preemption.EXIT_CODE; the same command then resumes the run.
+    """
     try:
         command.run(main, _CONFIG)
     except preemption.Preempted:

@@ -106,7 +106,7 @@ def test_bad_input_is_named(field, value, message, folder, questions):
 def test_the_command_says_in_one_line_what_is_missing(folder, questions):
     result = command(folder, questions)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "error: --out is missing; name a folder" in result.stderr
+    assert "error: --out is missing; give a folder" in result.stderr
 
 
 def split(batch: int, **lengths: int) -> Split:
@@ -151,17 +151,17 @@ def test_without_a_context_there_is_no_context_view(folder, questions):
 
 def test_a_context_for_a_task_that_makes_its_own_is_refused():
     with pytest.raises(ValueError, match="--context=c.txt: task 'rules' makes its own contexts"):
-        evaluate.choose(base.get_config(), "folder", "rules", "c.txt")
+        evaluate.apply_flags(base.get_config(), "folder", "rules", "c.txt")
     with pytest.raises(ValueError, match="--model is missing"):
-        evaluate.choose(base.get_config(), None, "rules", None)
+        evaluate.apply_flags(base.get_config(), None, "rules", None)
 
 
 def test_the_context_of_the_command_takes_the_place_of_the_configurations(folder):
     config = base.get_config()
     config.safety.context, config.math.context_column = "inline", "hint"
-    evaluate.choose(config, "folder", "safety", "c.txt")
+    evaluate.apply_flags(config, "folder", "safety", "c.txt")
     assert (config.safety.context, config.safety.context_file, config.model.path) == ("", "c.txt", "folder")
-    evaluate.choose(config, "folder", "math", "c.txt")
+    evaluate.apply_flags(config, "folder", "math", "c.txt")
     assert (config.math.context_column, config.math.context_file, config.task) == ("", "c.txt", "math")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import resource
 import stat
 
 import jax
@@ -225,7 +226,7 @@ def test_a_run_of_another_version_is_refused(trained, tmp_path):
     fields = json.loads((trained("full").workdir / "config.json").read_text())
     del fields["lora"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="is not of this version of ctxjax.*lora"):
+    with pytest.raises(ValueError, match="does not fit this version of ctxjax.*lora"):
         export.export(tmp_path, tmp_path / "out")
 
 
@@ -242,6 +243,17 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left on device"):
         export.export(trained("full").workdir, tmp_path / "out", max_shard_bytes=20_000)
     assert len(written) == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_the_system_refuses_is_an_oserror_and_leaves_nothing_behind(trained, tmp_path):
+    run, (soft, hard) = trained("full"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            export.export(run.workdir, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_too_small_is_known_before_anything_is_written(trained, tmp_path, monkeypatch):
