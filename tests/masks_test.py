@@ -31,6 +31,14 @@ def test_nothing_reads_the_padding_behind_a_response():
     np.testing.assert_array_equal(later[3], [T, T, F, T])
 
 
+def test_a_window_hides_what_is_further_back():
+    mask = masks.causal(jnp.array([[F, T, T, T, T]]), window=2)
+    expected = [[T, F, F, F, F], [F, T, F, F, F], [F, T, T, F, F], [F, F, T, T, F], [F, F, F, T, T]]
+    np.testing.assert_array_equal(mask[0], expected)
+    later = masks.causal(jnp.array([[T, T, T]]), jnp.array([[4], [6]]), window=3)  # three keys before all queries
+    np.testing.assert_array_equal(later[:, 0], [[F, F, T], [F, F, F]])
+
+
 def test_scoring_reads_the_prompt_and_all_but_the_last_response_token():
     prompts = Prompts(jnp.array([[9, 4, 5]]), jnp.array([[F, T, T]]))
     rollout = Rollout(jnp.array([[6, 7]]), jnp.array([[T, T]]), jnp.zeros((1, 2)))

@@ -17,10 +17,12 @@ from ctxjax.distill.objective import Networks, WeightedBatch, objective
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.evaluation import views
 from ctxjax.models import attention, transformer
+from ctxjax.models.architecture import LayerKind
 from ctxjax.sharding import put_batch
 from ctxjax.types import Batch
 
 ROWS, ONLY_IN_PREFIX = 4, 39
+WINDOWS = (LayerKind(window=5, rope_theta=50.0), LayerKind(window=15))  # into the prefix of 13 tokens, and past it
 GRADIENT = 1e-6  # tolerance of gradients, of which the largest are above 1e-2
 # (prefix, prompt, response) columns: a prefix of one token, of fewer tokens than devices, of no multiple of them.
 LENGTHS = [(1, 3, 2), (3, 4, 5), (13, 6, 4), (40, 2, 3)]
@@ -80,7 +82,7 @@ def test_value_and_gradient_are_those_of_the_prefix_in_every_row(
     assert close(one[0], two[0], rtol=0) and close(one[1], two[1], atol=GRADIENT)
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"kv_heads": 1}], ids=str)
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"kv_heads": 1}, {"layer_kinds": WINDOWS}], ids=list)
 def test_models_of_other_kinds_read_a_prefix_alike(change, tiny_model, make_params, make_view, make_rollout, mesh):
     model = dataclasses.replace(tiny_model, **change)
     params, rollout = make_params(model, 0, mesh), make_rollout(2, ROWS, 4)
