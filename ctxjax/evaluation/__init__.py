@@ -1,1 +1,1 @@
-"""Removability: the views decoded and compared, the metrics, and their statistics."""
+"""All that measures a model: views decoded and compared, the table of metrics, intervals and tests."""
