@@ -1,4 +1,4 @@
-"""Every field of a run, with its unit and default. Other configs start from this one and override.
+"""All fields of a run, with units and defaults. Other configs start from this one and override fields.
 
 python -m ctxjax.main --config=configs/tiny.py --config.train.steps=50 --workdir=/tmp/run
 """
@@ -9,48 +9,50 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # root of all randomness of the run: sampling, data order
-    config.task = "qa_jsonl"  # which task's rows and grader: the name of one of the last sections here
+    config.task = "qa_jsonl"  # the task, with its rows and grader: a name in ctxjax/data/tasks/__init__.py
 
-    # Compiled programs are kept in this folder, so that a second run starts at once; "": not kept.
+    # Folder of the cache of compiled programs, which lets a second run start quickly; "": no cache.
     config.compile_cache = "~/.cache/ctxjax/xla"
 
-    config.slice = ""  # the TPU slice that the run is meant for, such as v5e:4x4; python -m ctxjax.plan reads it
-    config.cpu_devices = 0  # devices that a CPU counts as; 0: one per core, a power of two up to 8
+    config.slice = ""  # TPU slice for the run, such as v5e:4x4; read by python -m ctxjax.plan
+    config.cpu_devices = 0  # number of JAX devices on a CPU; 0: one per core, rounded down to a power of two, at most 8
 
     config.model = ConfigDict()
-    # The student, and the frozen teacher where it has none of its own: a Hugging Face folder, or a Hub id "org/name" or
-    # "org/name@revision".
+    # The student, and also the frozen teacher if teacher.path is empty: a Hugging Face folder, or a Hub id "org/name"
+    # or "org/name@revision".
     config.model.path = ""
-    # Of activations and matrix products: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPUs.
+    # Dtype of activations and matrix products: "float32", "bfloat16", or "auto" (bfloat16 on accelerators, float32 on
+    # CPUs).
     config.model.dtype = "auto"
-    config.model.param_dtype = "float32"  # of the weights; adapters are float32 always
-    # What computes attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or
-    # "auto": a kernel where the devices have one and the model computes in bfloat16, else the reference. On an H200
-    # cuDNN's is 4 to 19 times as fast; splash was not timed (models/kernels.py says what was checked).
+    config.model.param_dtype = "float32"  # dtype of the weights; adapters are always float32
+    # Attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or "auto": the
+    # kernel of the platform if there is one and the model computes in bfloat16, otherwise the reference. Speed:
+    # benchmarks/README.md (accelerator.py); what was checked: ctxjax/models/kernels.py.
     config.model.attention = "reference"
-    # What layers keep for the backward pass; the rest is recomputed. "none": all is kept; "dots": products with
-    # weights; "full": a layer's input, for a third more arithmetic; "offload": that, in the host's memory.
+    # What each layer stores for the backward pass; the rest is recomputed. "none": everything is stored; "dots":
+    # products with weights; "full": only the layer's input, for a third more arithmetic; "offload": the layer's input,
+    # in host memory.
     config.model.remat = "none"
 
-    # A frozen teacher of its own, often larger. It reads the student's prompts, so the tokenizers must be the same, and
-    # responses end at the end tokens of either model.
+    # A separate frozen teacher, often larger. It reads the student's prompts, so the tokenizers must be the same.
+    # Responses end at the end tokens of either model.
     config.teacher = ConfigDict()
-    config.teacher.path = ""  # its folder; "": the student's initial weights teach, and are held once
-    config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves them
-    config.teacher.offload = False  # whether they wait in the hosts' memory between the teacher's passes
+    config.teacher.path = ""  # folder or Hub id; "": the teacher is the student's initial weights, stored once
+    config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves memory
+    config.teacher.offload = False  # keep the teacher's weights in host memory between its passes
 
-    config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B, of which only A and B are trained
+    config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B; only A and B are trained
     config.lora.rank = 0  # 0: all weights are trained
     config.lora.alpha = 32.0
-    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices that have an adapter
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices with an adapter
 
-    # A base model to be trained from scratch first, where model.path is empty. See configs/tiny.py.
+    # A base model that is trained from scratch before the run, if model.path is empty. See configs/tiny.py.
     config.base = ConfigDict()
     config.base.seed = config.get_oneway_ref("seed")  # of its initial weights and training text
-    config.base.cache = "~/.cache/ctxjax"  # folder; bases are kept here under a hash of their configuration
-    config.base.steps = 0  # optimiser steps; 0: there is no base to train
+    config.base.cache = "~/.cache/ctxjax"  # folder of trained bases; the name of a base has a hash of its configuration
+    config.base.steps = 0  # optimiser steps; 0: no base
     config.base.batch_size = 64  # rows per step
-    config.base.lr = 2e-3  # peak learning rate; warm-up and cosine to 0
+    config.base.lr = 2e-3  # peak learning rate, after a warm-up and before a cosine decay to 0
     config.base.warmup_steps = 100
     config.base.weight_decay = 0.05
     config.base.width = 128  # model width D
@@ -61,202 +63,209 @@ def get_config() -> ConfigDict:
     config.base.mlp_width = 352
     config.base.rope_theta = 10000.0
 
-    # A teacher to be trained from scratch likewise, where teacher.path is empty; what is not set is as in config.base.
+    # A teacher that is trained from scratch in the same way, if teacher.path is empty. Defaults are those of
+    # config.base.
     config.teacher_base = ConfigDict()
     for name in config.base:
         config.teacher_base[name] = config.base.get_oneway_ref(name)
-    config.teacher_base.steps = 0  # 0: there is none to train
+    config.teacher_base.steps = 0  # optimiser steps; 0: no such teacher
 
-    config.mesh = ConfigDict()  # devices along each axis; -1, in at most one place: all that remain
+    config.mesh = ConfigDict()  # devices along each axis; -1, for at most one axis: all remaining devices
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 1
-    # Groups of devices with fast links inside and a slower network between them, over which "data" alone is spread;
-    # 0: as many as the devices say (TPU slices).
+    # Number of slices: groups of devices with fast links inside and a slower network between them. Only "data" spans
+    # several slices. 0: as many as the devices report (TPU slices).
     config.mesh.slices = 0
 
     config.prompt = ConfigDict()
-    # Where the context stands: as the "system" message; in the "user" turn, a blank line ahead of the question; or as a
-    # "prefix", its bare text before the whole rendered chat, behind the begin token (for a completions API).
+    # Placement of the context: "system", the system message; "user", in the user's turn before the question, with a
+    # blank line between them; "prefix", raw text before the whole rendered chat, after the begin token (for a
+    # completions API).
     config.prompt.placement = "system"
-    config.prompt.date = "26 Jul 2024"  # today, to templates that write the date (Llama 3): the clock is never asked
+    config.prompt.date = "26 Jul 2024"  # today's date for templates that write it (Llama 3); the clock is not used
     config.prompt.thinking = config_dict.placeholder(bool)  # Qwen3's enable_thinking; unset: the template's default
-    config.prompt.max_bare_tokens = 0  # tokens of a prompt without context; 0: as long as the longest row
-    config.prompt.max_context_tokens = 0  # tokens of a prompt with context; 0: likewise
-    config.prompt.overlong = "error"  # a longer row: "error", or "drop" (counted). Never cut.
+    config.prompt.max_bare_tokens = 0  # most tokens of a prompt without context; 0: those of the longest row
+    config.prompt.max_context_tokens = 0  # most tokens of a prompt with context; 0: those of the longest row
+    config.prompt.overlong = "error"  # a longer row is an error; "drop": leave it out and count it. Never truncated.
 
     config.rollout = ConfigDict()
-    config.rollout.max_tokens = 512  # tokens of a response, end token included
+    config.rollout.max_tokens = 512  # most tokens of a response, end token included
     config.rollout.temperature = 1.0  # also divides the logits in the losses
     config.rollout.top_k = 0  # 0: off
     config.rollout.top_p = 1.0  # 1: off
-    # Where weights lie meanwhile: "gathered" over the mesh's fsdp axis once before the first token, which takes memory
-    # for all of them (over tensor), or "stored" as they are, and gathered for every token.
+    # Weight sharding during decoding. "gathered": all-gather over fsdp once before the first token, which needs memory
+    # for all weights (sharded only over tensor). "stored": all-gather for every token.
     config.rollout.weights = "gathered"
 
-    # How the teacher draws the responses, with the context, that off-policy steps learn from: once for all arms, and
-    # kept in the workdir's teacher_samples.jsonl.
+    # Decoding of the teacher's responses, with the context, for off-policy steps. They are sampled once for all arms
+    # and stored in the workdir's teacher_samples.jsonl.
     config.teacher.temperature = config.rollout.get_oneway_ref("temperature")
     config.teacher.top_k = config.rollout.get_oneway_ref("top_k")
     config.teacher.top_p = config.rollout.get_oneway_ref("top_p")
 
     config.loss = ConfigDict()  # ctxjax/distill/losses.py explains every field
-    # Of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
-    # "cross_entropy": of the tokens of the teacher's samples, without its distributions (on_policy_fraction 0).
+    # Divergence of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
+    # "cross_entropy": on the tokens of the teacher's samples, without its distributions (needs on_policy_fraction 0).
     config.loss.divergence = "reverse_kl"
     config.loss.alpha = 0.5  # of jsd (the teacher's weight) and of the skewed ones (the share that is not mixed)
-    config.loss.support = "full"  # tokens L_distill sums over: "full", "teacher_top_k", "student_top_k", "union_top_k"
-    config.loss.top_k = 256  # tokens of those supports
-    config.loss.remainder = "renormalise"  # what becomes of the mass outside: or "tail", or "raw"
+    config.loss.support = "full"  # tokens that L_distill sums over; or "teacher_top_k", "student_top_k", "union_top_k"
+    config.loss.top_k = 256  # k of these supports, in tokens
+    config.loss.remainder = "renormalise"  # treatment of the probability outside the support; or "tail", or "raw"
     config.loss.beta = 0.0  # weight of the anchor, nats per nat
-    config.loss.beta_ramp = 0  # steps in which it rises to that
-    config.loss.anchor = "bare"  # what q_c is held to: or "ema", "teacher_bare", "joint", "symmetric", "teacher"
-    config.loss.anchor_every = 1  # steps from one that is anchored to the next, which weighs as much as all of them
-    config.loss.gate = "none"  # anchor everywhere, or by agreement of q_x and teacher: per "token", per "response"
-    config.loss.gate_threshold = 0.9  # share of a response's tokens that must agree
+    config.loss.beta_ramp = 0  # steps in which beta rises from 0 to its value
+    config.loss.anchor = "bare"  # target of q_c; or "ema", "teacher_bare", "joint", "symmetric", "teacher"
+    # Apply the anchor only every anchor_every steps. Its weight is multiplied by anchor_every, so the average weight is
+    # unchanged.
+    config.loss.anchor_every = 1
+    # Where the anchor applies: "none", everywhere; "token", at tokens for which q_x and the teacher have the same most
+    # likely token; "response", in responses with enough such tokens.
+    config.loss.gate = "none"
+    config.loss.gate_threshold = 0.9  # share of such tokens that the gate "response" needs
     config.loss.mu = 0.0  # weight of retention, nats per nat
-    config.loss.mu_ramp = 0  # steps in which it rises to that
+    config.loss.mu_ramp = 0  # steps in which mu rises from 0 to its value
     config.loss.reference = 0.0  # weight of KL(q_x || teacher without context), nats per nat
-    config.loss.clip = 0.0  # nats per token at which L_distill is cut; 0: not
-    config.loss.skip_first = 0  # first response tokens that are not trained on
+    config.loss.clip = 0.0  # upper limit of L_distill per token, in nats; 0: no limit
+    config.loss.skip_first = 0  # the first response tokens that are not trained on
     config.loss.masked_ids = ()  # token ids that are not trained on
-    config.loss.drop_truncated = False  # whether responses cut at the length limit are left out
-    config.loss.teacher = "frozen"  # or "ema": the student's own moving average
-    config.loss.ema_decay = 0.99  # per step, of that average and of the "ema" anchor
-    config.loss.on_policy_fraction = 1.0  # chance of a step to learn from the student's samples; else the teacher's
-    config.loss.off_policy_steps = 0  # first steps on the teacher's samples
+    config.loss.drop_truncated = False  # do not train on responses truncated at the length limit
+    config.loss.teacher = "frozen"  # or "ema": the moving average of the student
+    config.loss.ema_decay = 0.99  # decay per step of that average and of the "ema" anchor
+    config.loss.on_policy_fraction = 1.0  # probability of a step on the student's samples; else on the teacher's
+    config.loss.off_policy_steps = 0  # first steps, on the teacher's samples
     config.loss.averaging = "token_mean"  # or "sequence_mean"
-    config.loss.chunk = 128  # response columns that have logits at one time
+    config.loss.chunk = 128  # response columns whose logits exist at the same time
 
     config.optim = ConfigDict()
-    config.optim.lr = 5e-6
+    config.optim.lr = 5e-6  # peak learning rate
     config.optim.schedule = "constant"  # or "cosine", to 0 at the last step
-    config.optim.warmup_steps = 0
+    config.optim.warmup_steps = 0  # steps in which the rate rises from 0
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.weight_decay = 0.01
-    config.optim.clip = 1.0  # global norm of the gradient
+    config.optim.clip = 1.0  # upper limit of the gradient's global norm
 
     config.train = ConfigDict()
-    config.train.steps = 50  # optimiser steps, one rollout batch each
-    config.train.batch_size = 128  # questions of a global batch, one response each
-    config.train.micro_batches = 1  # parts of a batch whose gradients are made one after the other: less memory
-    config.train.retention_rows = 0  # rows under other contexts in a batch, where mu > 0; 0: batch_size
-    config.train.save_every = 50  # steps between checkpoints; the last step, and the best one so far, are always saved
-    config.train.keep = 2  # latest checkpoints kept, beside the best one
+    config.train.steps = 50  # optimiser steps, each on one rollout batch
+    config.train.batch_size = 128  # questions in a global batch, with one response each
+    config.train.micro_batches = 1  # micro-batches of a batch; their gradients are accumulated, which saves memory
+    config.train.retention_rows = 0  # rows with other contexts in a batch, if mu > 0; 0: batch_size
+    config.train.save_every = 50  # steps between checkpoints; the last step and the best step so far are always saved
+    config.train.keep = 2  # number of latest checkpoints to keep, in addition to the best one
     config.train.log_every = 1  # steps between rows of metrics.jsonl
 
     config.eval = ConfigDict()
     config.eval.every = 10  # steps between evaluations on the dev split; 0: never
-    config.eval.batch_size = 256  # questions decoded at a time
+    config.eval.batch_size = 256  # questions decoded at the same time
     config.eval.temperature = 0.0  # 0: greedy
-    # Responses to a question in each view; more than one need a temperature. Harm is then reported beside its floor,
-    # what two samples of the same view disagree on.
+    # Responses per question and view; more than one needs a temperature above 0. Harm is then reported together with
+    # its floor: how often two samples of the same view disagree.
     config.eval.samples = 1
     config.eval.top_k = 0
     config.eval.top_p = 1.0
     config.eval.bootstrap = 2000  # resamples of a paired bootstrap interval
-    # The dev metric of which the best checkpoint is kept, and measured on the test split beside the last step's: the
-    # higher the better or, with a minus sign before it ("-distill"), the lower; the later of equals.
+    # Dev metric that selects the best checkpoint, which is kept and evaluated on the test split, as the last step is.
+    # Higher is better; with a minus sign ("-distill") lower is better. Of equal steps the later one is taken.
     config.eval.select = "both_correct"
 
-    # What a run warns of, once each (ctxjax/monitoring/alarms.py). A threshold of 0 switches its alarm off.
+    # Warnings of a run, each given once (ctxjax/monitoring/alarms.py). A threshold of 0 switches its alarm off.
     config.alarms = ConfigDict()
-    # Those that end the run. All: "not_finite" (loss or gradient; such a step is skipped), "no_end" (not one response
-    # ends), and the names of the thresholds below.
+    # Alarms that end the run. Their names: "not_finite" (loss or gradient; such a step is skipped), "no_end" (no
+    # response ends), and the thresholds below.
     config.alarms.stop = ("not_finite",)
-    config.alarms.patience = 3  # steps in a row that are too much
+    config.alarms.patience = 3  # consecutive steps beyond the threshold that raise an alarm
     config.alarms.untrained = 0.5  # share of responses without a token that is trained on
-    config.alarms.logprob_gap = 0.05  # between sampling and scoring, mean nats per token
-    config.alarms.truncated = 0.5  # share of responses cut at the length limit
-    config.alarms.repetition = 0.3  # share of runs of 8 tokens that occurred before in the same response
-    config.alarms.no_distillation = 1e-6  # L_distill, nats per token, that is as good as none: no context?
-    config.alarms.parse_rate = 0.3  # fall of the share of readable dev answers, from its best
-    config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher, from its best
+    config.alarms.logprob_gap = 0.05  # difference between sampling and scoring, mean nats per token
+    config.alarms.truncated = 0.5  # share of responses truncated at the length limit
+    config.alarms.repetition = 0.3  # share of 8-token sequences that occurred before in the same response
+    config.alarms.no_distillation = 1e-6  # L_distill, nats per token; below it there is nothing to learn: no context?
+    config.alarms.parse_rate = 0.3  # fall of the share of readable dev answers from its best value
+    config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher from its best value
 
-    # The arms: name -> what it changes in config.loss. All start from the same base, seed and data order.
+    # The arms: name -> changes to config.loss. All start from the same base, seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
     config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
     config.arms.sft = ConfigDict({"divergence": "cross_entropy", "on_policy_fraction": 0.0})
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
-    config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # which of them to run, in this order
+    config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # the arms to run, in this order
 
-    config.rules = ConfigDict()  # the built-in world of substitution tables
+    config.rules = ConfigDict()  # task rules: the built-in world of substitution tables
     config.rules.seed = config.get_oneway_ref("seed")  # of the world: tables, questions, splits
-    config.rules.context_index = 0  # which table is internalized, 0 to 7
+    config.rules.context_index = 0  # the table to internalize, 0 to 7
     config.rules.train_questions = 4096
     config.rules.dev_questions = 128
     config.rules.test_questions = 512
-    config.rules.empty_share = 0.0  # of the base's training rows without a table: with an empty context block, not none
+    config.rules.empty_share = 0.0  # of the base's rows without a table, the share with an empty context block
 
-    config.records = ConfigDict()  # of all files of rows: what becomes of a row that cannot be used
-    # Kinds that are left out and counted; others are an error that names the row: "unreadable" (no valid JSON, CSV
-    # or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "label" (none that its column can have),
-    # "duplicate", "conflict" (one question, with two answers).
+    config.records = ConfigDict()  # for all data files: treatment of rows that cannot be used
+    # Kinds of bad rows to leave out and count; a row of another kind is an error that names the row. Kinds:
+    # "unreadable" (not valid JSON, CSV or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "label" (not
+    # a valid value), "duplicate", "conflict" (one question with two answers).
     config.records.skip = ("duplicate",)
-    config.records.max_skipped = 100  # rows; more of them are an error
+    config.records.max_skipped = 100  # most rows to leave out; more are an error
     config.records.max_text = 1_000_000  # characters; longer texts are "huge"
 
-    config.qa_jsonl = ConfigDict()  # questions in a local .jsonl, .parquet or .csv file
+    config.qa_jsonl = ConfigDict()  # task qa_jsonl: questions in a local .jsonl, .parquet or .csv file
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # the last number; or "exact", "math", "letter", "yes_no"
-    config.qa_jsonl.limit = 0  # first rows read; 0: all
+    config.qa_jsonl.grading = "numeric"  # compares the last number; or "exact", "math", "letter", "yes_no"
+    config.qa_jsonl.limit = 0  # number of first rows to read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
-    config.qa_jsonl.test_questions = 64
+    config.qa_jsonl.test_questions = 64  # held out by a hash of the question
 
-    config.medical = ConfigDict()  # multiple choice as in MedMCQA: the letter in <answer> tags
-    config.medical.first_label = 0  # what cop is where option A is right: 0 in the Hub's files, 1 in the authors'
-    config.medical.ask_format = True  # whether the question asks for the tags; else only a context can
+    config.medical = ConfigDict()  # task medical: multiple choice as in MedMCQA, a letter in <answer> tags
+    config.medical.first_label = 0  # value of cop for option A: 0 in the files on the Hub, 1 in the authors' files
+    config.medical.ask_format = True  # the question asks for the tags; otherwise only a context can
 
-    config.safety = ConfigDict()  # offensive and hateful language, three public sets pooled: yes or no in <answer> tags
-    config.safety.path = ""  # folder with the sets' published files; ctxjax/data/safety_sets.py names them
-    config.safety.sets = ("tweeteval", "hatecheck", "ethos")  # which of them
-    config.safety.ask_format = True
+    config.safety = ConfigDict()  # task safety: offensive and hateful language, yes or no in <answer> tags
+    config.safety.path = ""  # folder with the published files of the sets; ctxjax/data/safety_sets.py names them
+    config.safety.sets = ("tweeteval", "hatecheck", "ethos")  # the sets to pool
+    config.safety.ask_format = True  # the question asks for the tags
 
-    config.math = ConfigDict()  # problems as in GSM8K and DAPO-Math, by the value of the answer
-    config.math.ask_format = True  # whether the question asks for a boxed answer
+    config.math = ConfigDict()  # task math: problems as in GSM8K and DAPO-Math, graded by the value of the answer
+    config.math.ask_format = True  # the question asks for a boxed answer
 
-    config.hints = ConfigDict()  # any rows, each with a context of its own
+    config.hints = ConfigDict()  # task hints: rows of any file, each with its own context
     config.hints.question = "question"  # column
     config.hints.reference = "answer"  # column
-    config.hints.hint = "answer"  # column of what the teacher may see
+    config.hints.hint = "answer"  # column with the text that only the teacher sees
     config.hints.template = "A solution that may help, which the user does not see:\n\n{hint}"  # the context
     config.hints.grading = "math"  # as qa_jsonl.grading
 
-    config.tiny_safety = ConfigDict()  # the texts of safety as a world with a base of its own
+    config.tiny_safety = ConfigDict()  # task tiny_safety: the texts of safety as a world with its own base
     config.tiny_safety.path = config.safety.get_oneway_ref("path")
-    config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts, and which of them are held out
-    config.tiny_safety.vocabulary = 4096  # tokens of the byte-level BPE that is trained on the texts
-    config.tiny_safety.longest = 32  # tokens of a text; longer ones are left out, and counted
+    config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts and of which ones are held out
+    config.tiny_safety.vocabulary = 4096  # tokens of the byte-level BPE, which is trained on the texts
+    config.tiny_safety.longest = 32  # most tokens of a text; longer ones are left out and counted
     config.tiny_safety.train_questions = 0  # at most; 0: all
     config.tiny_safety.dev_questions = 256
     config.tiny_safety.test_questions = 0
 
     for section in (config.medical, config.math, config.hints):
-        # A JSONL, Parquet or CSV file, a pattern of several, or files of a Hub data set, "org/name:PATTERN" (with
-        # "@revision" behind the name).
+        # A JSONL, Parquet or CSV file, a pattern of files, or files of a Hub data set: "org/name:PATTERN" or
+        # "org/name@revision:PATTERN".
         section.path = ""
-        section.test_path = ""  # likewise, where test questions have files of their own; "": a fifth of the questions
-        section.limit = 0  # first rows read of each file; 0: all
+        section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
+        section.limit = 0  # number of first rows to read of each file; 0: all
     for section in (config.medical, config.safety, config.math, config.hints):
         section.train_questions = 0  # at most; 0: all
-        section.dev_questions = 128  # at most, of a tenth that is held out by the question's hash; 0: all
-        section.test_questions = 500
+        section.dev_questions = 128  # at most, of the tenth that is held out by a hash of the question; 0: all
+        section.test_questions = 500  # at most; 0: all
 
-    # The context to internalize comes from one of the first four.
+    # The context to internalize: set one of context, context_file, context_files and context_column.
     for section in (config.qa_jsonl, config.medical, config.safety, config.math):
-        section.context = ""  # inline
+        section.context = ""  # the text itself
         section.context_file = ""  # a text file
-        section.context_files = ()  # or several: every row has one of them, drawn by context_seed and its id
+        section.context_files = ()  # several text files; context_seed and a row's id decide which one the row gets
         section.context_seed = config.get_oneway_ref("seed")
     for section in (config.qa_jsonl, config.medical, config.math):
-        section.context_column = ""  # or a column of the data, which holds each row's own
+        section.context_column = ""  # a column of the data with each row's own context
     for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints):
-        # Other contexts, to keep obeying (retention) and to measure obedience with: "builtin", the 72 of
-        # ctxjax/data/other_contexts.jsonl, or a file like it; "": none. Every second one is held out from training.
+        # Other contexts, for retention and to measure obedience: "builtin", the 72 contexts of
+        # ctxjax/data/other_contexts.jsonl, or a file of the same form; "": none. Every second one is held out from
+        # training.
         section.other_contexts_file = "builtin"
     return config

@@ -1,7 +1,7 @@
 """Llama 3.1 and 3.2: ``--config=configs/llama3.py:TASK,SIZE``, by default ``:file,8b``.
 
-TASK is one of file, medical, safety, math (configs/recipes.py), SIZE one of 8b, 3b, 1b. ``file`` internalizes a system
-prompt file with questions of your own: give qa_jsonl.path and qa_jsonl.context_file.
+TASK is file, medical, safety or math (configs/recipes.py); SIZE is 8b, 3b or 1b. ``file`` internalizes a system prompt
+with your own questions: set qa_jsonl.context_file and qa_jsonl.path.
 """
 
 from ml_collections import ConfigDict
@@ -13,9 +13,9 @@ MODELS = {
     "3b": "meta-llama/Llama-3.2-3B-Instruct",
     "1b": "meta-llama/Llama-3.2-1B-Instruct",
 }
-# Slice, chips along the tensor axis, micro-batches.
+# Size -> slice, chips along the tensor axis, micro-batches.
 PLACES = {"8b": ("v5e:4x8", 4, 8), "3b": ("v5e:4x4", 4, 8), "1b": ("v5e:2x4", 4, 8)}
-# Responses of 16,384 tokens: where configs/qwen3.py trains its models of these sizes.
+# The same for responses of 16,384 tokens, taken from the models of these sizes in configs/qwen3.py.
 LONG = {"8b": ("v5p:4x4x4", 4, 4), "3b": ("v5p:2x4x4", 4, 4), "1b": ("v5p:2x2x4", 4, 4)}
 
 

@@ -1,7 +1,7 @@
 """Qwen 2.5: ``--config=configs/qwen25.py:TASK,SIZE``, by default ``:file,7b``.
 
-TASK is one of file, medical, safety, math (configs/recipes.py), SIZE one of 7b, 3b. The bare view has the template's
-own system line, as in the papers.
+TASK is file, medical, safety or math (configs/recipes.py); SIZE is 7b or 3b. The bare view has the template's own
+system message, as in the papers.
 """
 
 from ml_collections import ConfigDict
@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from configs import recipes
 
 MODELS = {"7b": "Qwen/Qwen2.5-7B-Instruct", "3b": "Qwen/Qwen2.5-3B-Instruct"}
-# Slice, chips along the tensor axis (key heads: 4 and 2), micro-batches.
+# Size -> slice, chips along the tensor axis (the models have 4 and 2 key heads), micro-batches.
 PLACES = {"7b": ("v5e:4x8", 4, 8), "3b": ("v5e:4x4", 2, 8)}
-# Responses of 16,384 tokens: where configs/qwen3.py trains its models of these sizes.
+# The same for responses of 16,384 tokens, taken from the models of these sizes in configs/qwen3.py.
 LONG = {"7b": ("v5p:4x4x4", 4, 4), "3b": ("v5p:2x4x4", 2, 4)}
 
 

@@ -1,7 +1,7 @@
-"""Qwen 3: ``--config=configs/qwen3.py:TASK,SIZE,TEACHER``, by default ``:file,8b``, its own teacher.
+"""Qwen 3: ``--config=configs/qwen3.py:TASK,SIZE,TEACHER``, by default ``:file,8b`` with the student as its own teacher.
 
-TASK is one of file, medical, safety, frozenlake, sokoban, math (configs/recipes.py), SIZE and TEACHER one of 8b, 4b,
-4b-2507, 1.7b; a game's SIZE is by default that of its paper. ``:frozenlake,1.7b,4b`` distils from a larger teacher.
+TASK is file, medical, safety, frozenlake, sokoban or math (configs/recipes.py); SIZE and TEACHER are 8b, 4b, 4b-2507 or
+1.7b. The default SIZE of a game is that of its paper. ``:frozenlake,1.7b,4b`` distils from a larger teacher.
 """
 
 from ml_collections import ConfigDict
@@ -14,10 +14,10 @@ MODELS = {
     "4b-2507": "Qwen/Qwen3-4B-Instruct-2507",
     "1.7b": "Qwen/Qwen3-1.7B",
 }
-SIZES = {"": "8b", "frozenlake": "1.7b", "sokoban": "4b-2507"}  # a task's own default
-# Slice, chips along the tensor axis, micro-batches.
+SIZES = {"": "8b", "frozenlake": "1.7b", "sokoban": "4b-2507"}  # default size of a task; "": of all others
+# Size -> slice, chips along the tensor axis, micro-batches.
 PLACES = {"8b": ("v5e:4x8", 4, 8), "4b": ("v5e:4x4", 4, 8), "4b-2507": ("v5e:4x4", 4, 8), "1.7b": ("v5e:2x4", 4, 8)}
-# Responses of 16,384 tokens.
+# The same for responses of 16,384 tokens.
 LONG = {
     "8b": ("v5p:4x4x4", 4, 4),
     "4b": ("v5p:2x4x4", 4, 4),
@@ -29,5 +29,5 @@ LONG = {
 def get_config(arguments: str = "") -> ConfigDict:
     config = recipes.setting(arguments, MODELS, PLACES, LONG, SIZES)
     if config.model.path == MODELS["4b-2507"]:
-        config.prompt.thinking = None  # it has no such switch
+        config.prompt.thinking = None  # its template has no such switch
     return config

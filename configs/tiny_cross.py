@@ -1,4 +1,4 @@
-"""The world of configs/tiny.py with a larger teacher: a base of 3.2M parameters, from scratch, teaches one of 0.8M."""
+"""The world of configs/tiny.py with a larger teacher: 3.2M parameters for a student of 0.8M, both from scratch."""
 
 from ml_collections import ConfigDict
 

@@ -58,9 +58,9 @@ def test_recipes_have_the_published_sizes():
 
 
 def test_an_argument_that_is_not_known_is_answered_with_those_that_are():
-    with pytest.raises(ValueError, match="'chess' is no task; choose from file, medical"):
+    with pytest.raises(ValueError, match="'chess' is not a task; choose from file, medical"):
         load("llama3:chess")
-    with pytest.raises(ValueError, match="'70b' is no size of this family; choose from 8b, 3b, 1b"):
+    with pytest.raises(ValueError, match="'70b' is not a size of this family; choose from 8b, 3b, 1b"):
         load("llama3:medical,70b")
 
 
