@@ -90,11 +90,16 @@ def _teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> P
 
 
 def rollout_step(
-    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, samples: Rollout | None = None
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    config: StepConfig,
+    rollout: Rollout | None = None,
+    other_rollout: Rollout | None = None,
 ) -> tuple[Rollout, Rollout | None]:
-    """(y, y'): the student's responses to the bare view, and to the other contexts where there are any.
+    """(y, y'): the student's responses to the bare prompts, and to those under other contexts if the batch has any.
 
-    y are the ``samples`` instead where they are given, in an off-policy step.
+    A response that is given is returned as it is: the teacher's samples of an off-policy step, or a game's turns.
     """
     student = student_params(state.params, frozen, config)
 
@@ -103,9 +108,11 @@ def rollout_step(
         keys_B = rng.row_keys(rng.key_for(state.key, state.step, stream), rows_B)
         return sample(student, config.model, config.sampling, prompts, keys_B)
 
-    rollout = samples if samples is not None else respond(batch.bare, "rollout")
-    other = respond(batch.other, "retention") if batch.other is not None else None
-    return rollout, other
+    if rollout is None:
+        rollout = respond(batch.bare, "rollout")
+    if other_rollout is None and batch.other is not None:
+        other_rollout = respond(batch.other, "retention")
+    return rollout, other_rollout
 
 
 def update_step(
@@ -186,10 +193,20 @@ def _gradient(state: TrainState, frozen: Frozen, rows: WeightedBatch, config: St
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def train_step(
-    state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig, samples: Rollout | None = None
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    config: StepConfig,
+    rollout: Rollout | None = None,
+    other_rollout: Rollout | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Sample, score, update: the whole step in one program. ``state`` is donated, the rest is not.
 
-    Off-policy steps are given the teacher's ``samples``; which steps those are, ``off_policy_steps`` says."""
-    rollout, other_rollout = rollout_step(state, frozen, batch, config, samples)
+    1. rollout_step samples y ~ student(. | x), and y' under the other contexts, unless they are given.
+    2. The objective runs the passes of its terms over [prompt; response] and the head in chunks (objective.py).
+    3. AdamW moves what is trained; a step whose loss or gradient is not finite changes nothing.
+
+    Returns the new state and float32 metrics (update_step).
+    """
+    rollout, other_rollout = rollout_step(state, frozen, batch, config, rollout, other_rollout)
     return update_step(state, frozen, batch, rollout, other_rollout, config)

@@ -27,10 +27,10 @@ from ctxjax.types import Rollout
 FILE = "teacher_samples.jsonl"
 
 
-def steps_of(config: Experiment, arm: str) -> list[int]:
-    """The arm's off-policy steps; the first step is 1."""
+def steps_with_samples(config: Experiment, arm: str) -> list[int]:
+    """The off-policy steps of an arm; the first step is 0."""
     given = off_policy_steps(config.arms[arm], jax.random.key(config.seed), config.train.steps)
-    return (np.flatnonzero(given) + 1).tolist()
+    return np.flatnonzero(given).tolist()
 
 
 def teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> dict[int, Rollout]:
@@ -38,7 +38,7 @@ def teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> 
 
     Raises ValueError where the file is not that of such a run.
     """
-    wanted = sorted({step for arm in config.arms for step in steps_of(config, arm)})
+    wanted = sorted({step for arm in config.arms for step in steps_with_samples(config, arm)})
     path = workdir / FILE
     if wanted and not processes.of_first(path.exists()):
         lines = tqdm(
@@ -61,19 +61,19 @@ def _drawn(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Itera
         inputs.rows, None, seed=config.seed, batch_size=train.batch_size, retention_rows=0, pad_id=teacher.pad_id
     )
     places = shuffle_questions(len(inputs.rows.rows), config.seed)
-    for step, batch in zip(range(1, wanted[-1] + 1), batches):
+    for step, batch in zip(range(wanted[-1] + 1), batches):
         if step not in wanted:
             continue
         batch = sharding.put_batch(batch, mesh)
-        rollout = teacher_rollout(teacher.params, batch, key, step - 1, teacher.config, sampling)
+        rollout = teacher_rollout(teacher.params, batch, key, step, teacher.config, sampling)
         rollout = sharding.to_host(rollout)
-        first = (step - 1) * train.batch_size
+        first = step * train.batch_size
         questions = [inputs.rows.rows[places[first + row]] for row in range(train.batch_size)]
         kept = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
         logprobs = [values[mask].tolist() for values, mask in zip(rollout.logprobs_BxT, rollout.mask_BxT)]
         texts = teacher.tokenizer.batch_decode(kept, skip_special_tokens=True)
         yield [
-            {"step": step, "id": row.id, "question": row.question, "tokens": ids, "logprobs": values, "text": text}
+            {"step": step + 1, "id": row.id, "question": row.question, "tokens": ids, "logprobs": values, "text": text}
             for row, ids, values, text in zip(questions, kept, logprobs, texts)
         ]
 
@@ -84,7 +84,7 @@ def _read(path: Path, wanted: list[int], config: Experiment, pad_id: int) -> dic
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                by_step.get(row["step"], []).append((row["tokens"], row["logprobs"]))
+                by_step.get(row["step"] - 1, []).append((row["tokens"], row["logprobs"]))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: {error!r}; delete the file, it is drawn again") from None
     return {step: _rollout(rows, step, path, config, pad_id) for step, rows in by_step.items()}
@@ -94,8 +94,8 @@ def _rollout(rows: list, step: int, path: Path, config: Experiment, pad_id: int)
     shape = (config.train.batch_size, config.rollout.max_tokens)
     if len(rows) != shape[0] or any(not 0 < len(ids) == len(values) <= shape[1] for ids, values in rows):
         raise ValueError(
-            f"{path} does not hold {shape[0]} responses of at most {shape[1]} tokens for step {step}; delete the file, "
-            "it is drawn again"
+            f"{path} does not hold {shape[0]} responses of at most {shape[1]} tokens for step {step + 1}; delete the "
+            "file, it is drawn again"
         )
     tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
     logprobs = np.zeros(shape, np.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 import time
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ctxjax import sharding
 from ctxjax.config import Experiment
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, training_batches
 from ctxjax.distill.anchors import loss_at
 from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.rollouts import Questions, RolloutSource, StepInputs, TeacherSamples
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.metrics import parse_select
@@ -32,10 +31,11 @@ from ctxjax.types import Batch, Frozen, Params, PrefixKV, Rollout, TrainState
 
 
 class StepKind(NamedTuple):
-    """What tells one program of an arm from another: its loss, and whether it is given the teacher's samples."""
+    """What distinguishes the compiled programs of an arm: the loss, and the structure and shapes of the inputs."""
 
     loss: LossConfig
-    is_given_samples: bool
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
 
 
 class Arm:
@@ -89,16 +89,11 @@ class Arm:
         self.scores |= {row["step"]: self._score(row) for row in writer.kept if row["step"] and _is_dev(row)}
         if not first:
             writer.write(0, _prefixed(base_on_dev))
-        batches = (
-            sharding.put_batch((batch, self.samples.get(step)), self.mesh)
-            for step, batch in enumerate(self._batches(first), start=first + 1)
-        )
-        programs: dict[StepKind, Any] = {}
+        source, programs = None, {}
         if first < train.steps:
-            inputs = next(batches)
-            batches = itertools.chain([inputs], batches)
+            source = self._source(first)
             clock = time.monotonic()
-            programs = self._programs(state, inputs[0], range(first + 1, train.steps + 1))
+            programs = self._programs(state, source, range(first, train.steps))
             seconds[f"{self.name} compile"] = time.monotonic() - clock
         try:
             with preemption.held():
@@ -107,23 +102,25 @@ class Arm:
                 if self._is_evaluated(first) and not evaluated and not self._evaluate(first, state, dev, writer):
                     raise preemption.Preempted
                 writer.pause()
-                for step, (batch, samples) in zip(range(first + 1, train.steps + 1), batches):
+                for step in range(first, train.steps):
+                    inputs = source.next(state, step)
                     with jax.transfer_guard("disallow"):
-                        program = programs[self._kind(step)]
-                        state, metrics = program(state, self.frozen, batch, samples=samples)
-                    writer.step(step, metrics)
+                        program = programs[self._kind(step, inputs)]
+                        state, metrics = program(state, self.frozen, **inputs._asdict())
+                    taken = step + 1  # steps taken so far: the number that people read
+                    writer.step(taken, metrics)
                     if self.alarms.is_close_to_stopping:
                         writer.flush()
                     if "first step done" not in seconds:
                         jax.block_until_ready(metrics)
                         seconds["first step done"] = time.monotonic() - started
-                    if self._is_evaluated(step):
-                        self._evaluate(step, state, dev, writer)
-                    preempted = preemption.reached(step)
-                    is_due = step in (train.steps, best_step(self.scores)) or step % train.save_every == 0
+                    if self._is_evaluated(taken):
+                        self._evaluate(taken, state, dev, writer)
+                    preempted = preemption.reached(taken)
+                    is_due = taken in (train.steps, best_step(self.scores)) or taken % train.save_every == 0
                     if is_due or preempted:
                         writer.sync()
-                        checkpoints.save(state, step, self.record | {"data_position": step})
+                        checkpoints.save(state, taken, self.record | {"data_position": taken})
                     if preempted:
                         raise preemption.Preempted
                 writer.close()
@@ -131,28 +128,33 @@ class Arm:
             if stop.alarm != "not_finite":
                 raise
             tokenizer = self.folder.tokenizer
-            inputs = (state, self.frozen, batch, samples)
-            path = nonfinite.save_rows(self.workdir, *inputs, self.step_config, stop.step, tokenizer)
+            path = nonfinite.save_rows(
+                self.workdir, state, self.frozen, inputs, self.step_config, stop.step - 1, tokenizer
+            )
             raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
         finally:
             writer.end_bar()
             checkpoints.close()
         return self._student(state)
 
-    def _kind(self, step: int) -> StepKind:
-        return StepKind(loss_at(self.step_config.loss, step - 1), step in self.samples)
+    def _source(self, first: int) -> RolloutSource:
+        """Where this arm's responses come from, from step ``first`` on."""
+        return TeacherSamples(Questions(self._batches(first), self.mesh), self.samples, self.mesh)
 
-    def _programs(self, state: TrainState, batch: Batch, steps: range) -> dict[StepKind, Any]:
-        """The compiled steps of every kind among ``steps``: before the first one, since SIGTERM can then end the run at
-        once."""
+    def _kind(self, step: int, inputs: StepInputs) -> StepKind:
+        leaves, structure = jax.tree.flatten(inputs)
+        return StepKind(loss_at(self.step_config.loss, step), structure, tuple(leaf.shape for leaf in leaves))
+
+    def _programs(self, state: TrainState, source: RolloutSource, steps: range) -> dict[StepKind, Any]:
+        """Compile every kind of step among ``steps``, before the first one: SIGTERM can then end the run at once."""
         programs = {}
         for step in steps:
-            kind = self._kind(step)
-            if kind not in programs:
-                config = dataclasses.replace(self.step_config, loss=kind.loss)
-                samples = sharding.put_batch(self.samples.get(step), self.mesh)
-                lowered = train_step.lower(state, self.frozen, batch, config=config, samples=samples)
-                programs[kind] = lowered.compile()
+            for inputs in source.examples(step):
+                kind = self._kind(step, inputs)
+                if kind not in programs:
+                    config = dataclasses.replace(self.step_config, loss=kind.loss)
+                    lowered = train_step.lower(state, self.frozen, config=config, **inputs._asdict())
+                    programs[kind] = lowered.compile()
         return programs
 
     @property

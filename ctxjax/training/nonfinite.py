@@ -1,4 +1,4 @@
-"""The rows of a step whose loss or gradient was not finite, written down for a look."""
+"""Write the rows of a step whose loss or gradient was not finite to a file for inspection."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ctxjax import sharding
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.distill.objective import Networks, WeightedBatch, distillation_values
+from ctxjax.distill.rollouts import StepInputs
 from ctxjax.distill.train_step import StepConfig, rollout_step, student_params
 from ctxjax.host.workdir import write_text
 from ctxjax.types import Batch, Frozen, Prompts, Rollout, TrainState
@@ -23,24 +24,25 @@ def save_rows(
     folder: Path,
     state: TrainState,
     frozen: Frozen,
-    batch: Batch,
-    samples: Rollout | None,
+    inputs: StepInputs,
     config: StepConfig,
     step: int,
     tokenizer,
 ) -> Path:
-    """Writes the batch of ``step``, which was skipped, with its responses; those that have no finite loss come first.
+    """Write the batch of ``step`` (the first is 0), which was skipped, with its responses; return the file.
 
-    ``state`` is the state after that step: its parameters are still those that sampled the responses, which are drawn
-    again where they are not the teacher's ``samples``. Where every row has a finite loss, the gradient had none.
+    Responses without a finite loss come first. If every row has a finite loss, the gradient was not finite.
+    ``state`` is the state after that step. A skipped step leaves the parameters as they were, so the responses are
+    sampled again from the same student with the same keys.
     """
-    state = state.replace(step=jnp.int32(step - 1))
-    rollout, other_rollout = jax.jit(rollout_step, static_argnames="config")(state, frozen, batch, config, samples)
+    state, batch = state.replace(step=jnp.int32(step)), inputs.batch
+    sample_again = jax.jit(rollout_step, static_argnames="config")
+    rollout, other_rollout = sample_again(state, frozen, batch, config, inputs.rollout, inputs.other_rollout)
     rows = _rows("bare", batch.bare, batch.context, rollout, state, frozen, batch, config, tokenizer)
     if batch.other is not None:
         rows += _rows("other", batch.other, batch.other, other_rollout, state, frozen, batch, config, tokenizer)
     rows.sort(key=lambda row: row["loss"] is not None)
-    path = folder / f"not_finite_step_{step}.jsonl"
+    path = folder / f"not_finite_step_{step + 1}.jsonl"
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
 

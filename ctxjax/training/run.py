@@ -18,7 +18,7 @@ from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import processes, retry, workdir as workdir_lib
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import compute_digests, compute_teacher_prefix, open_inputs
-from ctxjax.inputs.teacher_samples import steps_of, teacher_samples
+from ctxjax.inputs.teacher_samples import steps_with_samples, teacher_samples
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
 from ctxjax.training.arm import Arm
@@ -91,7 +91,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
                 train_rows,
                 retention if loss.mu > 0 else None,
                 prefix,
-                {step: samples[step] for step in steps_of(config, name)},
+                {step: samples[step] for step in steps_with_samples(config, name)},
                 mesh,
                 workdir / name,
                 {"config": manifest["config"], "manifest": {k: manifest[k] for k in manifest.keys() - {"config"}}},
