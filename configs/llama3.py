@@ -20,4 +20,4 @@ LONG = {"8b": ("v5p:4x4x4", 4, 4), "3b": ("v5p:2x4x4", 4, 4), "1b": ("v5p:2x2x4"
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    return recipes.setting(arguments, MODELS, PLACES, LONG, {"": "8b"})
+    return recipes.make_config(arguments, MODELS, PLACES, LONG, {"": "8b"})

@@ -16,4 +16,4 @@ LONG = {"7b": ("v5p:4x4x4", 4, 4), "3b": ("v5p:2x4x4", 2, 4)}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    return recipes.setting(arguments, MODELS, PLACES, LONG, {"": "7b"})
+    return recipes.make_config(arguments, MODELS, PLACES, LONG, {"": "7b"})

@@ -27,7 +27,7 @@ LONG = {
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    config = recipes.setting(arguments, MODELS, PLACES, LONG, SIZES)
+    config = recipes.make_config(arguments, MODELS, PLACES, LONG, SIZES)
     if config.model.path == MODELS["4b-2507"]:
         config.prompt.thinking = None  # its template has no such switch
     return config

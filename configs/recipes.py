@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def _common(config: ConfigDict) -> None:
+def _set_common(config: ConfigDict) -> None:
     config.model.param_dtype = "float32"
     config.run_arms = ("opcd", "opcd_anchored")
     config.train.steps = 50
@@ -18,9 +18,9 @@ def _common(config: ConfigDict) -> None:
     config.prompt.overlong = "drop"
 
 
-def _system_prompt(config: ConfigDict) -> None:
+def _set_system_prompt(config: ConfigDict) -> None:
     """Internalize a system prompt: the context is the system message; the bare view has the template's own."""
-    _common(config)
+    _set_common(config)
     config.train.batch_size = 128
     config.prompt.placement = "system"
     config.prompt.max_bare_tokens = 1024  # deviation: the paper limits only the prompt with the context
@@ -31,31 +31,31 @@ def _system_prompt(config: ConfigDict) -> None:
     config.eval.batch_size = 128
 
 
-def _medical(config: ConfigDict) -> None:
+def _set_medical(config: ConfigDict) -> None:
     """MedMCQA. Set the data and the optimised prompt on the command line (medical.path, medical.context_file)."""
-    _system_prompt(config)
+    _set_system_prompt(config)
     config.task = "medical"
 
 
-def _safety(config: ConfigDict) -> None:
+def _set_safety(config: ConfigDict) -> None:
     """TweetEval offensive, HateCheck and Ethos (safety.path, safety.context_file)."""
-    _system_prompt(config)
+    _set_system_prompt(config)
     config.task = "safety"
 
 
-def _file(config: ConfigDict) -> None:
+def _set_file(config: ConfigDict) -> None:
     """Any questions (qa_jsonl.path) and any system prompt (qa_jsonl.context_file)."""
-    _system_prompt(config)
+    _set_system_prompt(config)
     config.task = "qa_jsonl"
 
 
-def _game(config: ConfigDict) -> None:
+def _set_game(config: ConfigDict) -> None:
     """Internalize lessons from experience, which are written in the user's turn before the board.
 
     A step is one turn of 64 episodes. The turns of an episode, up to 5, are sampled and trained on one after the other,
     so the step needs the memory of one turn.
     """
-    _common(config)
+    _set_common(config)
     config.train.batch_size = 64
     config.prompt.placement = "user"
     config.prompt.max_bare_tokens = 1024
@@ -66,19 +66,19 @@ def _game(config: ConfigDict) -> None:
     config.eval.batch_size = 64
 
 
-def _frozenlake(config: ConfigDict) -> None:
-    _game(config)
+def _set_frozenlake(config: ConfigDict) -> None:
+    _set_game(config)
     config.task = "frozenlake"
 
 
-def _sokoban(config: ConfigDict) -> None:
-    _game(config)
+def _set_sokoban(config: ConfigDict) -> None:
+    _set_game(config)
     config.task = "sokoban"
 
 
-def _math(config: ConfigDict) -> None:
+def _set_math(config: ConfigDict) -> None:
     """DAPO-Math: lessons from experience before the problem, and long thinking (math.path, math.context_file)."""
-    _common(config)
+    _set_common(config)
     config.task = "math"
     config.train.batch_size = 128
     config.prompt.placement = "user"
@@ -91,16 +91,16 @@ def _math(config: ConfigDict) -> None:
 
 
 RECIPES = {
-    "file": _file, "medical": _medical, "safety": _safety, "frozenlake": _frozenlake, "sokoban": _sokoban,
-    "math": _math,
+    "file": _set_file, "medical": _set_medical, "safety": _set_safety, "frozenlake": _set_frozenlake, "sokoban": _set_sokoban,
+    "math": _set_math,
 }  # fmt: skip
 
 
-# Slice, chips along the tensor axis, micro-batches: see _place.
+# Slice, chips along the tensor axis, micro-batches: see _set_slice.
 Place = tuple[str, int, int]
 
 
-def setting(
+def make_config(
     arguments: str, models: dict[str, str], places: dict[str, Place], long: dict[str, Place], sizes: dict[str, str]
 ) -> ConfigDict:
     """Build the configuration for a family's arguments "task,size,teacher"; each of them may be empty.
@@ -115,21 +115,21 @@ def setting(
         raise ValueError(f"argument {task!r} is not a task; choose from {', '.join(RECIPES)}")
     size = size or sizes.get(task, sizes[""])
     config = base.get_config()
-    config.model.path = _model(models, size)
-    config.teacher.path = _model(models, teacher) if teacher else ""
+    config.model.path = _find_model(models, size)
+    config.teacher.path = _find_model(models, teacher) if teacher else ""
     RECIPES[task](config)
-    _place(config, *(long if task == "math" else places)[size])
+    _set_slice(config, *(long if task == "math" else places)[size])
     return config
 
 
-def _model(models: dict[str, str], size: str) -> str:
+def _find_model(models: dict[str, str], size: str) -> str:
     """Return the Hub id of a size. Raises ValueError, which lists the known sizes."""
     if size not in models:
         raise ValueError(f"argument {size!r} is not a size of this family; choose from {', '.join(models)}")
     return models[size]
 
 
-def _place(config: ConfigDict, slice: str, tensor: int, micro_batches: int) -> None:
+def _set_slice(config: ConfigDict, slice: str, tensor: int, micro_batches: int) -> None:
     """Set the slice, the mesh and the micro-batches of a setting.
 
     The values were found with ``python -m ctxjax.plan``; tpu/README.md has the table.
