@@ -1,7 +1,7 @@
 """The frozen teacher's responses, with the context, that off-policy steps learn from.
 
-They are drawn once, before the first arm: a step of one arm learns from the same tokens as that step of another. A file
-of the run keeps them, ids and text, for the runs that go on from it and for whoever wants them::
+They are sampled once, before the first arm, so all arms learn from the same tokens at the same step. A file of the run
+stores their ids and text. A resumed run reads it; its step numbers start at 1::
 
     {"step": 1, "id": "q17", "question": "...", "tokens": [17, 4, 2], "logprobs": [-0.1, -2.3, -0.0], "text": "..."}
 """
@@ -28,21 +28,22 @@ FILE = "teacher_samples.jsonl"
 
 
 def steps_with_samples(config: Experiment, arm: str) -> list[int]:
-    """The off-policy steps of an arm; the first step is 0."""
+    """Return the off-policy steps of an arm; the first step is 0."""
     given = off_policy_steps(config.arms[arm], jax.random.key(config.seed), config.train.steps)
     return np.flatnonzero(given).tolist()
 
 
-def teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> dict[int, Rollout]:
-    """Host rollouts by step, for every step that is off-policy in some arm: from the run's file, or drawn into it.
+def open_teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> dict[int, Rollout]:
+    """Return host rollouts by step, for every step that is off-policy in any arm.
 
-    Raises ValueError where the file is not that of such a run.
+    Read the run's file; if there is none, sample the responses and write it. Raises ValueError if the file does not fit
+    the configuration.
     """
     wanted = sorted({step for arm in config.arms for step in steps_with_samples(config, arm)})
     path = workdir / FILE
     if wanted and not processes.of_first(path.exists()):
         lines = tqdm(
-            _drawn(config, inputs, wanted, mesh),
+            _draw(config, inputs, wanted, mesh),
             total=len(wanted),
             desc="teacher's samples",
             unit="step",
@@ -53,14 +54,14 @@ def teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> 
     return _read(path, wanted, config, inputs.student.pad_id) if wanted else {}
 
 
-def _drawn(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterable[list[dict]]:
-    """The rows of the file, step by step."""
+def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterable[list[dict]]:
+    """Sample the teacher's responses; yield the rows of the file step by step."""
     teacher, train = inputs.teacher, config.train
     key, sampling = jax.random.key(config.seed), make_sampling_config(config.teacher.decode, inputs.student)
     batches = training_batches(
         inputs.rows, None, seed=config.seed, batch_size=train.batch_size, retention_rows=0, pad_id=teacher.pad_id
     )
-    places = shuffle_questions(len(inputs.rows.rows), config.seed)
+    order = shuffle_questions(len(inputs.rows.rows), config.seed)
     for step, batch in zip(range(wanted[-1] + 1), batches):
         if step not in wanted:
             continue
@@ -68,7 +69,7 @@ def _drawn(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Itera
         rollout = teacher_rollout(teacher.params, batch, key, step, teacher.config, sampling)
         rollout = sharding.to_host(rollout)
         first = step * train.batch_size
-        questions = [inputs.rows.rows[places[first + row]] for row in range(train.batch_size)]
+        questions = [inputs.rows.rows[order[first + row]] for row in range(train.batch_size)]
         kept = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
         logprobs = [values[mask].tolist() for values, mask in zip(rollout.logprobs_BxT, rollout.mask_BxT)]
         texts = teacher.tokenizer.batch_decode(kept, skip_special_tokens=True)
@@ -79,6 +80,7 @@ def _drawn(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Itera
 
 
 def _read(path: Path, wanted: list[int], config: Experiment, pad_id: int) -> dict[int, Rollout]:
+    """Read the rollouts of the wanted steps from the file."""
     by_step: dict[int, list[dict]] = {step: [] for step in wanted}
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -86,16 +88,19 @@ def _read(path: Path, wanted: list[int], config: Experiment, pad_id: int) -> dic
                 row = json.loads(line)
                 by_step.get(row["step"] - 1, []).append((row["tokens"], row["logprobs"]))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: {error!r}; delete the file, it is drawn again") from None
-    return {step: _rollout(rows, step, path, config, pad_id) for step, rows in by_step.items()}
+                raise ValueError(
+                    f"{path}, line {number}: {error!r}; delete the file, so that it is sampled again"
+                ) from None
+    return {step: _make_rollout(rows, step, path, config, pad_id) for step, rows in by_step.items()}
 
 
-def _rollout(rows: list, step: int, path: Path, config: Experiment, pad_id: int) -> Rollout:
+def _make_rollout(rows: list, step: int, path: Path, config: Experiment, pad_id: int) -> Rollout:
+    """Pad the responses of one step to a batch, after checking their number and lengths."""
     shape = (config.train.batch_size, config.rollout.max_tokens)
     if len(rows) != shape[0] or any(not 0 < len(ids) == len(values) <= shape[1] for ids, values in rows):
         raise ValueError(
             f"{path} does not hold {shape[0]} responses of at most {shape[1]} tokens for step {step + 1}; delete the "
-            "file, it is drawn again"
+            "file, so that it is sampled again"
         )
     tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
     logprobs = np.zeros(shape, np.float32)

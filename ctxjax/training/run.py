@@ -18,7 +18,7 @@ from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import processes, retry, workdir as workdir_lib
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import compute_digests, compute_teacher_prefix, open_inputs
-from ctxjax.inputs.teacher_samples import steps_with_samples, teacher_samples
+from ctxjax.inputs.teacher_samples import open_teacher_samples, steps_with_samples
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
 from ctxjax.training.arm import Arm
@@ -77,7 +77,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
             finished["teacher"] = evaluated(workdir / "teacher", own, teacher.params, 0)
             seconds["evaluate teacher"] = time.monotonic() - clock
         clock = time.monotonic()
-        samples = teacher_samples(config, inputs, workdir, mesh)
+        samples = open_teacher_samples(config, inputs, workdir, mesh)
         if samples:
             seconds["teacher's samples"] = time.monotonic() - clock
         for name, loss in config.arms.items():
