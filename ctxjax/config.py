@@ -25,7 +25,7 @@ from ctxjax.distill.optim import SCHEDULES, OptimConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
-from ctxjax.sharding import DECODE_RULES, check_divisible, nearest_mesh
+from ctxjax.sharding import DECODE_RULES, check_divisible, suggest_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +301,7 @@ def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     if math.prod(sizes.values()) != device_count:
         raise ValueError(
             f"mesh = {sizes} needs {math.prod(sizes.values())} devices, and there are {device_count}; "
-            f"{nearest_mesh(given, device_count)}"
+            f"{suggest_mesh(given, device_count)}"
         )
     check_divisible("mesh.data", sizes["data"], max(slices, 1), "mesh.slices")
     return MeshConfig(**sizes, slices=slices)

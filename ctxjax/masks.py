@@ -1,4 +1,4 @@
-"""Positions, attention masks and the response window: the only places where tokens are shifted or hidden."""
+"""Positions, attention masks and the response window: the only code that shifts or hides tokens."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A mesh always exists and always has the axes ("data", "fsdp", "tensor"), on one CPU as on a pod, in
 *explicit* mode: every array's type carries its sharding, so a wrong layout fails while tracing, by
-name, instead of running slowly.
+name, and does not just run slowly.
 
     data    rows of the batch; weights replicated
     fsdp    rows of the batch, and the storage of weights along their ``embed`` axis
@@ -25,7 +25,7 @@ from ctxjax.types import map_rows
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# How weights are stored. At their use the "embed" axis is gathered (see ``gathered``).
+# How weights are stored. The "embed" axis is all-gathered just before use (see ``all_gather_embed``).
 WEIGHT_RULES = {
     "layers": None,
     "embed": "fsdp",
@@ -35,18 +35,17 @@ WEIGHT_RULES = {
     "mlp": "tensor",
 }
 
-
-# Where weights lie while responses are decoded: whole along ``embed``, gathered once before the first token, which
-# takes the memory of a whole model, over ``tensor``, on every device; or as stored, and gathered for every token.
+# Sharding of weights during decoding. "gathered": all-gather ``embed`` once before the first token; every device then
+# holds its ``tensor`` shard of a whole copy of the model. "stored": all-gather for every token.
 DECODE_RULES = {"gathered": WEIGHT_RULES | {"embed": None}, "stored": WEIGHT_RULES}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | None = None, slices: int = 0) -> Mesh:
-    """A mesh of data x fsdp x tensor devices, in explicit mode.
+    """Make a mesh of data x fsdp x tensor devices, in explicit mode.
 
-    ``slices``: groups of devices with fast links inside and a slower network between them, over which ``data`` alone
-    is spread; 0: as many as the devices say. Where they do not say, every process is one.
-    Raises ValueError where the sizes do not fit the devices, naming sizes that work.
+    ``slices``: groups of devices with fast links inside and a slower network between them; only ``data`` is spread
+    over several. 0: take the slices that the devices name; if they name none, every process is one.
+    Raises ValueError if the sizes do not fit the devices, naming sizes that work.
     """
     devices = jax.devices() if devices is None else devices
     if data * fsdp * tensor != len(devices):
@@ -54,23 +53,23 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | Non
             f"mesh data*fsdp*tensor = {data}*{fsdp}*{tensor} = {data * fsdp * tensor}, but there are {len(devices)} "
             f"devices; for example data=1, fsdp={len(devices)}, tensor=1 uses all of them"
         )
-    grid = device_grid(devices, (data, fsdp, tensor), slices)
+    grid = arrange_devices(devices, (data, fsdp, tensor), slices)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-def device_grid(devices: list, shape: tuple[int, int, int], slices: int = 0) -> np.ndarray:
-    """The devices as an array of this shape, neighbours on the network beside each other. See ``make_mesh``."""
+def arrange_devices(devices: list, shape: tuple[int, int, int], slices: int = 0) -> np.ndarray:
+    """Arrange the devices in an array of this shape, neighbours on the network next to each other (``make_mesh``)."""
     by_slice = {getattr(device, "slice_index", None) or 0 for device in devices}
     by_process = {device.process_index for device in devices}
     slices = slices or len(by_slice)
-    # On these a ring of the mesh may have to bend around the torus of the chips.
+    # On TPUs a ring of the mesh may have to bend around the torus of the chips.
     bend = {"allow_split_physical_axes": devices[0].platform == "tpu"}
     if slices == 1 and len(by_slice) == 1:
         return mesh_utils.create_device_mesh(shape, devices, **bend)
     if slices not in (len(by_slice), len(by_process)) or (slices != len(by_slice) > 1):
         there = len(by_slice) if len(by_slice) > 1 else len(by_process)
         kind = "slices" if len(by_slice) > 1 else "processes, and the devices name no slices"
-        raise ValueError(f"mesh.slices = {slices}, but the {len(devices)} devices lie in {there} {kind}; use {there}")
+        raise ValueError(f"mesh.slices = {slices}, but the {len(devices)} devices are in {there} {kind}; use {there}")
     check_divisible("mesh.data", shape[0], slices, "mesh.slices")
     return mesh_utils.create_hybrid_device_mesh(
         (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, process_is_granule=len(by_slice) == 1, **bend
@@ -78,26 +77,26 @@ def device_grid(devices: list, shape: tuple[int, int, int], slices: int = 0) -> 
 
 
 def weight_spec(axes: tuple[str | None, ...]) -> P:
-    """Where a weight with these logical axes is stored."""
+    """Return the spec by which a weight with these logical axes is stored."""
     return P(*(None if axis is None else WEIGHT_RULES[axis] for axis in axes))
 
 
 def all_gather_embed(weight: jax.Array, *axes: str | None) -> jax.Array:
-    """A weight as a matrix product wants it: the shards along ``embed`` collected, the rest in place.
+    """All-gather a weight along ``embed`` for a matrix product; its other axes stay sharded.
 
-    Called on one layer's weights inside the scan over layers, so that at most one layer is whole.
+    Call it on one layer's weights inside the scan over layers, so that at most one layer is gathered at a time.
     """
     return jax.reshard(weight, P(*(None if axis in (None, "embed") else WEIGHT_RULES[axis] for axis in axes)))
 
 
 def reshard_for_decoding(weight: jax.Array, rules: str) -> jax.Array:
-    """A weight, or a stack of a weight of every layer, moved to where ``DECODE_RULES[rules]`` want it."""
+    """Reshard a weight, or the stack of a weight of every layer, by ``DECODE_RULES[rules]``."""
     kept = {axis for axis in DECODE_RULES[rules].values() if axis is not None}
     return jax.reshard(weight, P(*(axis if axis in kept else None for axis in jax.typeof(weight).sharding.spec)))
 
 
 def lookup(table_VxD: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
-    """The rows [B, L, D] of a table that lies over ``tensor`` along V: every device reads those that it has."""
+    """Return the rows [B, L, D] of a table whose V is sharded over ``tensor``: each device reads the rows it has."""
     vocab = WEIGHT_RULES["vocab"]
 
     def own(table_RxD, tokens_BxL):
@@ -110,13 +109,13 @@ def lookup(table_VxD: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
 
 
 def offload_to_host(tree):
-    """Arrays of the mesh in the memory of the devices' hosts, shards where they are."""
+    """Move arrays to pinned host memory, every shard to its device's host."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), tree)
 
 
 def bring_to_device(tree):
-    """The tree with those of its arrays that are in the hosts' memory brought to the devices, while tracing too: there
-    they come for their use and are gone after it."""
+    """Move arrays from pinned host memory to the device; others stay. In a traced function they arrive just before
+    their use and are freed after it."""
 
     def bring(x):
         is_away = jax.typeof(x).memory_space == jax.memory.Space.Host
@@ -126,32 +125,25 @@ def bring_to_device(tree):
 
 
 def batch_spec(*rest: str | None) -> P:
-    """Spec of an activation: rows over data and fsdp, the other axes as named."""
+    """Return the spec of an activation: rows over data and fsdp, the other axes as named."""
     return P(BATCH, *(None if axis is None else WEIGHT_RULES[axis] for axis in rest))
 
 
 def batch_ways(mesh: Mesh | None = None) -> int:
-    """Over how many devices a mesh, or the current one, spreads the rows of a batch."""
+    """Return the number of devices over which ``mesh``, or the current one, spreads the rows of a batch."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return math.prod(shape[axis] for axis in BATCH)
 
 
 def platform() -> str:
-    """The platform of the current mesh's devices: while a program is compiled for others, not the machine's own."""
+    """Return the platform of the current mesh's devices, which need not be this machine's: programs are also compiled
+    ahead of time."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def first_rows(x: jax.Array, count: int) -> jax.Array:
-    """The first ``count`` rows of every device's share of x [B, ...]: nothing moves between devices."""
-    ways = batch_ways()
-    spec = jax.typeof(x).sharding.spec[1:]
-    apart = jnp.reshape(x, (ways, x.shape[0] // ways, *x.shape[1:]), out_sharding=P(BATCH, None, *spec))
-    return jnp.reshape(apart[:, :count], (ways * count, *x.shape[1:]), out_sharding=P(BATCH, *spec))
-
-
 def repeat_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
-    """Every row of x, along ``axis``, ``count`` times, one after the other: nothing moves between devices."""
+    """Repeat every row of x along ``axis`` ``count`` times, next to each other; nothing moves between devices."""
     shape = (*x.shape[: axis + 1], count, *x.shape[axis + 1 :])
     apart = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
     whole = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
@@ -159,7 +151,8 @@ def repeat_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
 
 
 def micro_batches(x: jax.Array, count: int) -> jax.Array:
-    """x [B, ...] as [count, B / count, ...]; every part holds rows of every device, so nothing moves between them."""
+    """Split x [B, ...] into [count, B / count, ...]. Every part has rows of every device, so nothing moves between
+    them."""
     ways = batch_ways()
     spec = jax.typeof(x).sharding.spec[1:]
     rows = x.shape[0] // ways // count
@@ -169,10 +162,10 @@ def micro_batches(x: jax.Array, count: int) -> jax.Array:
 
 
 def put_batch(tree, mesh: Mesh):
-    """Places host arrays [B, ...] on the mesh, rows over data and fsdp, and shared prefixes whole on every device.
+    """Put host arrays [B, ...] on the mesh, rows over data and fsdp, shared prefixes replicated.
 
-    Every process holds the same global batch and places only its own rows. Raises ValueError where B is
-    not divisible by data * fsdp.
+    Every process holds the same global batch and puts only its own rows. Raises ValueError if B is not divisible by
+    data * fsdp.
     """
     ways = batch_ways(mesh)
 
@@ -188,26 +181,27 @@ def put_batch(tree, mesh: Mesh):
 
 
 def replicate(tree):
-    """The arrays with a copy on every device, so that every process can fetch them; in compiled functions."""
+    """Replicate arrays over all devices, so that every process can fetch them; call it in compiled functions."""
     return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), tree)
 
 
 def to_host(tree):
-    """The arrays, whole, on the host of every process; all processes must call it together."""
+    """Fetch whole arrays to the host of every process; all processes must call it together."""
     return jax.device_get(tree if jax.process_count() == 1 else jax.jit(replicate)(tree))
 
 
 def check_divisible(name: str, size: int, ways: int, axes: str = "mesh data*fsdp") -> None:
-    """Raises ValueError, with sizes that work, where ``size`` cannot be spread over the ``ways`` of ``axes``."""
+    """Raise ValueError, naming sizes that work, if ``ways``, the size of the mesh axes ``axes``, does not divide
+    ``size``."""
     if size % ways:
         below = size // ways * ways
         near = f"{below} or {below + ways}" if below else str(ways)
         raise ValueError(f"{name} = {size} is not divisible by {axes} = {ways}; use {near}")
 
 
-def nearest_mesh(sizes: dict[str, int], device_count: int) -> str:
-    """What to say where ``sizes`` by axis (-1: all that remain) do not fit: the nearest sizes of one axis that do, the
-    other axes as they are; or what fits any number of devices."""
+def suggest_mesh(sizes: dict[str, int], device_count: int) -> str:
+    """Return the remedy of an error message for ``sizes`` by axis (-1: all devices that remain) that do not fit: the
+    nearest sizes of one axis that do, the others unchanged; else a mesh that fits any number of devices."""
     is_open = -1 in sizes.values()
     for axis in sorted(("fsdp", "data", "tensor"), key=lambda axis: sizes[axis] <= 1):
         others = math.prod(size for name, size in sizes.items() if name != axis and size != -1)

@@ -18,7 +18,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-Params = Any  # a nested dict of arrays, declared by models.transformer.param_specs
+Params = Any  # a nested dict of arrays, declared by models.architecture.param_specs
 
 
 @struct.dataclass
@@ -30,8 +30,8 @@ class Prompts:
         tokens  0   0   17  4   9
         mask    F   F   T   T   T
 
-    ``prefix_C`` int32, where it is given: the tokens that every row of the view starts with, in one row without
-    padding, and then not repeated in ``tokens_BxP``. A row reads prefix_C, then its own tokens.
+    ``prefix_C`` int32 or None: tokens that every row of the view starts with, as one row without padding; they are
+    not repeated in ``tokens_BxP``. A row reads prefix_C, then its own tokens.
     """
 
     tokens_BxP: jax.Array
@@ -40,8 +40,8 @@ class Prompts:
 
 
 def map_rows(function: Callable, tree, shared: Callable = lambda array: array):
-    """The tree with ``function`` of every array whose leading axis is the batch, and ``shared`` of every
-    ``prefix_C``, which has no such axis."""
+    """Map ``function`` over the arrays of a tree that have a leading batch axis, and ``shared`` over every
+    ``prefix_C``, which has none."""
 
     def node(value):
         if not isinstance(value, Prompts):
@@ -56,9 +56,9 @@ def map_rows(function: Callable, tree, shared: Callable = lambda array: array):
 class Batch:
     """A global batch: the same questions in several views.
 
-    ``bare`` is x, ``context`` is (c, x), and ``other`` is (c', x') under a different context c', the
-    rows on which the student is held to its old obedience, or None where no retention is wanted.
-    ``row_number_B`` int32 names each row; sampling keys derive from it, not from the row's place.
+    ``bare`` is x, ``context`` is (c, x), and ``other`` is (c', x') under a different context c': the rows on which
+    the student must still follow its context as before training. None: no such retention.
+    ``row_number_B`` int32 names each row; sampling keys derive from it, not from the row's place in the batch.
     """
 
     bare: Prompts
@@ -70,7 +70,7 @@ class Batch:
 @struct.dataclass
 class Rollout:
     """Sampled responses y. ``mask_BxT`` is True up to and including the first end token;
-    ``logprobs_BxT`` (nats, float32) are under the distribution sampled from, 0 where the mask is False."""
+    ``logprobs_BxT`` (nats, float32) are under the distribution sampled from, 0 for masked tokens."""
 
     tokens_BxT: jax.Array
     mask_BxT: jax.Array
@@ -81,7 +81,7 @@ class Rollout:
 class PrefixKV:
     """Keys and values of a prefix that all rows share, [N, K, C, Dh]: a function of the weights and of prefix_C.
 
-    Valid as long as the weights it was computed from: once per run for a frozen model, once per step for a student.
+    It is valid as long as the weights are: compute it once per run for a frozen model, once per step for a student.
     """
 
     keys: jax.Array
@@ -93,10 +93,10 @@ class KVCache:
     """Keys and values of all layers, and one write cursor for all rows.
 
     Left padding makes one scalar cursor enough: every row writes the same column at the same time.
-    ``keys`` are [N, B, K, Dh, M] and ``values`` [N, B, K, M, Dh], in shallow models tuples of N such arrays without
-    the axis of layers. That way round each of the two products of a query reads them in the order they lie in.
-    ``mask_BxM`` is True where a slot holds a real token. ``prefix`` is what all rows read before their slots, or
-    None; in shallow models a tuple of N, [K, C, Dh] each.
+    ``keys`` are [N, B, K, Dh, M] and ``values`` [N, B, K, M, Dh]; models that decode without a scan have tuples of N
+    such arrays without the axis of layers. In these orders both products of a query read memory contiguously.
+    ``mask_BxM`` is True for slots that hold a real token. ``prefix`` is what all rows read before their slots, or
+    None; without a scan a tuple of N, [K, C, Dh] each.
     """
 
     keys: jax.Array | tuple[jax.Array, ...]
@@ -106,7 +106,7 @@ class KVCache:
     prefix: PrefixKV | tuple[PrefixKV, ...] | None = None
 
     def extend(self, slots: int) -> KVCache:
-        """The same with room for ``slots`` columns."""
+        """Return the same cache with room for ``slots`` columns."""
         more = slots - self.mask_BxM.shape[1]
 
         def padded(tree, axis: int):
@@ -120,10 +120,10 @@ class KVCache:
 class TrainState:
     """All that a step replaces.
 
-    ``params`` are what is trained: all weights, or an adapter's (models/lora.py). Frozen weights stay outside, since
+    ``params`` are what is trained: all weights, or an adapter's (models/lora.py). Frozen weights are not in it, because
     a step neither writes nor saves them. ``key`` is the root key and never changes: the randomness of a step is a
-    pure function of (key, step, stream, row, position). ``ema`` is the moving average of ``params``, where the loss
-    has a use for it.
+    pure function of (key, step, stream, row, position). ``ema`` is the moving average of ``params``, if the loss
+    uses it.
     """
 
     step: jax.Array
@@ -137,9 +137,9 @@ class TrainState:
 class Frozen:
     """Weights that a step reads and never changes.
 
-    ``teacher`` is f; ``base`` is what the student's adapter is joined to, or None where all its weights are trained.
-    They may be the same arrays, and are then held once. ``teacher_prefix`` is what the teacher made of the prefix that
-    all rows of the context view start with, or None where they share none: it goes with these weights and no others.
+    ``teacher`` is f; ``base`` is what the student's adapter is joined to, None if all its weights are trained.
+    Both may be the same arrays, which are then held once. ``teacher_prefix`` holds the teacher's keys and values of the
+    prefix that all rows of the context view start with, None if they share none.
     """
 
     teacher: Params
@@ -149,16 +149,16 @@ class Frozen:
 
 @struct.dataclass
 class Mean:
-    """A mean kept as (total, count), so that micro-batches, devices and hosts can be added up first
-    and divided once. An empty mean is 0, not NaN."""
+    """A mean kept as (total, count), so that those of micro-batches, devices and hosts can be added first and divided
+    once. An empty mean is 0, not NaN."""
 
     total: jax.Array
     count: jax.Array
 
     @classmethod
     def of(cls, values: jax.Array, mask: jax.Array) -> Mean:
-        """The masked mean of ``values``; a masked value may be NaN or infinite without harm, in value
-        and in gradient."""
+        """Return the masked mean of ``values``. A masked value may be NaN or infinite; neither the mean nor its
+        gradient sees it."""
         mask = jnp.broadcast_to(mask, values.shape)
         return cls(jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32))
 
@@ -172,7 +172,7 @@ class Mean:
 
 @struct.dataclass
 class Max:
-    """A maximum, of numbers that are not negative, which parts of a batch add up to as they do to a Mean."""
+    """A maximum of numbers that are not negative; as with a Mean, ``+`` joins those of a batch's parts."""
 
     value: jax.Array
 

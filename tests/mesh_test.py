@@ -187,18 +187,18 @@ def devices_of(slices: int, each: int) -> list:
 
 
 def test_rows_alone_are_spread_over_slices():
-    grid = sharding.device_grid(devices_of(2, 4), (4, 2, 1))
+    grid = sharding.arrange_devices(devices_of(2, 4), (4, 2, 1))
     for place, device in np.ndenumerate(grid):
         assert device.slice_index == place[0] // 2, place
 
 
 def test_slices_that_do_not_fit_are_named_with_what_would():
     with pytest.raises(ValueError, match="mesh.data = 1 is not divisible by mesh.slices = 2; use 2"):
-        sharding.device_grid(devices_of(2, 4), (1, 8, 1))
-    with pytest.raises(ValueError, match="mesh.slices = 4, but the 8 devices lie in 2 slices; use 2"):
-        sharding.device_grid(devices_of(2, 4), (4, 2, 1), slices=4)
-    with pytest.raises(ValueError, match="mesh.slices = 2, but the 8 devices lie in 1 processes"):
-        sharding.device_grid(jax.devices(), (8, 1, 1), slices=2)
+        sharding.arrange_devices(devices_of(2, 4), (1, 8, 1))
+    with pytest.raises(ValueError, match="mesh.slices = 4, but the 8 devices are in 2 slices; use 2"):
+        sharding.arrange_devices(devices_of(2, 4), (4, 2, 1), slices=4)
+    with pytest.raises(ValueError, match="mesh.slices = 2, but the 8 devices are in 1 processes"):
+        sharding.arrange_devices(jax.devices(), (8, 1, 1), slices=2)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def param_specs(config: ModelConfig) -> dict:
     """Declare every parameter, those of the layers stacked along a leading axis N. Tied models have no head.
 
     Matrices start with standard deviation 1/sqrt(inputs): the usual 0.02 leaves small models untrained
-    (benchmarks/README.md, "Initial values"). Norms start by multiplying by 1.
+    (benchmarks/README.md, "Choices in models/"). Norms start by multiplying by 1.
     """
     d, f, n, v = config.width, config.mlp_width, config.layers, config.vocab_size
     q, kv, dh = config.query_heads * config.head_dim, config.kv_heads * config.head_dim, config.head_dim

@@ -179,7 +179,7 @@ def _attend(q_BxHxLxDh, sources) -> jax.Array:
 
 def _rows_first(x, source: Source):
     """Convert between [B, K, ...] and the order of the source's scores, [K, B, ...] if all rows share the keys: so the
-    product needs no transposed copy of the scores (benchmarks/README.md, context_cost.py). Its own inverse."""
+    product needs no transposed copy of the scores (benchmarks/README.md, "Choices in models/"). Its own inverse."""
     return x.swapaxes(0, 1) if source.keys.ndim == 3 else x
 
 

@@ -1,10 +1,11 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): each target matrix becomes W + alpha / rank * A @ B, and only A and B
 are trained.
 
-An adapter is a parameter tree of its own. Joined to the base's, it makes a tree that every pass of the transformer
-runs, decoding too: there the products are not merged into W beforehand. Merging would save rank * (1/in + 1/out) of
-the arithmetic and of the weights' traffic (0.8 % at rank 16 and width 4,096), need a second copy of the base, and in
-bfloat16 round a young adapter away: rollouts would then come from another model than the one that is scored.
+An adapter is a parameter tree of its own. ``join`` makes one tree of the base and the adapter, which every pass of the
+transformer runs. Decoding runs it too, without merging the products into W first. Merging would save only
+rank * (1/in + 1/out) of the arithmetic and of the weights' traffic (0.8 % at rank 16 and width 4,096). It would need a
+second copy of the base, and in bfloat16 it would round a young adapter away: rollouts would then come from a different
+model than the one that is scored.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ctxjax.models import transformer
+from ctxjax.models.architecture import ModelConfig, param_specs
 from ctxjax.models.params import ParamSpec
-from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -24,7 +24,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """``rank`` is R, ``alpha`` / rank the factor of A @ B, ``targets`` the matrices that have an adapter."""
+    """``rank`` is R, ``alpha`` / rank multiplies A @ B, ``targets`` are the matrices that have an adapter."""
 
     rank: int
     alpha: float
@@ -36,12 +36,12 @@ class LoraConfig:
 
 
 def specs(model: ModelConfig, config: LoraConfig) -> dict:
-    """The declaration of an adapter: ``{t}_lora_a`` [N, in, R] and ``{t}_lora_b`` [N, R, out] for each target t.
+    """Declare an adapter: ``{t}_lora_a`` [N, in, R] and ``{t}_lora_b`` [N, R, out] for each target t.
 
-    A starts with the standard deviation that PEFT's uniform values have, 1 / sqrt(3 in), B at zero: the student of
-    step 0 is the base.
+    A starts with the standard deviation of PEFT's uniform values, 1 / sqrt(3 in), and B at zero, so that the student
+    of step 0 is the base.
     """
-    base, layers = transformer.param_specs(model)["layers"], {}
+    base, layers = param_specs(model)["layers"], {}
     for target in config.targets:
         (count, inputs, outputs), (_, in_axis, out_axis), _ = base[target]
         a_axes, b_axes = ("layers", in_axis, None), ("layers", None, out_axis)
@@ -51,14 +51,14 @@ def specs(model: ModelConfig, config: LoraConfig) -> dict:
 
 
 def join(base: Params, adapter: Params, config: LoraConfig) -> Params:
-    """The adapted model as one tree: the base's own arrays beside A and the scaled B. Nothing of the base is copied."""
+    """Return the adapted model as one tree: the base's own arrays, A, and B times alpha / rank. Nothing is copied."""
     scaled = {name: w * config.scale if name.endswith("_lora_b") else w for name, w in adapter["layers"].items()}
     return base | {"layers": base["layers"] | scaled}
 
 
 def merged_weight(weights: dict, name: str, dtype=None) -> jax.Array:
-    """The matrix ``name`` of a joined tree's layers, or of one layer, with its adapter, if any, added in float32; in
-    ``dtype`` or in its own."""
+    """Return the matrix ``name`` of a joined tree's layers, or of one layer, with its adapter, if any, added in float32
+    and then cast to ``dtype``, None: the matrix's own."""
     weight, dtype = weights[name], dtype or weights[name].dtype
     if f"{name}_lora_a" in weights:
         a, b = (weights[f"{name}_lora_{part}"].astype(jnp.float32) for part in "ab")
@@ -67,6 +67,6 @@ def merged_weight(weights: dict, name: str, dtype=None) -> jax.Array:
 
 
 def merged(params: Params) -> Params:
-    """A joined tree as plain weights, without adapters."""
+    """Return a joined tree as plain weights, without adapters."""
     layers = params["layers"]
     return params | {"layers": {name: merged_weight(layers, name) for name in layers if "_lora_" not in name}}

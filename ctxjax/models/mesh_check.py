@@ -1,4 +1,4 @@
-"""Whether a model's dimensions can be spread over a mesh."""
+"""Check that a mesh divides a model's dimensions."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 from jax.sharding import Mesh
 
-from ctxjax.models.transformer import ModelConfig
+from ctxjax.models.architecture import ModelConfig
 
-# Mesh axis -> the dimensions that lie over it, by their names in ModelConfig. Heads are spread whole.
+# Mesh axis -> the dimensions sharded over it, by their names in ModelConfig. A head is never split.
 DIMENSIONS = {"fsdp": ("width",), "tensor": ("query_heads", "kv_heads", "mlp_width", "vocab_size")}
 
 
 def check_model_fits_mesh(config: ModelConfig, mesh: Mesh, model: str) -> None:
-    """Raises ValueError where a dimension is not divisible by its mesh axis, with the nearest sizes of the axis that
-    divide them all. ``model`` is what the message calls the model."""
+    """Raise ValueError if a dimension is not divisible by its mesh axis, naming the nearest sizes of the axis that
+    divide them all. ``model`` is the model's name in the message."""
     for axis, names in DIMENSIONS.items():
         ways, sizes = mesh.shape[axis], {name: getattr(config, name) for name in names}
         bad = ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % ways)

@@ -1,7 +1,7 @@
 """Parameters as plain nested dicts, declared once as a tree of ParamSpec.
 
-Abstract shapes (``eval_shape`` of a 70B model on a laptop), shardings and initial values are three
-maps over the same declaration, so they cannot disagree.
+Abstract shapes (``eval_shape`` of a 70B model on a laptop), shardings and initial values are three maps over the same
+declaration, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ctxjax.types import Params
 
 
 class ParamSpec(NamedTuple):
-    """One array: its shape, the logical name of every axis, and the standard deviation of its initial
-    values (0: zeros, None: ones)."""
+    """One array: its shape, the logical name of every axis, and the standard deviation of its initial values (0: zeros,
+    None: ones)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -32,12 +32,12 @@ def _is_spec(node) -> bool:
 
 
 def shardings(specs, mesh: Mesh):
-    """The tree of NamedShardings in which the parameters live on ``mesh``."""
+    """Return the tree of NamedShardings of the parameters on ``mesh``."""
     return jax.tree.map(lambda s: NamedSharding(mesh, sharding.weight_spec(s.axes)), specs, is_leaf=_is_spec)
 
 
 def abstract(specs, mesh: Mesh, dtype=jnp.float32):
-    """The tree of ShapeDtypeStructs, with shardings; nothing is allocated."""
+    """Return the tree of ShapeDtypeStructs, with shardings; nothing is allocated."""
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=NamedSharding(mesh, sharding.weight_spec(s.axes))),
         specs,
@@ -46,17 +46,18 @@ def abstract(specs, mesh: Mesh, dtype=jnp.float32):
 
 
 def init(specs, key: jax.Array, mesh: Mesh, dtype=jnp.float32) -> Params:
-    """Initial values: normal with each spec's stddev. Each leaf's key is its index in the tree's order.
+    """Draw initial values: normal with each spec's stddev. Each leaf's key follows from its index in the tree's order.
 
-    Leaf by leaf: leaves that are declared alike share a compiled program, which the next tree finds again (an arm's
-    adapter, a teacher), and no more than one leaf is in the making."""
+    Leaf by leaf, so that equal specs share one compiled program, in later trees too, and memory holds the temporaries
+    of one leaf only.
+    """
     leaves, tree = jax.tree.flatten(specs, is_leaf=_is_spec)
     with jax.set_mesh(mesh):
-        return jax.tree.unflatten(tree, [_drawn(key, index, spec, dtype) for index, spec in enumerate(leaves)])
+        return jax.tree.unflatten(tree, [_draw(key, index, spec, dtype) for index, spec in enumerate(leaves)])
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "dtype"))
-def _drawn(key: jax.Array, index: jax.Array, spec: ParamSpec, dtype) -> jax.Array:
+def _draw(key: jax.Array, index: jax.Array, spec: ParamSpec, dtype) -> jax.Array:
     if spec.stddev is None:
         value = jnp.ones(spec.shape, dtype)
     elif spec.stddev == 0:
@@ -67,5 +68,5 @@ def _drawn(key: jax.Array, index: jax.Array, spec: ParamSpec, dtype) -> jax.Arra
 
 
 def count(specs) -> int:
-    """The number of scalars."""
+    """Return the number of scalars."""
     return sum(int(np.prod(s.shape)) for s in jax.tree.leaves(specs, is_leaf=_is_spec))

@@ -1,4 +1,4 @@
-"""What a layer keeps of its forward pass for the backward pass; the rest is computed again."""
+"""What a layer keeps of its forward pass for the backward pass, which recomputes the rest."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 _INPUT = "layer_input"
 
-# name -> a policy of jax.checkpoint, None: everything is kept. "full" keeps a layer's input alone: the least memory, a
-# third more arithmetic. "dots" keeps the results of products with weights too, which are nine tenths of the arithmetic.
-# "offload" keeps the input, in the host's memory: less still on the device, for the way there and back.
+# Name -> a policy of jax.checkpoint, None: keep everything. "full" keeps only a layer's input: least memory, a third
+# more arithmetic. "dots" also keeps the results of products with weights, nine tenths of the arithmetic. "offload"
+# keeps the input in pinned host memory: less memory on the device, but every input is copied to the host and back.
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -26,12 +26,12 @@ POLICIES = {
 
 
 def remat(layer: Callable, name: str) -> Callable:
-    """The body ``layer(x, weights)`` of a scan over layers, under the policy of this name."""
+    """Return ``layer(x, weights)``, the body of a scan over layers, under the policy of this name."""
     if POLICIES[name] is None:
         return layer
 
     def named(x, weights):
         return layer(checkpoint_name(x, _INPUT), weights)
 
-    # In a scan nothing of a layer can be merged with its recomputation, and the barriers against that cost memory.
+    # Inside a scan, XLA cannot merge a layer with its recomputation; the barriers that prevent it would cost memory.
     return jax.checkpoint(named, policy=POLICIES[name], prevent_cse=False)

@@ -178,7 +178,7 @@ def prefill(
 
 def _is_decoding_unrolled(config: ModelConfig) -> bool:
     """Shallow models, and all on GPUs, decode without a scan, which would copy each layer's cache out of one array for
-    every token (benchmarks/README.md, "accelerator.py"). Elsewhere deep models scan, because compiling takes longer
+    every token (benchmarks/README.md, "Choices in models/"). Elsewhere deep models scan, because compiling takes longer
     with every unrolled layer."""
     return config.layers <= 8 or platform() == "gpu"
 
