@@ -128,7 +128,7 @@ def test_a_run_that_fails_is_not_repeated(cloud):
         ("create.sh", ("--later",), {}, "unknown argument --later"),
         ("run.sh", ("--config=c",), {}, "--workdir is missing"),
         ("run.sh", ("--config=c", "--workdir=gs://b/r"), {}, "--workdir is a folder, not an address: set BUCKET"),
-        ("run.sh", (), {}, "what is to run"),
+        ("run.sh", (), {}, "nothing to run"),
         ("setup.sh", (), {"CTXJAX_TPU": "/no/file"}, "CTXJAX_TPU=/no/file cannot be read"),
     ],
 )

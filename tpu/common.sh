@@ -1,7 +1,7 @@
-# What all scripts here share: settings, checks, and the one way in which a cloud command is run. Sourced, not run.
+# Shared by all scripts in this folder: settings, checks, and the function that runs cloud commands. Source it.
 # shellcheck shell=bash
 #
-# Settings come from the environment, or from the file that CTXJAX_TPU names (tpu/example.env shows them all).
+# Settings come from the environment, or from the file in CTXJAX_TPU (tpu/example.env shows all settings).
 
 set -euo pipefail
 
@@ -12,18 +12,18 @@ if [ -n "${CTXJAX_TPU:-}" ]; then
 fi
 
 PROJECT=${PROJECT:-} ZONE=${ZONE:-} NAME=${NAME:-} TYPE=${TYPE:-} REPOSITORY=${REPOSITORY:-} # see tpu/example.env
-DRY_RUN=${DRY_RUN:-0}       # 1: print every cloud command instead of running it
-SLICES=${SLICES:-1}         # slices of TYPE; more than one are connected over the data-center network
-SPOT=${SPOT:-0}             # 1: cheaper, and may be taken away at any time
-RUNTIME=${RUNTIME:-}        # software version; empty: by TYPE
+DRY_RUN=${DRY_RUN:-0}       # 1: print cloud commands instead of running them
+SLICES=${SLICES:-1}         # number of slices of TYPE; several are connected over the data-center network
+SPOT=${SPOT:-0}             # 1: spot capacity: cheaper, but it may be taken away at any time
+RUNTIME=${RUNTIME:-}        # software version; empty: chosen by TYPE
 BRANCH=${BRANCH:-main}      # of REPOSITORY
-BUCKET=${BUCKET:-}          # of Cloud Storage, mounted by setup.sh as MOUNT on every host; empty: none
+BUCKET=${BUCKET:-}          # Cloud Storage bucket; setup.sh mounts it as MOUNT on every host; empty: none
 MOUNT=${MOUNT:-/mnt/bucket}
-LOGS=${LOGS:-logs}          # folder on this machine for the workers' output
+LOGS=${LOGS:-logs}          # local folder for the output of all hosts
 
 fail() { echo "$*" >&2; exit 2; }
 
-# need NAME...: ends with a message where a setting is missing.
+# need NAME...: end with a message if a setting is missing.
 need() {
   local setting
   for setting in "$@"; do
@@ -31,7 +31,7 @@ need() {
   done
 }
 
-# run COMMAND...: runs it, or prints it where DRY_RUN=1, quoted as a shell reads it.
+# run COMMAND...: run it, or print it with shell quoting if DRY_RUN=1.
 run() {
   if [ "$DRY_RUN" = 1 ]; then
     printf '%q ' "$@"
@@ -41,10 +41,10 @@ run() {
   fi
 }
 
-# shellcheck disable=SC2034  # which of them a script reads is its own business
+# shellcheck disable=SC2034  # not every script reads all of them
 readonly PROJECT ZONE NAME TYPE REPOSITORY DRY_RUN SLICES SPOT RUNTIME BRANCH BUCKET MOUNT LOGS
 
-# The software version that belongs to an accelerator type.
+# Print the software version for the accelerator type.
 runtime() {
   if [ -n "$RUNTIME" ]; then echo "$RUNTIME"; return; fi
   case "$TYPE" in
@@ -56,14 +56,14 @@ runtime() {
   esac
 }
 
-# The names of the slices' nodes, one a line.
+# Print the names of the slices' nodes, one per line.
 nodes() {
   local index
   if [ "$SLICES" = 1 ]; then echo "$NAME"; return; fi
   for ((index = 0; index < SLICES; index++)); do echo "$NAME-$index"; done
 }
 
-# on_workers NODE COMMAND: on all of a node's hosts at once.
+# on_workers NODE COMMAND: run the command on all hosts of a node at the same time.
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$1" --project="$PROJECT" --zone="$ZONE" --worker=all --command="$2"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for the slices: through the queue (default), where the request waits until there is capacity, or with --now.
+# Request the slices: through the queue (default; the request waits for capacity), or directly with --now.
 #   tpu/create.sh [--now]
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -9,7 +9,7 @@ version=$(runtime)
 extra=()
 [ "$SPOT" = 1 ] && extra=(--spot)
 if [ "${1:-}" = "--now" ]; then
-  [ "$SLICES" = 1 ] || fail "--now makes one slice; SLICES=$SLICES come through the queue"
+  [ "$SLICES" = 1 ] || fail "--now makes one slice; SLICES=$SLICES need the queue: leave --now out"
   run gcloud compute tpus tpu-vm create "$NAME" --project="$PROJECT" --zone="$ZONE" \
     --accelerator-type="$TYPE" --version="$version" "${extra[@]}"
   exit

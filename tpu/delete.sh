@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Gives the slices back. Checkpoints are in the run's workdir, not on them.
-#   tpu/delete.sh [--now]      --now: those that were made with create.sh --now
+# Delete the slices. Checkpoints are in the run's workdir, not on the slices.
+#   tpu/delete.sh [--now]      --now: for slices made with create.sh --now
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 need PROJECT ZONE NAME

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Runs one command on every host of every slice, with all output in LOGS/NAME.log here and in ~/run.log there.
+# Run one command on every host of every slice. All output goes to LOGS/NAME.log here and to ~/run.log on the hosts.
 #   tpu/run.sh [--resume] --config=configs/llama3.py:medical --workdir=/mnt/bucket/runs/medical [--config.field=value ...]
-# With --resume it waits for preempted slices, asks for new ones, sets them up, and repeats the same command, which goes
-# on from the latest checkpoint; until it ends by itself.
+# With --resume: after a preemption, request new slices if they are gone, set them up, and repeat the same command, which
+# resumes from the latest checkpoint. This goes on until the command ends by itself.
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 need PROJECT ZONE NAME
 
-PREEMPTED=${PREEMPTED:-75}  # the exit code of a run that was told to stop and has saved its state
-WAIT=${WAIT:-60}            # seconds between looks at a slice that is being made
+PREEMPTED=${PREEMPTED:-75}  # exit code of a run that was stopped by SIGTERM and saved its state
+WAIT=${WAIT:-60}            # seconds between checks of a slice that is being created
 here=$(dirname "$0")
 
 resume=0
 if [ "${1:-}" = "--resume" ]; then resume=1; shift; fi
-[ $# -gt 0 ] || fail "what is to run? tpu/run.sh --config=FILE --workdir=DIR"
-case " $* " in *" --workdir="*) ;; *) fail "--workdir is missing; a bucket or folder that all hosts share" ;; esac
+[ $# -gt 0 ] || fail "nothing to run: tpu/run.sh --config=FILE --workdir=DIR"
+case " $* " in *" --workdir="*) ;; *) fail "--workdir is missing; give a folder that all hosts share" ;; esac
 
 case " $* " in *" --workdir="*://*) fail "--workdir is a folder, not an address: set BUCKET, repeat tpu/setup.sh, and use --workdir=$MOUNT/..." ;; esac
 
@@ -26,11 +26,11 @@ once() {
   [ "$DRY_RUN" = 1 ] || mkdir -p "$LOGS"
   first=$(nodes | head -n 1)
   while read -r node; do
-    if [ "$SLICES" != 1 ]; then # what hosts of several slices need, to find one another
+    if [ "$SLICES" != 1 ]; then # hosts of several slices need this to find each other
       coordinator="MEGASCALE_COORDINATOR_ADDRESS=$(address "$first") MEGASCALE_NUM_SLICES=$SLICES MEGASCALE_SLICE_ID=$index "
     fi
     index=$((index + 1))
-    # Where the bucket is not mounted, its folder would be one of this host, and go with it.
+    # If the bucket is not mounted, its folder would be on the host's own disk and be lost with the host.
     mounted=""
     if [ -n "$BUCKET" ]; then printf -v mounted 'mountpoint -q %q && ' "$MOUNT"; fi
     command="${mounted}cd ctxjax && set -o pipefail && env $flags$coordinator../venv/bin/python -m ctxjax.main$arguments 2>&1 | tee -a ~/run.log"
@@ -45,7 +45,7 @@ once() {
   return "$code"
 }
 
-# The internal address of a node's first host.
+# Print the internal address of a node's first host.
 address() {
   if [ "$DRY_RUN" = 1 ]; then echo "ADDRESS-OF-$1"; return; fi
   gcloud compute tpus tpu-vm describe "$1" --project="$PROJECT" --zone="$ZONE" \
@@ -67,11 +67,11 @@ while true; do
   once || code=$?
   if [ "$code" = 0 ] || [ "$resume" = 0 ] || [ "$DRY_RUN" = 1 ]; then exit "$code"; fi
   if [ "$code" != "$PREEMPTED" ] && all_ready; then
-    echo "the run failed with exit code $code on slices that are there; see $LOGS" >&2
+    echo "the run failed with exit code $code, and the slices are ready; see $LOGS" >&2
     exit "$code"
   fi
   if ! all_ready; then
-    echo "preempted; asking for new slices" >&2
+    echo "preempted; requesting new slices" >&2
     "$here/delete.sh" || true
     "$here/create.sh"
     until all_ready; do sleep "$WAIT"; done

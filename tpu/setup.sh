@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs ctxjax on every host of every slice, and mounts BUCKET there. Safe to repeat: what is there is brought up to date.
+# Install ctxjax on every host of every slice, and mount BUCKET there. Safe to repeat: it updates an installation.
 #   tpu/setup.sh
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -15,8 +15,8 @@ python3 -m pip install -q --user uv
 ~/.local/bin/uv pip install -q --python venv/bin/python -e './ctxjax[tpu]'
 venv/bin/python -c 'import jax; print(jax.local_device_count(), jax.local_devices()[0].device_kind)'"
 if [ -n "$BUCKET" ]; then
-  # Checkpoints get their names by renaming folders, which gcsfuse does up to a limit; and what one host has written
-  # the others see at once, not when a cache has run out.
+  # Checkpoints are completed by renaming folders, which gcsfuse does up to a limit. Without a metadata cache all hosts
+  # see at once what one host has written.
   printf -v bucket '%q' "$BUCKET"
   printf -v mount '%q' "$MOUNT"
   install="$install
