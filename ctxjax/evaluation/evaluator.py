@@ -16,10 +16,11 @@ from ctxjax import rng
 from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import encode_rows
-from ctxjax.data.task import Row, Task, grade_response, make_evaluation_views
+from ctxjax.data.task import Row, Task, make_evaluation_views
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
+from ctxjax.evaluation.episodes import grade_episodes, single_turn_episodes
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
@@ -153,19 +154,8 @@ class Evaluator:
         return views_lib.decode(params, model, sampling, self._prompts[view], key, self._batch, self._mesh)
 
     def _grade(self, view: str, rollout: Rollout) -> list[dict]:
-        tokenizer, items = self._folder.tokenizer, []
-        kept = [tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
-        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-        samples = self._judged.samples
-        for place, (ids, text) in enumerate(zip(kept, texts)):
-            row = self._rows[view][place // samples]
-            grade = grade_response(self._task, text, row)
-            items.append({
-                "id": row.id, "view": view, "sample": place % samples, "question": row.question, "context": row.context,
-                "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
-                "length": len(ids), "truncated": int(ids[-1]) not in self._folder.stop_ids,
-            })  # fmt: skip
-        return items
+        episodes = single_turn_episodes(self._rows[view], rollout, self._judged.samples)
+        return grade_episodes(self._task, self._folder.tokenizer, self._folder.stop_ids, episodes, view)
 
     def _grade_against_defaults(self, items: list[dict], bare: Outcomes) -> dict[str, Outcomes]:
         """Return {"default": the bare responses graded against the base's default answers}; {} if the task has none."""

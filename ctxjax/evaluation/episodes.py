@@ -1,0 +1,45 @@
+"""What an evaluation grades: episodes of one or more turns.
+
+A single-turn question is an episode of one turn. A game is an episode of several: its player returns the same Episode,
+and everything after it (grading, harm, report) counts boards instead of questions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ctxjax.data.task import Row, Task, grade_response
+from ctxjax.types import Rollout
+
+TURN_BREAK = "\n\n"  # between the texts of an episode's turns
+
+
+class Episode(NamedTuple):
+    """Sample number ``sample`` of ``row``. ``turns``: the token ids of every response, end tokens included."""
+
+    row: Row
+    sample: int
+    turns: tuple[np.ndarray, ...]
+
+
+def single_turn_episodes(rows: list[Row], rollout: Rollout, samples: int) -> list[Episode]:
+    """One episode for every response of ``rollout`` [n * samples, T], a row's samples one after the other."""
+    responses = (tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT))
+    return [Episode(rows[i // samples], i % samples, (ids,)) for i, ids in enumerate(responses)]
+
+
+def grade_episodes(task: Task, tokenizer, stop_ids: tuple[int, ...], episodes: list[Episode], view: str) -> list[dict]:
+    """One item per episode, as items.jsonl has it. ``length``: tokens of all turns. ``truncated``: a turn was cut."""
+    texts = iter(tokenizer.batch_decode([ids for e in episodes for ids in e.turns], skip_special_tokens=True))
+    items = []
+    for row, sample, turns in episodes:
+        text = TURN_BREAK.join(next(texts) for _ in turns)
+        grade = grade_response(task, text, row)
+        items.append({
+            "id": row.id, "view": view, "sample": sample, "question": row.question, "context": row.context,
+            "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
+            "length": sum(len(ids) for ids in turns), "truncated": any(int(ids[-1]) not in stop_ids for ids in turns),
+        })  # fmt: skip
+    return items
