@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax.distill import chunked_head, losses
+from ctxjax.distill import chunked_head, objective
 from ctxjax.distill.anchors import ANCHORS
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS, Support, divergence, kl, token_logprob
 from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.terms import token_values
 from ctxjax.sharding import batch_spec, make_mesh
 
 pytestmark = pytest.mark.usefixtures("shardy")
@@ -271,7 +272,7 @@ def test_devices_exchange_no_logits_and_a_heads_gradient_once_behind_the_loop(su
     hidden, heads, mask, tokens = problem(0, rows=8, columns=9, width=width, vocab=vocab, views=THREE)
     model = dataclasses.replace(tiny_model, vocab_size=vocab)
     config = LossConfig(beta=0.5, support=support, top_k=4, clip=1.0)
-    function = functools.partial(losses.bare_and_anchor_values, config, (model, model))
+    function = functools.partial(token_values, objective.terms(config), (model, model), config.temperature)
     gradient = gradient_of(chunked_head.chunked, function, CHUNK, THREE)
     weights = weights_of(0, ["distill", "anchor"], mask)
     text = gradient.lower(hidden, heads, weights, mask, tokens).compile().as_text()
