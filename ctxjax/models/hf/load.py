@@ -1,8 +1,8 @@
-"""Hugging Face folders, read: config.json and safetensors. No pickle, no remote code.
+"""Read Hugging Face folders: config.json and safetensors. No pickle, no remote code.
 
-Weights stream: each shard of each parameter is put together on the host, straight from the mapped files, and handed to
-its device before the next is begun. So the host holds one shard (on a CPU the shard is the device's own memory, not
-a copy) and the pages of the tensor being read; and a process reads only what its own devices keep.
+Weights stream: each shard of each parameter is assembled in host memory and moved to its device before the next one. So
+the host holds one shard (on a CPU it becomes the device's own memory, not a copy) and the tensor being read, and a
+process reads only what its own devices keep.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ctxjax.types import Params
 
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3)}
 
-ALIGNMENT = 64  # bytes; a CPU device takes over host memory that begins at a multiple
+ALIGNMENT = 64  # bytes; a CPU device uses host memory without a copy if it starts at a multiple
 
 
 def family_of(fields: dict, folder: Path) -> Family:
-    """The family of a config.json's ``model_type``."""
+    """Return the family of a config.json's ``model_type``. Raises ValueError if it is not supported."""
     name = fields.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{folder}/config.json: model_type = {name!r} is not supported; known: {sorted(FAMILIES)}")
@@ -37,7 +37,7 @@ def family_of(fields: dict, folder: Path) -> Family:
 
 
 def read_fields(folder: Path) -> dict:
-    """The folder's config.json as it is. Raises FileNotFoundError or ValueError that names what is wrong."""
+    """Read the folder's config.json. Raises FileNotFoundError or ValueError that names what is wrong."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist")
@@ -45,7 +45,7 @@ def read_fields(folder: Path) -> dict:
 
 
 def read_config(folder: Path, dtype: str = "float32", remat: str = "none") -> ModelConfig:
-    """The architecture in a folder's config.json, to be computed in ``dtype``."""
+    """Read the architecture from a folder's config.json; ``dtype`` is the one it computes in."""
     fields = read_fields(folder)
     try:
         config = family_of(fields, folder).config_from_hf(fields)
@@ -57,7 +57,7 @@ def read_config(folder: Path, dtype: str = "float32", remat: str = "none") -> Mo
 
 
 def tensor_names(family: Family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
-    """Parameter path -> (tensor names, stored transposed, stacked over layers)."""
+    """Return parameter path -> (tensor names, whether they are stored transposed, whether layers are stacked)."""
     specs = transformer.param_specs(config)
     paths = {(ours,): ([theirs], flip, False) for ours, (theirs, flip) in TOP_NAMES.items() if ours in specs}
     for ours in specs["layers"]:
@@ -67,8 +67,8 @@ def tensor_names(family: Family, config: ModelConfig) -> dict[tuple[str, ...], t
     return paths
 
 
-def _check(folder: Path, config: ModelConfig, paths: dict, specs: dict) -> dict[str, safetensors_files.Stored]:
-    """The folder's tensors. Raises one ValueError that lists every missing, unexpected or unusable one."""
+def _check_tensors(folder: Path, config: ModelConfig, paths: dict, specs: dict) -> dict[str, safetensors_files.Stored]:
+    """Return the folder's tensors. Raises one ValueError that lists every missing, unexpected or unusable one."""
     found, problems = safetensors_files.find(folder)
     expected = {}
     for path, (tensors, flip, stacked) in paths.items():
@@ -93,14 +93,14 @@ def _check(folder: Path, config: ModelConfig, paths: dict, specs: dict) -> dict[
 
 
 def leaf(tree: dict, path: tuple[str, ...]):
-    """What lies at ``path`` in a nested dict."""
+    """Return the value at ``path`` in a nested dict."""
     for name in path:
         tree = tree[name]
     return tree
 
 
 def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") -> Params:
-    """The folder's weights as a parameter tree in ``dtype``, sharded over ``mesh``.
+    """Load the folder's weights as a parameter tree in ``dtype``, sharded over ``mesh``.
 
     Raises ValueError or FileNotFoundError, with every problem in one message.
     """
@@ -108,30 +108,31 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     family = family_of(read_fields(folder), folder)
     specs = transformer.param_specs(config)
     paths = tensor_names(family, config)
-    views = safetensors_files.Views(_check(folder, config, paths, specs))
+    stored = _check_tensors(folder, config, paths, specs)
     shardings = params_lib.shardings(specs, mesh)
 
-    def shard(tensors, flip, stacked, index, shape):
-        """One shard on the host: the part of every tensor of ``tensors`` that ``index`` cuts out."""
+    def make_shard(tensors, flip, stacked, index, shape):
+        """Assemble one shard on the host: the part ``index`` of every tensor of ``tensors``."""
         part = _aligned(shape, dtype)
         layers, rest = (range(len(tensors))[index[0]], index[1:]) if stacked else ([0], index)
         for target, layer in zip(part if stacked else [part], layers):
-            stored = views.view(tensors[layer])
-            safetensors_files.fill(target, stored[tuple(reversed(rest)) if flip else rest], flip)
-            views.release(tensors[layer])
+            piece = stored[tensors[layer]].read(tuple(reversed(rest)) if flip else rest)
+            safetensors_files.copy(target, piece, flip)
         return part
 
     params: dict = {"layers": {}}
     for path, names_and_layout in paths.items():
-        make = functools.partial(shard, *names_and_layout)
+        make = functools.partial(make_shard, *names_and_layout)
         leaf(params, path[:-1])[path[-1]] = _sharded(leaf(specs, path).shape, leaf(shardings, path), make)
     _check_values(folder, params, paths)
     return params
 
 
 def _check_values(folder: Path, params: Params, paths: dict) -> None:
-    """Raises ValueError with the names of the tensors in which a value is not finite, as in files that were damaged or
-    saved by a run that diverged. Reads the weights once, on their devices."""
+    """Raise ValueError with the names of the tensors that have a value which is not finite.
+
+    Such files were damaged, or saved by a run that diverged. Reads the weights once, on their devices.
+    """
     stacked = frozenset(".".join(path) for path, (_, _, is_stacked) in paths.items() if is_stacked)
     finite = jax.device_get(_finite({".".join(path): leaf(params, path) for path in paths}, stacked))
     bad = []
@@ -145,7 +146,7 @@ def _check_values(folder: Path, params: Params, paths: dict) -> None:
 
 @functools.partial(jax.jit, static_argnames="stacked")
 def _finite(arrays: dict[str, jax.Array], stacked: frozenset[str]) -> dict[str, jax.Array]:
-    """Whether all values of an array are finite; of a stacked one, by layer."""
+    """Return whether all values of each array are finite; for a stacked array, by layer."""
     return {
         name: jnp.all(jnp.isfinite(array), axis=tuple(range(name in stacked, array.ndim)))
         for name, array in arrays.items()
@@ -153,7 +154,7 @@ def _finite(arrays: dict[str, jax.Array], stacked: frozenset[str]) -> dict[str, 
 
 
 def _sharded(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) -> jax.Array:
-    """The array whose shards are ``make(index, shard's shape)``, one after the other; replicas are made once."""
+    """Build the array whose shards are ``make(index, shard's shape)``, one after the other; replicas are made once."""
     replicas: dict[str, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         replicas.setdefault(str(index), []).append((device, index))
@@ -167,7 +168,7 @@ def _sharded(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) ->
 
 
 def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """An empty array that a CPU device takes over as it is; other alignments would make it copy."""
+    """Allocate an array that a CPU device uses without a copy."""
     size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

@@ -1,42 +1,37 @@
-"""The safetensors files of a model folder: which tensor lies where, views of its bytes, and how they are moved.
-
-safetensors' own ``get_slice`` copies what it reads and keeps every page that it has touched in the process. Here the
-files are mapped: a view costs nothing until its bytes are read, and ``release`` hands the pages back.
-"""
+"""The safetensors files of a model folder: find the tensors, read parts of them, transpose them quickly."""
 
 from __future__ import annotations
 
 import json
-import math
-import mmap
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import constants
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX, SINGLE = constants.SAFETENSORS_INDEX_FILE, constants.SAFETENSORS_SINGLE_FILE
 STRIP_ROWS, CACHE_LINE = 64, 64  # rows, bytes
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": jnp.dtype(jnp.bfloat16)}
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies: its file, its first byte there, its shape, and its dtype as safetensors names it."""
+    """A tensor in a file: its name there, its shape, and its dtype as safetensors names it."""
 
     file: Path
-    start: int
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Return a copy of the part ``index``. The file is opened anew, since it keeps the pages read until closed."""
+        with safe_open(self.file, framework="np") as file:
+            return file.get_slice(self.name)[index]
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises FileNotFoundError or ValueError that names the file."""
+    """Read a JSON object. Raises FileNotFoundError or ValueError that names the file."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -48,25 +43,18 @@ def read_json(path: Path) -> dict:
     return fields
 
 
-def _header(path: Path) -> dict[str, Stored]:
-    """Every tensor of one file. safetensors checks the header, and that the file is as long as it says."""
+def _read_header(path: Path) -> dict[str, Stored]:
+    """Return every tensor of one file by name. safetensors checks the header and the file's length."""
     try:
-        with safe_open(path, framework="np"):
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Stored(path, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    return {
-        name: Stored(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
-        for name, entry in header.items()
-    }
 
 
 def _indexed_files(index: Path) -> dict[str, Path]:
-    """Tensor name -> file, as the index says. A file is named without a folder, or the index could point anywhere."""
+    """Return tensor name -> file as the index says. File names have no folder, or the index could point anywhere."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map from tensor names to files")
@@ -81,52 +69,27 @@ def _indexed_files(index: Path) -> dict[str, Path]:
 
 
 def find(folder: Path) -> tuple[dict[str, Stored], list[str]]:
-    """(tensors by name, complaints about tensors that the index names and its file lacks).
+    """Return (tensors by name, complaints about tensors that the index names and its file lacks).
 
     Raises FileNotFoundError or ValueError that names the file.
     """
     if (folder / INDEX).exists():
         files = _indexed_files(folder / INDEX)
-        headers = {file: _header(file) for file in sorted(set(files.values()))}
+        headers = {file: _read_header(file) for file in sorted(set(files.values()))}
         stored = {name: headers[file][name] for name, file in files.items() if name in headers[file]}
         return stored, [f"missing: {name} (the index says {files[name].name})" for name in files.keys() - stored]
     if (folder / SINGLE).exists():
-        return _header(folder / SINGLE), []
+        return _read_header(folder / SINGLE), []
     found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     hint = f"; it has {', '.join(found)}, but pickled weights are not read: convert them to safetensors"
     raise FileNotFoundError(f"{folder} has neither {SINGLE} nor its index{hint if found else ''}")
 
 
-class Views:
-    """Read-only arrays over the files' bytes. Not thread-safe; the files must not change while they are used."""
+def copy(target: np.ndarray, source: np.ndarray, flip: bool) -> None:
+    """Copy ``source``, or its transpose if ``flip``, into ``target`` with a cast.
 
-    def __init__(self, tensors: dict[str, Stored]):
-        self._tensors = tensors
-        self._maps: dict[Path, mmap.mmap] = {}
-
-    def view(self, name: str) -> np.ndarray:
-        """The tensor as it is stored; its bytes are read when they are used."""
-        stored = self._tensors[name]
-        if stored.file not in self._maps:
-            with open(stored.file, "rb") as file:
-                self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        count = math.prod(stored.shape)
-        flat = np.frombuffer(self._maps[stored.file], DTYPES[stored.dtype], count, stored.start)
-        return flat.reshape(stored.shape)
-
-    def release(self, name: str) -> None:
-        """Takes the tensor's pages out of this process; a later read brings them back."""
-        stored = self._tensors[name]
-        if hasattr(mmap, "MADV_DONTNEED"):
-            first = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps[stored.file].madvise(mmap.MADV_DONTNEED, first, stored.start + stored.nbytes - first)
-
-
-def fill(target: np.ndarray, source: np.ndarray, flip: bool) -> None:
-    """target = source, or its transpose, cast.
-
-    A transpose goes in strips of a few rows, whose lines of ``target`` stay in the cache, and by way of a copy whose
-    rows are one line longer than a power of two: 3 to 4.5 GB/s on one core, where numpy by itself makes 0.3.
+    A transpose goes in strips of a few rows, whose lines of ``target`` stay in the cache, through a buffer whose
+    rows are one cache line longer than a power of two, since lines at such distances evict each other.
     """
     if source.dtype == target.dtype:  # as plain integers, since numpy is slow with bfloat16
         source, target = (array.view(f"u{array.itemsize}") for array in (source, target))
@@ -139,3 +102,10 @@ def fill(target: np.ndarray, source: np.ndarray, flip: bool) -> None:
         rows = source[first : first + STRIP_ROWS]
         strip[: len(rows)] = rows
         target[:, first : first + STRIP_ROWS] = strip[: len(rows)].T
+
+
+def transpose(source: np.ndarray) -> np.ndarray:
+    """Return the transpose of a matrix as a contiguous array."""
+    target = np.empty(source.shape[::-1], source.dtype)
+    copy(target, source, flip=True)
+    return target

@@ -1,28 +1,29 @@
-"""Hugging Face folders, written: weights in safetensors shards, their index, and PEFT adapters.
+"""Write Hugging Face folders: weights in safetensors shards, their index, and PEFT adapters.
 
-A tensor leaves the device and is written while the next one is made, so that the host holds two tensors beside what
-the device holds. For that the files are written here: safetensors' own function takes all tensors of a file at once,
-and filling fresh memory with a whole shard took longer than writing it.
+One tensor at a time is gathered from the mesh to the host, and one shard at a time is held there and written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
 import functools
 import json
 import math
 from pathlib import Path
+import re
 import shutil
 from typing import NamedTuple
 import uuid
 
+from huggingface_hub import constants, split_state_dict_into_shards_factory
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from ctxjax.models import lora
 from ctxjax.models.hf import load as hf_load, safetensors_files
@@ -30,18 +31,15 @@ from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
-MAX_SHARD_BYTES = 5_000_000_000
-# At a time, and past Python's own buffer: on a virtual machine 4 GB/s, and larger or buffered writes at times below 1.
-WRITE_BYTES = 2**20
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # numpy's name -> safetensors'
+MAX_SHARD_BYTES = 2_000_000_000  # of a file, and of host memory beside the weights while it is written
 
 
 class _Tensor(NamedTuple):
-    """A tensor to be written; ``fill`` puts its values into a host array of this shape and type."""
+    """A tensor to be written; ``make`` returns it as a contiguous host array of this shape and dtype."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    fill: Callable[[np.ndarray], None]
+    make: Callable[[], np.ndarray]
 
     @property
     def nbytes(self) -> int:
@@ -50,9 +48,9 @@ class _Tensor(NamedTuple):
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which gets its name when the block ends, and is removed where it fails.
+    """Yield a temporary folder to write into. It gets its name when the block ends, and is removed if the block fails.
 
-    Raises FileExistsError where ``folder`` exists: nothing is overwritten.
+    Raises FileExistsError if ``folder`` exists: nothing is overwritten.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists; nothing was written. Choose another name")
@@ -70,8 +68,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def save(
     folder: Path, params: Params, config: ModelConfig, tokenizer, stop_ids: tuple[int, ...], model_type: str
 ) -> None:
-    """Writes a new model's folder that transformers opens: weights, config, tokenizer with chat template, generation
-    config. It appears under its name only when it is complete; raises FileExistsError where the name is taken."""
+    """Write a model folder that transformers opens: weights, config, tokenizer with chat template, generation config.
+
+    The folder appears under its name only when it is complete. Raises FileExistsError if the name is taken.
+    """
     family = hf_load.FAMILIES[model_type]
     generation = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -91,7 +91,7 @@ def write_json(path: Path, fields: dict) -> None:
 
 
 def with_dtype(fields: dict, dtype: str) -> dict:
-    """A config.json's fields with the weights' type where they name it: ``dtype``, or ``torch_dtype`` of old."""
+    """Return a config.json's fields with ``dtype`` in the field that names it, ``dtype`` or ``torch_dtype`` of old."""
     names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["torch_dtype"]
     return fields | dict.fromkeys(names, dtype)
 
@@ -104,10 +104,10 @@ def save_weights(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a parameter tree, an adapter joined to it merged in, under the family's names, in ``dtype`` or as it is.
+    """Write a parameter tree under the family's tensor names: a joined adapter merged in, cast to ``dtype`` if given.
 
-    One file, or several of at most ``max_shard_bytes`` (more where a single tensor is larger) and their index. Raises
-    OSError where the disk is too small, before anything is written where that can be known.
+    Writes one file, or several of at most ``max_shard_bytes`` (more if a single tensor is larger) and their index.
+    Raises OSError if the disk is too small, before anything is written if the free space shows it.
     """
     tensors = {}
     for (*_, name), (theirs, flip, stacked) in hf_load.tensor_names(family, config).items():
@@ -118,21 +118,23 @@ def save_weights(
     free = shutil.disk_usage(folder).free
     if total > free:
         raise OSError(errno.ENOSPC, f"the weights need {total / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free", folder)
-    shards = _shards(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        _write(folder / "model.safetensors", tensors)
-        return
-    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
-    for file, shard in files.items():
-        _write(folder / file, {name: tensors[name] for name in shard})
-    weight_map = {name: file for file, shard in files.items() for name in shard}
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=constants.SAFETENSORS_WEIGHTS_FILE_PATTERN,
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in shards.filename_to_tensors.items():
+        _write(folder / file, {name: tensors[name] for name in names})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(folder / safetensors_files.INDEX, index)
 
 
 def save_adapter(
     folder: Path, adapter: Params, model: ModelConfig, config: LoraConfig, family, base: str, dtype: str | None = None
 ) -> None:
-    """Writes an adapter as PEFT reads it, to be put onto the model folder or Hub id ``base``."""
+    """Write an adapter in PEFT's format, for the model folder or Hub id ``base``."""
     names, tensors = hf_load.tensor_names(family, model), {}
     for target in config.targets:
         for part in "ab":
@@ -156,76 +158,38 @@ def save_adapter(
     write_json(folder / "adapter_config.json", fields)
 
 
-def _shards(tensors: dict[str, _Tensor], most: int) -> list[list[str]]:
-    """The tensors' names in groups of at most ``most`` bytes, in order."""
-    shards, filled = [[]], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > most:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
-    return shards
-
-
 def _write(path: Path, tensors: dict[str, _Tensor]) -> None:
-    """A safetensors file: the header's length in 8 bytes, the header in JSON, and the tensors without gaps."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # without it transformers refuses the file
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        kind = DTYPES[tensor.dtype.name]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    queue = list(tensors.values())
-    buffers = np.empty((2, max(tensor.nbytes for tensor in queue)), np.uint8)
-
-    def made(place: int) -> np.ndarray:
-        tensor = queue[place]
-        part = buffers[place % 2, : tensor.nbytes]
-        tensor.fill(part.view(tensor.dtype).reshape(tensor.shape))
-        return part
-
-    def write(data) -> None:
-        rest = memoryview(data)
-        while rest:  # a disk that fills up takes a part, and then raises
-            rest = rest[file.write(rest[:WRITE_BYTES]) :]
-
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as maker:
-        write(len(text).to_bytes(8, "little") + text)
-        coming = maker.submit(made, 0)
-        for place in range(len(queue)):
-            part = coming.result()
-            if place + 1 < len(queue):
-                coming = maker.submit(made, place + 1)
-            write(part)
+    """Write one safetensors file, readable by whom the umask allows. Raises OSError if the disk refuses."""
+    arrays = {name: tensor.make() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # save_file writes another file, with mode 600, and renames it
+    try:
+        save_file(arrays, path, metadata={"format": "pt"})  # transformers refuses a file without it
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), path) from None
+    path.chmod(mode)
 
 
 def _tensor(tree: dict, name: str, layer: int | None, flip: bool, dtype: str | None) -> _Tensor:
-    """The parameter ``name``, or one layer of it, with its adapter merged in, transposed if ``flip``, cast."""
+    """Describe the parameter ``name``, or one layer of it, with its adapter merged in, transposed if ``flip``, cast."""
     parts = {key: tree[key] for key in (name, f"{name}_lora_a", f"{name}_lora_b") if key in tree}
     dtype = jnp.dtype(dtype or tree[name].dtype)
     shape = tree[name].shape if layer is None else tree[name].shape[1:]
-    as_it_is = len(parts) == 1 and tree[name].dtype == dtype
 
-    def fill(out: np.ndarray) -> None:
-        if as_it_is and _in_host_memory(tree[name]):
-            value = np.asarray(tree[name])  # a view
-            value = value if layer is None else value[layer]
+    def make() -> np.ndarray:
+        if len(parts) == 1 and isinstance(tree[name], np.ndarray):  # on the host already: no devices to wait for
+            value = (tree[name] if layer is None else tree[name][layer]).astype(dtype, copy=False)
         else:
-            value = np.asarray(_prepared(parts, name, layer, dtype))
-        safetensors_files.fill(out, value, flip)
+            value = np.asarray(_prepare(parts, name, layer, dtype))
+        return safetensors_files.transpose(value) if flip else np.ascontiguousarray(value)
 
-    return _Tensor(shape[::-1] if flip else shape, dtype, fill)
+    return _Tensor(shape[::-1] if flip else shape, dtype, make)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "dtype"))
-def _prepared(parts: dict, name: str, layer: jax.Array | None, dtype) -> jax.Array:
-    """What is done on the device: one layer is taken from the stack, its adapter merged in, the sum cast."""
+def _prepare(parts: dict, name: str, layer: jax.Array | None, dtype) -> jax.Array:
+    """Take one layer from the stack, merge its adapter in and cast it, on the device."""
     if layer is not None:
         parts = {key: lax.dynamic_index_in_dim(leaf, layer, keepdims=False) for key, leaf in parts.items()}
     return lora.merged_weight(parts, name, dtype)
-
-
-def _in_host_memory(array: jax.Array | np.ndarray) -> bool:
-    return isinstance(array, np.ndarray) or [device.platform for device in array.devices()] == ["cpu"]
