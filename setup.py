@@ -27,6 +27,7 @@ setup(
         "tensorboardX>=2.6.5",  # event files without TensorFlow
         "matplotlib>=3.11",  # the report's plots
         "jinja2>=3.1.6",  # the report's page; chat templates need it too
+        "tenacity>=9.1",  # pauses between repeated reads of data files on network file systems
         "tqdm>=4.67",  # progress bar
     ],
     extras_require={

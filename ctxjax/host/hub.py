@@ -1,4 +1,4 @@
-"""Where models and data sets are: on this machine, or on the Hugging Face Hub, from where they are fetched once."""
+"""Find models and data sets on this machine, or fetch them once from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ctxjax.host.retry import retry
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?")
 # Weights in safetensors, configurations, tokenizers, chat templates: no pickles, no code, no copies in subfolders.
 WANTED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -27,7 +25,7 @@ UNWANTED = ["*/*"]
 
 
 def local_folder(path: str | Path) -> Path:
-    """The folder that ``path`` names: a local one, or else a Hub id ``org/name`` or ``org/name@revision``.
+    """Return the folder that ``path`` names: a local one, else a Hub id ``org/name`` or ``org/name@revision``.
 
     Raises FileNotFoundError, or PermissionError for a model whose terms must be accepted first.
     """
@@ -36,15 +34,15 @@ def local_folder(path: str | Path) -> Path:
         return folder
     if not HUB_ID.fullmatch(str(path)):
         raise FileNotFoundError(f"model folder {path} does not exist; give a folder, or a Hub id such as org/name")
-    return _fetched(str(path), "model", allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    return _fetch(str(path), "model", allow_patterns=WANTED, ignore_patterns=UNWANTED)
 
 
 def data_files(path: str, field: str) -> list[Path]:
-    """The files of rows that ``path`` names, in alphabetical order: a local file, a pattern of local ones such as
-    ``data/train-*.parquet``, or those of a Hub data set, ``org/name:PATTERN`` or ``org/name@revision:PATTERN``.
+    """Return the data files that ``path`` names, in alphabetical order.
 
-    ``field`` is what the configuration calls the path. Raises FileNotFoundError, or PermissionError for a data set
-    whose terms must be accepted first.
+    ``path``: a local file, a pattern such as ``data/train-*.parquet``, or files of a Hub data set,
+    ``org/name:PATTERN`` or ``org/name@revision:PATTERN``. ``field``: its name in the configuration, for messages.
+    Raises FileNotFoundError, or PermissionError for a data set whose terms must be accepted first.
     """
     local = Path(path).expanduser()
     if path and local.is_file():
@@ -62,20 +60,23 @@ def data_files(path: str, field: str) -> list[Path]:
         raise FileNotFoundError(
             f"{field} = {path!r} is no file here; of a Hub data set name the files too, such as {path}:data/train-*"
         )
-    folder = _fetched(name, "data set", repo_type="dataset", allow_patterns=[pattern])
+    folder = _fetch(name, "data set", repo_type="dataset", allow_patterns=[pattern])
     files = sorted(file for file in folder.glob(pattern) if file.is_file())
     if not files:
         raise FileNotFoundError(f"{field} = {path!r}: the Hub data set {name} has no file {pattern!r}")
     return files
 
 
-def _fetched(path: str, what: str, **options) -> Path:
-    """The local copy of what the Hub has under an id, for ``what`` in messages."""
+def _fetch(path: str, what: str, **options) -> Path:
+    """Return the local copy of the Hub repository ``path``; ``what`` names its kind in messages.
+
+    The Hub's client itself repeats requests that fail for a moment.
+    """
     name, _, revision = path.partition("@")
     kind = "datasets/" if options.get("repo_type") == "dataset" else ""
     options["revision"] = revision or None
     try:
-        return Path(retry(lambda: snapshot_download(name, **options), f"the Hub {what} {name}", _is_transient))
+        return Path(snapshot_download(name, **options))
     except GatedRepoError:
         raise PermissionError(
             f"the Hub {what} {name} is gated: accept its terms at https://huggingface.co/{kind}{name}, then "
@@ -96,14 +97,3 @@ def _fetched(path: str, what: str, **options) -> Path:
         raise FileNotFoundError(
             f"the Hub did not deliver {path}: {type(error).__name__}: {error}. What has arrived is kept: try again"
         ) from None
-
-
-def _is_transient(error: Exception) -> bool:
-    """Whether the Hub may answer if it is asked again: 408, 429, 5xx, and connections that break. Those that cannot be
-    made in the first place (LocalEntryNotFoundError) snapshot_download has tried several times itself."""
-    if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, "status_code", None)
-        return status in (408, 429) or (status is not None and status >= 500)
-    return isinstance(error, (httpx2.TransportError, ConnectionError, TimeoutError)) and not isinstance(
-        error, (OfflineModeIsEnabled, httpx2.ProxyError, httpx2.UnsupportedProtocol)
-    )
