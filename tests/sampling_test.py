@@ -11,7 +11,7 @@ import pytest
 
 from ctxjax import masks, rng
 from ctxjax.distill import divergences, scoring
-from ctxjax.distill.sampling import SamplingConfig, draw, filtered, inverse_cdf, sample
+from ctxjax.distill.sampling import SamplingConfig, draw_token, filter_logits, invert_cdf, sample
 from ctxjax.models import transformer
 from ctxjax.sharding import put_batch
 from ctxjax.types import Prompts, Rollout
@@ -206,7 +206,7 @@ def test_the_head_is_never_applied_to_a_whole_prompt(params, tiny_model, prompts
 
 @functools.partial(jax.jit, static_argnums=1)
 def filtered_jit(logits, config):
-    return filtered(logits, config)
+    return filter_logits(logits, config)
 
 
 def kept_by_definition(logits, top_k, top_p):
@@ -250,7 +250,9 @@ def test_filters_keep_what_transformers_keeps(top_k, top_p):
 def test_a_drawn_token_passed_the_filters_and_reports_its_probability_among_those_left():
     config = dataclasses.replace(CONFIG, top_k=4, top_p=0.9)
     logits = jax.random.normal(jax.random.key(3), (300, 64)) * 2
-    token, logprob = jax.jit(lambda x, u: draw(x, config, u))(logits, jax.random.uniform(jax.random.key(4), (300,)))
+    token, logprob = jax.jit(lambda x, u: draw_token(x, config, u))(
+        logits, jax.random.uniform(jax.random.key(4), (300,))
+    )
     scaled = np.asarray(logits, np.float64) / 0.7
     mass = np.where(kept_by_definition(scaled, 4, 0.9), np.exp(scaled), 0)
     expected = (mass / mass.sum(axis=1, keepdims=True))[np.arange(300), token]
@@ -258,7 +260,7 @@ def test_a_drawn_token_passed_the_filters_and_reports_its_probability_among_thos
     np.testing.assert_allclose(logprob, np.log(expected), atol=1e-5)
 
 
-tokens_at = jax.jit(inverse_cdf)
+tokens_at = jax.jit(invert_cdf)
 LAST = np.float32(1 - 2**-24)  # the largest float32 below 1
 
 

@@ -9,8 +9,11 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """``schedule`` is "constant" or "cosine" (to 0 at ``steps``); both start with ``warmup_steps`` of linear
-    warm-up. ``clip`` bounds the gradient's global norm."""
+    """AdamW's hyperparameters.
+
+    ``lr``: peak learning rate. ``schedule``: "constant", or "cosine" (to 0 at step ``steps``); both begin with
+    ``warmup_steps`` steps of linear warm-up. ``clip`` bounds the gradient's global norm.
+    """
 
     lr: float
     steps: int
@@ -23,7 +26,7 @@ class OptimConfig:
 
 
 def _constant(config: OptimConfig) -> optax.Schedule:
-    if config.warmup_steps == 0:  # optax would stay at 0
+    if config.warmup_steps == 0:  # optax's warm-up schedule would stay at 0
         return optax.constant_schedule(config.lr)
     return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
 
@@ -38,12 +41,12 @@ SCHEDULES = {"constant": _constant, "cosine": _cosine}
 
 
 def schedule(config: OptimConfig) -> optax.Schedule:
-    """Step number -> learning rate."""
+    """Return the schedule: step number (the first is 0) -> learning rate."""
     return SCHEDULES[config.schedule](config)
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW."""
+    """Return the optimiser: clip by global norm, then AdamW."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),

@@ -1,4 +1,4 @@
-"""What sampled responses look like: their length, whether they end, whether they repeat themselves."""
+"""Statistics of sampled responses: length, truncation, repetition."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.types import Mean, Rollout
 
 NGRAM = 8  # tokens; shorter runs recur in good prose too
-_MIX = 0x9E3779B1  # an odd number without pattern: distinct n-grams hardly ever get the same hash
+_MIX = 0x9E3779B1  # an odd multiplier with mixed bits, so that distinct n-grams rarely get the same hash
 
 
 def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, jax.Array]:
-    """Mean length in tokens, end token included; tokens of the batch; the share of responses cut at the limit; and
-    ``repetition``."""
+    """Return float32 scalars: mean length in tokens (end token included), tokens of the batch, the share of responses
+    cut at the length limit, and ``repetition``."""
     from_end = jnp.any(rollout.mask_BxT & masks.is_any(rollout.tokens_BxT, sampling.eos_ids), axis=1)
     length_B = jnp.sum(rollout.mask_BxT, axis=1)
     everything = jnp.ones_like(from_end)
@@ -28,10 +28,10 @@ def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, ja
 
 
 def repetition(rollout: Rollout, n: int = NGRAM) -> Mean:
-    """The share of n-grams that occurred before in the same response: seq-rep-n of arXiv 1908.04319, over a batch.
+    """Return the share of n-grams that occurred earlier in the same response: seq-rep-n of arXiv 1908.04319.
 
-    0 where all are distinct, towards 1 where a response runs in a loop of any length. By sorting hashes, so that it
-    costs a sort of [B, T].
+    0 if all n-grams are distinct; close to 1 if a response repeats a loop of any length. It sorts hashes, so it costs a
+    sort of [B, T].
     """
     columns = rollout.tokens_BxT.shape[1] - n + 1
     if columns < 2:

@@ -1,5 +1,7 @@
-"""The scoring pass: reads [prompt; response] once and returns the hidden states [B, T, D] that predict the T response
-tokens. What becomes of them is chunked_head's business: logits are hundreds of times larger."""
+"""The scoring pass: read [prompt; response] once, return the hidden states that predict the response tokens.
+
+``chunked_head`` applies the output head chunk by chunk, since logits are hundreds of times larger.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ from ctxjax.types import Params, PrefixKV, Prompts, Rollout
 def response_hidden(
     params: Params, model: ModelConfig, prompts: Prompts, rollout: Rollout, prefix: PrefixKV | None = None
 ) -> jax.Array:
-    """Hidden states [B, T, D]: column t predicts response token t, given the prompt and tokens before t.
+    """Return hidden states [B, T, D]: column t predicts response token t from the prompt and the tokens before t.
 
-    Where the prompts share a prefix, it is read once, as one row. ``prefix`` is that reading, of these params, where
-    the caller has it already: a frozen model's serves a whole run. Without it, it is part of this pass, gradient
-    included.
+    A prefix that the prompts share is read once, as one row. ``prefix``: its keys and values under these ``params``, if
+    the caller has computed them; those of a frozen model serve a whole run. Otherwise they are part of this pass, and
+    of its gradient.
     """
     tokens_BxL, mask_BxL = masks.join_response(prompts, rollout)
     if prefix is None:

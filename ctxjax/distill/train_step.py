@@ -1,11 +1,10 @@
 """One optimiser step on one batch of fresh rollouts, as a single compiled program.
 
-    train_step = update_step after rollout_step
+    train_step = rollout_step, then update_step
 
-``rollout_step`` samples y from the bare student (and y' under the other contexts); ``update_step`` scores
-them, takes the gradient and moves the parameters. The halves are public for hosts that must act between
-them, such as a game's environment. An off-policy step is given its y instead: the frozen teacher's, from
-``teacher_rollout``, which are the same for every arm of a run.
+``rollout_step`` samples y from the bare student, and y' under the other contexts. ``update_step`` scores them, takes
+the gradient and moves the parameters. Both are public: a game's environment runs on the host between them. In an
+off-policy step y comes from the frozen teacher (``teacher_rollout``), the same for every arm of a run.
 """
 
 from __future__ import annotations
@@ -35,8 +34,10 @@ from ctxjax.types import Batch, Frozen, Max, Mean, Params, Rollout, TrainState, 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """All static facts of a step. Hashable; one compiled program for each value. ``lora`` None: all weights are
-    trained. ``micro_batches``: parts of the batch whose gradients are made one after the other and added up."""
+    """Everything static about a step. Hashable; each value has its own compiled program.
+
+    ``lora`` None: all weights are trained. ``micro_batches``: the batch's gradient is accumulated over this many parts.
+    """
 
     model: ModelConfig
     teacher_model: ModelConfig
@@ -48,10 +49,10 @@ class StepConfig:
 
 
 def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState:
-    """The state at step 0 of a student that starts from ``params``, on the current mesh.
+    """Return the state at step 0 of a student that starts from ``params``, on the current mesh.
 
-    With an adapter, the state holds the adapter alone. Else it holds a copy of ``params``, since a step overwrites
-    its own in place: the caller's may serve as the frozen teacher.
+    With an adapter, the state holds only the adapter. Otherwise it holds a copy of ``params``: a step overwrites the
+    state in place, and the caller's arrays may serve as the frozen teacher.
     """
     if config.lora is None:
         trained = jax.tree.map(jnp.copy, sharding.bring_to_device(params))
@@ -64,12 +65,12 @@ def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState
 
 
 def student_params(trained: Params, frozen: Frozen, config: StepConfig) -> Params:
-    """The student's whole parameter tree, from what is trained of it and what is frozen."""
+    """Return the student's whole parameter tree: the trained weights, or the base joined with the adapter."""
     return trained if config.lora is None else lora_lib.join(frozen.base, trained, config.lora)
 
 
 def off_policy_steps(loss: LossConfig, key: jax.Array, steps: int) -> np.ndarray:
-    """bool [steps]: which steps of a run with the root ``key`` learn from the teacher's samples."""
+    """Return bool [steps]: True for the steps, of a run with root key ``key``, that learn from teacher samples."""
     uniform = jax.vmap(lambda step: jax.random.uniform(rng.key_for(key, step, "policy")))(jnp.arange(steps))
     return (np.arange(steps) < loss.off_policy_steps) | (np.asarray(uniform) >= loss.on_policy_fraction)
 
@@ -78,7 +79,7 @@ def off_policy_steps(loss: LossConfig, key: jax.Array, steps: int) -> np.ndarray
 def teacher_rollout(
     teacher: Params, batch: Batch, key: jax.Array, step: jax.Array, model: ModelConfig, sampling: SamplingConfig
 ) -> Rollout:
-    """The frozen teacher's responses to the context view at ``step`` of a run with the root ``key``."""
+    """Sample the frozen teacher's responses, with the context, for ``step`` of a run with root key ``key``."""
     keys_B = rng.row_keys(rng.key_for(key, step, "rollout"), batch.row_number_B)
     return sample(sharding.bring_to_device(teacher), model, sampling, batch.context, keys_B)
 
@@ -123,10 +124,10 @@ def update_step(
     other_rollout: Rollout | None,
     config: StepConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The new state and the step's metrics, float32 scalars (losses in nats per token).
+    """Return the new state and the step's metrics, float32 scalars (losses in nats per token).
 
-    A step whose loss or gradient is not finite is ``skipped``: parameters, moments and average stay as they are, and
-    the step, and with it data and keys, go on.
+    A step whose loss or gradient is not finite is ``skipped``: parameters, moments and moving average do not change;
+    the step number, and with it data and keys, advances.
     """
     rows = _weighted_rows(batch, rollout, other_rollout, config)
     (loss, parts), grads = _gradient(state, frozen, rows, config)
@@ -152,7 +153,7 @@ def update_step(
 
 
 def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None, config: StepConfig) -> WeightedBatch:
-    """The batch with every token's share of the mean, which is known before any pass is run."""
+    """Add every token's share of the mean, which is known before any pass runs."""
 
     def weights(responses):
         mask_BxT = losses.trained_tokens(config.loss, responses, config.sampling.eos_ids)
@@ -163,7 +164,7 @@ def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None
 
 
 def _gradient(state: TrainState, frozen: Frozen, rows: WeightedBatch, config: StepConfig):
-    """((loss, {metric: Mean or Max}), gradient of what is trained), over the whole batch."""
+    """Return ((loss, {metric: Mean or Max}), gradient with respect to the trained weights), over the whole batch."""
     ema = student_params(state.ema, frozen, config) if state.ema is not None else None
 
     @functools.partial(jax.value_and_grad, has_aux=True)
