@@ -69,7 +69,7 @@ def command_line() -> None:
     try:
         command.run(main, _CONFIG)
     except preemption.Preempted:
-        print("\nSIGTERM: the run ends; the same command goes on", file=sys.stderr)
+        print(preemption.MESSAGE, file=sys.stderr)
         sys.exit(preemption.EXIT_CODE)
     except StopRun as stop:
         print(f"\nstopped: {redact.hide_secrets(str(stop))}", file=sys.stderr)

@@ -19,33 +19,42 @@ except preemption.Preempted:
     sys.exit(preemption.EXIT_CODE)
 """
 CASES = {
-    "at_once": ("term(); print('went on')", "ended"),
-    "after_the_step": (
-        "    with preemption.held():\n"
-        "        for step in range(3):\n"
-        "            term() if step == 1 else None\n"
-        "            print('step', step)\n"
-        "            if preemption.reached(step): raise preemption.Preempted",
-        "step 0 step 1 ended",
-    ),
-    "an_evaluation_is_given_up_and_the_state_saved": (
-        "    with preemption.held():\n"
-        "        try:\n"
-        "            with preemption.interruptible():\n"
-        "                term(); print('evaluated')\n"
-        "        except preemption.Interrupted: print('given up')\n"
-        "        print('saved', preemption.reached(1))\n"
-        "        raise preemption.Preempted",
-        "given up saved True ended",
-    ),
+    "at_once": ("term(); time.sleep(60); print('went on')", ""),
     "in_a_long_call_of_the_main_thread": (
         "    import ctypes, threading\n"
-        "    preemption.PATIENCE = 0.1\n"
         "    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock\n"
         "    threading.Timer(0.1, term).start()\n"
         "    lock(mutex); lock(mutex)\n"
         "    print('went on')",
         "",
+    ),
+    "after_the_step_and_a_save_of_some_seconds": (
+        "    with preemption.training():\n"
+        "        for step in range(3):\n"
+        "            term() if step == 1 else None\n"
+        "            time.sleep(0.1)\n"
+        "            print('step', step)\n"
+        "            if preemption.reached(step):\n"
+        "                time.sleep(3)\n"
+        "                print('saved')\n"
+        "                raise preemption.Preempted",
+        "step 0 step 1 saved ended",
+    ),
+    "after_the_last_step": (
+        "    with preemption.training():\n        term(); time.sleep(0.1); print('saved')\n    print('went on')",
+        "saved ended",
+    ),
+    "an_evaluation_is_given_up_and_the_state_saved": (
+        "    with preemption.training():\n"
+        "        try:\n"
+        "            for batch in range(3):\n"
+        "                preemption.raise_if_requested()\n"
+        "                print('batch', batch)\n"
+        "                term(); time.sleep(0.1)\n"
+        "        except preemption.Preempted: print('given up')\n"
+        "        print('saved', preemption.reached(1))\n"
+        "        raise preemption.Preempted",
+        "batch 0 given up saved True ended",
     ),
 }
 

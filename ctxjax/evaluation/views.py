@@ -14,6 +14,7 @@ from ctxjax.distill import chunked_head, divergences, losses, objective
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import Networks, WeightedBatch
 from ctxjax.distill.sampling import SamplingConfig, sample
+from ctxjax.host import preemption
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig, finish_logits, head_weights
 from ctxjax.types import Batch, Params, Prompts, Rollout, map_rows
@@ -92,6 +93,7 @@ def _in_batches(tree, batch_size: int, mesh: Mesh):
     """
     count = jax.tree.leaves(tree)[0].shape[0]
     for start in range(0, count, batch_size):
+        preemption.raise_if_requested()
         places = np.minimum(np.arange(start, start + batch_size), count - 1)
         real = min(batch_size, count - start)
         yield real, sharding.put_batch(_take_rows(tree, places), mesh)

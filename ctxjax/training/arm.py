@@ -95,8 +95,8 @@ class Arm:
             clock = time.monotonic()
             programs = self._programs(state, source, range(first, train.steps))
             seconds[f"{self.name} compile"] = time.monotonic() - clock
-        try:
-            with preemption.held():
+        with preemption.training():
+            try:
                 # A run that was preempted in an evaluation saved without it.
                 evaluated = any(row["step"] == first and _is_dev(row) for row in writer.kept)
                 if self._is_evaluated(first) and not evaluated and not self._evaluate(first, state, dev, writer):
@@ -124,17 +124,17 @@ class Arm:
                     if preempted:
                         raise preemption.Preempted
                 writer.close()
-        except StopRun as stop:
-            if stop.alarm != "not_finite":
-                raise
-            tokenizer = self.folder.tokenizer
-            path = nonfinite.save_rows(
-                self.workdir, state, self.frozen, inputs, self.step_config, stop.step - 1, tokenizer
-            )
-            raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
-        finally:
-            writer.end_bar()
-            checkpoints.close()
+            except StopRun as stop:
+                if stop.alarm != "not_finite":
+                    raise
+                tokenizer = self.folder.tokenizer
+                path = nonfinite.save_rows(
+                    self.workdir, state, self.frozen, inputs, self.step_config, stop.step - 1, tokenizer
+                )
+                raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
+            finally:
+                writer.end_bar()
+                checkpoints.close()
         return self._student(state)
 
     def _source(self, first: int) -> RolloutSource:
@@ -190,9 +190,8 @@ class Arm:
         """Adds the step's row of dev metrics; False where SIGTERM came while they were made."""
         writer.flush()
         try:
-            with preemption.interruptible():
-                row = _prefixed(dev(self._student(state)))
-        except preemption.Interrupted:
+            row = _prefixed(dev(self._student(state)))
+        except preemption.Preempted:
             return False
         writer.write(step, row)
         self.scores[step] = self._score(row)
