@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.architecture import LayerKind
 from ctxjax.models.hf import load as hf_load
 from ctxjax.models.transformer import RopeScaling
 
@@ -55,6 +56,37 @@ QWEN3_8B = QWEN3 | {
     "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_hidden_layers": 36,
     "tie_word_embeddings": False,
 }  # fmt: skip
+MISTRAL_V03 = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+    "rms_norm_eps": 1e-05, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "sliding_window": None,
+    "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+MISTRAL_V01 = MISTRAL_V03 | {"vocab_size": 32000, "sliding_window": 4096, "rope_theta": 10000.0}
+SMOLLM3 = {
+    "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "vocab_size": 128256, "hidden_size": 2048,
+    "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "hidden_act": "silu", "max_position_embeddings": 65536, "rms_norm_eps": 1e-06, "rope_theta": 5000000.0,
+    "rope_scaling": None, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "mlp_bias": False,
+    "attention_bias": False, "layer_types": ["full_attention"] * 36, "sliding_window": None,
+    "use_sliding_window": False, "max_window_layers": 28, "pretraining_tp": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+OLMO2 = {
+    "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "attention_dropout": 0.0,
+    "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
+    "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+    "pad_token_id": 100277, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000.0,
+    "tie_word_embeddings": False, "vocab_size": 100352,
+}  # fmt: skip
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
+    "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 106],
+    "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+    "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26,
+    "num_key_value_heads": 1, "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512,
+    "sliding_window_pattern": 6, "vocab_size": 262144,
+}  # fmt: skip
 PUBLISHED = {  # with the number of scalars in the published files
     "Llama-3.1-8B": (LLAMA31, 8_030_261_248),
     "Llama-3.2-1B": (LLAMA32_1B, 1_235_814_400),
@@ -63,6 +95,11 @@ PUBLISHED = {  # with the number of scalars in the published files
     "Qwen2.5-7B": (QWEN25_7B, 7_615_616_512),
     "Qwen3-0.6B": (QWEN3, 596_049_920),
     "Qwen3-8B": (QWEN3_8B, 8_190_735_360),
+    "Mistral-7B-v0.1": (MISTRAL_V01, 7_241_732_096),
+    "Mistral-7B-v0.3": (MISTRAL_V03, 7_248_023_552),
+    "SmolLM3-3B": (SMOLLM3, 3_075_098_624),
+    "OLMo-2-1124-7B": (OLMO2, 7_298_617_344),
+    "gemma-3-1b": (GEMMA3, 999_885_952),
 }
 
 
@@ -76,8 +113,13 @@ def new_layout(fields):
     rope = (fields["rope_scaling"] if fields.get("rope_scaling") else {"rope_type": "default"}) | {
         "rope_theta": fields["rope_theta"]
     }
-    windows = {"layer_types": ["full_attention"] * fields["num_hidden_layers"]} if "sliding_window" in fields else {}
-    return rest | {"rope_parameters": rope, "dtype": "bfloat16"} | windows
+    types = {"layer_types": ["full_attention"] * fields["num_hidden_layers"]}
+    if fields["model_type"] == "gemma3_text":
+        types = {"layer_types": ([*["sliding_attention"] * 5, "full_attention"] * 5)[: fields["num_hidden_layers"]]}
+        local = {"rope_type": "default", "rope_theta": rest.pop("rope_local_base_freq")}
+        rope = {"full_attention": rope, "sliding_attention": local}
+    has_types = "sliding_window" in fields and fields["model_type"] != "mistral"
+    return rest | {"rope_parameters": rope, "dtype": "bfloat16"} | (types if has_types else {})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -108,12 +150,34 @@ def test_both_layouts_mean_the_same_and_a_written_config_reads_back(name):
     assert (written["rope_scaling"] or None) == fields.get("rope_scaling")
 
 
+def test_the_kinds_of_layers_are_read():
+    local = LayerKind(window=512, rope_theta=10000.0)
+    assert parsed(GEMMA3).layer_kinds == ((*[local] * 5, LayerKind()) * 5)[:26]
+    assert parsed(MISTRAL_V01).layer_kinds == (LayerKind(window=4096),) * 32
+    assert parsed(MISTRAL_V03).layer_kinds == parsed(LLAMA31).layer_kinds == ()
+    with_and_without = (*[LayerKind()] * 3, LayerKind(rotary=False)) * 9
+    assert parsed(SMOLLM3).layer_kinds == parsed(without(SMOLLM3, "no_rope_layers")).layer_kinds == with_and_without
+    gemma = parsed(GEMMA3 | {"query_pre_attn_scalar": 168, "final_logit_softcapping": 30.0})
+    assert (gemma.query_scale, gemma.logit_softcap, gemma.embedding_scale) == (168**-0.5, 30.0, 1152**0.5)
+    assert parsed(GEMMA3).query_scale == 0 and parsed(GEMMA3).tied_embeddings
+
+
+OWN = {  # what else a family has, for two layers
+    "mistral": {"layer_kinds": (LayerKind(window=7),) * 2},
+    "smollm3": {"layer_kinds": (LayerKind(rotary=False), LayerKind())},
+    "gemma3_text": {
+        "layer_kinds": (LayerKind(), LayerKind(window=9, rope_theta=77.0)),
+        "embedding_scale": 32**0.5, "query_scale": 24**-0.5, "logit_softcap": 30.0,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("family", hf_load.FAMILIES)
 def test_transformers_reads_a_written_config_as_it_was_meant(family, tiny_model):
     transformers = pytest.importorskip("transformers")
     known = hf_load.FAMILIES[family]
     config = dataclasses.replace(
-        tiny_model, max_positions=77, qkv_bias=known.qkv_bias, qk_norm=known.qk_norm,
+        tiny_model, max_positions=77, **known.parts | OWN.get(family, {}),
         rope_scaling=RopeScaling(4.0, 1.0, 2.0, 16) if family == "llama" else None,
     )  # fmt: skip
     theirs = transformers.AutoConfig.for_model(**known.config_to_hf(config)).to_diff_dict()
@@ -155,6 +219,20 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (LLAMA31 | {"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes' must be true or false"),
         (LLAMA31 | {"num_key_value_heads": 5}, "num_attention_heads = 32 is no multiple of num_key_value_heads = 5"),
         (LLAMA31 | {"head_dim": 25}, "head_dim = 25 is odd"),
+        (MISTRAL_V01 | {"sliding_window": 0}, "sliding_window = 0 must be a whole number above 0"),
+        (MISTRAL_V01 | {"layer_types": ["full_attention"] * 32}, "may not ignore: {'layer_types'"),
+        (SMOLLM3 | {"no_rope_layers": [1, 0]}, r"no_rope_layers = \[1, 0\] must have a 0 or 1 for each of 36 layers"),
+        (SMOLLM3 | {"use_sliding_window": True}, "use_sliding_window = True is not implemented"),
+        (
+            GEMMA3 | {"layer_types": ["chunked_attention"] * 26},
+            'layer_types = .*chunked.* must have "sliding',
+        ),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not implemented"),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
+            'of "sliding_attention" must',
+        ),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not implemented"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name_and_value(fields, message):
@@ -168,6 +246,8 @@ def test_what_is_not_computed_is_refused_by_name_and_value(fields, message):
         (without(LLAMA31, "hidden_size"), "hidden_size"),
         (without(QWEN3, "head_dim"), "head_dim"),
         (without(QWEN25, "num_key_value_heads"), "num_key_value_heads"),
+        (without(MISTRAL_V01, "sliding_window"), "sliding_window"),
+        (without(GEMMA3, "query_pre_attn_scalar"), "query_pre_attn_scalar"),
         (LLAMA31 | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ],
 )
@@ -181,6 +261,21 @@ def test_old_llama_configs_leave_out_what_follows_from_the_rest():
     assert (config.kv_heads, config.head_dim, config.rope_theta) == (32, 128, 10000.0)
 
 
-def test_a_family_does_not_write_what_it_cannot_hold(tiny_model):
-    with pytest.raises(ValueError, match="a llama model has qkv_bias = False"):
-        hf_load.FAMILIES["llama"].config_to_hf(dataclasses.replace(tiny_model, qkv_bias=True))
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", {"qkv_bias": True}, "a llama model has qkv_bias = False, not True"),
+        ("llama", {"layer_kinds": (LayerKind(window=4),) * 2}, "a llama model has layer_kinds = "),
+        ("llama", {"logit_softcap": 30.0}, "a llama model has logit_softcap = 0.0, not 30.0"),
+        ("mistral", {"layer_kinds": (LayerKind(window=4), LayerKind())}, "a mistral model has layer_kinds = "),
+        (
+            "smollm3",
+            {"layer_kinds": (LayerKind(window=4), LayerKind())},
+            r"smollm3 model has layer_kinds = \(\), not",
+        ),
+        ("olmo2", {}, "a olmo2 model has qk_norm = True, not False"),
+    ],
+)
+def test_a_family_does_not_write_what_it_cannot_hold(family, change, message, tiny_model):
+    with pytest.raises(ValueError, match=message):
+        hf_load.FAMILIES[family].config_to_hf(dataclasses.replace(tiny_model, **change))

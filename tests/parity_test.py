@@ -16,7 +16,7 @@ from ctxjax import rng
 from ctxjax.data.prompts import left_pad
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.models import transformer
-from ctxjax.models.hf import load as hf_load
+from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.sharding import put_batch
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
@@ -26,9 +26,33 @@ CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+}
+# What a family's layers have of their own: windows short of the sequences here, and layers of several kinds.
+KINDS = {
+    "mistral": {"sliding_window": 24},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1], "pad_token_id": 0},
+    "gemma3_text": {
+        "num_hidden_layers": 5,
+        "sliding_window": 24,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 24,
+    },
 }
 VOCAB = 97
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+class NoTokenizer:
+    """What ``save`` asks of a tokenizer."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+    def save_pretrained(self, folder):
+        pass
 
 
 def write(folder, family: str, seed: int = 0, dtype=torch.float32, **fields):
@@ -73,9 +97,10 @@ def assert_same_logits(folder, theirs, mesh, length: int, last: int):
 
 
 def random_cases() -> list:
-    """Twenty configurations; family and ratio of query to key heads go round, the rest is drawn."""
+    """Twenty configurations of plain layers; family and ratio of query to key heads go round, the rest is drawn."""
     draw, cases = random.Random(0), []
-    for (family, ratio), number in zip(itertools.cycle(itertools.product(CLASSES, (1, 3, 4, 8))), range(20)):
+    plain = ("llama", "qwen2", "qwen3")
+    for (family, ratio), number in zip(itertools.cycle(itertools.product(plain, (1, 3, 4, 8))), range(20)):
         kv_heads = draw.choice((1, 2))
         rope = {"rope_type": "default"}
         if family == "llama" and draw.random() < 0.5:
@@ -99,6 +124,21 @@ def random_cases() -> list:
 def test_logits_are_those_of_transformers(family, fields, dtype, seed, tmp_path, mesh):
     theirs = write(tmp_path, family, seed, dtype, max_position_embeddings=256, **fields)
     assert_same_logits(tmp_path, theirs, mesh, length=96, last=96)
+
+
+@pytest.mark.parametrize("family", ["mistral", "smollm3", "olmo2", "gemma3_text"])
+def test_layers_of_other_kinds_are_those_of_transformers_and_go_back_to_them(family, tmp_path, mesh):
+    """96 positions of windows of 24, and the written folder opened by transformers again."""
+    tied = {"tie_word_embeddings": True} if family == "smollm3" else {}
+    theirs = write(tmp_path / "theirs", family, **KINDS.get(family, {}) | tied)
+    assert_same_logits(tmp_path / "theirs", theirs, mesh, length=96, last=96)
+    config = hf_load.read_config(tmp_path / "theirs")
+    params = hf_load.load(tmp_path / "theirs", config, mesh)
+    hf_save.save(tmp_path / "ours", params, config, NoTokenizer(), (2,), family)
+    again = CLASSES[family][1].from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    for one, two in zip(theirs.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert_same_logits(tmp_path / "ours", again, mesh, length=96, last=96)
 
 
 def test_logits_beyond_the_positions_of_llama_3s_training_are_those_of_transformers(tmp_path, mesh):
@@ -127,7 +167,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_greedy_continuations_are_those_of_transformers_and_of_each_prompt_alone(family, tmp_path, prompts, mesh):
-    theirs = write(tmp_path, family, tie_word_embeddings=family == "qwen2")
+    theirs = write(tmp_path, family, tie_word_embeddings=family == "qwen2", **KINDS.get(family, {}))
     config = hf_load.read_config(tmp_path)
     params = hf_load.load(tmp_path, config, mesh)
     padded = left_pad(prompts, max(map(len, prompts)), 0)

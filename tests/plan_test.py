@@ -184,6 +184,8 @@ SIZES = {  # scalars of the published checkpoints
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-4B": 4_022_468_096,
     "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096, "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552, "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "allenai/OLMo-2-1124-7B-Instruct": 7_298_617_344, "google/gemma-3-1b-it": 999_885_952,
 }  # fmt: skip
 
 

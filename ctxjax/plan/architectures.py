@@ -9,8 +9,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ctxjax.host.hub import HUB_ID
+from ctxjax.models.architecture import ModelConfig
 from ctxjax.models.hf import load as hf_load
-from ctxjax.models.transformer import ModelConfig
 
 _LLAMA3 = {
     "model_type": "llama", "vocab_size": 128256, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
@@ -23,6 +23,23 @@ _QWEN25 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "max_position_embeddings
 _QWEN3 = {
     "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 40960, "rope_theta": 1e6,
+}  # fmt: skip
+_MISTRAL = {
+    "model_type": "mistral", "vocab_size": 32768, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None,
+}  # fmt: skip
+_SMOLLM3 = {
+    "model_type": "smollm3", "vocab_size": 128256, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 65536, "rope_theta": 5e6, "no_rope_layer_interval": 4,
+}  # fmt: skip
+_OLMO2 = {
+    "model_type": "olmo2", "vocab_size": 100352, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
+    "rope_theta": 5e5,
+}  # fmt: skip
+_GEMMA3 = {
+    "model_type": "gemma3_text", "vocab_size": 262144, "head_dim": 256, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 512,
+    "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
 }  # fmt: skip
 
 
@@ -48,6 +65,10 @@ PUBLISHED = {
     "Qwen/Qwen3-4B": _QWEN3_4B,
     "Qwen/Qwen3-4B-Instruct-2507": _QWEN3_4B | {"max_position_embeddings": 262144, "rope_theta": 5e6},
     "Qwen/Qwen3-1.7B": _QWEN3 | _make_sizes(2048, 28, 16, 6144) | {"tie_word_embeddings": True},
+    "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL | _make_sizes(4096, 32, 32, 14336),
+    "HuggingFaceTB/SmolLM3-3B": _SMOLLM3 | _make_sizes(2048, 36, 16, 11008),
+    "allenai/OLMo-2-1124-7B-Instruct": _OLMO2 | _make_sizes(4096, 32, 32, 11008),
+    "google/gemma-3-1b-it": _GEMMA3 | _make_sizes(1152, 26, 4, 6912),
 }
 
 

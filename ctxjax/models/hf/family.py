@@ -1,14 +1,16 @@
 """What the supported Hugging Face families share: config.json's fields in and out, and the tensors' names.
 
-A family is data: which parts its attention has, what its tensors are called, and which values of its other fields
-are the ones that transformer.py computes. Every field of a config.json is read, known to be irrelevant, or refused.
+A family is data: which parts its layers have, what its tensors are called, and which values of its other fields are
+the ones that models/layer.py computes. Every field of a config.json is read, known to be irrelevant, or refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 
-from ctxjax.models.transformer import ModelConfig, RopeScaling
+from ctxjax.models.architecture import LayerKind, ModelConfig
+from ctxjax.models.rope import RopeScaling
 
 # Our name -> (name in the checkpoint, whether it is stored transposed). Hugging Face stores [out, in].
 TOP_NAMES = {
@@ -31,12 +33,16 @@ LAYER_NAMES = {
 # Tensors of old checkpoints that repeat what config.json says.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
-# Facts of training, of other software, or of generation (read from generation_config.json).
+# Fields about training, other software, or generation (which is read from generation_config.json).
 IRRELEVANT = {
     "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pretraining_tp",
     "initializer_range", "attention_dropout", "is_llama_config", "rope_interleaved", "transformers.js_config",
     "tokenizer_class", "unsloth_fixed", "unsloth_version", "_name_or_path", "_attn_implementation_autoset",
     "bos_token_id", "eos_token_id", "pad_token_id", "ctxjax",
+}  # fmt: skip
+# What transformers takes for an absent field; a family may have other defaults.
+DEFAULTS = {
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False, "rope_theta": 10000.0,
 }  # fmt: skip
 # Our name -> config.json's.
 SIZES = {
@@ -54,13 +60,33 @@ ROPE_FIELDS = {
 }
 
 
+# Fields of ModelConfig that no config.json holds.
+OURS = frozenset({"tokens", "dtype", "remat", "attention"})
+
+
+def read_plain_layers(fields: dict) -> dict:
+    """The ``read`` of a family whose layers are all plain. Raises ValueError at a layer type that is not."""
+    layer_types = fields.pop("layer_types", None) or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise ValueError(f'layer_types = {layer_types} is not implemented; all must be "full_attention"')
+    return {}
+
+
+def join_kinds(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
+    """Return ``ModelConfig.layer_kinds``: empty if all layers are plain, so that equal architectures compare equal."""
+    return tuple(kinds) if any(kind != LayerKind() for kind in kinds) else ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One ``model_type``.
 
-    ``fixed`` are fields that change the computation, each with the only value that is implemented. ``irrelevant`` are
-    fields without effect in this family, once ``fixed`` holds. ``inferred`` are sizes that may be absent, where
-    transformers derives them from the others; elsewhere its defaults are those of one particular model.
+    ``fixed``: fields that change the computation, each with the only value that is implemented. ``irrelevant``: fields
+    without effect in this family, once ``fixed`` holds. ``inferred``: sizes that may be absent because transformers
+    derives them from others; no other size may, since transformers' defaults are those of one particular model.
+    ``defaults``: this family's own values in DEFAULTS. ``parts``: fields of ModelConfig that all its models share.
+    ``read(fields)`` takes what only this family has out of config.json's fields and returns fields of ModelConfig;
+    ``write(config)`` is its inverse.
     """
 
     model_type: str
@@ -69,32 +95,36 @@ class Family:
     fixed: dict[str, object]
     irrelevant: frozenset[str] = frozenset()
     inferred: frozenset[str] = frozenset()
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    defaults: dict[str, object] = dataclasses.field(default_factory=dict)
+    parts: dict[str, object] = dataclasses.field(default_factory=dict)
+    read: Callable[[dict], dict] = read_plain_layers
+    write: Callable[[ModelConfig], dict] = lambda config: {}
 
     def config_from_hf(self, fields: dict) -> ModelConfig:
-        """The architecture that config.json describes.
+        """Return the architecture that config.json describes.
 
         Raises ValueError that names a field and its value, KeyError that names a field that is missing.
         """
         fields = dict(fields)
-        self._check_fixed(fields)
-        theta, scaling = _rope_from_hf(fields)
-        width, heads = _size(fields.pop("hidden_size"), "hidden_size"), fields.pop("num_attention_heads")
-        derived = {"num_key_value_heads": heads, "head_dim": width // _size(heads, "num_attention_heads")}
+        self._take_fixed(fields)
+        width, heads = read_size(fields["hidden_size"], "hidden_size"), fields["num_attention_heads"]
+        derived = {"num_key_value_heads": heads, "head_dim": width // read_size(heads, "num_attention_heads")}
         for name in self.inferred:
             fields[name] = derived[name] if fields.get(name) is None else fields[name]
+        own = self.parts | self.read(fields)
+        defaults = DEFAULTS | self.defaults
+        theta, scaling = _take_rope(fields, defaults.pop("rope_theta"))
+        fields = defaults | fields
         config = ModelConfig(
-            width=width,
-            query_heads=heads,
+            width=read_size(fields.pop("hidden_size"), "hidden_size"),
+            query_heads=fields.pop("num_attention_heads"),
             rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=_number(fields.pop("rms_norm_eps", 1e-6), "rms_norm_eps"),
-            max_positions=_size(fields.pop("max_position_embeddings", 2048), "max_position_embeddings"),
-            tied_embeddings=_boolean(fields.pop("tie_word_embeddings", False), "tie_word_embeddings"),
-            qkv_bias=self.qkv_bias,
-            qk_norm=self.qk_norm,
-            **{ours: _size(fields.pop(theirs), theirs) for ours, theirs in SIZES.items()},
+            norm_eps=read_number(fields.pop("rms_norm_eps"), "rms_norm_eps"),
+            max_positions=read_size(fields.pop("max_position_embeddings"), "max_position_embeddings"),
+            tied_embeddings=read_boolean(fields.pop("tie_word_embeddings"), "tie_word_embeddings"),
+            **{ours: read_size(fields.pop(theirs), theirs) for ours, theirs in SIZES.items()},
+            **own,
         )
         if config.query_heads % config.kv_heads:
             raise ValueError(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {config.kv_heads}")
@@ -106,29 +136,21 @@ class Family:
             raise ValueError(f"fields that this code does not know, and so may not ignore: {unknown}")
         return config
 
-    def _check_fixed(self, fields: dict) -> None:
-        """Takes out the fields that may have one value only. Raises ValueError at any other."""
+    def _take_fixed(self, fields: dict) -> None:
+        """Remove the fields that may have one value only. Raises ValueError at any other."""
         fixed = {"architectures": [self.architecture], "use_mrope": False} | self.fixed
         for name, value in fixed.items():
             found = fields.pop(name, None)
             if found is not None and found != value:
                 raise ValueError(f"{name} = {found!r} is not implemented; it must be {value!r}")
-        layer_types = fields.pop("layer_types", None) or []
-        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-            raise ValueError(f'layer_types = {layer_types} is not implemented; all must be "full_attention"')
 
     def config_to_hf(self, config: ModelConfig) -> dict:
-        """config.json's fields for an architecture of this family, in the layout that old and new readers know.
+        """Return config.json's fields for an architecture of this family, in the layout that old and new readers know.
 
-        Raises ValueError where the family has no such attention.
+        Raises ValueError if the family has no such architecture.
         """
-        if (config.qkv_bias, config.qk_norm) != (self.qkv_bias, self.qk_norm):
-            raise ValueError(
-                f"a {self.model_type} model has qkv_bias = {self.qkv_bias} and qk_norm = {self.qk_norm}, "
-                f"not {config.qkv_bias} and {config.qk_norm}"
-            )
         scaling = config.rope_scaling
-        return {
+        fields = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "hidden_size": config.width,
@@ -142,24 +164,31 @@ class Family:
             "max_position_embeddings": config.max_positions,
             "tie_word_embeddings": config.tied_embeddings,
             **self.fixed,
+            **self.write(config),
         }
+        read = self.config_from_hf(fields)
+        for name in (field.name for field in dataclasses.fields(config) if field.name not in OURS):
+            held, wanted = getattr(read, name), getattr(config, name)
+            if held != wanted:
+                raise ValueError(f"a {self.model_type} model has {name} = {held}, not {wanted}")
+        return fields
 
 
-def _rope_from_hf(fields: dict) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling), taken out of either layout: ``rope_theta`` + ``rope_scaling``, or ``rope_parameters``."""
+def _take_rope(fields: dict, default_theta: float) -> tuple[float, RopeScaling | None]:
+    """Take (theta, scaling) out of either layout: ``rope_theta`` and ``rope_scaling``, or ``rope_parameters``."""
     old, new = (fields.pop(name, None) or {} for name in ("rope_scaling", "rope_parameters"))
     for name, rope in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(rope, dict):
             raise ValueError(f"{name} = {rope!r} must be an object")
     thetas = [fields.pop("rope_theta", None), old.get("rope_theta"), new.get("rope_theta")]
-    thetas = {_number(theta, "rope_theta") for theta in thetas if theta is not None} or {10000.0}
-    scalings = {_scaling(rope) for rope in (old, new) if rope} or {None}
+    thetas = {read_number(theta, "rope_theta") for theta in thetas if theta is not None} or {default_theta}
+    scalings = {_read_scaling(rope) for rope in (old, new) if rope} or {None}
     if len(thetas) > 1 or len(scalings) > 1:
         raise ValueError("rope_theta, rope_scaling and rope_parameters contradict each other; keep rope_parameters")
     return thetas.pop(), scalings.pop()
 
 
-def _scaling(rope: dict) -> RopeScaling | None:
+def _read_scaling(rope: dict) -> RopeScaling | None:
     rest = {name: value for name, value in rope.items() if name != "rope_theta" and value is not None}
     kind = rest.pop("rope_type", None) or rest.get("type") or "default"
     rest.pop("type", None)
@@ -167,7 +196,7 @@ def _scaling(rope: dict) -> RopeScaling | None:
         raise ValueError(f'rope_type = {kind!r} is not implemented; known are "default" and "llama3"')
     scaling = None
     if kind == "llama3":
-        values = {ours: _number(rest.pop(theirs), theirs) for ours, theirs in ROPE_FIELDS.items()}
+        values = {ours: read_number(rest.pop(theirs), theirs) for ours, theirs in ROPE_FIELDS.items()}
         scaling = RopeScaling(**values | {"original_max_positions": int(values["original_max_positions"])})
         if scaling.low_freq_factor >= scaling.high_freq_factor:
             low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -177,19 +206,19 @@ def _scaling(rope: dict) -> RopeScaling | None:
     return scaling
 
 
-def _size(value, name: str) -> int:
+def read_size(value, name: str) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} = {value!r} must be a whole number above 0")
     return value
 
 
-def _number(value, name: str) -> float:
+def read_number(value, name: str) -> float:
     if type(value) not in (int, float) or not 0 < value < float("inf"):
         raise ValueError(f"{name} = {value!r} must be a number above 0")
     return float(value)
 
 
-def _boolean(value, name: str) -> bool:
+def read_boolean(value, name: str) -> bool:
     if type(value) is not bool:
         raise ValueError(f"{name} = {value!r} must be true or false")
     return value

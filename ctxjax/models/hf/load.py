@@ -18,12 +18,14 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from ctxjax.models import params as params_lib, transformer
-from ctxjax.models.hf import llama, qwen2, qwen3, safetensors_files
+from ctxjax.models.hf import gemma3, llama, mistral, olmo2, qwen2, qwen3, safetensors_files, smollm3
 from ctxjax.models.hf.family import DERIVED_SUFFIX, LAYER_PREFIX, TOP_NAMES, Family
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3)}
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3, mistral, smollm3, olmo2, gemma3)
+}
 
 ALIGNMENT = 64  # bytes; a CPU device uses host memory without a copy if it starts at a multiple
 

@@ -14,7 +14,7 @@ FAMILY = Family(
         "v_bias": ("self_attn.v_proj.bias", False),
     },
     fixed={"hidden_act": "silu", "use_sliding_window": False},
-    irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # sizes of the windows that are not used
+    irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # windows, which are off
     inferred=frozenset({"head_dim"}),
-    qkv_bias=True,
+    parts={"qkv_bias": True},
 )

@@ -10,6 +10,6 @@ FAMILY = Family(
     layer_names=LAYER_NAMES
     | {"q_norm": ("self_attn.q_norm.weight", False), "k_norm": ("self_attn.k_norm.weight", False)},
     fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
-    irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # sizes of the windows that are not used
-    qk_norm=True,
+    irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # windows, which are off
+    parts={"qk_norm": True},
 )
