@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctxjax.distill import losses, objective
-from ctxjax.distill.anchors import ANCHORS
+from ctxjax.distill import divergences, losses, objective, terms
+from ctxjax.distill.anchors import ANCHORS, Anchor
+from ctxjax.distill.divergences import kl
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import Networks, WeightedBatch
 from ctxjax.models import transformer
@@ -200,8 +201,8 @@ def every_view(make_params, tiny_model, make_prompts, make_rollout):
         rollout = make_rollout(3, 4, T)
         bare, context, y = put_batch((batch.bare, batch.context, rollout), mesh)
         logprobs = jax.jit(lambda p: tuple(response_logprobs(p, tiny_model, view, y) for view in (bare, context)))
-        (q_x, q_c), (f_x, f), (ema_x, _) = (logprobs(p) for p in (student, teacher, ema))
-        views = {"q_x": q_x, "q_c": q_c, "f": f, "f_x": f_x, "ema": ema_x}
+        (q_x, q_c), (f_x, f), (ema_x, ema_c) = (logprobs(p) for p in (student, teacher, ema))
+        views = {"q_x": q_x, "q_c": q_c, "f": f, "f_x": f_x, "ema": ema_x, "ema_c": ema_c}
     return (student, teacher, ema), batch, rollout, jax.device_get(views)
 
 
@@ -241,6 +242,43 @@ def test_a_gate_by_response_anchors_those_that_mostly_agree_with_the_teacher(eve
     assert loss - parts["distill"].value == pytest.approx(by_hand, rel=1e-4)
     assert parts["anchor"].value == pytest.approx(gated[mask].mean(), rel=1e-4)
     assert parts["gate"].value == pytest.approx((mask & gate_Bx1).sum() / mask.sum())
+
+
+# --- What an addition touches (docs/extending.md) ---
+
+
+def test_an_anchor_with_a_new_distribution_is_a_line_in_passes_and_one_in_anchors(
+    every_view, tiny_model, mesh, monkeypatch
+):
+    """Here: the moving average that sees the context."""
+    monkeypatch.setitem(terms.PASSES, "ema_c", terms.Pass("ema", "context"))
+    monkeypatch.setitem(ANCHORS, "ema_context", Anchor("ema_c", lambda p: kl(p["ema_c"], p["q_c"])))
+    (student, teacher, ema), batch, rollout, views = every_view
+    config = LossConfig(beta=0.5, anchor="ema_context", temperature=0.7, chunk=3)
+    assert objective.needs_ema(config) and not objective.needs_ema(dataclasses.replace(config, beta=0.0))
+    _, parts = value(student, teacher, tiny_model, batch, (rollout, None), config, ema)
+    assert parts["anchor"].value == pytest.approx(mean_kl(views["ema_c"], views["q_c"], rollout.mask_BxT), rel=1e-4)
+
+
+def test_a_term_is_a_function_and_a_line_in_terms(every_view, tiny_model, mesh, monkeypatch):
+    """Here: the entropy of the context view, of weight 0.1 from the second step on."""
+
+    def term(config):
+        def values(logits, tokens):
+            return {"entropy_c": divergences.entropy(logits["q_c"])}
+
+        return terms.Term("entropy_c", ("q_c",), values, weight=lambda step: 0.1 * (step > 0))
+
+    monkeypatch.setattr(objective, "TERMS", (*objective.TERMS, term))
+    (student, teacher, _), batch, rollout, views = every_view
+    rows = rows_of(batch, (rollout, None), LossConfig())
+    networks = Networks(student, teacher, None, tiny_model, tiny_model)
+    config = LossConfig(temperature=0.7, chunk=3)
+    found = jax.jit(lambda step: objective.objective(networks, config, rows, step))
+    (first, parts), (second, _) = found(0), found(1)
+    expected = -(np.exp(views["q_c"]) * views["q_c"]).sum(-1)[rollout.mask_BxT].mean()
+    assert parts["entropy_c"].value == pytest.approx(expected, rel=1e-4)
+    assert second - first == pytest.approx(0.1 * expected, rel=1e-3)
 
 
 # --- Next tokens ---
