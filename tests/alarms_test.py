@@ -66,7 +66,7 @@ def test_two_bad_rows_are_no_reason_to_stop_but_three_in_a_row_are(name):
     wrong, _ = WRONG[name]
     blinks = [HEALTHY, HEALTHY, HEALTHY | wrong, HEALTHY | wrong] * (1 if name == "agreement" else 5)
     observed(blinks, stop=(name,))
-    with pytest.raises(StopRun, match=f"^opcd, step .* ends the run, for alarms.stop names '{name}'") as stop:
+    with pytest.raises(StopRun, match=f"^opcd, step .* ends the run, since alarms.stop names '{name}'") as stop:
         observed(story(wrong), stop=(name,))
     assert stop.value.alarm == name and (stop.value.step == 6 or name == "agreement")
     observed(story(wrong), stop=tuple(ALARMS.keys() - {name, "truncated"}))

@@ -1,1 +1,1 @@
-"""What a run writes while it lasts, and what it warns of."""
+"""What a run writes while it trains, and what it warns of."""

@@ -1,13 +1,12 @@
-"""What goes wrong in a run that looks as if it went well, found in the rows of its metrics.
+"""Alarms: find problems in the rows of a run's metrics that do not stop training by themselves.
 
-An alarm holds in a row where its metric is beyond its threshold. It is warned of once, marked as ``alarm/NAME`` in
-every row of metrics.jsonl in which it holds, listed in results.json and in the report with the step at which it was
-raised, what it said then and in how many rows it held, and ends the run where ``config.alarms.stop`` names it. All of
-that is a function of the rows alone, so that a run that was interrupted, and reads its own rows again, is alarmed as
-one that was not.
+An alarm holds in a row if its metric is beyond its threshold. It is warned of once, and marked as ``alarm/NAME`` in
+every row of metrics.jsonl in which it holds. results.json and the report list it with the step at which it was raised,
+its message, and the number of rows in which it held. It ends the run if ``config.alarms.stop`` names it. All of this is
+a function of the rows alone, so a run that is resumed, and reads its own rows again, raises the same alarms.
 
-Whether student and teacher drift apart is watched by their likeliest token, and not by the overlap of their top k,
-which would sort the vocabulary, where it is sharded, at every token: that metric comes with the losses for free.
+The agreement of student and teacher is that of their most likely tokens, which the losses compute anyway. The overlap
+of their top k would need a sort along the sharded vocabulary at every token.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ import operator
 import sys
 from typing import NamedTuple
 
-SMOOTHING = 0.8  # of the agreement of student and teacher: the weight of the past, per step
+SMOOTHING = 0.8  # weight of the past in the moving average of the agreement, per step
 
 
 @dataclasses.dataclass(frozen=True)
 class AlarmsConfig:
-    """``stop``: names of ALARMS that end the run. ``patience``: rows in a row in which an alarm must hold before it is
-    raised, or, where it is raised at once, before it ends the run. The others are thresholds, 0 turning theirs off."""
+    """``stop``: names of ALARMS that end the run. ``patience``: consecutive rows in which an alarm must hold before it
+    is raised, or, if it is raised at once, before it ends the run. The others are thresholds; 0 turns an alarm off.
+    """
 
     stop: tuple[str, ...] = ("not_finite",)
     patience: int = 3
@@ -39,8 +39,11 @@ class AlarmsConfig:
 
 
 class Alarm(NamedTuple):
-    """Holds where ``metric`` (one of a row's, or of _Falls) is ``beyond`` the threshold: the field of the alarm's own
-    name, or ``fixed``. ``message`` may use the metrics by name. ``at_once``: raised in the first such row."""
+    """An alarm that holds if ``metric``, of the row or of _Falls, is ``beyond`` the threshold.
+
+    The threshold is ``fixed``, or else the field of AlarmsConfig with the alarm's name. ``message`` may use the metrics
+    by name. ``at_once``: the alarm is raised in the first row in which it holds.
+    """
 
     metric: str
     message: str
@@ -50,7 +53,7 @@ class Alarm(NamedTuple):
 
 
 class StopRun(RuntimeError):
-    """An alarm that ends the run. ``alarm`` and ``step`` say which, and in which row."""
+    """The alarm ``alarm``, in the row of ``step``, ends the run."""
 
     def __init__(self, message: str, alarm: str, step: int):
         super().__init__(message)
@@ -58,8 +61,11 @@ class StopRun(RuntimeError):
 
 
 class Alarms:
-    """The alarms of one arm. ``raised``: alarm -> the step at which it was raised first, and ``messages``, what it said
-    then; ``held``: alarm -> rows in which it held from then on; ``skipped``: steps skipped."""
+    """The alarms of one arm.
+
+    ``raised``: alarm -> the step at which it was first raised. ``messages``: alarm -> its message at that step.
+    ``held``: alarm -> number of rows in which it held from then on. ``skipped``: number of skipped steps.
+    """
 
     def __init__(self, config: AlarmsConfig, arm: str):
         self._config, self._arm = config, arm
@@ -70,8 +76,8 @@ class Alarms:
         self.skipped = 0
 
     def observe(self, step: int, row: dict[str, float], quiet: bool = False) -> dict[str, float]:
-        """What the alarms add to the metrics of a row. ``quiet``: an earlier process has warned of it."""
-        added = self._falls.of(row)
+        """Return the metrics that the alarms add to a row. ``quiet``: do not warn, an earlier process has."""
+        added = self._falls.update(row)
         row = row | added
         self.skipped += int(row.get("skipped", 0))
         for name, alarm in ALARMS.items():
@@ -87,15 +93,15 @@ class Alarms:
                 if name not in self.raised:
                     self.raised[name], self.messages[name] = step, alarm.message.format(**row)
                     if not quiet:
-                        print(f"warning: {self._text(name, step, row)}", file=sys.stderr, flush=True)
+                        print(f"warning: {self._describe(name, step, row)}", file=sys.stderr, flush=True)
         return added
 
     def stop_if_due(self, step: int, row: dict[str, float]) -> None:
-        """Raises StopRun where the row, once observed, has brought an alarm that ends the run to its patience."""
+        """Raise StopRun if an alarm of ``alarms.stop`` has held for ``alarms.patience`` observed rows in a row."""
         for name in self._config.stop:
             if f"alarm/{name}" in row and self._in_a_row[name] >= self._config.patience:
                 raise StopRun(
-                    f"{self._text(name, step, row)}. This ends the run, for alarms.stop names {name!r}, after "
+                    f"{self._describe(name, step, row)}. This ends the run, since alarms.stop names {name!r}, after "
                     f"alarms.patience = {self._config.patience} in a row; its files and checkpoints are kept",
                     name,
                     step,
@@ -103,7 +109,7 @@ class Alarms:
 
     @property
     def record(self) -> dict:
-        """What results.json says of them."""
+        """The alarms as results.json lists them."""
         alarms = {
             name: {"step": step, "rows": self.held[name], "message": self.messages[name]}
             for name, step in self.raised.items()
@@ -112,25 +118,26 @@ class Alarms:
 
     @property
     def is_close_to_stopping(self) -> bool:
-        """Whether one more skipped step ends the run, which then needs that step's own state."""
+        """Whether one more skipped step ends the run; the state of that step is then needed."""
         in_a_row = self._in_a_row["not_finite"] + 1
         return "not_finite" in self._config.stop and in_a_row >= self._config.patience
 
-    def _text(self, name: str, step: int, row: dict[str, float]) -> str:
+    def _describe(self, name: str, step: int, row: dict[str, float]) -> str:
         return f"{self._arm}, step {step}: {ALARMS[name].message.format(**row)}"
 
 
 class _Falls:
-    """How far a share has come down from its best: of the rows so far, or of their moving average."""
+    """How far a share has fallen below its best so far; for the agreement, its moving average."""
 
     def __init__(self):
         self._best: dict[str, float] = {}
         self._smooth: float | None = None
 
-    def of(self, row: dict[str, float]) -> dict[str, float]:
+    def update(self, row: dict[str, float]) -> dict[str, float]:
+        """Return the falls of a row, and take it into account."""
         falls = {}
         agreement = row.get("top1_agreement")
-        if agreement is not None and agreement == agreement:  # a step that was skipped has none
+        if agreement is not None and agreement == agreement:  # a skipped step has none
             past = agreement if self._smooth is None else self._smooth
             self._smooth = SMOOTHING * past + (1 - SMOOTHING) * agreement
             falls["agreement_fall"] = self._below_best("agreement", self._smooth)
@@ -154,44 +161,44 @@ ALARMS = {
     ),
     "untrained": Alarm(
         "untrained",
-        "{untrained:.0%} of the responses have no token that is trained on; look at loss.skip_first, loss.masked_ids "
+        "{untrained:.0%} of the responses have no token that is trained on; check loss.skip_first, loss.masked_ids "
         "and loss.drop_truncated",
     ),
     "logprob_gap": Alarm(
         "logprob_gap",
-        "what was sampled has other log-probabilities when it is scored, by {logprob_gap:.3g} nats per token, so that "
-        "training is not on-policy; look at rollout.top_k and rollout.top_p, or compute in float32 (model.dtype)",
+        "the log-probabilities of sampling and scoring differ by {logprob_gap:.3g} nats per token, so training is not "
+        "on-policy; check rollout.top_k and rollout.top_p, or compute in float32 (model.dtype)",
     ),
     "truncated": Alarm(
         "truncated", "{truncated:.0%} of the responses are cut at the length limit; raise rollout.max_tokens"
     ),
     "no_end": Alarm(
         "truncated",
-        "no response ends, all are cut at the length limit; raise rollout.max_tokens, and see whether the model's end "
+        "no response ends, all are cut at the length limit; raise rollout.max_tokens, and check that the model's end "
         "token is in its generation_config.json (--dump_batch shows the first responses)",
         beyond=operator.ge,
         fixed=1.0,
     ),
     "repetition": Alarm(
         "repetition",
-        "the responses repeat themselves: {repetition:.0%} of their runs of 8 tokens occurred before in the same "
-        "response; look at samples, and lower optim.lr if they were better before",
+        "the responses repeat themselves: {repetition:.0%} of their 8-grams of tokens occurred before in the same "
+        "response; read samples, and lower optim.lr if they were better before",
     ),
     "no_distillation": Alarm(
         "distill",
-        "there is nothing to distill, L_distill = {distill:.2g}: the teacher, who sees the context, says what the "
-        "student says without. Is the context in the prompts (--dump_batch), and does it matter?",
+        "there is nothing to distill, L_distill = {distill:.2g}: the teacher with the context answers as the student "
+        "without it. Check that the context is in the prompts (--dump_batch) and changes the answers",
         beyond=lambda value, least: abs(value) <= least,  # with loss.remainder = "raw" it may be negative
     ),
     "parse_rate": Alarm(
         "dev/parse_fall",
-        "the share of dev responses with a readable answer has fallen by {dev/parse_fall:.0%} from its best; the "
-        "accuracies say little now. Look at samples, and lower optim.lr",
+        "the share of dev responses with a readable answer has fallen by {dev/parse_fall:.0%} from its best, so the "
+        "accuracies say little; read samples, and lower optim.lr",
         at_once=True,
     ),
     "agreement": Alarm(
         "agreement_fall",
-        "student and teacher agree on the likeliest token less than before, by {agreement_fall:.0%} of the tokens; "
-        "training diverges: lower optim.lr",
+        "student and teacher agree on the most likely token less often than before, by {agreement_fall:.0%} of the "
+        "tokens; training diverges: lower optim.lr",
     ),
 }
