@@ -150,7 +150,7 @@ def repeat_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
     return jnp.reshape(apart, whole, out_sharding=P(*jax.typeof(x).sharding.spec))
 
 
-def micro_batches(x: jax.Array, count: int) -> jax.Array:
+def split_micro_batches(x: jax.Array, count: int) -> jax.Array:
     """Split x [B, ...] into [count, B / count, ...]. Every part has rows of every device, so nothing moves between
     them."""
     ways = batch_ways()

@@ -4,7 +4,7 @@
     V vocabulary   D width         F mlp width    N layers          C shared prefix
     H query heads  K key/value heads               Dh head dim
 
-A name such as ``tokens_BxT`` says: shape [B, T]. Masks are boolean and True where a token is real;
+A name such as ``tokens_BxT`` says: shape [B, T]. Masks are boolean, True for real tokens;
 they are data, and are never inferred from token ids, because in several model families the padding
 token *is* the end-of-turn token.
 """

@@ -1,4 +1,4 @@
-"""Windows, rotary bases and the options of a layer: the model beside a dense one, written in numpy for one row."""
+"""Windows, rotary bases and the options of a layer: the model gives what a dense one gives, in numpy, row by row."""
 
 import dataclasses
 import functools
@@ -149,6 +149,14 @@ def test_a_mesh_computes_the_same(change, tiny_model, make_params, make_rows, me
     params, rows = make_params(config, 0, mesh8), make_rows(13, mesh8, rows=4)
     assert_dense(forward(params, config, *rows), params, config, *rows)
     assert_dense(decode(params, config, *rows), params, config, *rows, first=READ - 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_half_precision_model_stays_in_half_precision(variant, tiny_model, make_params, make_rows, mesh):
+    config = dataclasses.replace(tiny_model, **VARIANTS[variant], dtype="bfloat16")
+    params, rows = make_params(config, 0, mesh), make_rows(5, mesh)
+    for run in (forward, decode):
+        assert jax.eval_shape(lambda *a, run=run: run(a[0], config, *a[1:]), params, *rows).dtype == jnp.bfloat16
 
 
 def test_windows_hold_in_chunks_of_columns(tiny_model, make_params, make_rows, mesh, monkeypatch):

@@ -178,7 +178,7 @@ def _gradient(state: TrainState, frozen: Frozen, rows: WeightedBatch, config: St
     if count == 1:
         return loss_of(state.params, rows)
     parts = map_rows(
-        lambda x: sharding.micro_batches(x, count), rows, shared=lambda x: jnp.broadcast_to(x, (count, *x.shape))
+        lambda x: sharding.split_micro_batches(x, count), rows, shared=lambda x: jnp.broadcast_to(x, (count, *x.shape))
     )
     part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], parts))
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(loss_of, state.params, part))

@@ -39,8 +39,8 @@ KINDS = ("auto", "reference", *KERNELS)
 class Window(NamedTuple):
     """How far back queries read: the query at position p reads keys at positions above p - ``size``.
 
-    Within a row, distances in columns are distances in positions, so ``positions_BxL`` are for the prefix, whose key m
-    is at position m.
+    A row's real tokens are contiguous, so within a row distances in columns are distances in positions.
+    ``positions_BxL`` are for the prefix, whose key m is at position m.
     """
 
     size: int | jax.Array
