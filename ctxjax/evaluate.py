@@ -27,7 +27,7 @@ def main(
     """Run the command with the values of its flags (see ``command_line``)."""
     if out is None:
         raise ValueError("--out is missing; give a folder for results.json and the responses")
-    out = command.folder("--out", out)
+    out = command.parse_folder("--out", out)
     if out.exists():
         raise FileExistsError(f"--out={out} exists; choose another folder, since nothing is overwritten")
     command.prepare(config)
@@ -40,7 +40,7 @@ def main(
     own.mkdir(parents=True)
     workdir.write_text(own / "items.jsonl", "".join(json.dumps(item) + "\n" for item in evaluation.items))
     line = shlex.join(["python", "-m", "ctxjax.evaluate", *sys.argv[1:]])
-    workdir.write_json(out / "run.json", workdir.facts(config) | facts | {"command": line})
+    workdir.write_json(out / "run.json", workdir.collect_facts(config) | facts | {"command": line})
     workdir.write_json(out / "results.json", {NAME: evaluation.metrics})
     print(f"\n{report.results_table({NAME: evaluation.metrics})}\n")
     print(_format_readable(evaluation.metrics))

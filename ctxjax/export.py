@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as trained")
     options = parser.parse_args(arguments)
     try:
-        workdir, out = command.folder("--workdir", options.workdir), command.folder("--out", options.out)
+        workdir, out = command.parse_folder("--workdir", options.workdir), command.parse_folder("--out", options.out)
         arm, step = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
     except (OSError, ValueError) as error:
         print(f"ctxjax.export: {error}", file=sys.stderr)

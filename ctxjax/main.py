@@ -43,18 +43,19 @@ def main(_) -> None:
     from ctxjax.host import workdir
     from ctxjax.training import preview, run
 
-    place = command.folder("--workdir", _WORKDIR.value or "")
+    place = command.parse_folder("--workdir", _WORKDIR.value or "")
     command.prepare(_CONFIG.value)
     processes.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
     if jax.process_count() > 1:
-        facts = workdir.facts(_CONFIG.value)
-        processes.begin({name: facts[name] for name in ("config", "versions")})
+        facts = workdir.collect_facts(_CONFIG.value)
+        processes.check_same_facts({name: facts[name] for name in ("config", "versions")})
+        processes.silence_others()
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _DUMP_BATCH.value:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(preview.first_batch(experiment, shutil.get_terminal_size((100, 0)).columns, colour))
         return
-    facts = workdir.facts(_CONFIG.value)
+    facts = workdir.collect_facts(_CONFIG.value)
     workdir.check_workdir(place, facts["config"], _RESUME.value)
     run.run(experiment, place, facts)
 
@@ -73,7 +74,7 @@ def command_line() -> None:
         sys.exit(preemption.EXIT_CODE)
     except StopRun as stop:
         print(f"\nstopped: {redact.hide_secrets(str(stop))}", file=sys.stderr)
-        processes.leave(3)
+        processes.exit_process(3)
 
 
 if __name__ == "__main__":

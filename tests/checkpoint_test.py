@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
-from ctxjax.host.checksum import checksums
+from ctxjax.host.checksum import compute_checksums
 from ctxjax.training.checkpoint import Checkpoints, best_step, saved_steps
 from ctxjax.types import TrainState
 
@@ -69,7 +69,7 @@ def test_another_mesh_reads_the_same_values_in_its_own_layout(tmp_path, mesh8):
     assert equal(found, sharded)
     assert found.params["layers"]["q"].sharding == like.params["layers"]["q"].sharding
     params = [tree.params for tree in (found, sharded)]
-    assert checksums(params[0]) == checksums(params[1])
+    assert compute_checksums(params[0]) == compute_checksums(params[1])
 
 
 def test_a_state_that_is_overwritten_at_once_is_saved_as_it_was(tmp_path, mesh):
@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(harm, saved
 def test_values_other_than_those_that_were_saved_are_damage(saved, monkeypatch, capsys):
     """As if the file system had delivered other bytes without an error."""
     folder, mesh = saved
-    original = checksums
+    original = compute_checksums
     seen = []
 
     def wrong(tree):
@@ -128,7 +128,7 @@ def test_values_other_than_those_that_were_saved_are_damage(saved, monkeypatch, 
         sums = original(tree)
         return sums | {"params/layers/q": 1} if len(seen) == 1 else sums
 
-    monkeypatch.setattr("ctxjax.training.checkpoint.checksums", wrong)
+    monkeypatch.setattr("ctxjax.training.checkpoint.compute_checksums", wrong)
     _, run = restored(folder, mesh)
     assert run["data_position"] == 1
     assert "1 arrays are not those that were saved, the first params/layers/q" in capsys.readouterr().err

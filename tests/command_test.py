@@ -23,7 +23,7 @@ def work():
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 command.app.run = lambda main, flags_parser: main(None)
-command._cores = lambda: {cores}
+command.memory.count_cores = lambda: {cores}
 
 def main(_):
     for _ in range(2):
@@ -54,7 +54,7 @@ def test_large_arrays_are_taken_from_the_system_once():
 def test_programs_that_compile_fast_are_kept_too(tmp_path, monkeypatch):
     told = {}
     monkeypatch.setattr(command.jax.config, "update", told.__setitem__)
-    monkeypatch.setattr(command, "_quiet", lambda: None)
+    monkeypatch.setattr(command, "_quieten", lambda: None)
     command.prepare(command.ConfigDict({"compile_cache": str(tmp_path), "cpu_devices": 2}))
     assert told["jax_compilation_cache_dir"] == str(tmp_path)
     assert told["jax_persistent_cache_min_compile_time_secs"] == 0

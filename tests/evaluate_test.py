@@ -166,7 +166,7 @@ def test_the_context_of_the_command_takes_the_place_of_the_configurations(folder
 
 
 def start(config, workdir: Path) -> dict:
-    return run.run(config_lib.experiment(config, jax.device_count()), workdir, workdir_lib.facts(config))
+    return run.run(config_lib.experiment(config, jax.device_count()), workdir, workdir_lib.collect_facts(config))
 
 
 @pytest.mark.usefixtures("no_page")

@@ -44,7 +44,7 @@ class Trained:
             edit(self.source / "config.json", **EXTRA)
             config = tiny.get_config()
             config.model.path, config.lora.rank, config.run_arms = str(self.source), rank, ("opcd", "opcd_anchored")
-            workdir.claim(self.workdir, workdir.facts(config), {})
+            workdir.claim(self.workdir, workdir.collect_facts(config), {})
             experiment = config_lib.experiment(config, jax.device_count())
             sampling = train_step.SamplingConfig(max_tokens=4, eos_ids=(2,), pad_id=0)
             step_config = train_step.StepConfig(

@@ -182,7 +182,7 @@ def test_the_loss_of_another_process_is_told_from_errors_of_ones_own(
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: together)
     monkeypatch.setattr(command.app, "run", lambda main, flags_parser: main(None))
-    monkeypatch.setattr(command.processes, "leave", sys.exit)
+    monkeypatch.setattr(command.processes, "exit_process", sys.exit)
     with pytest.raises(SystemExit if is_loss or shown_as else jax.errors.JaxRuntimeError) as ended:
         command.run(fail, None)
     if is_loss or shown_as:

@@ -46,7 +46,7 @@ def small(cache: Path):
 
 def start(config, workdir: Path, page: bool = False) -> dict:
     """The results of a run; its page, of which most tests see nothing, only on demand."""
-    facts = workdir_lib.facts(config)
+    facts = workdir_lib.collect_facts(config)
     workdir_lib.check_workdir(workdir, facts["config"])
     with pytest.MonkeyPatch.context() as patch:
         if not page:
@@ -380,7 +380,7 @@ def test_the_teachers_samples_are_kept_with_their_ids_and_shared_by_the_arms(sam
 def test_a_run_taken_up_again_learns_from_the_samples_that_it_kept(sampled, cache, tmp_path):
     config = taught_by_samples(cache)
     config.run_arms = ("sft",)
-    workdir_lib.claim(tmp_path, workdir_lib.facts(config), {})
+    workdir_lib.claim(tmp_path, workdir_lib.collect_facts(config), {})
     (tmp_path / "run.json").unlink()  # of inputs that are not known here
     text = (sampled / teacher_samples.FILE).read_text()
     file = tmp_path / teacher_samples.FILE

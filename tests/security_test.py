@@ -178,7 +178,7 @@ def test_no_secret_gets_into_a_runs_facts(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "very-secret-indeed")
     config = tiny.get_config()
     config.model.path, config.qa_jsonl.path = "https://me:pa55word@host/x", "/data/very-secret-indeed.jsonl"
-    written = json.dumps(workdir_lib.facts(config))
+    written = json.dumps(workdir_lib.collect_facts(config))
     assert "pa55word" not in written and "very-secret" not in written and "[hidden]@host/x" in written
 
 

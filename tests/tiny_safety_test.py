@@ -165,7 +165,7 @@ def test_a_small_world_runs_from_its_files_to_results(folder, tmp_path):
     config.train.steps, config.train.batch_size, config.eval.every, config.run_arms = 1, 8, 0, ("off_policy",)
     config.eval.bootstrap = 10
     assert config.task in WORLDS
-    facts = workdir_lib.facts(config)
+    facts = workdir_lib.collect_facts(config)
     results = run.run(config_lib.experiment(config, jax.device_count()), tmp_path / "run", facts)
     assert set(results) == {"base", "off_policy"}
     assert {"acc_x", "acc_xc", "obedience", "acc_default", "acc_paraphrase"} <= set(results["off_policy"])

@@ -13,7 +13,7 @@ from ctxjax.host.workdir import Lock
 
 @pytest.fixture
 def facts():
-    return workdir.facts(tiny.get_config())
+    return workdir.collect_facts(tiny.get_config())
 
 
 def test_a_folder_holds_one_process_at_a_time_and_says_which(tmp_path):
@@ -91,5 +91,5 @@ def test_a_run_that_was_killed_at_its_very_begin_can_be_started_again(tmp_path, 
 @pytest.mark.parametrize("address", ["gs://bucket/runs/one", "s3://bucket/one", "file:///tmp/one"])
 def test_an_address_is_no_workdir_and_the_remedy_is_named(address):
     with pytest.raises(ValueError, match=f"--workdir={address} is an address.*gcsfuse.*--workdir=/mnt/bucket/one$"):
-        command.folder("--workdir", address)
-    assert command.folder("--workdir", "runs/one") == Path("runs/one")
+        command.parse_folder("--workdir", address)
+    assert command.parse_folder("--workdir", "runs/one") == Path("runs/one")

@@ -1,1 +1,1 @@
-"""The machine around a run: commands, processes, signals, disk and network."""
+"""The machine around a run: commands, memory, processes, signals, disk and network."""

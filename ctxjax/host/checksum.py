@@ -1,4 +1,4 @@
-"""Numbers that tell arrays apart by their bits, on any mesh: a damaged checkpoint, an exchanged model."""
+"""Checksums of arrays on any mesh, to find a damaged checkpoint or a changed model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from jax import lax
 import jax.numpy as jnp
 
 
-def checksums(tree) -> dict[str, int]:
-    """32 bits for every array of a tree, by its path. They depend on every value and its place, and not on how the
-    array is spread over devices. Not cryptographic."""
+def compute_checksums(tree) -> dict[str, int]:
+    """Return a checksum of 32 bits for every array of a tree, by its path.
+
+    It depends on every value and its place, and not on how the array is sharded. It is not cryptographic.
+    """
     sums = jax.device_get(_sums(tree))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): int(value)
@@ -20,13 +22,13 @@ def checksums(tree) -> dict[str, int]:
     }
 
 
-def fingerprint(tree) -> str:
-    """64 bits, in hexadecimal digits, for a whole tree of arrays."""
-    return digest(checksums(tree))
+def compute_fingerprint(tree) -> str:
+    """Return a digest of a whole tree of arrays: 64 bits as hexadecimal digits."""
+    return compute_digest(compute_checksums(tree))
 
 
-def digest(value) -> str:
-    """The same for whatever JSON can hold."""
+def compute_digest(value) -> str:
+    """Return a digest of a value that JSON can represent: 64 bits as hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -36,7 +38,7 @@ def _sums(tree):
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """The sum, modulo 2^32, of the values' bits, each mixed with its place in the array."""
+    """Return the sum, modulo 2^32, of the values' bits, each mixed with its place in the array."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = x.astype(unsigned) if x.dtype == bool else lax.bitcast_convert_type(x, unsigned)
     place, stride = jnp.uint32(0), 1

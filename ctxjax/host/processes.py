@@ -1,7 +1,7 @@
-"""The processes that train together, one for every host as a rule: how they find each other, agree, and end.
+"""The processes that train together, usually one per host: connect them, compare their inputs, end them.
 
-Every process runs the same command on the same files, and does the same. The first one alone prints and writes, but for
-checkpoints, which all write: the folder of a run must be one that all of them share.
+All processes run the same command on the same files. Only the first one prints and writes files, except checkpoints,
+which all processes write: they must share the workdir.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-# A process that has not been heard of for so long counts as dead, and all others end.
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as dead, and all others end
 EXIT_CODE = 4  # of a process that ends because another one has
 _SIGNS = ("gloo", "connection", "unavailable", "deadline_exceeded", "heartbeat", "coordination", "barrier", "aborted")
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the other processes: those that are named, or those that jax finds in the environment (TPU pods, Slurm,
-    Open MPI, Kubernetes); ``processes`` = 1: none, whatever the environment says. Call it before devices are used.
+    """Join the other processes. Call it before devices are used.
 
-    ``coordinator``: host:port of the first process. Raises ValueError where the three are not given together, and
-    ConnectionError where the others are not there.
+    Without arguments, jax finds the processes in the environment (TPU pods, Slurm, Open MPI, Kubernetes).
+    ``coordinator``: host:port of the first process. ``processes`` = 1: this process stays alone in any environment.
+    Raises ValueError if only some of the three are given, and ConnectionError if the others cannot be reached.
     """
     if processes == 1:
         return
@@ -37,88 +36,91 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
         raise ValueError(f"--process_id = {process_id} must be from 0 to --processes - 1 = {processes - 1}")
     if all(given) and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"--coordinator = {coordinator!r} must be host:port of the first process")
-    patience = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": HEARTBEAT_SECONDS}
+    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": HEARTBEAT_SECONDS}
     try:
-        jax.distributed.initialize(coordinator, processes, process_id, **patience)
+        jax.distributed.initialize(coordinator, processes, process_id, **timeouts)
     except jax.errors.JaxRuntimeError as error:
-        raise ConnectionError(f"the processes of this run did not come together ({_line(error)})") from None
-    except (ValueError, RuntimeError):  # nothing found, or devices are in use already: this process is alone
+        raise ConnectionError(f"the processes of this run did not connect ({_shorten(error)})") from None
+    except (ValueError, RuntimeError):  # jax found no others, or devices are already in use: this process is alone
         if any(given):
             raise
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Return whether this is the process that prints and writes."""
     return jax.process_index() == 0
 
 
-def begin(facts: dict) -> None:
-    """Compares what every process was told, and leaves the standard output to the first.
-
-    Raises ValueError, in all processes, where the facts differ, with those that do.
-    """
+def check_same_facts(facts: dict) -> None:
+    """Raise ValueError in all processes, with the differences, if ``facts`` is not the same in all of them."""
     if jax.process_count() == 1:
         return
-    own = np.frombuffer(json.dumps(_flat(facts)).encode(), np.uint8)
+    own = np.frombuffer(json.dumps(_flatten(facts)).encode(), np.uint8)
     lengths = _all_gather(np.int32(own.size))
     texts = _all_gather(np.pad(own, (0, lengths.max() - own.size)))
-    told = [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths)]
+    all_facts = [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths)]
     different = []
-    for name in sorted(set().union(*told)):
+    for name in sorted(set().union(*all_facts)):
         by_value: dict[str, list[int]] = {}
-        for process, facts in enumerate(told):
+        for process, facts in enumerate(all_facts):
             by_value.setdefault(repr(facts.get(name)), []).append(process)
         if len(by_value) > 1:
             where = "; ".join(f"{value} in {', '.join(map(str, those))}" for value, those in by_value.items())
             different.append(f"{name}: {where}")
     if different:
         raise ValueError(
-            "the processes of this run were told different things; give all the same command, code and packages. By "
-            "process:\n  " + "\n  ".join(different)
+            "the processes of this run have different inputs; give all the same command, code and packages. Values and "
+            "processes:\n  " + "\n  ".join(different)
         )
+
+
+def silence_others() -> None:
+    """Discard what this process prints to the standard output from now on, unless it is the first."""
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def wait(place: str) -> None:
-    """Returns when all processes have come to this ``place``."""
+    """Return when all processes have called this with the same ``place``."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(place)
 
 
-def of_first(answer: bool) -> bool:
-    """The first process's answer, in all of them."""
+def ask_first(answer: bool) -> bool:
+    """Return the first process's answer, in all processes. All must call it."""
     return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
 
 
-def of_all(answer: bool) -> bool:
-    """Whether the answer is yes in all processes."""
+def ask_all(answer: bool) -> bool:
+    """Return whether the answer is True in all processes. All must call it."""
     return answer if jax.process_count() == 1 else bool(_all_gather(np.array([answer])).all())
 
 
 def is_lost_process(error: BaseException | None) -> bool:
-    """Whether the error says that another process is gone, or was raised because of one that says so."""
+    """Return whether an error, or one that caused it, says that another process is gone."""
     if not jax.distributed.is_initialized():
         return False
     while error is not None:
         text = str(error).lower()
         if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in _SIGNS):
             return True
-        error = error.__cause__ or error.__context__  # orbax makes a TimeoutError of a barrier's
+        error = error.__cause__ or error.__context__  # orbax raises a TimeoutError from a barrier's error
     return False
 
 
 def describe_lost_process(error: Exception) -> str:
-    """Such an error, for its reader."""
+    """Return the message of an error for which ``is_lost_process`` holds."""
     return (
-        "another process of this run has ended or cannot be reached, and this one ends with it. What that one printed "
-        f"says why; the same command goes on from the last checkpoint ({_line(error)})"
+        "another process of this run has ended or cannot be reached, so this one ends too. The output of that one says "
+        f"why; the same command goes on from the last checkpoint ({_shorten(error)})"
     )
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process. Where it is one of several, at once: the others notice, and end too, and jax would wait for
-    them to come to the end of their run."""
+def exit_process(code: int) -> NoReturn:
+    """End this process; if it is one of several, at once, since jax would wait until the others end their run.
+
+    The others notice and end too.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.distributed.is_initialized():
@@ -130,13 +132,13 @@ def _all_gather(row: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(row))
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def _flatten(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
-def _line(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,4 +1,4 @@
-"""Secrets that a configuration, a command line or a message may carry: none is printed or written down."""
+"""Hide secrets that a configuration, a command line or a message may contain: none is printed or written."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import os
 import re
 
 HIDDEN = "[hidden]"
-_ENVIRONMENT = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)  # names
+_ENVIRONMENT = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)  # names of variables
 _PATTERNS = (
     re.compile(r"(?<=://)[^/@\s'\"]+(?=@)"),  # user:password of an address
     re.compile(r"\b(hf_|github_pat_|gh[pousr]_|sk-)[A-Za-z0-9_-]{16,}"),
     re.compile(r"(?<=[?&])((access_|auth_)?token|(api_?)?key|password|signature|sig)=[^&\s'\"]+", re.IGNORECASE),
 )
-SHORTEST = 8  # letters of an environment's value that is looked for elsewhere; shorter ones are words
+SHORTEST = 8  # letters; shorter values of environment variables may be ordinary words and are not hidden
 
 
 def hide_secrets(value):
-    """The value, a text or lists and dicts of them, with what looks like a secret replaced; so are the values of
-    environment variables such as HF_TOKEN."""
+    """Return the value, a text or lists and dicts of them, with everything that looks like a secret replaced.
+
+    The values of environment variables such as HF_TOKEN are replaced too.
+    """
     if isinstance(value, dict):
         return {name: hide_secrets(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

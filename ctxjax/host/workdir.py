@@ -1,4 +1,4 @@
-"""The folder of a run: made, or recognised as the same run's, before anything is computed."""
+"""The folder of a run: created for a new run, or checked to belong to the same run, before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,27 +17,25 @@ import jax
 from ml_collections import ConfigDict
 
 from ctxjax.host import processes, redact
-from ctxjax.host.checksum import digest
+from ctxjax.host.checksum import compute_digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# What may be changed under way: where a run computes, and how often it saves, and not what it computes.
+# Fields that may change when a run is resumed: where it computes and how often it saves, not what it computes.
 CHANGEABLE = ("mesh", "cpu_devices", "compile_cache", "train.save_every", "train.keep")
-RESUME = ("auto", "never", "must")
-FIRST_FILES = {"lock", "config.json.partial"}  # all that a run which was killed at its very begin may have left
+FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
 
 
 def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
-    """Raises ValueError where the folder holds a run with another configuration, with the fields that differ, or
-    anything that is not a run.
+    """Raise ValueError if the folder holds another run, with the fields that differ, or anything that is not a run.
 
-    ``resume``: a run with the same configuration is taken up again ("auto"), refused ("never"), or demanded ("must").
+    ``resume``: a run with the same configuration is resumed ("auto"), refused ("never") or required ("must").
     """
     stored = workdir / "config.json"
     if not stored.exists():
         if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - FIRST_FILES):
             raise ValueError(f"{workdir} exists and is not a run's folder; choose another --workdir")
         if resume == "must":
-            raise ValueError(f"{workdir} holds no run to go on with; leave out --resume=must, or mend --workdir")
+            raise ValueError(f"{workdir} holds no run to go on with; leave out --resume=must, or correct --workdir")
         return
     if resume == "never":
         raise ValueError(f"{workdir} holds a run already; choose another --workdir, or go on with it: --resume=auto")
@@ -45,7 +43,7 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
         before = json.loads(stored.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{stored} is not valid JSON ({error}); choose another --workdir") from None
-    different = _differences(_compared(before), _compared(config))
+    different = _list_differences(_without_changeable(before), _without_changeable(config))
     if different:
         raise ValueError(
             f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
@@ -53,17 +51,17 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
         )
 
 
-def _compared(config: dict, prefix: str = "") -> dict:
-    """The configuration without CHANGEABLE."""
+def _without_changeable(config: dict, prefix: str = "") -> dict:
+    """Return the configuration without the fields of CHANGEABLE."""
     return {
-        name: _compared(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        name: _without_changeable(value, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in config.items()
         if f"{prefix}{name}" not in CHANGEABLE
     }
 
 
 def read_config(workdir: Path) -> dict:
-    """The configuration of the run in a folder. Raises ValueError where the folder holds no run."""
+    """Read the configuration of the run in a folder. Raises ValueError if the folder holds no run."""
     stored = workdir / "config.json"
     try:
         return json.loads(stored.read_text(encoding="utf-8"))
@@ -74,15 +72,15 @@ def read_config(workdir: Path) -> dict:
 
 
 def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
-    """Makes the folder and puts the run's name plate, config.json, and its manifest, run.json, on it; returns the
-    manifest. Call it when all input has been read: a run that could not start leaves nothing behind.
+    """Create the workdir and write config.json and run.json. Return the manifest, the content of run.json.
 
-    ``inputs``: what was read, by name, as digests. Raises ValueError where a run in this folder began with others.
+    Call it when all input has been read, so that a run that cannot start leaves nothing behind. ``inputs``: digests of
+    what was read, by name. Raises ValueError if the run in this folder began with other inputs.
     """
     manifest = facts | {"inputs": inputs, "earlier_starts": []}
     if (workdir / "config.json").exists() and (workdir / "run.json").exists():
         before = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
-        different = _differences(before.get("inputs"), inputs, "inputs")
+        different = _list_differences(before.get("inputs"), inputs, "inputs")
         if different:
             raise ValueError(
                 f"the run in {workdir} began with other inputs; bring them back, or choose another --workdir. Digests "
@@ -101,14 +99,16 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
 
 
 class Lock:
-    """Keeps other processes out of a run's folder: from ``take`` until the block ends, or the process, in any way."""
+    """Keep other processes out of a run's folder, from ``take`` until the block or the process ends."""
 
     def __init__(self, workdir: Path):
         self._path, self._file = workdir / "lock", None
 
     def take(self) -> None:
-        """Raises ValueError, with who holds it, where another run does; of several processes the first takes it. Makes
-        the folder."""
+        """Create the folder if needed and lock it. Of several processes only the first takes the lock.
+
+        Raises ValueError if another run holds the lock, and says which.
+        """
         if self._file is not None or not processes.is_first():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ class Lock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "a process that has not said who it is"
+            holder = file.read().strip() or "an unknown process"
             file.close()
             raise ValueError(
                 f"{self._path.parent} is in use by another run ({holder}); wait for it, end it, or choose another "
@@ -139,12 +139,12 @@ class Lock:
 
 
 def write_json(path: Path, value) -> None:
-    """Writes a file that appears under its name only when it is complete."""
+    """Write a JSON file that appears under its name only when it is complete."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Likewise, for text. Of several processes the first writes."""
+    """Write a text file that appears under its name only when it is complete. Only the first process writes."""
     if not processes.is_first():
         return
     partial = path.with_name(f"{path.name}.partial")
@@ -152,37 +152,36 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _differences(before, now, name: str = "") -> list[str]:
+def _list_differences(before, now, name: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
-        return [line for k in keys for line in _differences(before.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
+        return [line for k in keys for line in _list_differences(before.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
     return [] if before == now else [f"{name}: {before!r} -> {now!r}"]
 
 
-def facts(config: ConfigDict) -> dict:
-    """What run.json says of a run before it begins: configuration, seed, command line, versions, device, time; no
-    secrets."""
+def collect_facts(config: ConfigDict) -> dict:
+    """Return what is known of a run before it begins: configuration, seed, versions, device; secrets are hidden."""
     device = jax.devices()[0]
-    found = {
+    facts = {
         "config": json.loads(config.to_json()),
         "seed": config.seed,
         "command": shlex.join(["python", "-m", "ctxjax.main", *sys.argv[1:]]),
-        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
-        "commit": _commit(Path(__file__).parent),
+        "versions": {"python": sys.version.split()[0]} | {name: _find_version(name) for name in PACKAGES},
+        "commit": _find_commit(Path(__file__).parent),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "host": socket.gethostname(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    return redact.hide_secrets(found)
+    return redact.hide_secrets(facts)
 
 
-def code(facts: dict) -> dict:
-    """The part of a run's facts that may change its numbers though configuration and inputs are the same."""
+def select_code_facts(facts: dict) -> dict:
+    """Return the facts, other than configuration and inputs, that can change a run's numbers."""
     return {name: facts[name] for name in ("versions", "commit", "device")}
 
 
-def _commit(package: Path) -> str | None:
-    """The commit that the package is checked out at, and whether it was changed since; None where it is installed."""
+def _find_commit(package: Path) -> str | None:
+    """Return the package's commit and a digest of its uncommitted changes; None if it is not in a git checkout."""
 
     def git(*arguments: str) -> str:
         line = ["git", "-C", str(package), *arguments]
@@ -193,10 +192,10 @@ def _commit(package: Path) -> str | None:
         commit, changes = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", ".")
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"{commit} with changes {digest(changes)}" if changes else commit
+    return f"{commit} with changes {compute_digest(changes)}" if changes else commit
 
 
-def _version(package: str) -> str:
+def _find_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -53,9 +53,9 @@ def ensure_base(config: BaseConfig, name: str, world: World, mesh: Mesh) -> Path
     trainings may differ in their last bits.
     """
     folder = find_base_folder(config, name, world)
-    if processes.of_all(not folder.exists()):
+    if processes.ask_all(not folder.exists()):
         train_base(config, world, mesh, folder)
-    elif not processes.of_all(folder.exists()):
+    elif not processes.ask_all(folder.exists()):
         raise ValueError(
             f"{folder} exists on some hosts only; copy it to all, or set config.base.cache to a shared folder"
         )

@@ -16,7 +16,7 @@ from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
-from ctxjax.host.checksum import digest, fingerprint
+from ctxjax.host.checksum import compute_digest, compute_fingerprint
 from ctxjax.host.hub import local_folder
 from ctxjax.inputs import base_model
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
@@ -131,11 +131,11 @@ def compute_digests(inputs: Inputs) -> dict:
     task, rows = inputs.task, inputs.rows
     models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
     return {
-        **{name: fingerprint(sharding.bring_to_device(folder.params)) for name, folder in models.items()},
-        "rows": {split: digest(task.rows(split)) for split in ("train", "dev", "test")},
-        "contexts": digest(sorted({row.context or "" for row in rows.rows})),
-        "other_contexts": digest([task.other_contexts(split) for split in ("train", "dev", "test")]),
-        "prompts": digest([rows.bare, rows.context]),
+        **{name: compute_fingerprint(sharding.bring_to_device(folder.params)) for name, folder in models.items()},
+        "rows": {split: compute_digest(task.rows(split)) for split in ("train", "dev", "test")},
+        "contexts": compute_digest(sorted({row.context or "" for row in rows.rows})),
+        "other_contexts": compute_digest([task.other_contexts(split) for split in ("train", "dev", "test")]),
+        "prompts": compute_digest([rows.bare, rows.context]),
     }
 
 

@@ -41,7 +41,7 @@ def open_teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh
     """
     wanted = sorted({step for arm in config.arms for step in steps_with_samples(config, arm)})
     path = workdir / FILE
-    if wanted and not processes.of_first(path.exists()):
+    if wanted and not processes.ask_first(path.exists()):
         lines = tqdm(
             _draw(config, inputs, wanted, mesh),
             total=len(wanted),

@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ctxjax.host import processes
-from ctxjax.host.checksum import checksums
+from ctxjax.host.checksum import compute_checksums
 from ctxjax.types import Params, TrainState
 
 
@@ -65,7 +65,7 @@ class Checkpoints:
         if step == self.latest_step:
             return
         stored = _storable(state)
-        run = run | {"checksums": checksums(stored)}
+        run = run | {"checksums": compute_checksums(stored)}
         with self._failures():
             items = ocp.args.Composite(state=ocp.args.StandardSave(stored), run=ocp.args.JsonSave(run))
             self._manager.save(step, args=items, force=True)
@@ -102,7 +102,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=items)
         state, run = found["state"], dict(found["run"])
-        now, then = checksums(state), run.pop("checksums")
+        now, then = compute_checksums(state), run.pop("checksums")
         wrong = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         if wrong:
             raise ValueError(f"{len(wrong)} arrays are not those that were saved, the first {wrong[0]}")

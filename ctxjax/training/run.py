@@ -52,13 +52,13 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         lock.take()
         facts |= {"rows_left_out": dict(task.skipped), "task": task.facts}
         manifest = workdir_lib.claim(workdir, facts, compute_digests(inputs))
-        code = workdir_lib.code(manifest)
+        code = workdir_lib.select_code_facts(manifest)
 
         def evaluated(folder: Path, evaluator: Evaluator, params: Params, step: int) -> Evaluation:
             """The evaluation that lies in the folder, where it is of this step and made by this code, or a new one."""
             identity = {"step": step} | code
             found = Evaluation.load(folder, identity)
-            if not processes.of_first(found is not None):
+            if not processes.ask_first(found is not None):
                 found = evaluator(sharding.bring_to_device(params))
                 found.save(folder, identity)
             if found is None:
