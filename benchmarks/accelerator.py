@@ -1,21 +1,20 @@
-"""The parts of a step on one accelerator, at the sizes of Llama-3.2-1B, beside what the chip can do.
+"""Measure the parts of a step on one accelerator, at the sizes of Llama-3.2-1B, and compare with the chip's own rates.
 
     python -m benchmarks.accelerator [--quick] [--parts attention,head,sampler,step]
 
-Needs jax, flax and optax alone, and runs on any platform; ``--quick`` takes sizes that a CPU can hold. Weights are
-random, end tokens off. Each part's own program is compiled, run once, and then timed; the best of several runs counts.
+Needs only jax, flax and optax, and runs on any platform; ``--quick`` uses sizes for a CPU. Weights are random, and
+responses have no end token. Each part is compiled, run once, and then timed; the fastest of several runs counts.
 
-machine    bfloat16 matrix products (FLOP/s) and a copy (bytes/s, read and written), measured in the same run
-attention  forward and backward of the reference path and of the platform's kernel (model.attention), and how far the
-           kernel is from the reference path in float32, relative to that one's norm, beside the reference's own
-           distance in bfloat16
-head       loss and gradients of three distributions (losses.py), all logits at once and in chunks of some tokens
-sampler    tokens/s, and the share of the floor: the weights once per token and the filled cache of every row, over the
-           copy's rate; prompts by their arithmetic
-step       milliseconds of rollout and update of an anchored step behind a shared context, and the update's share of the
-           matrix rate, by the arithmetic that its trace holds (a layer's second forward pass included)
+machine    FLOP/s of bfloat16 matrix products and bytes/s of a copy (read and written), measured in the same run
+attention  forward and backward pass of the reference path and of the platform's kernel (model.attention). For both in
+           bfloat16: distance from the reference path in float32, relative to its norm
+head       loss and gradients of three distributions (losses.py), with all logits at once and in chunks of tokens
+sampler    tokens/s, and the share of the floor: the time to read the weights and the filled cache of all rows once per
+           token, at the copy's rate, and the time of the prompts' arithmetic
+step       milliseconds of rollout and update of an anchored step with a shared context; and the update's share of the
+           matrix rate, by the arithmetic of its trace (which has the recomputed forward pass)
 
-Prints one JSON object as the last line; the numbers of record stand in benchmarks/README.md.
+Prints one JSON object as the last line. Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -49,8 +48,8 @@ LLAMA32_1B = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """``columns`` are those of attention, whose rows hold ``tokens`` in all; prompts, responses and the context are
-    in tokens, ``batches`` in rows."""
+    """``columns``: sequence lengths for attention, each with ``tokens`` tokens in total. ``prompt``, ``new`` and
+    ``context`` are in tokens, ``batches`` in rows."""
 
     model: ModelConfig
     product: int
@@ -75,7 +74,7 @@ QUICK = Sizes(
 
 
 def seconds(runs: int, program, *arguments) -> float:
-    """The fastest of some runs of a program that has run before."""
+    """Return the time of the fastest run; one run before is not counted."""
     jax.block_until_ready(program(*arguments))
     times = []
     for _ in range(runs):
@@ -220,7 +219,7 @@ def rounded(tree):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--parts", default="attention,head,sampler,step", help="which, and in which order")
+    parser.add_argument("--parts", default="attention,head,sampler,step", help="parts to run, in this order")
     options = parser.parse_args()
     sizes = QUICK if options.quick else FULL
     device = jax.devices()[0]

@@ -1,13 +1,12 @@
-"""What anchoring costs: a step of configs/tiny.py with beta > 0 over one with beta = 0, by phase.
+"""Measure the cost of anchoring: a step of configs/tiny.py with beta > 0 compared with beta = 0, by phase.
 
     python -m benchmarks.anchor_cost [--quick]
 
-The base of configs/tiny.py is taken from its cache, or trained first (two minutes). Phases of one batch: "rollout"
-(sampling), "update" (all passes, the loss, their backward passes, the optimiser), "step" (both, in one program). Arms:
-beta = 0; beta = 0.5 on all rows; beta = 0.5 on a quarter of the rows (loss.anchor_fraction); and beta = 0.5 in every
-fourth step (loss.anchor_every), for which four steps in a row are timed, and divided by four. Programs take turns, and
-the best run of each counts. Prints one JSON object as the last line; the numbers of record stand in
-benchmarks/README.md.
+The base of configs/tiny.py comes from its cache, or is trained first (two minutes). Phases of one batch: "rollout"
+(sampling), "update" (all passes, loss, backward passes, optimiser), "step" (both in one program). Arms: no anchor
+(beta = 0), an anchor (beta = 0.5), and an anchor in every fourth step (loss.anchor_every): four consecutive steps are
+timed and divided by four. Runs of the programs alternate; the fastest run of each counts. Prints one JSON object as the
+last line. Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -31,14 +30,13 @@ from ctxjax.types import Frozen
 ARMS = {
     "plain": {"beta": 0.0},
     "anchored": {"beta": 0.5},
-    "anchored_quarter": {"beta": 0.5, "anchor_fraction": 0.25},
 }
-EVERY = 4  # a last arm is anchored in each of so many steps, and plain in between
-LAZY = f"anchored_every_{EVERY}"
+EVERY = 4  # one more arm is anchored in every fourth step
+SOMETIMES = f"anchored_every_{EVERY}"
 
 
-def lazily(plain, anchored):
-    """EVERY steps in a row, the last of them anchored. The programs keep states of their own: both are as large."""
+def run_sometimes_anchored(plain, anchored):
+    """Return a function that runs EVERY steps, the last one anchored. Each program has its own state of equal size."""
 
     def steps():
         for _ in range(EVERY - 1):
@@ -75,15 +73,15 @@ def main() -> None:
             state = init_state(folder.params, step, jax.random.key(0))
             rollout, _ = rollouts(state, frozen, batch, config=step)
 
-            def whole(step=step, holder=[state]):  # noqa: B006 (the state is donated, and replaced)
+            def run_step(step=step, holder=[state]):  # noqa: B006 (the state is donated, and replaced)
                 holder[0], metrics = train_step(holder[0], frozen, batch, config=step)
                 return metrics
 
             state = init_state(folder.params, step, jax.random.key(0))
             programs[name, "rollout"] = lambda s=state, c=step: rollouts(s, frozen, batch, config=c)
             programs[name, "update"] = lambda s=state, y=rollout, c=step: update(s, frozen, batch, y, None, config=c)[1]
-            programs[name, "step"] = whole
-        programs[LAZY, "step"] = lazily(programs["plain", "step"], programs["anchored", "step"])
+            programs[name, "step"] = run_step
+        programs[SOMETIMES, "step"] = run_sometimes_anchored(programs["plain", "step"], programs["anchored", "step"])
         seconds: dict = {key: [] for key in programs}
         for run in range(4 if options.quick else 21):
             for key, function in programs.items():
@@ -92,7 +90,7 @@ def main() -> None:
                 if run:
                     seconds[key].append(time.perf_counter() - start)
     best = {key: min(values) for key, values in seconds.items()}
-    best[LAZY, "step"] /= EVERY
+    best[SOMETIMES, "step"] /= EVERY
     milliseconds, over_plain = {}, {}
     for (name, phase), value in best.items():
         milliseconds.setdefault(name, {})[phase] = round(value * 1e3, 1)

@@ -1,13 +1,13 @@
-"""What computing in bfloat16 does to losses and gradients, beside float32.
+"""Compare losses and gradients in bfloat16 with float32.
 
     python benchmarks/bf16.py [--quick]
 
-A random model of 4 layers and width 256 of each family, with weights that give peaked outputs, and a teacher that is
-the student with 5 % noise on every weight, as after some training. Two losses over 1,024 random tokens: the
-reverse KL to the teacher and next-token cross-entropy. "compute" is model.dtype = "bfloat16" with float32 weights;
-"compute and weights" has model.param_dtype = "bfloat16" too. Reported against float32 throughout: the losses' relative
-difference, and of the gradient with respect to all weights the relative distance and the cosine. Prints one JSON
-object as the last line.
+The student is a random model of 4 layers and width 256 of each family, with weights that give peaked outputs. The
+teacher is the student with 5 % noise on every weight, as after some training. Two losses on 1,024 random tokens: the
+reverse KL to the teacher, and next-token cross-entropy. "compute": model.dtype = "bfloat16" with float32 weights.
+"compute and weights": model.param_dtype = "bfloat16" too. Reported in comparison with float32: the relative difference
+of the losses, and the relative distance and cosine of the gradients with respect to all weights. Prints one JSON object
+as the last line. Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def flat(tree) -> np.ndarray:
 
 
 def models(config, mesh):
-    """(student, teacher), float32. Biases are not the zeros that they start as."""
+    """Return (student, teacher) in float32. Biases are random, since an initial bias is 0."""
     student = params_lib.init(transformer.param_specs(config), jax.random.key(0), mesh)
     noise = jax.tree.map(
         lambda w: jnp.asarray(np.random.default_rng(w.size).normal(size=w.shape), jnp.float32), student

@@ -1,25 +1,26 @@
-"""Throughput of reading and writing model folders, beside plain copies of their files; and the memory of reading.
+"""Measure the throughput of reading and writing model folders, compared with file copies; and the memory of reading.
 
     python benchmarks/checkpoint_io.py [--load] [--save] [--state] [--quick]
 
-Reading: a Llama folder of random weights is copied (shutil.copyfile) and loaded in turns, once with its files dropped
-from the operating system's cache before each (cold) and once not (warm); medians count. Copies land in pages that the
-system has at hand, so the process keeps what it has allocated, too, and later loads reuse it: virtual machines may hand
-out new memory far more slowly (``new_memory_gb_per_second``) than it is filled. ``first_load_seconds`` is with new
-memory, and what a run pays. Memory is that of the first load: the peak resident size of a process of its own above its
-size before. On a CPU the loaded model is part of that; ``overhead_mib`` is the rest, to stay within ``allowed_mib``,
-the largest tensor plus a tenth of the model.
+Reading: a Llama folder of random weights is copied (shutil.copyfile) and loaded, alternating. Before each run the files
+are dropped from the operating system's cache (cold) or not (warm); medians count. A copy uses pages that the system
+already has. For a fair comparison the process also keeps its allocated memory, and later loads reuse it: a virtual
+machine may provide new memory (``new_memory_gb_per_second``) much more slowly than the load fills it.
+``first_load_seconds`` includes new memory; this is what a run waits for. Memory is that of the first load: the peak
+resident size of a separate process minus its size before. On a CPU this includes the loaded model; ``overhead_mib`` is
+the rest. It must be at most ``allowed_mib``, the largest tensor plus a tenth of the model.
 
-Writing: a random Llama of 2.6 GB in float32 (--quick: 0.8 GB) lies in memory; its folder is written as an export
-writes it, as it is and cast to bfloat16, and the folder's files are copied. Runs alternate and the best of each counts.
-Nobody waits for the disk itself (no fsync).
+Writing: a random Llama of 2.6 GB in float32 (--quick: 0.8 GB) is in memory. Its folder is written as an export writes
+it, in float32 and cast to bfloat16, and the files are copied. Runs alternate; the fastest of each counts. No run waits
+for the disk (no fsync).
 
 Checkpoints (--state): a training state of 1 GB (--quick: 0.1 GB), a third of it weights and the rest Adam's moments, is
-saved as a run saves it; "blocking" is until training may go on, "complete" until it is on the disk. And rounds of 50
-steps of configs/tiny.py, batch and model as there with random weights and prompts, each end with a save, which is
-waited for: a run goes on meanwhile, so its share of the round is the most that saving can cost. Medians count.
+saved as a run saves it. "blocking": until training can continue. "complete": until the state is on the disk. In
+addition, rounds of 50 steps of configs/tiny.py (its batch and model, with random weights and prompts) each end with a
+save that is waited for. A run trains during a save, so the save's share of the round is an upper bound of its cost.
+Medians count.
 
-Prints one JSON object as the last line; the numbers of record stand in benchmarks/README.md. Needs Linux.
+Prints one JSON object as the last line. Recorded numbers: benchmarks/README.md. Needs Linux.
 """
 
 import argparse
@@ -51,7 +52,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def shapes(width: int, layers: int, mlp: int, vocab: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama checkpoint with an untied head and four query heads for each key head."""
+    """Return the tensors of a Llama checkpoint with an untied head and four query heads per key head."""
     kv = width // 4
     per_layer = {
         "input_layernorm": (width,), "post_attention_layernorm": (width,),
@@ -66,7 +67,7 @@ def shapes(width: int, layers: int, mlp: int, vocab: int) -> dict[str, tuple[int
 
 
 def write_checkpoint(folder: Path, size: tuple[int, int, int, int], dtype: str) -> None:
-    """Random weights in several files, written without the code that is measured."""
+    """Write random weights to several files, without the code that is measured."""
     width, layers, mlp, vocab = size
     fields = {
         "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp,
@@ -102,7 +103,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def copy_seconds(folder: Path) -> float:
-    """Seconds of a plain copy of the weights into the same file system; the copy is removed again."""
+    """Return the seconds of a copy of the weights to the same file system; the copy is then deleted."""
     with tempfile.TemporaryDirectory(dir=folder) as target:
         start = time.perf_counter()
         for path in weight_files(folder):
@@ -111,25 +112,25 @@ def copy_seconds(folder: Path) -> float:
 
 
 def status_mib(field: str) -> float:
-    """A size from /proc/self/status, such as VmRSS, or VmHWM, the highest VmRSS since ``forget_peak``."""
+    """Return a size from /proc/self/status, such as VmRSS, or VmHWM, the highest VmRSS since ``reset_peak``."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def touch_seconds(size: int) -> float:
-    """Seconds in which the system hands out ``size`` bytes of memory: one byte of each page is written."""
+    """Return the seconds until the system has provided ``size`` bytes of memory, by writing one byte of each page."""
     with mmap.mmap(-1, size) as memory:
         start = time.perf_counter()
         np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 0
         return time.perf_counter() - start
 
 
-def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
-    """Runs in a process of its own; see the module's docstring."""
+def measure_loads(folder: Path, dtype: str, rounds: int) -> dict:
+    """Measure loads and copies of a folder, alternating. Run it in a separate process."""
     import jax
 
     from ctxjax import sharding
@@ -144,7 +145,7 @@ def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
         return time.perf_counter() - start, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
     before = status_mib("VmRSS")
-    forget_peak()
+    reset_peak()
     first, model_bytes = load_seconds()
     peak = status_mib("VmHWM") - before
     file_bytes = sum(path.stat().st_size for path in weight_files(folder))
@@ -173,21 +174,21 @@ def load_in_turns(folder: Path, dtype: str, rounds: int) -> dict:
 
 
 def measure_load(size: str, rounds: int) -> dict:
-    """Reading, by "dtype in the files -> dtype in memory"."""
-    os.environ |= KEEP_MEMORY  # the C library of new processes reads it
+    """Measure reading, by "dtype in the files -> dtype in memory"."""
+    os.environ |= KEEP_MEMORY  # read by the C library of new processes
     result = {}
     for stored, wanted in (("float32", ["float32"]), ("bfloat16", ["bfloat16", "float32"])):
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder), SIZES[size][stored], stored)
             for dtype in wanted:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    result[f"{stored}->{dtype}"] = pool.apply(load_in_turns, (Path(folder), dtype, rounds))
+                    result[f"{stored}->{dtype}"] = pool.apply(measure_loads, (Path(folder), dtype, rounds))
                 print(f"{stored}->{dtype}: {result[f'{stored}->{dtype}']}", flush=True)
     return result
 
 
 def random_model(layers: int):
-    """(weights, architecture); values matter little, but pages that were never written would be read too fast."""
+    """Return (weights, architecture). The weights are random, since pages that were never written are read too fast."""
     import jax
 
     from ctxjax import sharding
@@ -200,8 +201,11 @@ def random_model(layers: int):
 
 
 def best_seconds(runs: int, functions: dict) -> dict[str, float]:
-    """Seconds of the fastest run of each function of a new folder's name, the functions taking turns; one run of each
-    goes before, uncounted. Folders of earlier runs are removed outside the time."""
+    """Return the time of the fastest run of each function, in seconds. A function gets the name of a new folder.
+
+    Runs of the functions alternate. A first run of each does not count. Folders of earlier runs are deleted outside the
+    measured time.
+    """
     times = {name: [] for name in functions}
     with tempfile.TemporaryDirectory() as root:
         for run in range(runs + 1):
@@ -215,7 +219,7 @@ def best_seconds(runs: int, functions: dict) -> dict[str, float]:
 
 
 def measure_save(quick: bool) -> dict:
-    """GB/s of the bytes written: exports and plain copies."""
+    """Measure GB/s of the written bytes, for exports and plain copies."""
     import jax
 
     from ctxjax.models import params as params_lib, transformer
@@ -247,7 +251,7 @@ def measure_save(quick: bool) -> dict:
 
 
 def measure_state(quick: bool) -> dict:
-    """Seconds of saving a large state, and what saving adds to the steps of a small one."""
+    """Measure the seconds of saving a large state, and what saving adds to the steps of a small one."""
     import jax
     import jax.numpy as jnp
 
@@ -278,7 +282,7 @@ def measure_state(quick: bool) -> dict:
 
 
 def saving_cost(mesh, rounds: int, steps: int = 50) -> dict:
-    """Seconds of ``steps`` steps of configs/tiny.py, and of the save behind them until it is complete."""
+    """Measure ``steps`` steps of configs/tiny.py, and the save after them until it is complete, in seconds."""
     import jax
 
     from configs import tiny

@@ -1,11 +1,11 @@
-"""How the time to compile the training step depends on the model's depth.
+"""Measure how the time to compile the training step depends on the model's depth.
 
     python benchmarks/compile_depth.py [--quick]
 
-The whole step (sampling loop, teacher and student passes, losses, gradient, AdamW) with the anchor, traced and compiled
-without values for models of the given depths that are otherwise alike, on all devices along "fsdp". Time is that of the
-process on its cores, which a busy machine does not lengthen; compiled programs are not taken from a cache. Prints one
-JSON object as the last line; the numbers of record stand in benchmarks/README.md.
+The whole step with the anchor (sampling loop, teacher and student passes, losses, gradient, AdamW) is traced and
+compiled from shapes for models that differ only in depth, on all devices along "fsdp". The time is processor time,
+which does not depend on the load of the machine. The compile cache is off. Prints one JSON object as the last line.
+Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROWS, PROMPT, RESPONSE = 8, 32, 64
 
 
 def seconds(layers: int, mesh) -> dict[str, float]:
-    """Processor seconds to trace the step of a model of this depth, and to compile it."""
+    """Return the processor seconds to trace and to compile the step of a model of this depth."""
     model = ModelConfig(512, 64, layers, 4, 2, 16, 128, remat="full")
     sampling, loss, optim = SamplingConfig(RESPONSE, (1,), 0), LossConfig(beta=0.5), OptimConfig(1e-3, 10)
     config = StepConfig(model, model, sampling, loss, optim)
@@ -54,7 +54,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(fsdp=jax.device_count())
     with jax.set_mesh(mesh):
-        seconds(1, mesh)  # what is done once in a process
+        seconds(1, mesh)  # warm-up: work that is done once per process
         times = {layers: seconds(layers, mesh) for layers in ((4, 32) if options.quick else (4, 8, 32, 80))}
     total = {layers: sum(parts.values()) for layers, parts in times.items()}
     report = {

@@ -1,18 +1,18 @@
-"""What a long context costs an update: read in every row, and shared as one row.
+"""Measure the cost of a long context for an update: read in every row, or shared as one prefix.
 
     python benchmarks/context_cost.py [--quick]
 
-Two parts, and one JSON object as the last line; the numbers of record stand in benchmarks/README.md.
+It has two parts and prints one JSON object as the last line. Recorded numbers: benchmarks/README.md.
 
-``cpu``: seconds of a whole update (the teacher's pass, both of the student's, all gradients, the optimiser) for
-contexts of several lengths, on a model small enough for a CPU. The teacher's reading of a shared context is computed
-before, as in a run. Unshared updates with a context take minutes, so ``ROWS_AT_A_TIME`` rows are timed and the time
-multiplied: every part of an update but the optimiser's is proportional to the rows.
+``cpu``: seconds of a whole update (the teacher's pass, both passes of the student, all gradients, the optimiser) for
+contexts of several lengths, with a model that is small enough for a CPU. The teacher's keys and values of a shared
+context are computed before, as in a run. Unshared updates with a context take minutes. So only ``ROWS_AT_A_TIME`` rows
+are timed and the time is multiplied: all parts of an update except the optimiser are proportional to the rows.
 
-``llama31_8b``: FLOPs of the same update at that model's sizes, batch 64, question 64, response 256, relative to the
-update without a context. They are counted from the traced program, in which nothing is allocated: two for every
-multiplication and addition of a matrix product, bodies of loops as often as they run. (The compiler's own count takes
-a loop's body once. Where there is no loop but over one layer, the two must agree: ``counted_over_compiled``.)
+``llama31_8b``: FLOPs of the same update at that model's sizes (batch 64, question 64, response 256), relative to the
+update without a context. They are counted in the traced program, which allocates nothing: two for each multiply-add of
+a matrix product, and loop bodies as often as they run. The compiler's own count takes a loop body once. For a program
+whose loops run once, both counts must agree (``counted_over_compiled``).
 """
 
 import argparse
@@ -42,26 +42,26 @@ LLAMA31_8B = ModelConfig(
 
 
 def step_config(model: ModelConfig) -> StepConfig:
-    """Chunks of the head are longer than any response here: its loop runs once, and can be counted."""
+    """Return a step whose head chunks are longer than any response, so that the head's loop runs once."""
     optim = OptimConfig(lr=1e-5, steps=10)
     return StepConfig(model, model, SamplingConfig(RESPONSE, (), 0), LossConfig(beta=0.5, chunk=4096), optim)
 
 
 def host_data(rows: int, question: int, response: int, context: int, shared: bool) -> tuple[Batch, Rollout]:
-    """Questions of one length, each behind the same context; contexts are a prefix, or in every row."""
+    """Make questions of equal length after the same context, which is a shared prefix or written into every row."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 512, (rows, question), dtype=np.int32)
     prefix_C = rng.integers(0, 512, context, dtype=np.int32)
     bare = Prompts(tokens, np.ones(tokens.shape, bool))
-    behind = bare
+    with_context = bare
     if context and shared:
-        behind = bare.replace(prefix_C=prefix_C)
+        with_context = bare.replace(prefix_C=prefix_C)
     elif context:
-        whole = np.concatenate([np.broadcast_to(prefix_C, (rows, context)), tokens], axis=1)
-        behind = Prompts(whole, np.ones(whole.shape, bool))
+        all_tokens = np.concatenate([np.broadcast_to(prefix_C, (rows, context)), tokens], axis=1)
+        with_context = Prompts(all_tokens, np.ones(all_tokens.shape, bool))
     answer = rng.integers(0, 512, (rows, response), dtype=np.int32)
     rollout = Rollout(answer, np.ones(answer.shape, bool), np.zeros(answer.shape, np.float32))
-    return Batch(bare, behind, None, np.arange(rows, dtype=np.int32)), rollout
+    return Batch(bare, with_context, None, np.arange(rows, dtype=np.int32)), rollout
 
 
 def update(config: StepConfig):
@@ -72,7 +72,7 @@ def update(config: StepConfig):
 
 
 def seconds(context: int, shared: bool, runs: int, mesh) -> float:
-    """Of one update of BATCH rows; the fastest of several."""
+    """Return the seconds of one update of BATCH rows, the fastest of several runs."""
     config = step_config(SMALL)
     params = params_lib.init(transformer.param_specs(SMALL), jax.random.key(0), mesh)
     rows = BATCH if shared or not context else ROWS_AT_A_TIME
@@ -89,7 +89,7 @@ def seconds(context: int, shared: bool, runs: int, mesh) -> float:
 
 
 def traced(model: ModelConfig, rows: int, question: int, response: int, context: int, shared: bool, mesh):
-    """The update's trace, for abstract values."""
+    """Trace the update from shapes."""
     config = step_config(model)
     params = params_lib.abstract(transformer.param_specs(model), mesh, jnp.float32)
     data = host_data(rows, question, response, context, shared)
@@ -104,7 +104,7 @@ def flops(model: ModelConfig, context: int, shared: bool, mesh) -> int:
 
 
 def counted_over_compiled(mesh) -> float:
-    """This script's count over the compiler's, of a program whose loops run once."""
+    """Return this script's FLOPs over the compiler's, for a program whose loops run once."""
     model = dataclasses.replace(SMALL, layers=1)
     trace = traced(model, 2, 16, 16, 64, True, mesh)
     return count_matmul_flops(trace.jaxpr.jaxpr) / trace.lower().compile().cost_analysis()["flops"]

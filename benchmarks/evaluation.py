@@ -1,13 +1,13 @@
-"""Tokens per second of evaluation beside those of training's rollouts.
+"""Measure the tokens per second of evaluation, compared with training rollouts.
 
     python -m benchmarks.evaluation [--quick]
 
-1,000 questions of 64 tokens are answered without and with a context of 512 tokens that all share, by a random 4-layer
-model, greedily and to 64 tokens (end tokens off), as ``ctxjax.evaluation.evaluator`` does: host arrays in, batches of
-at most 256, host arrays out. Beside each view stands a rollout: the sampler alone, on a batch of the same prompts that
-is already on the device, at temperature 1. The last column reads the context in every row of one batch, which is what
-sharing it saves. All runs alternate and the best of each counts, since the machine may be shared. Prints one JSON
-object as the last line; the numbers of record stand in benchmarks/README.md.
+A random 4-layer model answers 1,000 questions of 64 tokens, without a context and with a shared context of 512 tokens:
+greedily, with 64 tokens (no end token), as ``ctxjax.evaluation.evaluator`` does, from host arrays to host arrays in
+batches of at most 256. Each view is compared with a rollout: only the sampler, at temperature 1, on a batch of the same
+prompts that is already on the device. One more rollout reads the context in every row, to show what sharing saves. Runs
+alternate, since the machine may be shared; the fastest of each counts. Prints one JSON object as the last line.
+Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def measure(questions: int, runs: int) -> dict:
     context = draw(0, MODEL.vocab_size, CONTEXT, dtype=np.int32)
     bare = Prompts(tokens, np.ones(tokens.shape, bool))
     prompts = {"bare": bare, "context": bare.replace(prefix_C=context)}
-    spelled = np.concatenate([np.tile(context, (questions, 1)), tokens], axis=1)
-    prompts["context_in_every_row"] = Prompts(spelled, np.ones(spelled.shape, bool))
+    unshared = np.concatenate([np.tile(context, (questions, 1)), tokens], axis=1)
+    prompts["context_in_every_row"] = Prompts(unshared, np.ones(unshared.shape, bool))
     greedy, sampled = (SamplingConfig(RESPONSE, (), 0, temperature) for temperature in (0.0, 1.0))
     key, size = jax.random.key(0), views.batch_size(questions, BATCH, mesh)
 
@@ -46,7 +46,7 @@ def measure(questions: int, runs: int) -> dict:
     def rollout(params, prompts, ids):
         return sample(params, MODEL, sampled, prompts, rng.row_keys(key, ids))
 
-    def rolled_out(view):
+    def make_rollout(view):
         first = map_rows(lambda rows: rows[:size], prompts[view])
         batch, ids = sharding.put_batch((first, np.arange(size, dtype=np.int32)), mesh)
         return lambda: jax.block_until_ready(rollout(params, batch, ids))
@@ -56,7 +56,7 @@ def measure(questions: int, runs: int) -> dict:
             f"{view}_evaluation": lambda view=view: views.decode(params, MODEL, greedy, prompts[view], key, size, mesh)
             for view in ("bare", "context")
         }
-        seconds = best_of(runs, evaluated | {f"{view}_rollout": rolled_out(view) for view in prompts})
+        seconds = best_of(runs, evaluated | {f"{view}_rollout": make_rollout(view) for view in prompts})
     made = {name: (questions if name in evaluated else size) * RESPONSE for name in seconds}
     rates = {name: made[name] / value for name, value in seconds.items()}
     result = {f"{name}_tokens_per_second": round(value) for name, value in rates.items()}

@@ -1,13 +1,12 @@
-"""Memory, arithmetic and time of the output head and the losses on it: chunked_head against the dense program.
+"""Measure memory, arithmetic and time of the output head with the losses: chunked_head compared with a dense program.
 
     python benchmarks/head_memory.py [--quick]
 
-Memory: both programs (loss and gradients of two hidden states and the shared head; three distributions: q_x, f, q_c)
-are compiled for 4,096 response tokens, width 2,048 and a vocabulary of 128,256, and the compiler says how much
-temporary memory each needs; nothing of that size is run. Arithmetic: the compiler's count of operations; that of the
-loop's body times its number of turns, since the compiler counts a body once. Time: at a shape where the dense program
-fits, runs alternating, the best of each. Prints one JSON object as the last line; the numbers of record stand in
-benchmarks/README.md.
+Memory: both programs (loss and gradients of two hidden states and the shared head, for the distributions q_x, f and
+q_c) are compiled for 4,096 response tokens, width 2,048 and a vocabulary of 128,256; the compiler reports the temporary
+memory. Nothing of this size is run. Arithmetic: the compiler's count of operations; it counts a loop body once, so the
+count of the loop is multiplied by its trips. Time: at a shape that fits the dense program; runs alternate, the fastest
+of each counts. Prints one JSON object as the last line. Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from ctxjax import sharding
-from ctxjax.distill import chunked_head, losses
+from ctxjax.distill import chunked_head, objective, terms
 from ctxjax.distill.losses import LossConfig
 from ctxjax.models.transformer import ModelConfig
 
@@ -28,9 +27,10 @@ VIEWS = ("q_x", "f", "q_c")
 
 
 def program(implementation, batch: int, columns: int, width: int, vocab: int, chunk: int, dtype: str):
-    """(jitted value_and_grad, its abstract arguments)."""
+    """Return (jitted value_and_grad, its abstract arguments)."""
     model = ModelConfig(vocab, width, 1, 1, 1, width, width)
-    function = functools.partial(losses.bare_and_anchor_values, LossConfig(beta=0.5), (model, model))
+    used = objective.terms(LossConfig(beta=0.5))  # L_distill and L_anchor
+    function = functools.partial(terms.token_values, used, (model, model), 1.0)
 
     def loss(trained, teacher, weight_BxT, tokens_BxT):
         hidden = {"q_x": trained["q_x"], "f": teacher["hidden"], "q_c": trained["q_c"]}
@@ -47,15 +47,15 @@ def program(implementation, batch: int, columns: int, width: int, vocab: int, ch
     return jax.jit(jax.value_and_grad(loss)), (*arguments, per_token(jnp.float32), per_token(jnp.int32))
 
 
-def compiled_facts(implementation, turns: int, *shape) -> dict:
+def compiled_facts(implementation, trips: int, *shape) -> dict:
     function, arguments = program(implementation, *shape)
     compiled = function.lower(*arguments).compile()
     flops = compiled.cost_analysis()["flops"]
-    return {"temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30, "teraflop": turns * flops / 1e12}
+    return {"temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30, "teraflop": trips * flops / 1e12}
 
 
 def random_arguments(arguments) -> list:
-    """Values for ``program``'s abstract arguments: noise, equal weights, token 0."""
+    """Return values for ``program``'s abstract arguments: noise, equal weights, token 0."""
     *trained_and_teacher, weights, tokens = arguments
     leaves, tree = jax.tree.flatten(trained_and_teacher)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -65,7 +65,7 @@ def random_arguments(arguments) -> list:
 
 
 def seconds(runs: int, *shape) -> dict[str, float]:
-    """The fastest run of each, taking turns; one run of each goes before, uncounted."""
+    """Return the time of the fastest run of each program. Runs alternate; a first run of each does not count."""
     programs = {name: program(getattr(chunked_head, name), *shape) for name in ("dense", "chunked")}
     values = random_arguments(programs["dense"][1])
     times = {name: [] for name in programs}

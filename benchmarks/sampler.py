@@ -1,20 +1,20 @@
-"""Tokens per second of the sampler, beside transformers' ``generate``, google-tunix's sampler and the machine's limits.
+"""Measure the sampler's tokens per second, compared with transformers, google-tunix and the machine's limits.
 
     python -m benchmarks.sampler [--quick] [--devices=N]
 
-All sample at temperature 1 from the same random folder, the same batch of full-length prompts, to the same length
-(end tokens off), in float32 on the CPU; runs alternate and the best of each counts, since the machine may be shared.
-The floor is the larger of
+All (``generate`` of transformers too) sample at temperature 1, in float32 on the CPU, from the same random folder and
+the same batch of full-length prompts, to the same length (no end token). Runs alternate, since the machine may be
+shared; the fastest of each counts. The floor is the larger of two times:
 
-    FLOPs   2 * parameters (without the embedding) per token read or made, and 4 * query width * length in attention
-    bytes   per step, the weights once, and the filled part of the cache of every row once
+    FLOPs   2 * parameters (without the embedding) for each token that is read or sampled, and 4 * query width * length
+            for attention
+    bytes   in each step, the weights once and the filled part of the cache of all rows once
 
-over this machine's own matrix-product and read rates, which are measured in the same run; reading the prompts is
-arithmetic only. ctxjax decodes rows in parallel on one CPU device per core (decoding is many small operations, which
-gain little from threads inside each); ``--devices=1`` shows the difference, and puts it on the one device that
-google-tunix has. torch (extra "parity") and google-tunix (see benchmarks/tunix_sampler.py) are optional; without them
-their columns are missing. Prints one JSON object as the last line; the numbers of record stand in
-benchmarks/README.md.
+divided by this machine's rates of matrix products and of reading, which are measured in the same run. For the prompts
+only the arithmetic counts. ctxjax decodes rows in parallel on one CPU device per core, since decoding consists of many
+small operations that gain little from threads. ``--devices=1`` uses one device, as google-tunix does. torch (extra
+"parity") and google-tunix (benchmarks/tunix_sampler.py) are optional; without them their columns are missing. Prints
+one JSON object as the last line. Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -46,13 +46,13 @@ SHAPES = {
 
 
 def best_of(runs: int, functions: dict) -> dict[str, float]:
-    """Seconds of the fastest run of each, the functions taking turns; one run of each goes before, uncounted."""
+    """Return the time of the fastest run of each function. Runs alternate; a first run of each does not count."""
     for function in functions.values():
         function()
     times = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
-            time.sleep(0.3)  # torch's threads go on spinning for a while after a call, which slows whoever comes next
+            time.sleep(0.3)  # torch's threads stay active for a while after a call and would slow the next function
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
@@ -60,7 +60,7 @@ def best_of(runs: int, functions: dict) -> dict[str, float]:
 
 
 def machine_rates() -> tuple[float, float]:
-    """(FLOP/s of a float32 matrix product, bytes/s read by the sums of one large array's parts on all devices)."""
+    """Return (FLOP/s of a float32 matrix product, bytes/s read when all devices sum their parts of a large array)."""
     a = jnp.ones((2048, 2048), jnp.float32)
     parts = [jax.device_put(jnp.ones((32 * 2**20,), jnp.float32), device) for device in jax.devices()]
     product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
@@ -75,7 +75,7 @@ def machine_rates() -> tuple[float, float]:
 
 
 def floor_seconds(model: ModelConfig, prompt: int, new: int, rates: tuple[float, float]) -> float:
-    """The least time that the arithmetic and the traffic of reading the prompts and making ``new`` tokens need."""
+    """Return the least time for reading the prompts and sampling ``new`` tokens, by arithmetic and memory traffic."""
     head = model.vocab_size * model.width
     parameters = params_lib.count(transformer.param_specs(model)) - head  # an embedding is looked up, not multiplied
     attention = 4 * model.layers * model.query_heads * model.head_dim

@@ -1,12 +1,11 @@
-"""Harm, removability and obedience on several worlds and contexts: configs/tiny.py over seeds x contexts.
+"""Measure harm, removability and obedience on several worlds and contexts: configs/tiny.py over seeds x contexts.
 
     python benchmarks/tiny_worlds.py --workdir=DIR [--seeds=3] [--contexts=3] [--quick] [--config.FIELD=VALUE ...]
 
-Every run is the main command with its settings untouched but for the seed, the table to internalize, the dev
-evaluations during training, which are off, and the fields that are given. Runs that are already finished in DIR are not
-repeated. The number of CPU devices changes sums in their last digits, and so a base's fate: compare with machines of as
-many cores.
-Prints a row per run and arm, mean and range by arm, and one JSON object as the last line.
+Every run is the main command; only the seed, the table to internalize and the given fields change, and dev evaluations
+during training are off. Runs that are already finished in DIR are not repeated. The number of CPU devices changes the
+last digits of sums, which gives other base models: compare only machines with the same number of cores. Prints one row
+per run and arm, mean and range by arm, and one JSON object as the last line. Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -20,7 +19,7 @@ METRICS = ("acc_x", "acc_xc", "harm", "both_correct", "obedience", "acc_empty", 
 
 
 def run(workdir: Path, seed: int, context: int, extra: list[str]) -> dict[str, dict]:
-    """One main command, its output in a log beside its workdir; returns its results.json."""
+    """Run the main command with its output in a log next to its workdir; return its results.json."""
     folder = workdir / f"seed{seed}_context{context}"
     if not (folder / "results.json").exists():
         command = [sys.executable, "-m", "ctxjax.main", "--config=configs/tiny.py", f"--workdir={folder}"]
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--contexts", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one run of a few steps: does it work at all")
+    parser.add_argument("--quick", action="store_true", help="one run of a few steps, to check that it works")
     options, extra = parser.parse_known_args()
     if unknown := [argument for argument in extra if not argument.startswith("--config.")]:
         parser.error(f"unknown arguments {unknown}")

@@ -1,12 +1,12 @@
-"""The sampler of google-tunix on the folder that benchmarks/sampler.py wrote: what one call gives to who has tokens.
+"""Run google-tunix's sampler on the folder of benchmarks/sampler.py.
 
-Its Sampler takes texts; here lists of tokens stand in for them, so that no tokenizer is measured. All else of a call
-is: the empty cache, its two compiled programs, the tokens back on the host. It returns no log-probabilities here,
-which ctxjax always does. It runs on one device: on CPUs its models ignore a mesh.
-Its weights are those of the others; its Llama turns positions by a base of its own, 1e6, which costs the same.
+Its Sampler takes texts. Here lists of tokens are passed in their place, so that no tokenizer is measured. The rest of a
+call is measured: the empty cache, two compiled programs, and the transfer of the tokens to the host. It returns no
+log-probabilities here, but ctxjax always does. It runs on one device, since its models ignore a mesh on CPUs. It uses
+the same weights. Its Llama has a fixed rotary base of 1e6, which costs the same.
 
-Its package asks for an older safetensors than ctxjax's, but runs with the newer, so it is installed beside the resolver
-(0.1.7, with jax 0.10.2):
+Its package requires an older safetensors than ctxjax, but works with the newer one. So install it without its
+dependencies (0.1.7, with jax 0.10.2):
 
     pip install datasets google-metrax jaxtyping kagglehub perfetto pylatexenc qwix sentencepiece
     pip install --no-deps google-tunix==0.1.7
@@ -22,11 +22,11 @@ from tunix.models.llama3 import model as llama3, params as llama3_params
 
 from ctxjax.models.transformer import ModelConfig
 
-NO_TOKEN = -1  # for padding and the end: no prompt holds it and no draw gives it
+NO_TOKEN = -1  # pad and end id: it is never in a prompt and never sampled
 
 
 class Tokens:
-    """In the place of a tokenizer: a text is a list of tokens."""
+    """A stand-in for a tokenizer: its texts are lists of tokens."""
 
     def encode(self, tokens: list[int]) -> list[int]:
         return tokens
@@ -45,7 +45,7 @@ class Tokens:
 
 
 def tunix_generate(path: Path, model: ModelConfig, prompts_BxP: np.ndarray, new: int):
-    """A function of no arguments that makes ``new`` tokens behind every prompt, with the weights in ``path``."""
+    """Return a function that samples ``new`` tokens for every prompt, with the weights in ``path``."""
     batch, prompt = prompts_BxP.shape
     config = llama3.ModelConfig(
         num_layers=model.layers, vocab_size=model.vocab_size, embed_dim=model.width, hidden_dim=model.mlp_width,
