@@ -13,6 +13,7 @@ from ctxjax.data.records import RecordsConfig
 from ctxjax.data.tasks.hints import Hints, HintsConfig
 from ctxjax.data.tasks.math import FORMAT, Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
+from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.host import hub
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data"
@@ -118,6 +119,71 @@ def test_hints_are_each_rows_own_and_graded_as_configured(tmp_path):
     assert hints(tmp_path / "rows.jsonl", grading="numeric").grade("8", "8").correct
 
 
+def test_the_default_hints_read_the_final_answer_of_a_worked_solution(tmp_path):
+    """configs/base.py: hints.reference = hints.hint = "answer", graded as math."""
+    path = written(tmp_path / "rows.jsonl", [gsm8k(n) for n in range(40)])
+    task = hints(path, question="question", reference="answer", hint="answer")
+    for row in task.rows("train"):
+        n = int(row.question.split()[2])
+        assert row.reference == f"{n + 1:,}" and "####" in row.context
+        assert task.grade(rf"So it is \boxed{{{n + 1}}}.", row.reference).correct
+        assert not task.grade(rf"\boxed{{{n + 2}}}", row.reference).correct
+
+
+@pytest.mark.parametrize(
+    ("row", "reference"),
+    [
+        (lambda n: {"problem": f"p {n}", "solution": rf"Thus \boxed{{{n}}}."}, str),
+        (lambda n: {"problem": f"p {n}", "solution": "", "answer": rf"\sqrt{{{n}}}"}, lambda n: rf"\sqrt{{{n}}}"),
+        (lambda n: {"ID": n, "Problem": f"p {n}", "Solution": "None.", "Answer": n}, str),
+        (lambda n: {"question": f"p {n}", "answer": n + 0.5}, lambda n: f"{n}.5"),
+    ],
+)  # fmt: skip
+def test_mathematics_as_other_sets_lay_it_out(row, reference, tmp_path):
+    task = math(written(tmp_path / "rows.jsonl", [row(n) for n in range(40)]))
+    rows = {row.question: row.reference for split in splits.SPLITS for row in task.rows(split)}
+    assert rows == {f"p {n}\n\n{FORMAT}": reference(n) for n in range(40)}
+
+
+def qa(path, **changes) -> QaJsonl:
+    fields = CONTEXT | {"question": "q", "reference": "a", "limit": 0, "dev_questions": 4, "test_questions": 4}
+    fields |= {"other_contexts_file": "", "context_column": "", "grading": "exact", "path": str(path)} | changes
+    fields.pop("ask_format")
+    return QaJsonl(QaConfig(**fields))
+
+
+def test_variants_of_one_question_never_lie_in_two_splits(tmp_path):
+    variants = [lambda n: f"How many legs, {n}?", lambda n: f"HOW many  legs, {n}?", lambda n: f" how many legs,\t{n}?"]
+    task = qa(written(tmp_path / "rows.jsonl", [{"q": v(n), "a": "four"} for v in variants for n in range(40)]))
+    assert sum(len(task.rows(split)) for split in splits.SPLITS) == 40 and task.skipped == {"duplicate": 80}
+
+
+@pytest.mark.parametrize(
+    ("grading", "value", "reference", "response"),
+    [
+        ("yes_no", "Yes", "yes", "<answer>yes</answer>"), ("yes_no", False, "no", "<answer>no</answer>"),
+        ("letter", "B. liver", "B", "<answer>b</answer>"), ("letter", 2, "C", "<answer>C</answer>"),
+        ("math", r"\boxed{4}", "4", r"\boxed{4.0}"), ("numeric", 204, "204", "so 204"),
+        ("exact", True, "True", "true"),
+    ],
+)  # fmt: skip
+def test_references_of_a_users_file_are_read_for_their_grader(grading, value, reference, response, tmp_path):
+    task = qa(written(tmp_path / "rows.jsonl", [{"q": f"{n}?", "a": value} for n in range(20)]), grading=grading)
+    (row, *_) = task.rows("test")
+    assert row.reference == reference and task.grade(response, row.reference).correct
+
+
+def test_what_cannot_be_a_reference_names_the_row_or_is_left_out(tmp_path):
+    rows = [{"q": f"{n}?", "a": "liver" if n == 3 else "B"} for n in range(20)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(
+        ValueError, match="line 4: column 'a': 'liver' cannot be a reference; give a letter from A to D"
+    ):
+        qa(path, grading="letter")
+    task = qa(path, grading="letter", records=RecordsConfig(skip=("label",)))
+    assert task.skipped == {"label": 1} and sum(len(task.rows(split)) for split in splits.SPLITS) == 19
+
+
 def test_a_column_may_hold_the_context(tmp_path):
     rows = [gsm8k(n) | {"note": f"note {n % 3}"} for n in range(40)]
     task = math(written(tmp_path / "rows.jsonl", rows), context="", context_column="note")
@@ -158,13 +224,17 @@ def test_a_question_with_two_answers_is_left_out_and_counted(tmp_path):
     [
         (
             math,
-            {"problem": "?", "answer": "#### 1"},
+            {"exercise": "?", "answer": "#### 1"},
             "no columns question and answer or .*; its columns are .'answer', ",
         ),
-        (math, {"question": "?", "answer": "one"}, "column 'answer'|\"answer\" has no final answer after ####"),
-        (math, {"question": "?", "answer": "#### seven"}, "the answer 'seven' is not a number or an expression"),
+        (math, {"question": "?", "answer": "one"}, "column 'answer': 'one' cannot be a reference"),
+        (
+            math,
+            {"question": "?", "answer": "#### seven"},
+            "column 'answer': '#### seven' cannot be a reference; give a number",
+        ),
         (math, {"question": "", "answer": "#### 1"}, "no text in column 'question'; it is empty"),
-        (math, dapo(1) | {"reward_model": {}}, "no text in column 'reward_model.ground_truth'"),
+        (math, dapo(1) | {"reward_model": {}}, "no reference in column 'reward_model.ground_truth'"),
         (
             math,
             dapo(1) | {"prompt": [{"role": "system", "content": "x"}]},
@@ -180,7 +250,7 @@ def test_a_question_with_two_answers_is_left_out_and_counted(tmp_path):
         (
             medical,
             {"content": [{"role": "user", "content": "?"}], "answer": "E"},
-            "answer = 'E' is not one of A, B, C, D",
+            "column 'answer': 'E' cannot be a reference; give a letter from A to D",
         ),
         (hints, {"q": "?", "a": "1"}, "no text in column 'h'"),
     ],

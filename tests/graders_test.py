@@ -181,6 +181,30 @@ MATH = [
     (r"<think>\boxed{7}", "7", False, False, ENDLESS_REASONING),
     (r"\boxed{172}", "72", False, False, "172"),  # "72" is a part of it
     (r"\boxed{7}2", "72", False, False, "7"),
+    # Signs and exponents are read, and digits are compared exactly.
+    ("#### \N{MINUS SIGN}3", "-3", True, True, None),
+    ("#### 3", "\N{MINUS SIGN}3", False, False, "3"),
+    ("Answer: 9007199254740993", "9007199254740992", False, False, "9007199254740993"),
+    (r"\boxed{9007199254740993}", "9,007,199,254,740,993", True, True, None),
+    (f"#### 1{'0' * 400}1", f"1{'0' * 400}2", False, False, None),
+    (f"#### 1{'0' * 400}1", f"1{'0' * 400}1", True, True, None),
+    (r"\boxed{1e-7}", "3e-7", False, False, "1e-7"),
+    (r"\boxed{3e-7}", "0.0000003", True, True, "3e-7"),
+    (r"\boxed{2 \times 10^{-7}}", r"3 \times 10^{-7}", False, False, None),
+    (r"\boxed{2 \times 10^{-7}}", r"2 \times 10^{-7}", True, True, None),
+    (r"\boxed{0.333333}", "0.3333333", True, True, None),  # rounded to six places
+    (r"\boxed{0.33}", "0.3333333", False, False, None),
+    (r"\boxed{0.333333}", r"\frac{1}{3}", True, True, None),
+    # Text and matrices, as in MATH; a list item.
+    (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True, True, None),
+    (r"\boxed{Evelyn}", r"\text{Evelyn}", True, True, None),
+    (r"\boxed{\textbf{(B)}}", r"\text{B}", True, True, None),
+    (r"\boxed{\text{even}}", r"\text{odd}", False, False, None),
+    (r"\boxed{even}", "2", False, False, NO_VALUE),
+    (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", True, True, None),
+    (r"\boxed{\begin{pmatrix} 1 \\ 3 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", False, False, None),
+    ("- **Answer**: 42", "42", True, True, "42"),
+    ("* Final answer: 42", "42", True, True, "42"),
 ]  # fmt: skip
 
 
@@ -239,8 +263,50 @@ def test_exact_texts(response, reference, right):
     assert graders.grade_exact(response, reference).correct == right
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("10-12", "12"), ("from 10\N{EN DASH}12", "12"), ("COVID-19", "19"), ("it is -12", "-12"), ("$-5.50", "-5.5"),
+        ("x = \N{MINUS SIGN}7", "-7"), ("9007199254740993", "9007199254740993"), (f"1{'0' * 399}1", f"1{'0' * 399}1"),
+        ("1e-7", "0.0000001"), ("3E5 items", "300000"), ("2.500", "2.5"), ("-0.0", "0"), ("5e", "5"),
+        ("1,234,567.", "1234567"),
+        ("1e999999999", "1E+999999999"), ("none", None),
+    ],
+)  # fmt: skip
+def test_the_last_number_has_its_sign_and_all_its_digits(text, number):
+    assert graders.find_last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("grading", "value", "reference"),
+    [
+        ("numeric", "so it is #### 1,072", "1072"), ("numeric", 72, "72"), ("numeric", 72.5, "72.5"),
+        ("numeric", "none", None), ("numeric", True, None),
+        ("exact", "Two words", "Two words"), ("exact", 7, "7"), ("exact", True, "True"), ("exact", "  ", None),
+        ("yes_no", "Yes", "yes"), ("yes_no", " NO. ", "no"), ("yes_no", True, "yes"), ("yes_no", False, "no"),
+        ("yes_no", "<answer>no</answer>", "no"), ("yes_no", "hateful", None), ("yes_no", 1, None),
+        ("letter", "b", "B"), ("letter", "B. liver", "B"), ("letter", "(C)", "C"),
+        ("letter", "<answer>D</answer>", "D"),
+        ("letter", 0, "A"), ("letter", 3, "D"), ("letter", 4, None), ("letter", "2", None), ("letter", "E", None),
+        ("letter", "Liver", None), ("letter_of_ten", "j", "J"), ("letter_of_ten", 9, "J"), ("letter", True, None),
+        ("math", "Half of 8 is 4.\n#### 4", "4"), ("math", r"so \boxed{4}", "4"),
+        ("math", r"\frac{1}{2}", r"\frac{1}{2}"),
+        ("math", 4, "4"), ("math", r"\text{even}", r"\text{even}"), ("math", "I do not know", None),
+        ("math", 0.5, "0.5"),
+        ("math", r"\boxed{3} or \boxed{4}", None),
+    ],
+)  # fmt: skip
+def test_references_are_read_as_they_are_graded_or_refused(grading, value, reference):
+    grader = graders.GRADERS[grading]
+    if reference is None:
+        with pytest.raises(ValueError, match="cannot be a reference"):
+            grader.read_reference(value)
+    else:
+        assert grader.read_reference(value) == reference
+
+
 def test_ten_options_have_ten_letters():
-    grade = graders.GRADERS["letter_of_ten"]
+    grade = graders.GRADERS["letter_of_ten"].grade
     assert grade("<answer>J</answer>", "J").correct and not graders.grade_letter("<answer>J</answer>", "J").correct
 
 

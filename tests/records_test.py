@@ -1,6 +1,7 @@
 """Data files are read row by row; what is wrong with a row is said with its place, or counted."""
 
 import csv
+import itertools
 import json
 
 from hypothesis import given, settings, strategies as st
@@ -51,7 +52,21 @@ def test_every_format_gives_the_same_texts(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 def test_a_limit_reads_the_first_rows_only(tmp_path, kind):
     reader = Reader(RecordsConfig())
-    assert len(reader.read(write(tmp_path, kind, GOOD), limit=2)) == 2
+    assert len(list(reader.read(write(tmp_path, kind, GOOD), limit=2))) == 2
+
+
+def test_rows_are_read_one_after_the_other_and_never_all_at_once(tmp_path, monkeypatch):
+    endless = ((f"line {n}", {"q": str(n)}) for n in itertools.count(1))
+    monkeypatch.setitem(records.READERS, ".jsonl", lambda file: endless)
+    found = Reader(RecordsConfig()).read(write(tmp_path, "jsonl", GOOD))
+    assert [record.value["q"] for record in itertools.islice(found, 5)] == ["1", "2", "3", "4", "5"]
+
+
+def test_repeats_do_not_count_towards_the_limit_of_rows_left_out(tmp_path):
+    reader = Reader(RecordsConfig(max_skipped=1))
+    for _ in range(102):
+        reader.reject("duplicate", "line 2", "the same as line 1")
+    assert reader.skipped == {"duplicate": 102}
 
 
 def test_a_byte_order_mark_empty_lines_and_windows_line_ends_are_no_rows(tmp_path):

@@ -36,6 +36,7 @@ class Scene:
         self.config.model.path, self.config.task, self.config.compile_cache = str(self.model), "qa_jsonl", ""
         self.config.qa_jsonl.path, self.config.qa_jsonl.context = str(folder / "rows.jsonl"), "a>b;"
         self.config.qa_jsonl.dev_questions = self.config.qa_jsonl.test_questions = 4
+        self.config.qa_jsonl.grading = "exact"
         (folder / "rows.jsonl").write_bytes(GOOD)
 
     def rows(self, content: bytes, name: str = "rows.jsonl") -> None:
@@ -154,7 +155,12 @@ CASES = {
     "half a surrogate": (calls("rows", rb'{"question": "\ud800", "answer": "1"}' + b"\n"), "line 1: .* valid Unicode"),
     "null": (calls("rows", GOOD + b'{"question": null, "answer": "1"}\n'), "line 19: no text in column 'question'"),
     "no column": (calls("rows", b'{"q": "x", "answer": "1"}\n'), r"its columns are \['answer', 'q'\]"),
-    "a number": (calls("rows", b'{"question": "x", "answer": 1}\n'), "no text in column 'answer', but int 1"),
+    "a number": (calls("rows", b'{"question": 1, "answer": "x"}\n'), "no text in column 'question', but int 1"),
+    "a list for an answer": (calls("rows", b'{"question": "x", "answer": [1]}\n'), "no reference in column 'answer'"),
+    "no reference": (
+        lambda scene: (scene.rows(ROW), setting(qa_jsonl__grading="numeric")(scene)),
+        "line 1: column 'answer': 'a' cannot be a reference; give a number",
+    ),
     "a list for a row": (calls("rows", b"[1]\n"), "line 1: .*the row is not an object"),
     "10 MB": (calls("rows", b'{"question": "' + b"x" * 10**7 + b'", "answer": "1"}\n'), "more than records.max_text"),
     "conflict": (
@@ -166,7 +172,7 @@ CASES = {
         "line 2: the same as line 1",
     ),
     "too many bad rows": (
-        lambda scene: (scene.rows(ROW * 3), setting(records__max_skipped=1)(scene)),
+        lambda scene: (scene.rows(b"[]\n" * 3), setting(records__max_skipped=1, records__skip=("not_text",))(scene)),
         "2 rows are left out",
     ),
     "CSV of other width": (calls("rows", b"question,answer\nx,1,2\n", "a.csv"), "line 2: not valid CSV: 3 fields"),

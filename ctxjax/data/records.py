@@ -7,7 +7,7 @@ counted, up to a limit; any other bad row is an error that names the file and th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import csv
 import dataclasses
 import hashlib
@@ -22,6 +22,7 @@ import pyarrow.parquet
 
 from ctxjax.host.retry import retry
 
+ROWS_AT_A_TIME = 4096
 KINDS = {
     "unreadable": "not valid JSON or CSV, or not UTF-8",
     "missing": "no such column, null, or an empty text",
@@ -35,7 +36,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class RecordsConfig:
-    """See configs/base.py, ``config.records``. ``skip``: names of KINDS."""
+    """See configs/base.py, ``config.records``. ``skip``: names of KINDS. ``max_skipped`` does not count duplicates."""
 
     skip: tuple[str, ...] = ("duplicate",)
     max_skipped: int = 100
@@ -56,33 +57,31 @@ class Reader:
     def __init__(self, config: RecordsConfig):
         self.config, self.skipped, self.digests = config, Counter(), {}
 
-    def read(self, path: str | Path, limit: int = 0, field: str = "path") -> list[Record]:
-        """Return the readable rows among the first ``limit`` rows of a file (0: all rows).
+    def read(self, path: str | Path, limit: int = 0, field: str = "path") -> Iterator[Record]:
+        """Iterate over the readable rows among the first ``limit`` rows of a file (0: all rows).
 
-        ``field``: the configuration field that holds the path, for messages. Raises FileNotFoundError, or ValueError
-        that names the file and, if one row is the cause, the row.
+        Only some rows are in memory at one time. ``field``: the configuration field that holds the path, for messages.
+        Raises FileNotFoundError, or ValueError that names the file and, if one row is the cause, the row.
         """
         file = Path(path).expanduser()
         if not str(path) or not file.is_file():
             raise FileNotFoundError(f"data file {str(path)!r} does not exist; set {field} to a {_ENDINGS} file")
         if file.suffix.lower() not in READERS:
             raise ValueError(f"data file {path}: {file.suffix!r} is not known; set {field} to a {_ENDINGS} file")
-        read = READERS[file.suffix.lower()]
-        try:
-            rows = retry(lambda: list(itertools.islice(read(file), limit or None)), f"data file {path}")
-        except (OSError, UnicodeDecodeError, pyarrow.ArrowException, csv.Error) as error:
-            raise ValueError(f"data file {path} cannot be read: {error}") from None
-        found = []
-        for where, value in rows:
+        return self._read(path, file, limit)
+
+    def _read(self, path: str | Path, file: Path, limit: int) -> Iterator[Record]:
+        is_empty = True
+        for where, value in _read_rows(path, file, limit):
             if isinstance(value, _Unreadable):
                 self.reject("unreadable", f"{path}, {where}", value.why)
             else:
-                found.append(Record(f"{path}, {where}", value))
-        if not found:
+                is_empty = False
+                yield Record(f"{path}, {where}", value)
+        if is_empty:
             raise ValueError(f"data file {path} has no rows")
         with file.open("rb") as content:
             self.digests[str(path)] = hashlib.file_digest(content, "sha256").hexdigest()
-        return found
 
     def get_texts(self, record: Record, *columns: str) -> list[str] | None:
         """Return the texts of these columns; None if the row was left out. Column "a.b" is key b of the dict in a."""
@@ -96,6 +95,19 @@ class Reader:
                 return None
             found.append(value)
         return found
+
+    def get_reference(self, record: Record, column: str, read: Callable[[Any], str]) -> str | None:
+        """Return ``read`` of the value in ``column``, which may be a text, a number or a boolean; None if the row was
+        left out. A value that ``read`` refuses (ValueError) is a bad "label"."""
+        value = _look_up(record.value, column)
+        is_text = value is None or isinstance(value, (str, list, dict))
+        if is_text and not self._is_usable(value, record.where, f"no reference in column {column!r}", record.value):
+            return None
+        try:
+            return read(value)
+        except ValueError as error:
+            self.reject("label", record.where, f"column {column!r}: {error}")
+            return None
 
     def get_text(self, record: Record) -> str | None:
         """Return the row if it is itself a text; None if it was left out."""
@@ -122,7 +134,8 @@ class Reader:
             skip = (*self.config.skip, kind)
             raise ValueError(f'{where}: {why}; fix the row, or leave such rows out: --config.records.skip="{skip}"')
         self.skipped[kind] += 1
-        if (total := self.skipped.total()) > self.config.max_skipped:
+        total = self.skipped.total() - self.skipped["duplicate"]  # a repeated row loses nothing
+        if total > self.config.max_skipped:
             raise ValueError(
                 f"{where}: {why}; with this row {total} rows are left out ({format_counts(self.skipped)}), more than "
                 f"records.max_skipped = {self.config.max_skipped}; fix them, or raise the limit"
@@ -176,6 +189,32 @@ class _Unreadable(NamedTuple):
     """In place of a row's value: why it could not be read."""
 
     why: str
+
+
+def _read_rows(path: str | Path, file: Path, limit: int) -> Iterator[tuple[str, Any]]:
+    """Iterate over (where, value), a few thousand rows at a time. After a transient error it opens the file again and
+    continues behind the rows that it has returned."""
+    read, rows, count = READERS[file.suffix.lower()], None, 0
+
+    def read_some() -> list[tuple[str, Any]]:
+        nonlocal rows
+        try:
+            if rows is None:
+                rows = itertools.islice(read(file), count, limit or None)
+            return list(itertools.islice(rows, ROWS_AT_A_TIME))
+        except BaseException:
+            rows = None
+            raise
+
+    while True:
+        try:
+            some = retry(read_some, f"data file {path}")
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException, csv.Error) as error:
+            raise ValueError(f"data file {path} cannot be read: {error}") from None
+        if not some:
+            return
+        count += len(some)
+        yield from some
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:

@@ -61,7 +61,7 @@ def read_tweeteval(folder: Path, reader: Reader) -> list[Example]:
     examples = []
     for published, split in TWEETEVAL_SPLITS.items():
         paths = [_find_file(folder, f"tweeteval {{split}} {kind}", published) for kind in ("text", "labels")]
-        texts, labels = (reader.read(path, field="safety.path") for path in paths)
+        texts, labels = (list(reader.read(path, field="safety.path")) for path in paths)
         if len(texts) != len(labels):
             raise ValueError(f"{paths[0]} has {len(texts)} lines, {paths[1]} {len(labels)}; these must be equal")
         for number, (record, label) in enumerate(zip(texts, labels)):

@@ -33,22 +33,29 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def remove_repeats(splits: dict[str, list[tuple[str, Row]]]) -> tuple[dict[str, list[Row]], Counter[str]]:
-    """Keep each text once in splits of (text, row). Return the rows, and the counts of left-out ones by records.KINDS.
+def remove_repeats(rows: Iterable[tuple[str, str, Row]]) -> tuple[dict[str, list[Row]], Counter[str]]:
+    """Keep each text once among (split, text, row). Return rows by split, and counts of the others by records.KINDS.
 
-    Of equal texts the first one in test stays, else the first in dev, so that no test question is trained on.
+    Of equal texts the first one in test stays, else the first in dev, so that no test question is trained on. Rows are
+    read one by one, and repeats are not kept in memory.
     """
+    pooled: dict[str, dict[str, Row]] = {split: {} for split in SPLITS}
+    counts = Counter()
+
+    def is_first(seen: dict[str, Row], key: str, row: Row) -> bool:
+        first = seen.setdefault(key, row)
+        if first is not row:
+            counts["duplicate" if first.reference == row.reference else "conflict"] += 1
+        return first is row
+
+    for split, text, row in rows:
+        is_first(pooled[split], normalize(text), row)
     seen: dict[str, Row] = {}
-    kept, format_counts = {}, Counter()
-    for split in ("test", "dev", "train"):
-        kept[split] = []
-        for text, row in splits[split]:
-            first = seen.setdefault(normalize(text), row)
-            if first is row:
-                kept[split].append(row)
-            else:
-                format_counts["duplicate" if first.reference == row.reference else "conflict"] += 1
-    return {split: kept[split] for split in SPLITS}, format_counts
+    kept = {
+        split: [row for key, row in pooled[split].items() if is_first(seen, key, row)]
+        for split in ("test", "dev", "train")
+    }
+    return {split: kept[split] for split in SPLITS}, counts
 
 
 def check_splits(task: Task, needed: tuple[str, ...] = SPLITS) -> None:

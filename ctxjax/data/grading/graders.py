@@ -1,4 +1,4 @@
-"""Read an answer from a response and compare it with a reference.
+"""Read an answer from a response and compare it with a reference; read references from the values that data files have.
 
 Most graders read an answer twice. Strictly: only in the format that the prompt asks for. Leniently: wherever it can be
 found. Both are reported, to separate a loss of format from a loss of knowledge. Reasoning between ``<think>`` and
@@ -7,8 +7,11 @@ found. Both are reported, to separate a loss of format from a loss of knowledge.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from decimal import Decimal
 import functools
 import re
+from typing import NamedTuple
 import unicodedata
 
 from ctxjax.data.grading import math_answers
@@ -17,12 +20,14 @@ from ctxjax.data.grading.grade import Grade
 EMPTY, NO_TAGS, NOT_CLOSED, TWO = "empty", "no <answer> tags", "<answer> is not closed", "two different answers"
 ONLY_REASONING, ENDLESS_REASONING = "answer only in the reasoning", "reasoning is not closed"
 NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a number or an expression"
+NUMBER = re.compile(r"(?<![\w.)\]}])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|\d[\d,]*(?:\.\d+)?")
+LONGEST_EXPONENT = 1000  # of numbers that are written out
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
 
 
 def normalize_width(text: str) -> str:
-    """Replace letters and digits of other widths and styles by ordinary ones (NFKC)."""
-    return unicodedata.normalize("NFKC", text)
+    """Replace letters and digits of other widths and styles by ordinary ones (NFKC), and the minus sign by a hyphen."""
+    return unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
 
 
 def strip_reasoning(response: str) -> tuple[str, str | None]:
@@ -76,6 +81,12 @@ def grade_yes_no(response: str, reference: str) -> Grade:
     return Grade(parsed, parsed == reference, reason, lenient == reference)
 
 
+def _match_letter(text: str, letters: str) -> str | None:
+    """Return the letter of "b", "(B)", "**B**" or "B. its text", or None."""
+    match = re.fullmatch(rf"(?is)[(*\s]*([{letters}])[)*\s]*(?:[.:)-].*)?", text)
+    return match and match[1].upper()
+
+
 def grade_letter(response: str, reference: str, letters: str = "ABCD") -> Grade:
     """Grade ``<answer>B</answer>``, also in the form "(b)" or "B. its text", against "B".
 
@@ -84,8 +95,7 @@ def grade_letter(response: str, reference: str, letters: str = "ABCD") -> Grade:
     contents, said, reason = read_tags(response)
     parsed = None
     if contents:
-        matches = [re.fullmatch(rf"(?is)[(*\s]*([{letters}])[)*\s]*(?:[.:)-].*)?", content) for content in contents]
-        parsed, reason = _agree([match and match[1].upper() for match in matches], f"one of {letters}")
+        parsed, reason = _agree([_match_letter(content, letters) for content in contents], f"one of {letters}")
     text = _find_last_answer(contents, said)
     named = re.findall(rf"(?i:\b(?:answer|option|choice)\b(?:\s+is)?)[\s:*(]*([{letters}])\b(?! [a-z])", text)
     # "A" before a lower-case word is an article.
@@ -95,15 +105,24 @@ def grade_letter(response: str, reference: str, letters: str = "ABCD") -> Grade:
 
 
 def find_last_number(text: str) -> str | None:
-    """Return the last number of a text in canonical form ("1,234.50" -> "1234.5"), or None.
+    """Return the last number of a text in canonical form ("1,234.50" -> "1234.5"), with all its digits, or None.
 
-    In GSM8K solutions ("#### 72") and in most chat answers the last number is the answer.
+    In GSM8K solutions ("#### 72") and in most chat answers the last number is the answer. A hyphen after a letter, a
+    digit or a bracket is no sign: the last number of "10-12" is 12.
     """
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not found:
-        return None
-    number = float(found[-1].replace(",", ""))
-    return str(int(number)) if number.is_integer() else repr(number)
+    found = NUMBER.findall(normalize_width(text))
+    return format_number(Decimal(found[-1].replace(",", ""))) if found else None
+
+
+def format_number(number: Decimal) -> str:
+    """Format a number in one way, whatever way it was written: "1234.5", "0.0000001", "1E+999999999" if too long."""
+    if not number:
+        return "0"
+    _, digits, exponent = number.as_tuple()
+    while digits[-1] == 0:  # Decimal.normalize would round to the context's precision
+        digits, exponent = digits[:-1], exponent + 1
+    exact = Decimal((number.is_signed(), digits, exponent))
+    return f"{exact:f}" if abs(exponent) <= LONGEST_EXPONENT else str(exact)
 
 
 def grade_number(response: str, reference: str) -> Grade:
@@ -124,34 +143,118 @@ def grade_exact(response: str, reference: str) -> Grade:
 def grade_math(response: str, reference: str) -> Grade:
     r"""Grade the value of the last ``\boxed{}``, else of the last ``####`` or "Answer:", against the reference's value.
 
-    Leniently: also correct if the last number of the response has the reference's value.
+    A reference ``\text{...}`` is a text; its case and brackets do not count. Leniently: also correct if the last number
+    of the response has the reference's value.
     """
     text = normalize_width(response)
     said, reason = strip_reasoning(text)
     answers = [] if reason else math_answers.find_answers(said)
+    target = math_answers.parse_value(normalize_width(reference))
+    parse = math_answers.parse_text if isinstance(target, math_answers.Text) else math_answers.parse_value
     parsed = None
     if not reason and not answers:
         reason = ONLY_REASONING if math_answers.find_answers(text) else NO_PLACE
     elif answers:
-        values = [math_answers.parse_value(answer) for answer in answers]
-        if None in values:
-            reason = NO_VALUE
-        elif any(not math_answers.is_same_value(values[0], value) for value in values[1:]):
-            reason = TWO
-        else:
-            parsed = answers[-1]
-    target = math_answers.parse_value(normalize_width(reference))
-    correct = parsed is not None and math_answers.is_same_value(target, math_answers.parse_value(parsed))
+        parsed, reason = _agree_on_value(answers, parse)
+    correct = parsed is not None and math_answers.is_same_value(target, parse(parsed))
     number = None if correct else find_last_number(said)
     return Grade(parsed, correct, reason, correct or number is not None and math_answers.is_same_value(target, number))
 
 
-# name -> grader
+def _agree_on_value(answers: list[str], parse: Callable = math_answers.parse_value) -> tuple[str | None, str | None]:
+    """Return (the last answer, None) if all answers have one value, else (None, the reason)."""
+    values = [parse(answer) for answer in answers]
+    if None in values:
+        return None, NO_VALUE
+    if any(not math_answers.is_same_value(values[0], value) for value in values[1:]):
+        return None, TWO
+    return answers[-1], None
+
+
+# --- References ---
+
+
+def _refuse(value, wanted: str) -> ValueError:
+    shown = repr(value)
+    return ValueError(f"{shown[:60]}{'...' if len(shown) > 60 else ''} cannot be a reference; give {wanted}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and Decimal(str(value)).is_finite()
+
+
+def read_number(value) -> str:
+    """Return a number, or the last number of a text, in canonical form. Raises ValueError if there is none."""
+    found = None
+    if _is_number(value):
+        found = format_number(Decimal(str(value)))
+    elif isinstance(value, str):
+        found = find_last_number(value)
+    if found is None:
+        raise _refuse(value, "a number, or a text that ends in one")
+    return found
+
+
+def read_exact(value) -> str:
+    """Return the value as text. Raises ValueError if it is empty."""
+    if not str(value).strip():
+        raise _refuse(value, "a text")
+    return str(value)
+
+
+def read_yes_no(value) -> str:
+    """Return "yes" or "no" from such a word, with or without tags, or from True or False; else raise ValueError."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    words = TAGS.findall(value) or [value] if isinstance(value, str) else []
+    word = words[-1].strip(" \n.!*_\"'").casefold() if words else ""
+    if word not in ("yes", "no"):
+        raise _refuse(value, '"yes", "no", True or False')
+    return word
+
+
+def read_letter(value, letters: str = "ABCD") -> str:
+    """Return the letter of "b", "(B)", "B. its text" or a tag, or of an option's number (from 0, as class labels are).
+
+    Raises ValueError for anything else. A text that is a number could count from 0 or from 1, so it is refused too.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(letters):
+        return letters[value]
+    texts = TAGS.findall(value) or [value] if isinstance(value, str) else []
+    letter = _match_letter(normalize_width(texts[-1]).strip(), letters) if texts else None
+    if letter is None:
+        wanted = f"a letter from {letters[0]} to {letters[-1]}, or the option's number, from 0 on, as an integer"
+        raise _refuse(value, wanted)
+    return letter
+
+
+def read_math(value) -> str:
+    r"""Return the answer of a worked solution (``\boxed{}``, ``####``, "Answer:"), or the value itself if it is one.
+
+    Raises ValueError if it is not a number, an expression or a ``\text{}``, or if a solution has two answers.
+    """
+    text = format_number(Decimal(str(value))) if _is_number(value) else value if isinstance(value, str) else ""
+    answer, _ = _agree_on_value(math_answers.find_answers(normalize_width(text)) or [normalize_width(text)])
+    if answer is None:
+        wanted = r"a number, an expression, \text{...}, or a solution with its answer in \boxed{} or after ####"
+        raise _refuse(value, wanted)
+    return answer
+
+
+class Grader(NamedTuple):
+    """``grade``: (response, reference) -> Grade. ``read_reference``: a value of a data file -> reference; raises
+    ValueError if responses could never be graded against it."""
+
+    grade: Callable[[str, str], Grade]
+    read_reference: Callable[[object], str]
+
+
+TEN = "ABCDEFGHIJ"
 GRADERS = {
-    "numeric": grade_number,
-    "exact": grade_exact,
-    "yes_no": grade_yes_no,
-    "letter": grade_letter,
-    "letter_of_ten": functools.partial(grade_letter, letters="ABCDEFGHIJ"),
-    "math": grade_math,
+    "numeric": Grader(grade_number, read_number),
+    "exact": Grader(grade_exact, read_exact),
+    "yes_no": Grader(grade_yes_no, read_yes_no),
+    "letter": Grader(grade_letter, read_letter),
+    "letter_of_ten": Grader(functools.partial(grade_letter, letters=TEN), functools.partial(read_letter, letters=TEN)),
+    "math": Grader(grade_math, read_math),
 }

@@ -6,13 +6,21 @@ are compared member by member. This module finds the answer and removes units, c
 
 from __future__ import annotations
 
+from decimal import Decimal, localcontext
 import functools
 import re
 import threading
+from typing import NamedTuple
 
-NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 # Names of values and functions. A text with any other word of three or more letters has no value.
-NAMES = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "arcsin", "arccos", "arctan", "infty", "inf"}
+NAMES = {
+    "sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "arcsin", "arccos", "arctan", "infty", "inf",
+    "pmatrix", "bmatrix", "vmatrix", "matrix",
+}  # fmt: skip
+TEXT = re.compile(r"(?s)\\(?:text|textbf|textrm|mbox|mathrm|mathbf)\s*\{([^{}]*)\}")
+# Decimal places from which a number may be a rounding of another, and up to which that is tried.
+ROUNDED_PLACES, LONGEST_PLACES = 6, 1000
 SECONDS = 5  # time limit of one parse or comparison: some expressions are too large to evaluate
 
 
@@ -24,7 +32,7 @@ def find_answers(text: str) -> list[str]:
         last_line = text.rfind("\n", 0, boxes[-1][0]) + 1
         return [content for start, content in boxes if start >= last_line]
     after = re.findall(r"####[ \t]*(.+)", text) or re.findall(
-        r"(?im)^[*_\s>]*(?:final )?answer[*_]*:[*_]*[ \t]*(.+)", text
+        r"(?im)^[-*_\s>]*(?:final )?answer[*_]*:[*_]*[ \t]*(.+)", text
     )
     return [after[-1].strip()] if after else []
 
@@ -46,7 +54,9 @@ def strip_units(answer: str) -> str:
     r"""Remove delimiters, currency, units and words from an answer: "\$1,234.50 per year." -> "1234.50"."""
     text = answer.strip().strip("*_`").strip()
     text = re.sub(r"^(?:\$\$|\\\(|\\\[|\$)(?=.)|(?:\$\$|\\\)|\\\]|(?<!\\)\$)\.?$", "", text.rstrip(". "))
-    text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", " ").replace("\\ ", " ").replace("~", " ")
+    text = text.replace("{,}", ",").replace("~", " ")
+    text = re.sub(r"(?<!\\)\\!", "", text)
+    text = re.sub(r"(?<!\\)\\[, ]", " ", text)  # a space, not a matrix's next row
     text = re.sub(r"^\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}$", r"\1", text)
     text = re.sub(r"\\?\$|€|£|¥", "", text)
     text = re.sub(r"\^\{?\\circ\}?|\\degree|°", "", text)
@@ -60,8 +70,24 @@ def strip_units(answer: str) -> str:
     return text.strip()
 
 
+class Text(NamedTuple):
+    """The value of an answer in words."""
+
+    words: str
+
+
+def parse_text(answer: str) -> Text | None:
+    r"""Parse an answer in words, inside ``\text{}`` or not: case, white space and brackets do not count."""
+    inner = TEXT.fullmatch(answer.strip().strip("$. "))
+    words = " ".join((inner[1] if inner else answer).split()).strip("()[]. ").casefold()
+    return Text(words) if words else None
+
+
 def parse_value(answer: str):
-    """Parse an answer for ``is_same_value``. None if it is not a number or an expression."""
+    r"""Parse an answer for ``is_same_value``. None if it is not a number, an expression or a ``\text{}``."""
+    inner = TEXT.fullmatch(answer.strip().strip("$. "))
+    if inner and not re.search(r"\d", inner[1]):
+        return parse_text(answer)
     text = strip_units(answer)
     words = set(re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text).casefold()))
     if not re.search(r"\w", text) or words - NAMES:
@@ -86,12 +112,38 @@ def _parse(text: str):
 
 
 def is_same_value(a, b) -> bool:
-    """Whether two values are equal; numbers may differ by rounding in the sixth decimal place."""
+    """Whether two values are equal.
+
+    Plain numbers are compared digit by digit; a number with at least six decimal places may be a rounding of the other.
+    Expressions are compared by their value, rounded to six places and to 0.2 %.
+    """
     if a is None or b is None:
         return False
+    if isinstance(a, Text) or isinstance(b, Text):
+        return a == b
     if isinstance(a, str) and isinstance(b, str):
-        return abs(float(a) - float(b)) < 5e-7 or a == b
+        return _is_same_number(Decimal(a), Decimal(b))
     from math_verify import verify
 
     gold, answer = (list(_parse(v) or ()) if isinstance(v, str) else list(v) for v in (a, b))
-    return bool(gold and answer) and verify(gold, answer, timeout_seconds=_timeout())
+    if not (gold and answer and verify(gold, answer, timeout_seconds=_timeout())):
+        return False
+    one, two = _to_float(gold[0]), _to_float(answer[0])
+    return None in (one, two) or abs(one - two) <= 2e-3 * max(abs(one), abs(two))
+
+
+def _is_same_number(a: Decimal, b: Decimal) -> bool:
+    shorter, longer = sorted((a, b), key=lambda number: -number.as_tuple().exponent)
+    places = -shorter.as_tuple().exponent
+    if a == b or places < ROUNDED_PLACES or places > LONGEST_PLACES or longer.adjusted() > LONGEST_PLACES:
+        return a == b
+    with localcontext(prec=3 * LONGEST_PLACES):
+        return longer.quantize(Decimal(1).scaleb(-places)) == shorter
+
+
+def _to_float(value) -> float | None:
+    """Return the value of a real number of sympy, None for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

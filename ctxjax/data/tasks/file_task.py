@@ -65,10 +65,11 @@ class FileTask:
 
     def read_splits(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
         """Return the rows by split, without repeats and within the limits, and the counts of left-out repeats."""
-        pooled = {split: [] for split in splits.SPLITS}
-        for split, row_id, question in self.read_questions(reader):
-            pooled[split].append((question.text, self.make_row(row_id, question)))
-        unique, repeats = splits.remove_repeats(pooled)
+        rows = (
+            (split, question.text, self.make_row(row_id, question))
+            for split, row_id, question in self.read_questions(reader)
+        )
+        unique, repeats = splits.remove_repeats(rows)
         limits = {split: getattr(self.config, f"{split}_questions") or None for split in unique}
         return {split: splits.shuffle(rows)[: limits[split]] for split, rows in unique.items()}, repeats
 

@@ -35,11 +35,12 @@ class Hints(FileTask):
 
     def parse_question(self, reader: Reader, record: Record) -> Question | None:
         config = self.config
-        texts = reader.get_texts(record, config.question, config.reference, config.hint)
-        if not texts:
+        texts = reader.get_texts(record, config.question, config.hint)
+        reference = texts and reader.get_reference(record, config.reference, GRADERS[config.grading].read_reference)
+        if not reference:
             return None
-        question, reference, hint = texts
+        question, hint = texts
         return Question(question, question, reference, config.template.replace("{hint}", hint))
 
     def grade(self, response: str, reference: str) -> Grade:
-        return GRADERS[self.config.grading](response, reference)
+        return GRADERS[self.config.grading].grade(response, reference)

@@ -1,6 +1,7 @@
 r"""Mathematical problems: the answer is a number or an expression.
 
     GSM8K                 question, answer (a solution that ends in "#### 72")
+    MATH, AIME            problem, answer, or else solution (with the answer in \boxed{})
     DAPO-Math             prompt (a chat), reward_model.ground_truth
     the reference's copy  content (a chat), reward_model.ground_truth
 
@@ -13,14 +14,17 @@ from __future__ import annotations
 import dataclasses
 
 from ctxjax.data.contexts import ContextConfig, Contexts
-from ctxjax.data.grading import graders, math_answers
+from ctxjax.data.grading import graders
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.records import Reader, Record
 from ctxjax.data.tasks.file_task import FileTask, Question, RowsConfig, list_columns, unwrap_chat
 
 FORMAT = "Reason step by step, and put the final answer into \\boxed{}."
 GROUND_TRUTH = "reward_model.ground_truth"
-LAYOUTS = {"question": "answer", "prompt": GROUND_TRUTH, "content": GROUND_TRUTH}
+# Columns of the question -> of the reference, in order of preference. Upper and lower case are the same.
+LAYOUTS = {
+    "question": ("answer",), "problem": ("answer", "solution"), "prompt": (GROUND_TRUTH,), "content": (GROUND_TRUTH,),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,26 +41,21 @@ class Math(FileTask):
         super().__init__(config, "math", Contexts(config, "math"))
 
     def parse_question(self, reader: Reader, record: Record) -> Question | None:
-        column = next((column for column in LAYOUTS if column in list_columns(record)), None)
-        if column is None:
-            known = " or ".join(f"{question} and {reference}" for question, reference in LAYOUTS.items())
+        columns = {column.casefold(): column for column in list_columns(record)}
+        layout = next((layout for layout in LAYOUTS if layout in columns), None)
+        if layout is None:
+            known = " or ".join(f"{question} and {' or '.join(names)}" for question, names in LAYOUTS.items())
             reader.reject("missing", record.where, f"no columns {known}; its columns are {list_columns(record)}")
             return None
+        column = columns[layout]
         is_chat = isinstance(record.value[column], list)
         single = unwrap_chat(reader, record, column)
-        texts = single and reader.get_texts(single, column, LAYOUTS[column], *self.columns)
-        if not texts:
+        texts = single and reader.get_texts(single, column, *self.columns)
+        names = [columns[name] for name in LAYOUTS[layout] if name in columns] or LAYOUTS[layout]
+        reference = texts and reader.get_reference(record, names[0], graders.read_math)
+        if not reference:
             return None
-        text, reference, *own = texts
-        if column == "question":
-            found = math_answers.find_answers(reference)
-            if not found:
-                reader.reject("label", record.where, 'column "answer" has no final answer after ####')
-                return None
-            reference = found[-1]
-        if math_answers.parse_value(graders.normalize_width(reference)) is None:
-            reader.reject("label", record.where, f"the answer {reference!r} is not a number or an expression")
-            return None
+        text, *own = texts
         question = text if is_chat or not self.config.ask_format else f"{text}\n\n{FORMAT}"
         return Question(text, question, reference, *own)
 

@@ -59,14 +59,11 @@ class Medical(FileTask):
 
     def _parse_chat(self, reader: Reader, record: Record) -> Question | None:
         single = unwrap_chat(reader, record, "content")
-        texts = single and reader.get_texts(single, "content", "answer", *self.columns)
-        if not texts:
+        texts = single and reader.get_texts(single, "content", *self.columns)
+        letter = texts and reader.get_reference(record, "answer", graders.read_letter)
+        if not letter:
             return None
-        text, label, *own = texts
-        letter = label.strip().strip("().").upper()
-        if letter not in tuple(LETTERS):
-            reader.reject("label", record.where, f"answer = {label!r} is not one of {', '.join(LETTERS)}")
-            return None
+        text, *own = texts
         return Question(text, text, letter, *own)
 
     def grade(self, response: str, reference: str) -> Grade:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 import dataclasses
 
+from ctxjax.data import splits
 from ctxjax.data.contexts import ContextConfig, Contexts
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import GRADERS
@@ -29,7 +30,8 @@ class QaConfig(ContextConfig):
 
 class QaJsonl(FileTask):
     """The task over one file. The questions whose text has the smallest hash are held out, as many as configured, so
-    the choice does not depend on the order of the file."""
+    the choice does not depend on the order of the file. Questions that differ in case, width or white space only are
+    one question (splits.normalize)."""
 
     def __init__(self, config: QaConfig):
         super().__init__(config, "qa_jsonl", Contexts(config, "qa_jsonl"))
@@ -37,11 +39,12 @@ class QaJsonl(FileTask):
     def read_splits(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
         config, rows, seen = self.config, {}, {}
         for record in reader.read(config.path, config.limit, "qa_jsonl.path"):
-            texts = reader.get_texts(record, config.question, config.reference, *self.columns)
-            if texts is None:
+            texts = reader.get_texts(record, config.question, *self.columns)
+            reference = texts and reader.get_reference(record, config.reference, GRADERS[config.grading].read_reference)
+            if not reference:
                 continue
-            question, reference, *own = texts
-            key = hash_text(question)[:16]
+            question, *own = texts
+            key = hash_text(splits.normalize(question))[:16]
             if reader.is_new(record, seen, key, reference):
                 rows[key] = self.make_row(key, Question(question, question, reference, *own))
         ordered = [rows[key] for key in sorted(rows)]
@@ -55,4 +58,4 @@ class QaJsonl(FileTask):
         return {"dev": dev, "test": test, "train": train}, Counter()
 
     def grade(self, response: str, reference: str) -> Grade:
-        return GRADERS[self.config.grading](response, reference)
+        return GRADERS[self.config.grading].grade(response, reference)

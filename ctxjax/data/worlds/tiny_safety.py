@@ -126,12 +126,12 @@ class TinySafety:
         self.config = config
         reader = Reader(config.records)
         examples = {example.id: example for example in read_examples(config.path, reader=reader)}
-        pooled = {split: [] for split in splits.SPLITS}
+        rows = []
         for example in examples.values():
             text = " ".join(example.text.split())
             row = Row(example.id, text, TARGET.text(0), str(example.harmful), DEFAULT)
-            pooled[example.split].append((text, row))
-        unique, self.skipped = splits.remove_repeats(pooled)
+            rows.append((example.split, text, row))
+        unique, self.skipped = splits.remove_repeats(rows)
         self.skipped += reader.skipped
         self._is_offensive = {r.question: r.reference == "True" for rows in unique.values() for r in rows}
         self._tokenizer = self._train_tokenizer([row.question for row in unique["train"]])
