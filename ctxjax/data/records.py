@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ctxjax.host.retry import retry
+from ctxjax.types import bounded
 
 KINDS = {
     "unreadable": "not valid JSON or CSV, or not UTF-8",
@@ -38,7 +39,7 @@ class RecordsConfig:
     """See configs/base.py, ``config.records``. ``skip``: names of KINDS."""
 
     skip: tuple[str, ...] = ("duplicate",)
-    max_skipped: int = 100
+    max_skipped: int = bounded(100, zero=True)
     max_text: int = 1_000_000
 
 

@@ -14,6 +14,7 @@ from ctxjax.data.contexts import Contexts, OtherContexts, OtherContextsConfig
 from ctxjax.data.records import Reader, Record, RecordsConfig, hash_text
 from ctxjax.data.task import Row
 from ctxjax.host.hub import data_files
+from ctxjax.types import bounded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,9 @@ class FileTaskConfig(OtherContextsConfig):
     """The fields of every task over files; see configs/base.py. ``*_questions`` limit each split; 0: no limit."""
 
     path: str
-    train_questions: int
-    dev_questions: int
-    test_questions: int
+    train_questions: int = bounded(zero=True)
+    dev_questions: int = bounded(zero=True)
+    test_questions: int = bounded(zero=True)
     records: RecordsConfig = RecordsConfig()
 
 
@@ -32,7 +33,7 @@ class RowsConfig(FileTaskConfig):
     """The fields of a task over rows of JSONL, Parquet or CSV files, local or on the Hub (host.hub.data_files)."""
 
     test_path: str
-    limit: int
+    limit: int = bounded(zero=True)
 
 
 class Question(NamedTuple):
