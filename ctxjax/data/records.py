@@ -1,6 +1,6 @@
 """Read rows of data files: JSONL, Parquet, CSV and plain lines.
 
-A bad row has a kind (KINDS). ``config.records`` says what happens: rows of the kinds in ``skip`` are left out and
+Answers are validated by each task's ``parse_question``. A bad row has a kind (KINDS). ``config.records`` says what happens: rows of the kinds in ``skip`` are left out and
 counted, up to a limit; any other bad row is an error that names the file and the row.
 """
 
