@@ -91,9 +91,13 @@ def _set_math(config: ConfigDict) -> None:
 
 
 RECIPES = {
-    "file": _set_file, "medical": _set_medical, "safety": _set_safety, "frozenlake": _set_frozenlake, "sokoban": _set_sokoban,
+    "file": _set_file,
+    "medical": _set_medical,
+    "safety": _set_safety,
+    "frozenlake": _set_frozenlake,
+    "sokoban": _set_sokoban,
     "math": _set_math,
-}  # fmt: skip
+}
 
 
 # Slice, chips along the tensor axis, micro-batches: see _set_slice.

@@ -114,8 +114,10 @@ def offload_to_host(tree):
 
 
 def bring_to_device(tree):
-    """Move arrays from pinned host memory to the device; others stay. In a traced function they arrive just before
-    their use and are freed after it."""
+    """Move arrays from pinned host memory to the device; leave device arrays unchanged.
+
+    In a traced function each moved array is copied just before its use and freed after it.
+    """
 
     def bring(x):
         is_away = jax.typeof(x).memory_space == jax.memory.Space.Host
@@ -191,8 +193,10 @@ def to_host(tree):
 
 
 def check_divisible(name: str, size: int, ways: int, axes: str = "mesh data*fsdp") -> None:
-    """Raise ValueError, naming sizes that work, if ``ways``, the size of the mesh axes ``axes``, does not divide
-    ``size``."""
+    """Raise ValueError if ``size`` is not a multiple of ``ways``, the number of devices along ``axes``.
+
+    The message suggests sizes that work.
+    """
     if size % ways:
         below = size // ways * ways
         near = f"{below} or {below + ways}" if below else str(ways)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from ctxjax.data import prompts
-from ctxjax.data.grading import graders
 from ctxjax.data.pipeline import RetentionRows, encode_rows, training_batches
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, make_evaluation_views
@@ -92,22 +91,6 @@ def test_every_view_keeps_its_reference(world):
     held_out = set(world.other_contexts("test"))
     assert {row.context for row in views["other"]} <= held_out
     assert not held_out & set(world.other_contexts("train"))
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 72", "72"),
-        ("<<48/2=24>>24 ... #### 1,234", "1234"),
-        ("It costs $2.50.", "2.5"),
-        ("3.0", "3"),
-        ("-7 degrees", "-7"),
-        ("none", None),
-        ("", None),
-    ],
-)
-def test_the_last_number_is_read(text, number):
-    assert graders.find_last_number(text) == number
 
 
 def test_text_survives_the_tokenizer(tokenizer):

@@ -1,6 +1,6 @@
-"""Commands in processes of their own, forked off one that has imported everything and used no device.
+"""Start commands in processes that are forked from a server which has imported everything and used no device.
 
-A command imports for longer than most tests of it run. Tests of the whole way, from ``python -m`` on, start a Python.
+Importing takes longer than most of these tests run. Tests that begin with ``python -m`` start a Python instead.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import subprocess
 import sys
 import tempfile
 
-import jax
-
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -28,36 +26,33 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def _run(module: str, arguments: list[str], out: Path, err: Path, settings: dict) -> None:
+def _run(module: str, arguments: list[str], out: Path, err: Path) -> None:
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
     os.chdir(ROOT)
-    for name, value in settings.items():
-        jax.config.update(name, value)
     sys.argv = [module, *arguments]
     importlib.import_module(module).command_line()
 
 
 class Command:
-    """``python -m MODULE ARGUMENTS`` in the project's folder, which is going on, and is ended with the tests at last.
+    """A running ``python -m MODULE ARGUMENTS`` in the project's folder; it ends with the tests at the latest.
 
-    ``err``: where its standard error goes if not to ``out``; ``settings``: of jax, by name, as its environment
-    variables would set them.
+    ``err``: the file of its standard error; None: ``out``, with its standard output.
     """
 
-    def __init__(self, module: str, arguments: list[str], out: Path, err: Path | None = None, **settings):
+    def __init__(self, module: str, arguments: list[str], out: Path, err: Path | None = None):
         for path in {out, err or out}:
             path.write_text("")
-        self._process = _CONTEXT.Process(target=_run, args=(module, arguments, out, err or out, settings), daemon=True)
+        self._process = _CONTEXT.Process(target=_run, args=(module, arguments, out, err or out), daemon=True)
         self._process.start()
 
     def poll(self) -> int | None:
-        """The exit code, minus the signal that ended it, or None while it is going on."""
+        """Return the exit code, minus the number of the signal that ended it, or None while the command runs."""
         return self._process.exitcode
 
     def wait(self, seconds: float) -> int:
-        """The exit code, once it has ended. Raises TimeoutError."""
+        """Wait for the end and return the exit code. Raises TimeoutError."""
         self._process.join(seconds)
         if self._process.exitcode is None:
             raise TimeoutError(f"the command has not ended within {seconds} seconds")
@@ -71,7 +66,7 @@ class Command:
 
 
 def run(module: str, arguments: list[str], seconds: float = 300) -> subprocess.CompletedProcess:
-    """The command, when it has ended, with all that it has printed."""
+    """Run the command to its end; return its exit code and everything that it printed."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         command = Command(module, arguments, out, err)

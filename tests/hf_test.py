@@ -300,7 +300,7 @@ def test_an_index_that_points_out_of_the_folder_or_at_a_pickle_is_refused(file, 
     part.rename(folder.parent / part.name)  # where "../" would find it
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
-    with pytest.raises(ValueError, match="lm_head.weight is in .*; it must name a .*safetensors file beside it"):
+    with pytest.raises(ValueError, match="lm_head.weight is in .*; it must name a .*safetensors file in its folder"):
         load(folder, tiny_model, mesh)
 
 

@@ -24,7 +24,6 @@ SMALL = [
     "--config.rules.dev_questions=8", "--config.rules.test_questions=8", "--config.eval.bootstrap=10",
     "--config.run_arms=('opcd',)",
 ]  # fmt: skip
-SETTINGS = {"jax_use_shardy_partitioner": True}  # as in users' runs
 STEPS = 24
 LONGER = [f"--config.train.steps={STEPS}"]
 
@@ -49,7 +48,7 @@ class Run:
             line += [*arguments, *(only or {}).get(index, [])]
             if count > 1:
                 line += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process_id={index}"]
-            self.processes.append(Command("ctxjax.main", line, log, **SETTINGS))
+            self.processes.append(Command("ctxjax.main", line, log))
 
     def wait(self, seconds: float = 600) -> list[int]:
         """Wait for the end of all processes. Return their exit codes."""

@@ -210,7 +210,10 @@ CASES = {
     "a tensor missing": (calls("tensors", lambda t: t.pop("model.norm.weight")), "missing: model.norm.weight"),
     "a tensor too many": (calls("tensors", lambda t: t.update(x=np.zeros(2))), "unexpected: x"),
     "weights not finite": (poisoned("model.norm.weight"), "not finite numbers; .*\n  model.norm.weight"),
-    "index points outside": (calls("index", "../other.safetensors"), r"it must name a \*.safetensors file beside it"),
+    "index points outside": (
+        calls("index", "../other.safetensors"),
+        r"it must name a \*.safetensors file in its folder",
+    ),
     "index names no file": (calls("index", "gone.safetensors"), "index.json names files that do not exist"),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
     "tokenizer is no JSON": (written("model/tokenizer.json", b"{"), "the tokenizer in .* cannot be read"),

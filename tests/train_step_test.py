@@ -140,16 +140,6 @@ def test_the_whole_step_on_eight_devices_is_its_two_halves_on_one(halves, whole)
     assert largest_difference(whole.state, halves.after.params) < 1e-5
 
 
-def test_eight_devices_sample_the_tokens_of_one(halves, config, batch, make_params, mesh8):
-    data, key = put_batch(batch, mesh8), jax.random.key(2)
-    state = TrainState(step=np.int32(0), params=make_params(config.model, 0, mesh8), opt_state=(), key=key)
-    rollouts = rollouts_of(state, Frozen(state.params), data, config)
-    for ours, expected in zip(jax.device_get(rollouts), halves.rollouts):
-        np.testing.assert_array_equal(ours.tokens_BxT, expected.tokens_BxT)
-        np.testing.assert_array_equal(ours.mask_BxT, expected.mask_BxT)
-        np.testing.assert_allclose(ours.logprobs_BxT, expected.logprobs_BxT, atol=1e-5)
-
-
 def test_a_second_step_compiles_nothing(whole):
     assert not whole.compiled_again
 

@@ -1,7 +1,8 @@
 """Read rows of data files: JSONL, Parquet, CSV and plain lines.
 
 A bad row has a kind (KINDS). ``config.records`` says what happens: rows of the kinds in ``skip`` are left out and
-counted, up to a limit; any other bad row is an error that names the file and the row.
+counted, up to a limit; any other bad row is an error that names the file and the row. What an answer may be is up to
+each task's ``parse_question``.
 """
 
 from __future__ import annotations

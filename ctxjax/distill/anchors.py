@@ -47,8 +47,8 @@ ANCHORS = {
     "symmetric": Anchor("q_x", lambda p: 0.5 * (kl(p["q_x"], p["q_c"]) + kl(p["q_c"], p["q_x"]))),
     "teacher": Anchor("f", lambda p: kl(p["q_c"], stop_gradient(p["f"]))),
 }
-# Where the anchor is taken: everywhere, on the tokens whose likeliest id the bare student and the teacher share, or on
-# the responses most of whose tokens (``gate_threshold``) are such.
+# What the anchor is taken on: all tokens; the tokens whose likeliest id the bare student and the teacher share; or the
+# responses in which at least ``gate_threshold`` of the tokens are such.
 GATES = ("none", "token", "response")
 
 

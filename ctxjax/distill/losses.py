@@ -125,7 +125,7 @@ def token_weights(mask_BxT: jax.Array, averaging: str) -> jax.Array:
 
 
 def average(values_BxT: jax.Array, mask_BxT: jax.Array, averaging: str) -> Mean:
-    """The same mean as (total, count), over tokens or over the means of sequences, so that parts of a batch add up."""
+    """Return the mean of ``values_BxT`` that ``token_weights`` takes, as (total, count): micro-batches can be added."""
     if averaging == "token_mean":
         return Mean.of(values_BxT, mask_BxT)
     tokens_B = jnp.sum(mask_BxT, axis=1)

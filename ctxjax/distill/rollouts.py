@@ -3,8 +3,8 @@
     Questions        single-turn questions: the step's own program samples y, and y' under the other contexts
     TeacherSamples   the same questions; off-policy steps get the frozen teacher's responses, sampled before the run
 
-A game is a third source: it plays episodes on the host with the student's parameters, and returns every turn as a row
-of the batch together with its response. ``train_step.update_step`` serves all of them.
+A game is a third source: it plays episodes on the host with the student's parameters, and returns the turns as rows of
+batches together with their responses. ``train_step.update_step`` serves all of them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Questions:
 
 
 class TeacherSamples:
-    """``questions``, with the teacher's host responses ``samples`` (step -> Rollout) in the steps that have some."""
+    """Wrap ``questions``: steps in ``samples`` (step -> Rollout, on the host) use the teacher's responses, others are
+    sampled by the step's program."""
 
     def __init__(self, questions: Questions, samples: dict[int, Rollout], mesh: Mesh):
         self._questions, self._samples, self._mesh = questions, samples, mesh

@@ -77,7 +77,7 @@ def _choose_block(length: int) -> int:
 
 
 def _pad_columns(x, block: int):
-    """Pad columns, the last axis but one, on the right to whole blocks; no real query reads there."""
+    """Right-pad axis -2, the columns, to a multiple of ``block``; no real query attends to the padding."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % block), (0, 0)])
 
 

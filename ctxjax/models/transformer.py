@@ -184,8 +184,10 @@ def _is_decoding_unrolled(config: ModelConfig) -> bool:
 
 
 def prepare_for_decoding(params: Params, config: ModelConfig, rules: str = "gathered") -> Params:
-    """Cast and reshard the weights for ``decode_step``, by the rules of this name in sharding.DECODE_RULES. Call it
-    before the decode loop: inside, it would run once per token."""
+    """Cast and reshard the weights for ``decode_step`` by sharding.DECODE_RULES[rules].
+
+    Call it before the decode loop: inside, it would run for every token.
+    """
     read = {name: params[name] for name in ("embedding", "layers")}
     read = jax.tree.map(lambda w: reshard_for_decoding(w.astype(config.dtype), rules), read)
     if _is_decoding_unrolled(config):

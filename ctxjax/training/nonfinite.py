@@ -1,4 +1,7 @@
-"""Write the rows of a step whose loss or gradient was not finite to a file for inspection."""
+"""Write the rows of a step whose loss or gradient was not finite to a file for inspection.
+
+The step itself is skipped in distill/train_step.update_step; monitoring/alarms.py counts it and may end the run.
+"""
 
 from __future__ import annotations
 

@@ -135,24 +135,22 @@ def _check_values(folder: Path, params: Params, paths: dict) -> None:
 
     Such files were damaged, or saved by a run that diverged. Reads the weights once, on their devices.
     """
-    stacked = frozenset(".".join(path) for path, (_, _, is_stacked) in paths.items() if is_stacked)
-    finite = jax.device_get(_are_finite({".".join(path): get_leaf(params, path) for path in paths}, stacked))
     bad = []
-    for path, (tensors, _, _) in paths.items():
-        good = np.atleast_1d(finite[".".join(path)])
-        bad += [tensor for tensor, is_good in zip(tensors, good, strict=True) if not is_good]
+    for path, (tensors, _, stacked) in paths.items():
+        finite = np.atleast_1d(jax.device_get(_is_finite(get_leaf(params, path), stacked)))
+        bad += [tensor for tensor, is_good in zip(tensors, finite, strict=True) if not is_good]
     if bad:
         shown = "\n  ".join(bad[:8] + [f"and {len(bad) - 8} more"] * (len(bad) > 8))
         raise ValueError(f"{folder} has weights that are not finite numbers; fetch or export it again:\n  {shown}")
 
 
 @functools.partial(jax.jit, static_argnames="stacked")
-def _are_finite(arrays: dict[str, jax.Array], stacked: frozenset[str]) -> dict[str, jax.Array]:
-    """Return whether all values of each array are finite; for a stacked array, by layer."""
-    return {
-        name: jnp.all(jnp.isfinite(array), axis=tuple(range(name in stacked, array.ndim)))
-        for name, array in arrays.items()
-    }
+def _is_finite(array: jax.Array, stacked: bool) -> jax.Array:
+    """Return whether all values are finite, bool []; of a stacked array, by layer, bool [N].
+
+    0 times a value is 0 only if it is finite. This takes no memory, where all(isfinite(array)) takes a byte per value.
+    """
+    return jnp.sum(0 * array, axis=tuple(range(stacked, array.ndim))) == 0
 
 
 def _assemble(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) -> jax.Array:

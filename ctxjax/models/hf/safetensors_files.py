@@ -60,7 +60,9 @@ def _indexed_files(index: Path) -> dict[str, Path]:
         raise ValueError(f"{index} has no weight_map from tensor names to files")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index} says that {name} is in {file!r}; it must name a *.safetensors file beside it")
+            raise ValueError(
+                f"{index} says that {name} is in {file!r}; it must name a *.safetensors file in its folder"
+            )
     files = {name: index.parent / file for name, file in weight_map.items()}
     missing = sorted({str(path) for path in files.values() if not path.exists()})
     if missing:
