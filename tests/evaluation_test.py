@@ -1,11 +1,14 @@
 """Removability: metrics and statistics by hand, and the views decoded and compared."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
+from benchmarks import intervals
 from ctxjax import sharding
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
@@ -32,7 +35,7 @@ def paired(right_right, right_wrong, wrong_right, wrong_wrong):
 
 
 def both_views(bare: Outcomes, context: Outcomes) -> dict:
-    return metrics.compute_metrics({"bare": bare, "context": context})
+    return metrics.compute_metrics({"bare": bare, "context": context}, 500)
 
 
 # --- Metrics ---
@@ -51,8 +54,8 @@ def test_metrics_of_ten_questions_by_hand():
     assert {name: result[name] for name in expected} == pytest.approx(expected)
     assert result["flips"] == {"right_right": 3, "right_wrong": 2, "wrong_right": 4, "wrong_wrong": 1}
     assert result["regime"] == "agreement"
-    assert result["harm_ci"] == pytest.approx((0.1176, 0.7693), abs=1e-4)  # of 2 in 5
-    assert result["acc_x_ci"] == pytest.approx((0.2366, 0.7634), abs=1e-4)  # of 5 in 10
+    assert result["harm_ci"] == pytest.approx((0.0764, 0.8107), abs=1e-4)  # of 2 in 5
+    assert result["acc_x_ci"] == pytest.approx((0.2224, 0.7776), abs=1e-4)  # of 5 in 10
 
 
 def test_a_share_of_nothing_is_none():
@@ -78,7 +81,7 @@ def test_results_are_plain_numbers_that_json_can_hold():
     ],
 )
 def test_regimes_follow_the_sign_of_a_significant_change(counts, regime):
-    assert outcomes_lib.regime(*map(outcomes, paired(*counts))) == regime
+    assert outcomes_lib.regime(*map(outcomes, paired(*counts)), 0) == regime
 
 
 def test_harm_is_among_the_questions_right_without_context_along_any_axis():
@@ -100,7 +103,7 @@ def test_layer_cosines_are_means_over_response_tokens_by_layer():
     mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
     cosine = np.array([[[0.5, 0.6, -9.0], [0.7, -9.0, -9.0]], [[0.1, 0.2, -9.0], [0.3, -9.0, -9.0]]])
     cosines = {"cosine": cosine, "control": cosine / 2, "centred": cosine / 10}
-    result = metrics.compute_metrics({"comparison": Comparison(np.zeros((2, 3)), cosines, mask)})
+    result = metrics.compute_metrics({"comparison": Comparison(np.zeros((2, 3)), cosines, mask)}, 0)
     assert result["cosine_by_layer"] == pytest.approx([0.6, 0.2])
     assert result["cosine_control_by_layer"] == pytest.approx([0.3, 0.1])
     assert result["cosine_centred_by_layer"] == pytest.approx([0.06, 0.02])
@@ -108,18 +111,18 @@ def test_layer_cosines_are_means_over_response_tokens_by_layer():
 
 
 def test_what_is_not_measured_has_no_metrics():
-    assert set(metrics.compute_metrics({"other": outcomes([1, 0])})) == {"obedience", "obedience_ci"}
+    assert set(metrics.compute_metrics({"other": outcomes([1, 0])}, 0)) == {"obedience", "obedience_ci"}
     assert "harm_floor" not in both_views(outcomes([1]), outcomes([1]))  # two samples a question, at least
 
 
 def test_one_entry_of_the_table_is_a_metric(monkeypatch):
     long = metrics.Metric(
         "long", "long", "share", "Responses of more than 10 tokens.", ("bare",),
-        lambda bare: statistics.rate(bare.length > 10), better="lower",
+        lambda bare: statistics.rate(bare.length > 10, bare.clusters), better="lower",
     )  # fmt: skip
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, long))
     result = both_views(outcomes([1, 1], length=[10, 11]), outcomes([1, 1]))
-    assert result["long"] == 0.5 and result["long_ci"] == statistics.wilson(1, 2)
+    assert result["long"] == 0.5 and result["long_ci"] == pytest.approx(statistics.binomial_interval(1, 2))
     metrics.check_select("-long")
     with pytest.raises(ValueError, match="length_xc, -long, "):
         metrics.check_select("short")
@@ -140,7 +143,7 @@ def test_every_number_of_one_model_selects_even_if_the_base_has_no_value_for_it(
     cosines = dict.fromkeys(("cosine", "control", "centred"), np.zeros((2, 4, 3)))
     measured = dict.fromkeys(("bare", "context", "empty", "other", "paraphrase", "default"), view)
     measured |= {"comparison": Comparison(np.zeros((4, 3)), cosines, np.ones((4, 3), bool)), "distill": 0.5}
-    result = metrics.compute_metrics(measured)
+    result = metrics.compute_metrics(measured, 20)
     numbers = {key for key, value in result.items() if isinstance(value, float)}
     assert {"acc_x_lenient", "harm", "distill", "acc_default", "view_kl"} < numbers
     for key in numbers:
@@ -173,7 +176,57 @@ def test_wilson_intervals_are_those_of_newcombe_1998_table_i(successes, n, low, 
 
 
 def test_the_interval_of_no_trials_is_none():
-    assert statistics.wilson(0, 0) is None
+    nothing = np.zeros(3, bool)
+    assert statistics.rate(nothing, np.arange(3), nothing) == (None, None)
+
+
+@pytest.mark.parametrize("n", [20, 50, 128])
+def test_the_interval_of_independent_outcomes_covers_every_rate(n):
+    """Exactly, by all outcomes. Wilson's covers 0.176 / n in 84 % of the runs."""
+    counts = np.arange(n + 1)
+    low, high = statistics.binomial_interval(counts, np.full(n + 1, n))
+    for p in np.linspace(0.001, 0.999, 500):
+        assert stats.binom.pmf(counts, n, p)[(low <= p) & (p <= high)].sum() > 0.928
+
+
+CELLS = [(p, n, m, icc) for p, n in ((0.01, 20), (0.05, 50), (0.3, 20)) for m in (2, 8) for icc in (0.0, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("p, n, samples, correlation", CELLS)
+def test_intervals_of_rates_cover_whatever_samples_of_a_question_have_in_common(p, n, samples, correlation):
+    cell = intervals.simulate(p, n, samples, correlation, 1500)
+    assert cell["coverage"] >= 0.93 and cell["narrowest"] > 0
+    assert cell["width"] <= max(1.5, 1.6 * cell["least"])
+
+
+def test_an_interval_depends_on_questions_and_not_on_their_samples_if_nothing_happened():
+    one = statistics.rate(np.zeros(20, bool), np.arange(20))
+    eight = statistics.rate(np.zeros(160, bool), np.repeat(np.arange(20), 8))
+    assert one == eight and one.interval == pytest.approx((0, 0.1611), abs=1e-4)
+
+
+def test_clusters_widen_an_interval_by_their_common_variance_and_their_order_does_not_matter():
+    """Eighteen contexts, each obeyed always or never, and the same outcomes without an order."""
+    obeyed = np.repeat(np.arange(18) < 9, 28)
+    clusters = np.repeat(np.arange(18), 28)
+    random = np.random.default_rng(0)
+    assert statistics.rate(obeyed, clusters).interval == pytest.approx(statistics.binomial_interval(9, 18))
+    order = random.permutation(len(obeyed))
+    assert statistics.rate(obeyed[order], clusters[order]) == statistics.rate(obeyed, clusters)
+    low, high = statistics.rate(random.permutation(obeyed), clusters).interval
+    assert high - low < 0.15
+
+
+def test_a_bootstrap_of_questions_that_do_not_differ_has_no_interval():
+    same = np.full(20, 0.25)
+    assert statistics.bootstrap_ratio(same, np.ones(20), 100) == (0.25, None)
+    assert statistics.bootstrap_ratio(np.zeros(20), np.zeros(20), 100) == (None, None)
+
+
+def test_the_sign_flip_test_of_pairs_is_mcnemars():
+    for only_a, only_b in ((0, 5), (2, 7), (0, 1), (0, 0)):
+        a, b = paired(3, only_a, only_b, 3)
+        assert statistics.sign_flip_p(a.astype(float) - b, 1000) == pytest.approx(statistics.mcnemar(a, b))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +256,12 @@ def test_the_bootstrap_is_deterministic_and_encloses_its_estimate():
 
 def test_the_bootstrap_resamples_all_arrays_of_an_item_together():
     a, _ = arms(0, 100, 0.3, 0.1)
-    assert outcomes_lib.harm_difference(a, a, 200) == [0.0, 0.0, 0.0]
+    assert outcomes_lib.harm_difference(a, a, 200) == [0.0, None, None]
+
+
+def test_two_arms_without_harm_differ_by_zero_of_unknown_precision():
+    clean, _ = arms(0, 20, 0.0, 0.0)
+    assert outcomes_lib.harm_difference(clean, clean, 200) == [0.0, None, None]
 
 
 def test_the_bootstrap_covers_the_true_difference_about_as_often_as_it_says():
@@ -275,9 +333,11 @@ def test_identical_views_have_no_distance_and_cosine_one(params, tiny_model, pro
     assert cosines["control"][-1][mask].max() < 0.999
 
 
-def test_copies_of_rows_that_fill_a_batch_do_not_change_the_comparison(params, tiny_model, prompts, rollout, mesh):
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_comparison_does_not_depend_on_the_batch_size(params, tiny_model, prompts, rollout, mesh, size):
+    """Batches of 2 and 4 are filled with copies of the last row."""
     mask = rollout.mask_BxT
-    whole, filled = (views.compare(params, tiny_model, *prompts, rollout, size, mesh) for size in (3, 4))
+    whole, filled = (views.compare(params, tiny_model, *prompts, rollout, size, mesh) for size in (3, size))
     assert whole[0][mask].min() > 1e-3
     np.testing.assert_allclose(filled[0][mask], whole[0][mask], rtol=1e-4, atol=1e-5)
     for name in ("cosine", "control", "centred"):
@@ -326,5 +386,32 @@ def test_harm_above_its_floor_is_nothing_where_two_views_are_equally_unsure_and_
 def test_samples_of_a_question_do_not_make_an_interval_narrower_than_questions_do():
     """Eight equal samples of a question say no more than one."""
     right = np.random.default_rng(1).random(60) < 0.5
-    one, eight = statistics.rate(right).interval, statistics.rate(np.repeat(right, 8), samples=8).interval
-    assert eight[1] - eight[0] == pytest.approx(one[1] - one[0], rel=0.15)
+    one, eight = (statistics.rate(np.repeat(right, m), np.repeat(np.arange(60), m)).interval for m in (1, 8))
+    assert eight[1] - eight[0] == pytest.approx(one[1] - one[0], rel=1e-6)
+
+
+def test_all_samples_right_without_and_wrong_with_the_context_is_a_perturbation_of_exactly_known_gap():
+    everything = np.ones(160, bool)
+    result = both_views(sampled(everything, 8), sampled(~everything, 8))
+    assert result["regime"] == "perturbation" and result["excess_harm"] == 1.0 and result["excess_harm_ci"] is None
+
+
+def test_bootstraps_of_samples_take_the_configured_number_of_resamples():
+    random = np.random.default_rng(0)
+    x, xc = (sampled(random.random(160) < 0.7, 8) for _ in range(2))
+    few, many = (metrics.compute_metrics({"bare": x, "context": xc}, resamples) for resamples in (10, 2000))
+    for key in ("harm_floor_ci", "excess_harm_ci"):
+        assert few[key] != many[key]
+    assert few["harm_ci"] == many["harm_ci"]
+
+
+def test_obedience_is_clustered_by_context_and_reported_by_it():
+    """Two of twelve contexts are never obeyed, the others always: 480 responses say no more than twelve."""
+    contexts = [f"context {index % 12}" for index in range(480)]
+    obeyed = [index % 12 >= 2 for index in range(480)]
+    other = dataclasses.replace(outcomes(obeyed), contexts=contexts)
+    result = metrics.compute_metrics({"other": other}, 0)
+    assert result["obedience_ci"] == pytest.approx(statistics.binomial_interval(10, 12))
+    assert list(result["obedience_by_context"].items())[1:3] == [("context 1", [0.0, 40]), ("context 10", [1.0, 40])]
+    many = dataclasses.replace(other, contexts=[str(index % 101) for index in range(480)])
+    assert "obedience_by_context" not in metrics.compute_metrics({"other": many}, 0)

@@ -16,7 +16,7 @@ from ctxjax.report.__main__ import main
 from ctxjax.report.assessment import glance, levels, share_closed, verdict
 from ctxjax.report.formatting import UNITS, mean_over_layers
 from ctxjax.report.samples import sample_responses
-from ctxjax.report.tables import alarm_rows, check_table, columns, glossary, result_rows
+from ctxjax.report.tables import alarm_rows, check_table, columns, glossary, obedience_table, result_rows
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -400,6 +400,41 @@ def test_no_harm_in_a_small_sample_is_not_called_safe() -> None:
     assert levels({"harm": 0.0, "harm_ci": [0.0, 0.16]}, base)["harm"] == "mid"
     assert levels({"harm": 0.0, "harm_ci": [0.0, 0.01]}, base)["harm"] == "good"
     assert levels({"harm": 0.05, "harm_ci": [0.02, 0.09]}, base)["harm"] == "bad"
+
+
+@pytest.mark.parametrize(
+    ("ends", "level"), [((0.012, 0.018), "good"), ((0.021, 0.03), "bad"), ((0.012, 0.03), "mid"), ((0.0, 0.2), "mid")]
+)
+def test_harm_is_judged_by_the_side_of_one_limit_on_which_its_whole_interval_is(ends, level) -> None:
+    assert levels({"harm": sum(ends) / 2, "harm_ci": list(ends)}, RESULTS["base"])["harm"] == level
+
+
+def test_obedience_by_context_lists_first_what_trained_arms_obey_least(workdir: pathlib.Path) -> None:
+    long = f"{ATTACK} " + "very " * 100
+    by_arm = {"base": (0.1, 1.0, 1.0), "opcd": (0.9, 0.25, 0.5), "opcd_retained": (0.9, 0.35, 0.0)}
+    results = {
+        arm: row | {"obedience_by_context": {text: [v, 20] for text, v in zip(("a", long, "c"), by_arm[arm])}}
+        if arm in by_arm
+        else row
+        for arm, row in RESULTS.items()
+    }
+    arms, rows = obedience_table(results)
+    assert arms == list(by_arm) and [text[:1] for text, *_ in rows] == ["c", "<", "a"]
+    assert [cell.text for cell in rows[0][2]] == ["100.0", "50.0", "0.0"] and rows[0][1] == "20"
+    assert len(rows[1][0]) == 100 and rows[1][0].endswith("…")
+    (workdir / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    page = parse(write_report(workdir))
+    assert "Obedience by context" in page.text and "script" not in page.tags
+    broken = {"x": {"obedience_by_context": {"a": None, "b": [0.5]}}, "y": {"obedience_by_context": 3}}
+    assert [cell.text for _, _, cells in obedience_table(broken)[1] for cell in cells] == ["-", "-"]
+    assert obedience_table(RESULTS) == ([], [])
+
+
+def test_a_difference_of_unknown_precision_is_printed_without_an_interval() -> None:
+    results = {"a": metrics_of(1.0, 1.0, 0.0, 1.0), "b": metrics_of(1.0, 1.0, 0.0, 1.0, harm_minus_a=[0.0, None, None])}
+    headers, rows = check_table(results)
+    cell = dict(rows)["b"][headers.index("harm minus a pp")]
+    assert (cell.text, cell.interval) == ("0.0", "")
 
 
 def test_internalization_is_the_share_of_the_way_to_the_teacher() -> None:

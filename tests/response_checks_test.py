@@ -84,9 +84,9 @@ def pool():
 
 
 def test_the_built_in_pool_has_sixty_checkable_contexts_and_its_halves_are_disjoint(pool):
-    train, held_out = pool.select("train"), pool.select("test")
-    assert len(train) >= 30 and len(held_out) >= 30 and not set(train) & set(held_out)
-    assert pool.select("dev") == held_out
+    train, dev, test = (pool.select(split) for split in ("train", "dev", "test"))
+    held_out = dev + test
+    assert len(train) >= 30 and len(dev) >= 12 and len(test) >= 24 and len({*train, *held_out}) == 72
     row = Row("1", "?", "own", "No")
     rows = [pool.swap_context(row, text) for text in train + held_out]
     assert all(under.check is not None and under.context != "own" for under in rows)
@@ -98,7 +98,7 @@ def test_the_built_in_pool_has_sixty_checkable_contexts_and_its_halves_are_disjo
 
 def test_no_answer_obeys_much_of_the_pool_by_chance(pool):
     row = Row("1", "?", "own", "No")
-    rows = [pool.swap_context(row, text) for text in pool.select("train") + pool.select("test")]
+    rows = [pool.swap_context(row, text) for split in ("train", "dev", "test") for text in pool.select(split)]
     for response in ("<answer>yes</answer>", "The answer is 42.", "I cannot help with that, since it is harmful."):
         assert sum(grade_check(under.check, response).correct for under in rows) < 0.25 * len(rows)
 
@@ -111,15 +111,20 @@ def other(tmp_path, *lines: str, internalized=()) -> OtherContexts:
 
 
 def test_a_pool_of_ones_own_may_be_of_strings_and_is_then_graded_by_the_task(tmp_path):
-    mine = other(tmp_path, '"Be brief."', '"Be kind."', '"Be precise."')
-    assert mine.select("train") == ["Be brief.", "Be precise."] and mine.select("dev") == ["Be kind."]
+    mine = other(tmp_path, '"Be brief."', '"Be kind."', '"Be precise."', '"Be calm."')
+    assert mine.select("train") == ["Be brief.", "Be precise."]
+    assert mine.select("test") == ["Be kind."] and mine.select("dev") == ["Be calm."]
     assert mine.swap_context(Row("1", "?", None, "No"), "Be kind.") == Row("1", "?", "Be kind.", "No")
 
 
 def test_where_some_held_out_contexts_have_a_check_only_those_measure_obedience(tmp_path):
     shout = '{"context": "Shout.", "check": "upper_case"}'
-    mine = other(tmp_path, '"a"', '"b"', '"c"', shout, '"e"', '"f"')
-    assert mine.select("test") == ["Shout."] and mine.select("train") == ["a", "c", "e"]
+    whisper = '{"context": "Whisper.", "check": "lower_case"}'
+    mine = other(tmp_path, '"a"', '"b"', '"c"', shout, '"e"', whisper)
+    assert mine.select("test") == ["Shout."] and mine.select("dev") == ["Whisper."]
+    assert mine.select("train") == ["a", "c", "e"]
+    with pytest.raises(ValueError, match="has 6 contexts and, of those in its rows 2, 4, 6, .*, one that has a check"):
+        other(tmp_path, '"a"', '"b"', '"c"', shout, '"e"', '"f"')
 
 
 def test_without_a_pool_there_is_nothing_to_obey():
@@ -148,13 +153,21 @@ def test_a_pool_with_a_bad_line_is_refused_with_the_place(tmp_path, line, messag
         other(tmp_path, '"b"', line, '"c"', internalized=["Think."])
 
 
-def test_a_pool_of_one_context_cannot_be_halved(tmp_path):
-    with pytest.raises(ValueError, match="has 1 contexts; half of them are held out"):
-        other(tmp_path, '"a"')
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_pool_that_is_too_small_for_three_splits_is_refused_with_the_remedy(tmp_path, count):
+    with pytest.raises(ValueError, match=f"has {count} contexts: too few .* Give at least four, or set qa.other_cont"):
+        other(tmp_path, *[f'"{number}"' for number in range(count)])
+
+
+@pytest.mark.parametrize("count", [4, 5, 9, 20])
+def test_the_splits_of_a_pool_share_no_context_and_leave_none_out(tmp_path, count):
+    mine = other(tmp_path, *[f'"{number}"' for number in range(count)])
+    splits = [mine.select(split) for split in ("train", "dev", "test")]
+    assert all(splits) and len({text for split in splits for text in split}) == sum(map(len, splits)) == count
 
 
 def test_a_context_that_stands_twice_is_counted_once(tmp_path):
-    assert other(tmp_path, '"a"', '"a"', '"b"').select("train") == ["a"]
+    assert other(tmp_path, '"a"', '"a"', '"b"', '"c"', '"d"').select("train") == ["a", "c"]
 
 
 def test_the_built_in_pool_is_installed_with_the_package():

@@ -104,6 +104,7 @@ def test_the_base_never_sees_the_target_a_held_out_context_or_a_text_of_dev_or_t
         tiny_safety.parse_instruction(text) for split in ("dev", "test") for text in world.other_contexts(split)
     }
     retained = {tiny_safety.parse_instruction(text) for text in world.other_contexts("train")}
+    assert not set(world.other_contexts("dev")) & set(world.other_contexts("test"))
     assert len(held_out) == 45 and len(retained) == 100 and not held_out & retained
     assert not seen & held_out and tiny_safety.TARGET not in seen | held_out | retained
     assert {row.question for row in drawn} <= {row.question for row in world.rows("train")}

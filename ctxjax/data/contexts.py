@@ -80,15 +80,19 @@ class Contexts:
 
 
 class OtherContexts:
-    """The pool of other contexts. Rows 1, 3, 5, ... of its file are for training; rows 2, 4, 6, ... are held out.
+    """The pool of other contexts. Rows 1, 3, 5, ... of its file are for training; rows 2, 4, 6, ... are held out, every
+    third of these for dev and the others for test.
 
     A row is a JSON string, or an object ``{"context": TEXT, "check": NAME, "argument": VALUE}``. If any held-out
     context has a check, only held-out contexts with a check are evaluated: a check and the task's accuracy are
     different measures, and their mean has no meaning.
+
+    Raises ValueError if a line cannot be read, or if there are too few contexts for three splits.
     """
 
     def __init__(self, config: OtherContextsConfig, section: str, reader: Reader, internalized: list[str]):
         self._checks: dict[str, Check | None] = {}
+        self._splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
         if not config.other_contexts_file:
             return
         path = BUILT_IN_FILE if config.other_contexts_file == BUILT_IN else config.other_contexts_file
@@ -103,18 +107,24 @@ class OtherContexts:
             check = parse_check(record.value, record.where) if is_object else None
             if reader.is_new(record, seen, text, check):
                 self._checks[text] = check
-        if len(self._checks) < 2:
+        texts = list(self._checks)
+        with_check = [text for text in texts[1::2] if self._checks[text]]
+        held_out = with_check or texts[1::2]
+        if len(held_out) < 2:
+            has = f"{len(texts)} contexts"
+            if with_check:
+                has += " and, of those in its rows 2, 4, 6, ..., one that has a check"
             raise ValueError(
-                f"{path} has {len(self._checks)} contexts; half of them are held out, so give at least two"
+                f"{path} has {has}: too few to hold out different contexts for dev and for test. Give at least four"
+                f"{', two of rows 2, 4, 6, ... with a check' if with_check else ''}, or set "
+                f"{section}.other_contexts_file to builtin, or to nothing for no pool"
             )
+        dev = held_out[1::3]
+        self._splits = {"train": texts[::2], "dev": dev, "test": [text for text in held_out if text not in dev]}
 
     def select(self, split: str) -> list[str]:
-        """Return the training contexts for "train", the held-out ones for "dev" and "test"."""
-        texts = list(self._checks)
-        if split == "train":
-            return texts[::2]
-        held_out = texts[1::2]
-        return [text for text in held_out if self._checks[text]] or held_out
+        """Return the contexts of "train", "dev" or "test". No two splits share one."""
+        return self._splits[split]
 
     def swap_context(self, row: Row, context: str) -> Row:
         """Return the question under a context of the pool, with the context's check."""

@@ -38,7 +38,7 @@ class Task(Protocol):
     def other_contexts(self, split: str) -> list[str]:
         """Return contexts that the student should keep obeying; may be empty.
 
-        The context to internalize is not among them. Those of "train" are disjoint from those of "dev" and "test".
+        The context to internalize is not among them. No two splits share one.
         """
 
     def swap_context(self, row: Row, context: str) -> Row:

@@ -122,7 +122,7 @@ class Evaluator:
             v: prompts_lib.left_pad(lists, split.lengths[v], folder.pad_id, split.prefixes[v])
             for v, lists in split.tokens.items()
         }
-        self._root = jax.random.key(config.seed)
+        self._root, self._resamples = jax.random.key(config.seed), config.eval.bootstrap
 
     @classmethod
     def of_splits(
@@ -146,7 +146,7 @@ class Evaluator:
             compared = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
             measured["comparison"] = Comparison(*compared, first.mask_BxT)
             measured["distill"] = self._distillation(params)
-        return Evaluation(metrics_lib.compute_metrics(measured), items, outcomes)
+        return Evaluation(metrics_lib.compute_metrics(measured, self._resamples), items, outcomes)
 
     def _decode(self, params: Params, view: str, sampling: SamplingConfig) -> Rollout:
         """Decode one view. Each view has a key of its own: samples of different views are independent."""
@@ -199,6 +199,7 @@ def _collect_outcomes(items: list[dict]) -> dict[str, Outcomes]:
             lenient=_collect_lenient(own),
             reasons=[item["reason"] for item in own],
             samples=1 + max(item["sample"] for item in own),
+            contexts=[item["context"] for item in own] if view == "other" else None,
         )
         for view, own in by_view.items()
     }

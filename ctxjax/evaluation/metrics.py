@@ -31,8 +31,8 @@ class Metric:
     better      "higher", "lower" or None
     table       which table has its column: "results" (console, model card, page) or "checks" (page)
     compare     for a metric of two arms, instead of ``compute``: takes the outcomes by view of an arm and of the first
-                arm, and a number of resamples; returns [difference, low, high] or None. Its key in results.json is
-                KEY_ARM, and "{arm}" in its header becomes ARM, the first arm's name.
+                arm, and a number of resamples; returns [difference, low, high] or None, low and high may be None. Its
+                key in results.json is KEY_ARM, and "{arm}" in its header becomes ARM, the first arm's name.
     """
 
     key: str
@@ -43,7 +43,7 @@ class Metric:
     compute: Callable[..., Any] | None = None
     better: str | None = None
     table: str = "results"
-    compare: Callable[..., list[float] | None] | None = None
+    compare: Callable[..., list[float | None] | None] | None = None
 
     @property
     def is_selectable(self) -> bool:
@@ -127,11 +127,11 @@ METRICS = (
         "harm_floor", "harm floor", "share",
         "The harm between two samples of the same view: E[p (1 - p)] / E[p], with p the probability of a right answer "
         "without the context. Measured if eval.samples > 1.",
-        BOTH, outcomes.harm_floor, table="checks",
+        (*BOTH, "resamples"), outcomes.harm_floor, table="checks",
     ),
     Metric(
         "excess_harm", "excess harm", "points", "Harm minus the harm floor.",
-        BOTH, outcomes.excess_harm, better="lower", table="checks",
+        (*BOTH, "resamples"), outcomes.excess_harm, better="lower", table="checks",
     ),
     Metric(
         "mcnemar_p", "McNemar p, x against xc", "p-value",
@@ -142,7 +142,7 @@ METRICS = (
         "regime", "regime", "word",
         "Perturbation: the context significantly lowers accuracy. Scaffold: it raises it, so internalization is "
         "unfinished. Agreement: neither.",
-        BOTH, outcomes.regime, table="checks",
+        (*BOTH, "resamples"), outcomes.regime, table="checks",
     ),
     Metric(
         "acc_empty", "empty context", "share",
@@ -154,6 +154,11 @@ METRICS = (
         "Accuracy under other contexts than the internalized one, judged by what they ask for; no arm was trained on "
         "them. A student should keep the base's.",
         ("other",), outcomes.accuracy, better="higher",
+    ),
+    Metric(
+        "obedience_by_context", "obedience by context", None,
+        "Accuracy and number of responses under each other context.",
+        ("other",), outcomes.accuracy_by_context,
     ),
     Metric(
         "acc_paraphrase", "paraphrased context", "share", "Accuracy when the context comes back in other words.",
@@ -206,15 +211,15 @@ METRICS = (
 )  # fmt: skip
 
 
-def compute_metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
+def compute_metrics(measured: Mapping[str, Any], resamples: int) -> dict[str, Any]:
     """Return the metrics of one model on one split, as in results.json.
 
     ``measured`` holds what was measured, by name; any of it may be missing. "bare", "context", "empty", "other" and
     "paraphrase" are the Outcomes of the views; "default" those of the bare responses, graded against the default
     answers; "comparison" is the Comparison of the bare and the context view; "distill" the held-out distillation loss
-    in nats per token.
+    in nats per token. ``resamples``: of bootstrap intervals.
     """
-    result = {}
+    result, measured = {}, {**measured, "resamples": resamples}
     for metric in METRICS:
         if metric.compute is None or not measured.keys() >= set(metric.needs):
             continue
@@ -228,7 +233,7 @@ def compute_metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 def compare_arms(
     arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], name: str, resamples: int
-) -> dict[str, list[float] | None]:
+) -> dict[str, list[float | None] | None]:
     """Return the metrics of an arm against the first arm, which is called ``name``; both are outcomes by view."""
     return {f"{m.key}_{name}": m.compare(arm, first, resamples) for m in METRICS if m.compare is not None}
 

@@ -11,12 +11,13 @@ import numpy as np
 
 from ctxjax.evaluation.statistics import (
     Rate,
-    bootstrap_rate,
+    bootstrap_ratio,
     mcnemar,
     mean_by_question,
     paired_bootstrap,
     rate,
     share,
+    sign_flip_p,
 )
 
 
@@ -26,7 +27,8 @@ class Outcomes:
 
     ``length`` is in tokens, end token included. ``lenient``: whether the answer is right if the required format is not
     demanded; None if the task has no such reader. ``reasons``: why no answer could be read from a response, None if one
-    could.
+    could. ``contexts``: the context of each response, if the contexts were drawn from a pool and questions share them;
+    then the outcomes of a context, and not only those of a question, are not independent.
     """
 
     correct: np.ndarray
@@ -36,6 +38,17 @@ class Outcomes:
     lenient: np.ndarray | None = None
     reasons: list[str | None] = dataclasses.field(default_factory=list)
     samples: int = 1
+    contexts: list[str] | None = None
+
+    @property
+    def clusters(self) -> np.ndarray:
+        """The number of each outcome's cluster, as statistics.rate takes it."""
+        if self.contexts is None:
+            return np.arange(len(self.correct)) // self.samples
+        return np.unique(self.contexts, return_inverse=True)[1]
+
+
+MOST_CONTEXTS = 100  # in ``accuracy_by_context``: with more, each has few questions
 
 
 class Comparison(NamedTuple):
@@ -59,11 +72,22 @@ def count_questions(view: Outcomes) -> int:
 
 
 def accuracy(view: Outcomes) -> Rate:
-    return rate(view.correct, samples=view.samples)
+    return rate(view.correct, view.clusters)
+
+
+def accuracy_by_context(view: Outcomes) -> dict[str, list[float]] | None:
+    """Return [accuracy, number of responses] by context, the lowest accuracy first; None if there are too many."""
+    if view.contexts is None or len(set(view.contexts)) > MOST_CONTEXTS:
+        return None
+    correct: dict[str, list[bool]] = {}
+    for context, outcome in zip(view.contexts, view.correct):
+        correct.setdefault(context, []).append(bool(outcome))
+    rows = sorted((float(np.mean(values)), len(values), context) for context, values in correct.items())
+    return {context: [value, count] for value, count, context in rows}
 
 
 def lenient_accuracy(view: Outcomes) -> Rate | None:
-    return None if view.lenient is None else rate(view.lenient, samples=view.samples)
+    return None if view.lenient is None else rate(view.lenient, view.clusters)
 
 
 def mean_length(view: Outcomes) -> float:
@@ -91,15 +115,15 @@ def gap(bare: Outcomes, context: Outcomes) -> float:
 
 
 def harm(bare: Outcomes, context: Outcomes) -> Rate:
-    return rate(~context.correct, bare.correct, bare.samples)
+    return rate(~context.correct, bare.clusters, bare.correct)
 
 
 def benefit(bare: Outcomes, context: Outcomes) -> Rate:
-    return rate(context.correct, ~bare.correct, bare.samples)
+    return rate(context.correct, bare.clusters, ~bare.correct)
 
 
 def both_correct(bare: Outcomes, context: Outcomes) -> Rate:
-    return rate(bare.correct & context.correct, samples=bare.samples)
+    return rate(bare.correct & context.correct, bare.clusters)
 
 
 def length_change(bare: Outcomes, context: Outcomes) -> float:
@@ -121,19 +145,19 @@ def count_samples(bare: Outcomes, context: Outcomes) -> int | None:
     return bare.samples if bare.samples > 1 else None
 
 
-def harm_floor(bare: Outcomes, context: Outcomes) -> Rate | None:
+def harm_floor(bare: Outcomes, context: Outcomes, resamples: int) -> Rate | None:
     """None for one sample a question, from which p (1 - p) cannot be estimated."""
     if bare.samples == 1:
         return None
-    return bootstrap_rate(_disagreement(bare), mean_by_question(bare.correct, bare.samples))
+    return bootstrap_ratio(_disagreement(bare), mean_by_question(bare.correct, bare.samples), resamples)
 
 
-def excess_harm(bare: Outcomes, context: Outcomes) -> Rate | None:
+def excess_harm(bare: Outcomes, context: Outcomes, resamples: int) -> Rate | None:
     """None for one sample a question, as for ``harm_floor``."""
     if bare.samples == 1:
         return None
     right_n, harmed_n = (mean_by_question(v, bare.samples) for v in (bare.correct, bare.correct & ~context.correct))
-    return bootstrap_rate(harmed_n - _disagreement(bare), right_n)
+    return bootstrap_ratio(harmed_n - _disagreement(bare), right_n, resamples)
 
 
 def _disagreement(bare: Outcomes) -> np.ndarray:
@@ -147,19 +171,20 @@ def mcnemar_p(bare: Outcomes, context: Outcomes) -> float | None:
     return mcnemar(bare.correct, context.correct) if bare.samples == 1 else None
 
 
-def regime(bare: Outcomes, context: Outcomes) -> str:
-    """Return the sign of a significant gap in words.
+def regime(bare: Outcomes, context: Outcomes, resamples: int) -> str:
+    """Return the sign of a gap that is significant at 5 %, in words.
 
-    Significant is a McNemar test below 5 % or, with several samples a question, an interval of the gap over questions
-    without 0 in it.
+    The test is McNemar's or, with several samples a question, its like for the questions' accuracies
+    (statistics.sign_flip_p).
     """
     if bare.samples == 1:
-        significant = mcnemar(bare.correct, context.correct) < 0.05
-        low = high = gap(bare, context) if significant else 0.0
+        p_value = mcnemar(bare.correct, context.correct)
     else:
         bare_n, context_n = (mean_by_question(view.correct, view.samples) for view in (bare, context))
-        low, high = bootstrap_rate(context_n - bare_n, np.ones_like(bare_n)).interval or (0.0, 0.0)
-    return "perturbation" if high < 0 else "scaffold" if low > 0 else "agreement"
+        p_value = sign_flip_p(context_n - bare_n, resamples)
+    if p_value >= 0.05:
+        return "agreement"
+    return "perturbation" if gap(bare, context) < 0 else "scaffold"
 
 
 # --- Along the same responses ---
@@ -201,10 +226,13 @@ def _tokens(comparison: Comparison, kind: str) -> np.ndarray:
 # --- Two arms ---
 
 
-def harm_difference(arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], resamples: int) -> list[float] | None:
-    """Return [harm(arm) - harm(first), low, high] by paired bootstrap over questions.
+def harm_difference(
+    arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], resamples: int
+) -> list[float | None] | None:
+    """Return [harm(arm) - harm(first), low, high] by paired bootstrap over questions; None if either has no harm.
 
-    The denominators differ: each arm is right without the context on its own set of questions.
+    The denominators differ: each arm is right without the context on its own set of questions. ``low`` and ``high`` are
+    None if the bootstrap cannot tell them, as for two arms without a harmed question.
     """
 
     def difference(arm_harmed, arm_right, first_harmed, first_right, axis=-1):
@@ -212,6 +240,8 @@ def harm_difference(arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], 
 
     pairs = [(views["bare"].correct, views["context"].correct) for views in (arm, first)]
     samples = arm["bare"].samples
-    parts = [mean_by_question(values, samples) for x, xc in pairs for values in (x & ~xc, x)]
-    interval = paired_bootstrap(difference, tuple(parts), resamples)
-    return None if interval is None else list(interval)
+    parts = tuple(mean_by_question(values, samples) for x, xc in pairs for values in (x & ~xc, x))
+    value = float(difference(*parts))
+    if not np.isfinite(value):
+        return None
+    return [value, *(paired_bootstrap(difference, parts, resamples) or (None, None))]

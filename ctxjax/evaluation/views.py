@@ -26,38 +26,43 @@ def _decode(params, model: ModelConfig, sampling: SamplingConfig, prompts: Promp
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _compare(params, model: ModelConfig, bare: Prompts, context: Prompts, control: Prompts, rollout: Rollout):
-    """View KL [B, T] and cosines by layer [N+1, B, T] of the same response tokens in different views."""
+def _compare(
+    params, model: ModelConfig, bare: Prompts, context: Prompts, control: Prompts, rollout: Rollout, mean_Nx2xD
+):
+    """View KL [B, T] and cosines by layer [N+1, B, T] of the same response tokens in different views; and the sums of
+    the states over these tokens, [N+1, 2, D], of the bare and the context view.
+
+    The centred cosine is that of the states minus ``mean_Nx2xD``.
+    """
 
     def window(prompts, x_BxLxD):
         return masks.response_window(x_BxLxD, prompts.tokens_BxP.shape[1])
 
-    def centred(x_BxTxD):
-        mask = rollout.mask_BxT[..., None]
-        mean_D = jnp.sum(jnp.where(mask, x_BxTxD, 0.0), axis=(0, 1)) / jnp.maximum(jnp.sum(mask), 1)
-        return x_BxTxD - mean_D
+    def total(x_BxTxD):
+        return jnp.sum(jnp.where(rollout.mask_BxT[..., None], x_BxTxD, 0.0), axis=(0, 1))
 
-    def cosines(x_bare, x_context, x_control):
+    def summarise(x_bare, x_context, x_control, mean_2xD):
         states = ((bare, x_bare), (context, x_context), (control, x_control))
         x, c, other = (window(prompts, state).astype(jnp.float32) for prompts, state in states)
-        return {
+        cosines = {
             "cosine": _cosine(x, c),
             "control": _cosine(x, other),
-            "centred": _cosine(centred(x), centred(c)),
+            "centred": _cosine(x - mean_2xD[0], c - mean_2xD[1]),
         }
+        return cosines, jnp.stack([total(x), total(c)])
 
     views = tuple(
         (*masks.join_response(prompts, rollout), transformer.prefix_kv(params, model, prompts.prefix_C))
         for prompts in (bare, context, control)
     )
-    (h_x, h_c, _), by_layer = transformer.summarise_layers(params, model, views, cosines)
+    (h_x, h_c, _), (cosines, sums) = transformer.summarise_layers(params, model, views, summarise, mean_Nx2xD)
     head = head_weights(params, model)
 
     hidden = {"q_x": window(bare, h_x), "q_c": window(context, h_c)}
     _, values = chunked_head.chunked(
         functools.partial(_view_kl, model), 64, hidden, dict.fromkeys(hidden, head), {}, rollout.mask_BxT
     )
-    return sharding.replicate((values["kl"], by_layer))
+    return sharding.replicate((values["kl"], cosines, sums))
 
 
 def _view_kl(model: ModelConfig, raw: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -155,15 +160,24 @@ def compare(
     """Return KL(q_x || q_c) in nats, [n, T], and hidden-state cosines, each [N+1, n, T], along the same responses.
 
     "cosine" is between the bare and the context view, "control" between the bare view and one under an unrelated
-    context. "centred" is "cosine" after subtracting each view's mean state, since raw cosines are high everywhere.
+    context. "centred" is "cosine" after subtracting each view's mean state over all n responses, since raw cosines are
+    high everywhere. The batches run twice, through one compiled program: first for these means.
     """
-    kls, cosines = [], []
-    for real, batch in _in_batches((bare, context, control, rollout), batch_size, mesh):
-        *prompts, rollout_b = batch
-        kl, by_layer = jax.device_get(_compare(params, model, *prompts, _mask_rows_from(rollout_b, real)))
+
+    def run_batches(mean_Nx2xD):
+        for real, batch in _in_batches((bare, context, control, rollout), batch_size, mesh):
+            *prompts, rollout_b = batch
+            yield real, _compare(params, model, *prompts, _mask_rows_from(rollout_b, real), mean_Nx2xD)
+
+    start = np.zeros((model.layers + 1, 2, model.width), np.float32)
+    total = sum(np.asarray(jax.device_get(sums), np.float64) for _, (_, _, sums) in run_batches(start))
+    mean = (total / max(rollout.mask_BxT.sum(), 1)).astype(np.float32)
+    kls, all_cosines = [], []
+    for real, (kl, cosines, _) in run_batches(mean):
+        kl, cosines = jax.device_get((kl, cosines))
         kls.append(kl[:real])
-        cosines.append({name: values[:, :real] for name, values in by_layer.items()})
-    return np.concatenate(kls), _concatenate(cosines, axis=1)
+        all_cosines.append({name: values[:, :real] for name, values in cosines.items()})
+    return np.concatenate(kls), _concatenate(all_cosines, axis=1)
 
 
 def distillation_kl(

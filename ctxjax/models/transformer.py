@@ -130,9 +130,10 @@ def forward(
     return _final_norm(params, config, x)
 
 
-def summarise_layers(params: Params, config: ModelConfig, views: tuple[tuple, ...], summarise: Callable):
+def summarise_layers(params: Params, config: ModelConfig, views: tuple[tuple, ...], summarise: Callable, *per_layer):
     """Run several sequences, each the (tokens, mask, prefix) of ``forward``, layer by layer together, and keep
-    ``summarise(x_view1, x_view2, ...)`` of their residual streams [B, L_view, D].
+    ``summarise(x_view1, x_view2, ..., *parts)`` of their residual streams [B, L_view, D]. ``per_layer``: trees
+    [N+1, ...], whose slices are ``parts``.
 
     Returns the views' final hidden states, as ``forward`` does, and the summaries' tree with a leading axis
     [N+1]: of the embedding's output, then after each layer. Comparing views layer by layer so needs one
@@ -140,16 +141,18 @@ def summarise_layers(params: Params, config: ModelConfig, views: tuple[tuple, ..
     """
     start, layouts = zip(*(_start(params, config, *view) for view in views))
 
-    def layer(xs, kind, weights, prefixes):
+    def layer(xs, kind, weights, prefixes, parts):
         xs = tuple(
             run_layer(config, weights, kind, layout, x, prefix)[0] for x, layout, prefix in zip(xs, layouts, prefixes)
         )
-        return xs, summarise(*xs)
+        return xs, summarise(*xs, *parts)
 
     prefixes = tuple(prefix for _, _, prefix in views)
-    xs, after_layers = scan_layers(config, layer, start, params["layers"], prefixes)
+    first, rest = (jax.tree.map(lambda x, part=part: x[part], per_layer) for part in (0, slice(1, None)))
+    xs, after_layers = scan_layers(config, layer, start, params["layers"], prefixes, rest)
     hidden = tuple(_final_norm(params, config, x) for x in xs)
-    by_layer = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), summarise(*start), after_layers)
+    before = summarise(*start, *first)
+    by_layer = jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), before, after_layers)
     return hidden, by_layer
 
 

@@ -12,7 +12,7 @@ NO_BREAK = "\u00a0"  # keeps a number and its unit on one line
 
 # Limits of the levels, which the page prints under its table. They are conventions for the eye, not tests.
 CLOSED_GOOD, CLOSED_BAD = 0.90, 0.50  # share of the way from the base's Acc_x to the teacher's accuracy
-HARM_GOOD, HARM_BAD = 0.02, 0.01  # the whole interval is below the first, or above the second
+HARM = 0.02  # good: the whole interval is below it; bad: the whole interval is above it
 KEPT_GOOD, KEPT_BAD = 0.90, 0.50  # obedience as a share of the base's
 SHORT_GOOD, SHORT_BAD = 0.02, 0.05  # points below the teacher's accuracy
 FEW_ANSWERS = 30  # with fewer answers right without the context, harm is hardly measured
@@ -222,7 +222,7 @@ def _harm_level(row: dict) -> str:
         return ""
     low, high = pair(row.get("harm_ci")) or (harm, harm)
     # The whole interval must be on one side: no harm in 20 questions is no proof of safety.
-    return "good" if high <= HARM_GOOD else "bad" if low >= HARM_BAD else "mid"
+    return "good" if high <= HARM else "bad" if low >= HARM else "mid"
 
 
 def _gap_level(gap: float | None) -> str:

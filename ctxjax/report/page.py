@@ -73,6 +73,7 @@ def render(files: RunFiles, name: str) -> str:
     cosines = _cosine_series(results)
     styles = plots.STYLES
     check_headers, checks = tables.check_table(results)
+    obedience_arms, obedience = tables.obedience_table(results)
     return environment.get_template("report.html.j2").render(
         name=name,
         run=files.run,
@@ -87,6 +88,8 @@ def render(files: RunFiles, name: str) -> str:
         teacher_labels=tables.TEACHER_LABELS,
         check_headers=check_headers,
         checks=checks,
+        obedience_arms=obedience_arms,
+        obedience=obedience,
         glossary=tables.glossary("results", "checks"),
         alarms=tables.alarm_rows(results),
         curves=_curve_panels(curves, results, plots),

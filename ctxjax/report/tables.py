@@ -8,13 +8,14 @@ from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.metrics import Metric
 from ctxjax.report import assessment
 from ctxjax.report.assessment import BASE, TEACHER
-from ctxjax.report.formatting import DASH, UNITS, finite, interval, percent
+from ctxjax.report.formatting import DASH, UNITS, finite, finite_list, interval, mean, percent
 
 # The teacher's row if the base is its own teacher, and if the teacher is another model.
 TEACHER_LABELS = ("base with context = teacher", "teacher with context")
 # What the frozen teacher is asked to hand over: its accuracy with the context, in either view of the student.
 TARGET_KEYS = ("acc_x", "acc_xc")
 WITH_INTERVAL = "harm"  # the one metric whose interval the console table shows
+LONGEST_CONTEXT = 100  # characters of a context in the table of obedience
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,36 @@ def check_table(results: dict) -> tuple[list[str], list[tuple[str, list[Cell]]]]
     return headers, [
         (arm, [cells[i] for i in filled] + [Cell(_count(results[arm].get("step")))]) for arm, cells in by_arm.items()
     ]
+
+
+def obedience_table(results: dict) -> tuple[list[str], list[tuple[str, str, list[Cell]]]]:
+    """Return the arms that were measured, and a row for each other context: (shortened text, number of responses, the
+    accuracy of each arm). The contexts that the trained arms obey least come first."""
+    found = {arm: row.get("obedience_by_context") for arm, row in results.items()}
+    found = {arm: by_context for arm, by_context in found.items() if isinstance(by_context, dict) and by_context}
+    judged = [by_context for arm, by_context in found.items() if arm in assessment.trained(results)]
+
+    def read(by_context: dict, context: str) -> tuple[float | None, float | None]:
+        values = finite_list(by_context.get(context))
+        return (values[0], values[1]) if len(values) == 2 else (None, None)
+
+    def mean_accuracy(context: str) -> float:
+        accuracy = mean([read(by_context, context)[0] for by_context in judged or found.values()])
+        return 1.0 if accuracy is None else accuracy
+
+    rows = []
+    for context in sorted(
+        {context: None for by_context in found.values() for context in by_context}, key=mean_accuracy
+    ):
+        values = [read(by_context, context) for by_context in found.values()]
+        responses = next((count for _, count in values if count is not None), None)
+        rows.append((_shorten(context), _count(responses), [Cell(percent(accuracy)) for accuracy, _ in values]))
+    return list(found), rows
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_CONTEXT else text[: LONGEST_CONTEXT - 1] + "…"
 
 
 def alarm_rows(results: dict) -> list[tuple[str, str, str, str, str]]:

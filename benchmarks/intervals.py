@@ -1,0 +1,89 @@
+"""Simulate how often the interval of a rate covers the rate, if outcomes come in clusters, and how wide it is.
+
+    python -m benchmarks.intervals [--quick]
+
+Each question has its own chance of an event, from a beta distribution with mean p and the given intra-cluster
+correlation, and a number of samples. An interval of ``statistics.clustered_interval`` is compared with the needed one:
+Wilson's for the true design effect 1 + (samples - 1) correlation, which a run does not know. ``width`` is the quotient
+of the mean widths. ``least`` is that quotient for an interval that knows the design effect except in runs without any
+event (or without any other outcome), which say nothing about it: there the interval has to allow for equal samples.
+The obedience cells have few clusters of many questions, as other contexts are. Prints one JSON object as the last line.
+Recorded numbers: benchmarks/README.md.
+"""
+
+import argparse
+import itertools
+import json
+
+import numpy as np
+
+from ctxjax.evaluation import statistics
+
+CORRELATIONS = (0.0, 0.2, 0.5, 1.0)
+QUESTIONS = [*itertools.product((0.01, 0.05, 0.3), (20, 50, 128, 500), (1, 2, 4, 8), CORRELATIONS)]
+OBEDIENCE = [*itertools.product((0.05, 0.3, 0.5, 0.95), (12, 24, 60), (8, 25), CORRELATIONS)]
+QUICK = [(0.01, 20, 8, 1.0), (0.05, 50, 2, 0.5), (0.3, 20, 4, 0.2), (0.3, 50, 8, 0.0)]
+
+
+def draw_events(rng: np.random.Generator, p: float, correlation: float, shape: tuple[int, int], size: int):
+    """Return beta-binomial counts of events among ``size`` outcomes, [runs, clusters]."""
+    if correlation in (0.0, 1.0):
+        chance = rng.random(shape) < p if correlation else np.full(shape, p)
+    else:
+        spread = (1 - correlation) / correlation
+        chance = rng.beta(p * spread, (1 - p) * spread, shape)
+    return rng.binomial(size, chance)
+
+
+def simulate(p: float, clusters: int, size: int, correlation: float, runs: int) -> dict:
+    """Return coverage and relative widths of one cell."""
+    rng = np.random.default_rng([round(1000 * p), clusters, size, round(10 * correlation)])
+    part = draw_events(rng, p, correlation, (runs, clusters), size)
+    low, high = statistics.clustered_interval(part, np.full(part.shape, size))
+    effect, total, n = 1 + (size - 1) * correlation, part.sum(axis=1), clusters * size
+    needed = np.subtract(*statistics.wilson(total / effect, n / effect)[::-1])
+    known = np.where((total == 0) | (total == n), size, effect)
+    least = np.subtract(*statistics.wilson(total / known, n / known)[::-1])
+    return {
+        "p": p, "clusters": clusters, "size": size, "correlation": correlation,
+        "coverage": round(float(np.mean((low <= p) & (p <= high))), 4),
+        "width": round(float(np.mean(high - low) / np.mean(needed)), 2),
+        "least": round(float(np.mean(least) / np.mean(needed)), 2),
+        "narrowest": round(float(np.min(high - low)), 5),
+    }  # fmt: skip
+
+
+def summarise(cells: list[tuple], runs: int) -> dict:
+    found = [simulate(*cell, runs) for cell in cells]
+    return {
+        "cells": len(found),
+        "least coverage": min(cell["coverage"] for cell in found),
+        "below 93 %": [cell for cell in found if cell["coverage"] < 0.93],
+        "median width": float(np.median([cell["width"] for cell in found])),
+        "wider than 1.5": [cell for cell in found if cell["width"] > 1.5],
+        "narrowest": min(cell["narrowest"] for cell in found),
+        "by size and correlation": [
+            {"size": size, "correlation": correlation}
+            | {
+                "least coverage": min(cell["coverage"] for cell in own),
+                "most width": max(cell["width"] for cell in own),
+            }
+            for size, correlation in sorted({(cell["size"], cell["correlation"]) for cell in found})
+            if (own := [c for c in found if (c["size"], c["correlation"]) == (size, correlation)])
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="four cells, 300 runs of each")
+    options = parser.parse_args()
+    if options.quick:
+        result = {"questions": summarise(QUICK, 300)}
+    else:
+        result = {"questions": summarise(QUESTIONS, 4000), "obedience": summarise(OBEDIENCE, 4000)}
+    print(json.dumps({"benchmark": "intervals", **result, "versions": {"numpy": np.__version__}}))
+
+
+if __name__ == "__main__":
+    main()
