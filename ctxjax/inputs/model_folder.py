@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-import shlex
 
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -64,12 +63,9 @@ def _explain_missing_tokenizer(path: Path) -> str:
     older = [name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()]
     if not older:
         return f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there"
-    code = (
-        f"from transformers import AutoTokenizer as T; T.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
-    )
     return (
-        f"{path} has {older[0]}, but no tokenizer.json; make it with: python -c {shlex.quote(code)} "
-        "(it needs the packages sentencepiece and protobuf)"
+        f'{path} has {older[0]}, but no tokenizer.json; make it in that folder with: python -c "from transformers import '
+        "AutoTokenizer as T; T.from_pretrained('.').save_pretrained('.')\" (needs the packages sentencepiece, protobuf)"
     )
 
 

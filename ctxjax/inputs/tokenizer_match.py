@@ -7,7 +7,9 @@ from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 
 # Tokenizers with equal vocabularies may still split text differently: case, digits, spaces, scripts, contractions.
-PROBE = "The 3 cats' naïve plan:  don't pay $1,234.50!\n\n\tdef f(x): return x**2  # 東京 Привет 🙂\nAnswer:\n\n1.  12345\r\n"
+PROBE = (
+    "The 3 cats' naïve plan:  don't pay $1,234.50!\n\n\tdef f(x): return x**2  # 東京 Привет 🙂 Answer:\n\n1.  12345"
+)
 SHOWN = 5  # most differences in the message
 
 
