@@ -98,6 +98,6 @@ def test_a_tokenizer_of_an_older_format_gets_the_command_that_converts_it(tmp_pa
     (tmp_path / file).write_bytes(b"x")
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(
-        FileNotFoundError, match=rf"has {file}, but no tokenizer.json; make it in that folder with: python -c .*save_"
+        FileNotFoundError, match=rf"has {file}, but no tokenizer.json; make it there with: python -c .*save_"
     ):
         model_folder.load_tokenizer(tmp_path)

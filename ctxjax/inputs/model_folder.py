@@ -64,7 +64,7 @@ def _explain_missing_tokenizer(path: Path) -> str:
     if not older:
         return f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there"
     return (
-        f'{path} has {older[0]}, but no tokenizer.json; make it in that folder with: python -c "from transformers import '
+        f'{path} has {older[0]}, but no tokenizer.json; make it there with: python -c "from transformers import '
         "AutoTokenizer as T; T.from_pretrained('.').save_pretrained('.')\" (needs the packages sentencepiece, protobuf)"
     )
 

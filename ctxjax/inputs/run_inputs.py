@@ -55,6 +55,11 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
         folder = teacher if is_one else folder
     if prompts_lib.is_thinking_ignored(folder.tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    quoted = prompts_lib.describe_quoted_control_tokens(
+        folder.tokenizer, [row for split in ("train", "dev", "test") for row in task.rows(split)]
+    )
+    if quoted:
+        print(f"warning: {quoted}")
     rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
     retention = None
     if any(loss.mu > 0 for loss in config.arms.values()):
