@@ -76,8 +76,9 @@ def generate(
     """Generate responses to ``questions``, with ``context`` or, if it is None, without a context.
 
     ``params``: used in place of the folder's parameters, for example those of a trained student. ``temperature`` 0 is
-    greedy. The randomness of row i depends only on (seed, i). In a question or a context, control
-    tokens such as <|im_end|> are read as text; responses are returned without them. ``placement``, ``thinking``: see prompts.PromptConfig.
+    greedy. The randomness of row i depends only on (seed, i). In a question or a context, control tokens such as
+    <|im_end|> are read as text; responses are returned without them. ``placement``, ``thinking``: see
+    prompts.PromptConfig.
     """
     rows = [Row(str(index), question, context, "") for index, question in enumerate(questions)]
     if not rows:

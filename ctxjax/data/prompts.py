@@ -104,7 +104,7 @@ def describe_quoted_control_tokens(tokenizer, rows: list[Row]) -> str:
         return ""
     name, quoted = found[0]
     return (
-        f"{len(found)} of {len(rows)} rows have control tokens in their question or context, the first is {name!r} with "
+        f"{len(found)} of {len(rows)} rows have control tokens in their question or context, first row {name!r} with "
         f"{quoted[0]!r}; they are read as text, not as turns of the chat"
     )
 

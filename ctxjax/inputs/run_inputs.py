@@ -131,7 +131,7 @@ def compute_digests(inputs: Inputs) -> dict:
     """Return digests of all inputs by name; a run is resumed only with the same inputs.
 
     They are computed from values, not from file names: the models' weights, the questions with contexts and references,
-    and (``prompts``) the token ids of the training rows.
+    and (``prompts``) the token ids of the training rows. ``stop_ids``: the ids that end a response, themselves.
     """
     task, rows = inputs.task, inputs.rows
     models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
@@ -141,6 +141,7 @@ def compute_digests(inputs: Inputs) -> dict:
         "contexts": compute_digest(sorted({row.context or "" for row in rows.rows})),
         "other_contexts": compute_digest([task.other_contexts(split) for split in ("train", "dev", "test")]),
         "prompts": compute_digest([rows.bare, rows.context]),
+        "stop_ids": list(inputs.student.stop_ids),
     }
 
 
