@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from ctxjax import rng, sharding
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import prompts as prompts_lib, responses
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.distill.sampling import SamplingConfig
@@ -76,7 +76,9 @@ def generate(
     """Generate responses to ``questions``, with ``context`` or, if it is None, without a context.
 
     ``params``: used in place of the folder's parameters, for example those of a trained student. ``temperature`` 0 is
-    greedy. The randomness of row i depends only on (seed, i). ``placement``, ``thinking``: see prompts.PromptConfig.
+    greedy. The randomness of row i depends only on (seed, i). In a question or a context, control tokens such as
+    <|im_end|> are read as text; responses are returned without them. ``placement``, ``thinking``: see
+    prompts.PromptConfig.
     """
     rows = [Row(str(index), question, context, "") for index, question in enumerate(questions)]
     if not rows:
@@ -93,4 +95,4 @@ def generate(
         key = rng.key_for(jax.random.key(seed), 0, "evaluation")
         rollout = views.decode(params, model.config, sampling, prompts, key, batch_size, mesh)
     kept = [ids[mask] for ids, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
-    return model.tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return responses.decode(model.tokenizer, kept, model.stop_ids)

@@ -69,7 +69,7 @@ def apply_flags(config: ConfigDict, model: str | None, task: str | None, context
 def evaluate(config: ConfigDict, split: str):
     """Evaluate config.model.path on a split of config.task, with itself as teacher. Return (Evaluation, facts)."""
     from ctxjax import config as config_lib, sharding
-    from ctxjax.data import splits
+    from ctxjax.data import prompts as prompts_lib, splits
     from ctxjax.data.records import format_counts
     from ctxjax.data.tasks import TASKS
     from ctxjax.evaluation.evaluator import Evaluator
@@ -86,6 +86,9 @@ def evaluate(config: ConfigDict, split: str):
         model = experiment.model
         folder = open_folder(model.path, mesh, model.dtype, model.param_dtype, attention=model.attention)
         (evaluator,) = Evaluator.of_splits(experiment, task, (split,), folder, folder, mesh)
+        quoted = prompts_lib.describe_quoted_control_tokens(folder.tokenizer, task.rows(split))
+        if quoted:
+            print(f"warning: {quoted}")
         left_out = format_counts(task.skipped) or "none"
         print(
             f"{len(task.rows(split))} {split} questions; over-long and dropped: {evaluator.dropped}; rows of data "

@@ -1,8 +1,9 @@
 """Export a trained arm as a Hugging Face folder: ``python -m ctxjax.export --workdir=DIR --out=FOLDER``.
 
 transformers and vLLM open the folder. It has the weights in safetensors shards; config.json, generation config,
-tokenizer and chat template of the source model; and a README.md with the run's results and configuration. An adapter
-is merged into the weights, or written in PEFT's format with ``--adapter``.
+tokenizer and chat template of the source model; and a README.md with the run's results and configuration. A response
+ends at the run's end tokens: those of the student and of its teacher. An adapter is merged into the weights, or written
+in PEFT's format with ``--adapter``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def export(
     if adapter and config.lora is None:
         raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
     arm, step = _choose_checkpoint(workdir, config, arm, step)
-    checkpoints = workdir / arm / "checkpoints"
+    checkpoints, stop_ids = workdir / arm / "checkpoints", workdir_lib.read_stop_ids(workdir)
     name = config.model.path or str(_find_own_base(config))
     source = find_folder(name)
     model = hf_load.read_config(source)
@@ -74,12 +75,23 @@ def export(
             hf_save.save_weights(partial, trained, model, family, dtype, max_shard_bytes)
             fields = hf_save.set_dtype(fields, dtype or config.model.param_dtype)
             hf_save.write_json(partial / "config.json", fields)
-        for pattern in COMPANIONS:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, partial / path.name)
+        for path in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
+            shutil.copyfile(path, partial / path.name)
+        _write_stop_ids(partial, stop_ids)
         card = model_card(workdir, arm, step, str(source), stored, adapter)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return arm, step
+
+
+def _write_stop_ids(folder: Path, stop_ids: list[int]) -> None:
+    """Let responses end at ``stop_ids``: in generation_config.json, and in config.json if that names end tokens."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        named = fields.get("eos_token_id")
+        ids = set(named if isinstance(named, list) else [named]) - {None}
+        if ids != set(stop_ids) and (name == "generation_config.json" or ids):
+            hf_save.write_json(path, fields | {"eos_token_id": stop_ids})
 
 
 def _read_experiment(workdir: Path, stored: dict) -> Experiment:

@@ -83,8 +83,11 @@ class Batch:
 
 @struct.dataclass
 class Rollout:
-    """Sampled responses y. ``mask_BxT`` is True up to and including the first end token;
-    ``logprobs_BxT`` (nats, float32) are under the distribution sampled from, 0 for masked tokens."""
+    """Sampled responses y. ``mask_BxT`` is True up to and including the first end token.
+
+    ``logprobs_BxT`` (nats, float32) are at the sampling temperature, among all tokens, whatever top-k and top-p left; 0
+    for masked tokens.
+    """
 
     tokens_BxT: jax.Array
     mask_BxT: jax.Array

@@ -137,14 +137,20 @@ def make_rollout():
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """A real tokenizer, of byte pairs and 49k tokens, where the folder of public data lies beside the project."""
+def smollm2_folder() -> Path:
+    """The folder of a real tokenizer, where the folder of public data lies beside the project."""
     folder = Path(__file__).parents[2] / "shared" / "data" / "smollm2_tokenizer"
     if not folder.exists():
         pytest.skip(f"{folder} is not here")
-    from transformers import AutoTokenizer  # takes seconds, and few tests need it
+    return folder
 
-    return AutoTokenizer.from_pretrained(folder)
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder):
+    """A real tokenizer, of byte pairs and 49k tokens."""
+    from ctxjax.inputs.model_folder import load_tokenizer  # takes seconds, and few tests need it
+
+    return load_tokenizer(smollm2_folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Episodes of one and of several turns, graded."""
 
 import numpy as np
+import pytest
 
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.task import Row
@@ -11,10 +12,14 @@ WORDS = ["<end>", "up", "left", "goal"]
 ROWS = [Row(name, f"{name}?", None, "goal") for name in ("a", "b")]
 
 
-class Tokenizer:
-    def batch_decode(self, lists, skip_special_tokens):
-        assert skip_special_tokens
-        return [" ".join(WORDS[i] for i in ids if i) for ids in lists]
+@pytest.fixture(autouse=True)
+def decode(monkeypatch):
+    """Tokens are WORDS. tests/control_tokens_test.py decodes with tokenizers."""
+
+    def join(tokenizer, token_lists, stop_ids):
+        return [" ".join(WORDS[token] for token in ids if token not in stop_ids) for ids in token_lists]
+
+    monkeypatch.setattr("ctxjax.data.responses.decode", join)
 
 
 class LastWord:
@@ -24,21 +29,21 @@ class LastWord:
 
 
 def grade(episodes):
-    return grade_episodes(LastWord(), Tokenizer(), (0,), episodes, "bare")
+    return grade_episodes(LastWord(), None, (0,), episodes, "bare")
 
 
 def test_responses_become_episodes_of_one_turn_a_rows_samples_one_after_the_other():
     tokens = np.array([[1, 0, 9], [2, 3, 0], [3, 9, 9], [1, 1, 1]])
     mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool)
-    episodes = single_turn_episodes(ROWS, Rollout(tokens, mask, np.zeros((4, 3))), samples=2)
-    assert [(e.row.id, e.sample, [list(ids) for ids in e.turns]) for e in episodes] == [
-        ("a", 0, [[1, 0]]), ("a", 1, [[2, 3, 0]]), ("b", 0, [[3]]), ("b", 1, [[1, 1, 1]]),
+    episodes = single_turn_episodes(ROWS, Rollout(tokens, mask, np.zeros((4, 3))), 2, [False, True])
+    assert [(e.row.id, e.sample, [list(ids) for ids in e.turns], e.opened) for e in episodes] == [
+        ("a", 0, [[1, 0]], False), ("a", 1, [[2, 3, 0]], False), ("b", 0, [[3]], True), ("b", 1, [[1, 1, 1]], True),
     ]  # fmt: skip
     items = grade(episodes)
     assert [(i["id"], i["sample"], i["text"], i["length"]) for i in items] == [
-        ("a", 0, "up", 2), ("a", 1, "left goal", 3), ("b", 0, "goal", 1), ("b", 1, "up up up", 3),
+        ("a", 0, "up", 2), ("a", 1, "left goal", 3), ("b", 0, "<think>goal", 1), ("b", 1, "<think>up up up", 3),
     ]  # fmt: skip
-    assert [i["correct"] for i in items] == [False, True, True, False]
+    assert [i["correct"] for i in items] == [False, True, False, False]
     assert [i["truncated"] for i in items] == [False, False, True, True]
 
 

@@ -110,7 +110,7 @@ def test_the_command_says_in_one_line_what_is_missing(folder, questions):
 
 
 def split(batch: int, **lengths: int) -> Split:
-    return Split(None, {}, {}, {}, lengths, batch, 0)
+    return Split(None, {}, {}, {}, lengths, {}, batch, 0)
 
 
 def test_splits_that_are_near_in_size_are_brought_to_one_and_others_stay():

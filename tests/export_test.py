@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import resource
+import shutil
 import stat
 
 import jax
@@ -16,6 +17,7 @@ from ctxjax import config as config_lib, export, sharding
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.distill import train_step
 from ctxjax.host import workdir
+from ctxjax.inputs import model_folder
 from ctxjax.models import lora, transformer
 from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.models.transformer import RopeScaling, apply_head, head_weights
@@ -44,7 +46,7 @@ class Trained:
             edit(self.source / "config.json", **EXTRA)
             config = tiny.get_config()
             config.model.path, config.lora.rank, config.run_arms = str(self.source), rank, ("opcd", "opcd_anchored")
-            workdir.claim(self.workdir, workdir.collect_facts(config), {})
+            workdir.claim(self.workdir, workdir.collect_facts(config), {"stop_ids": [tokenizer.eos_token_id]})
             experiment = config_lib.experiment(config, jax.device_count())
             sampling = train_step.SamplingConfig(max_tokens=4, eos_ids=(2,), pad_id=0)
             step_config = train_step.StepConfig(
@@ -160,6 +162,38 @@ def test_the_sources_own_files_and_fields_survive(trained, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (run.source / name).read_bytes()
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+TEACHERS_END = 7
+
+
+@pytest.mark.parametrize("has_generation_config", [True, False])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_export_ends_its_responses_where_the_run_did(trained, tmp_path, mesh, adapter, has_generation_config):
+    """A student may have learned to end at its teacher's end token, which its source does not know."""
+    run, source = trained("lora"), tmp_path / "source"
+    shutil.copytree(run.source, source)
+    if not has_generation_config:
+        (source / "generation_config.json").unlink()
+    folder, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run.workdir, folder)
+    edit(folder / "run.json", inputs={"stop_ids": [3, TEACHERS_END]})
+    fields = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", model=fields["model"] | {"path": str(source)})
+    assert model_folder.open_folder(source, mesh).stop_ids == (3,)
+    export.export(folder, out, adapter=adapter)
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [3, TEACHERS_END]
+    if not adapter:
+        assert model_folder.open_folder(out, mesh).stop_ids == (3, TEACHERS_END)
+        assert json.loads((out / "config.json").read_text())["eos_token_id"] == [3, TEACHERS_END]
+
+
+def test_a_run_that_does_not_name_its_end_tokens_is_refused(trained, tmp_path):
+    shutil.copytree(trained("full").workdir, tmp_path / "run")
+    edit(tmp_path / "run" / "run.json", inputs={})
+    with pytest.raises(ValueError, match="run.json does not name the run's end tokens"):
+        export.export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_says_what_was_trained_and_what_came_of_it(trained, tmp_path):

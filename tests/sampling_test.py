@@ -247,17 +247,29 @@ def test_filters_keep_what_transformers_keeps(top_k, top_p):
     np.testing.assert_array_equal(ours > -1e29, np.isfinite(theirs.numpy()))
 
 
-def test_a_drawn_token_passed_the_filters_and_reports_its_probability_among_those_left():
+def test_a_drawn_token_passed_the_filters_and_reports_its_probability_before_them():
     config = dataclasses.replace(CONFIG, top_k=4, top_p=0.9)
     logits = jax.random.normal(jax.random.key(3), (300, 64)) * 2
     token, logprob = jax.jit(lambda x, u: draw_token(x, config, u))(
         logits, jax.random.uniform(jax.random.key(4), (300,))
     )
     scaled = np.asarray(logits, np.float64) / 0.7
-    mass = np.where(kept_by_definition(scaled, 4, 0.9), np.exp(scaled), 0)
-    expected = (mass / mass.sum(axis=1, keepdims=True))[np.arange(300), token]
-    assert (expected > 0).all()
-    np.testing.assert_allclose(logprob, np.log(expected), atol=1e-5)
+    assert kept_by_definition(scaled, 4, 0.9)[np.arange(300), token].all()
+    mass = np.exp(scaled)
+    expected = np.log(mass / mass.sum(axis=1, keepdims=True))[np.arange(300), token]
+    np.testing.assert_allclose(logprob, expected, atol=1e-5)
+
+
+def test_filtered_samples_are_scored_as_they_are_reported(params, tiny_model, prompts):
+    """The gap between sampling and scoring compares like with like: both over the whole vocabulary."""
+    filtered = dataclasses.replace(CONFIG, top_p=0.5)
+    rollout = rollout_of(params, tiny_model, filtered, prompts, IDS)
+    logits = window_logits(params, tiny_model, prompts, rollout) / CONFIG.temperature
+    kept = kept_by_definition(logits.reshape(-1, 40), 0, 0.5).reshape(logits.shape)
+    real = rollout.mask_BxT
+    assert np.take_along_axis(kept, rollout.tokens_BxT[..., None], -1)[real].all() and not kept.all()
+    expected = np.asarray(divergences.token_logprob(logits, rollout.tokens_BxT))
+    np.testing.assert_allclose(rollout.logprobs_BxT[real], expected[real], rtol=0, atol=1e-5)
 
 
 tokens_at = jax.jit(invert_cdf)

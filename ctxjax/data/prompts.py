@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 
 import jinja2
 import numpy as np
 
+from ctxjax.data import control_tokens
+from ctxjax.data.grading.graders import OPEN_REASONING, READ_TAGS, is_reasoning_open
 from ctxjax.data.task import Row
 from ctxjax.types import Prompts, bounded
 
@@ -67,11 +71,58 @@ def build_messages(row: Row, placement: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{row.context}\n\n{row.question}" if row.context else row.question}]
 
 
+def find_control_tokens(tokenizer) -> dict[str, int]:
+    """Return the tokens that separate the turns of a chat, with their ids.
+
+    These are the begin, end and padding token, the added tokens that the chat template writes around a question, and
+    the special tokens that its source names. The tags that graders read are not: models write them into answers.
+    """
+    return _find_control_tokens(tokenizer, tokenizer.get_chat_template())
+
+
+@functools.lru_cache(maxsize=8)
+def _find_control_tokens(tokenizer, template: str) -> dict[str, int]:
+    written = _render_probe(tokenizer, PromptConfig())
+    with contextlib.suppress(ValueError):  # the template may refuse a system message
+        written += _apply_template(tokenizer, build_messages(Row("", "?", "?", ""), "system"), PromptConfig())
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    found = {}
+    for index, token in tokenizer.added_tokens_decoder.items():
+        text = token.content
+        is_control = text in named or text in written or token.special and text in template
+        if is_control and text.strip() and text not in READ_TAGS:
+            found[text] = index
+    return found
+
+
+def describe_quoted_control_tokens(tokenizer, rows: list[Row]) -> str:
+    """Return a warning that counts the rows whose text contains control tokens, and names the first; "" if none."""
+    tokens = find_control_tokens(tokenizer)
+    found = [(row.id, control_tokens.find_quoted(f"{row.context or ''}\n{row.question}", tokens)) for row in rows]
+    found = [(name, quoted) for name, quoted in found if quoted]
+    if not found:
+        return ""
+    name, quoted = found[0]
+    return (
+        f"{len(found)} of {len(rows)} rows have control tokens in their question or context, first row {name!r} with "
+        f"{quoted[0]!r}; they are read as text, not as turns of the chat"
+    )
+
+
 def render(tokenizer, row: Row, config: PromptConfig) -> str:
     """Render the prompt, up to and including the marker that opens the assistant's turn.
 
     Raises ValueError if the template refuses the chat or leaves the context out.
     """
+    return control_tokens.unmark(_render_marked(tokenizer, row, config))
+
+
+def _render_marked(tokenizer, row: Row, config: PromptConfig) -> str:
+    """Render the prompt with the control tokens in the question and the context marked (data.control_tokens)."""
+    tokens = find_control_tokens(tokenizer)
+    if tokens:
+        context = None if row.context is None else control_tokens.mark(row.context, tokens)
+        row = row._replace(question=control_tokens.mark(row.question, tokens), context=context)
     text = _apply_template(tokenizer, build_messages(row, config.placement), config)
     if not row.context:
         return text
@@ -90,10 +141,28 @@ def render(tokenizer, row: Row, config: PromptConfig) -> str:
 
 
 def encode(tokenizer, rows: list[Row], config: PromptConfig) -> list[list[int]]:
-    """Render and tokenize every row's prompt."""
-    texts = [render(tokenizer, row, config) for row in rows]
+    """Render and tokenize every row's prompt. Control tokens in the question or the context are read as text."""
+    texts = [_render_marked(tokenizer, row, config) for row in rows]
+    marked = [index for index, text in enumerate(texts) if control_tokens.is_marked(text)]
     # The template has already written the special tokens.
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    if marked:
+        tokens = find_control_tokens(tokenizer)
+        again = control_tokens.encode_marked(tokenizer, [texts[index] for index in marked], tokens)
+        for index, ids in zip(marked, again):
+            encoded[index] = ids
+    return encoded
+
+
+def opens_reasoning(tokenizer, row: Row, config: PromptConfig) -> bool:
+    """Whether the template ends the prompt inside <think>, so that the response begins inside the reasoning."""
+    if OPEN_REASONING not in tokenizer.get_chat_template():
+        return False
+    chat = build_messages(row, config.placement)
+    asked, text = (_apply_template(tokenizer, chat, config, opens_turn) for opens_turn in (False, True))
+    if text.startswith(asked) and text != asked:
+        return is_reasoning_open(text[len(asked) :])  # what follows the chat: a user may write such tags too
+    return text.rstrip().endswith(OPEN_REASONING)
 
 
 def is_thinking_ignored(tokenizer, config: PromptConfig) -> bool:
@@ -118,8 +187,10 @@ def _find_begin_token(tokenizer, config: PromptConfig) -> str:
     return begin if begin and text.startswith(begin) and text.count(begin) == 1 else ""
 
 
-def _apply_template(tokenizer, chat: list[dict[str, str]], config: PromptConfig) -> str:
+def _apply_template(tokenizer, chat: list[dict[str, str]], config: PromptConfig, opens_turn: bool = True) -> str:
     """Render the chat in the tokenizer's template, with ``config.date`` in place of the clock.
+
+    ``opens_turn``: write the marker that opens the assistant's turn.
 
     Templates get the date in two ways: from the variable ``date_string`` or, if it is not set, from the function
     ``strftime_now``. A variable cannot replace a function, so a macro with that name is put before the template.
@@ -135,7 +206,7 @@ def _apply_template(tokenizer, chat: list[dict[str, str]], config: PromptConfig)
             chat,
             chat_template=template,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=opens_turn,
             date_string=date.strftime(DATE_FORMAT),
             **settings,
         )

@@ -107,16 +107,18 @@ def _first_above(cumulative_BxN: jax.Array, weights_BxN: jax.Array, target_B: ja
 
 
 def draw_token(logits_BxV: jax.Array, config: SamplingConfig, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sample one token per row: (token int32 [B], its log-probability under the sampling distribution, nats [B]).
+    """Sample one token per row: (token int32 [B], its log-probability at the temperature, nats [B]).
 
-    Greedy decoding returns the log-probability at temperature 1.
+    The log-probability is that among all tokens, before top-k and top-p, since the losses score all tokens too. Greedy
+    decoding returns the log-probability at temperature 1.
     """
     if config.temperature == 0:
         token_B = jnp.argmax(logits_BxV, axis=-1)
         logprobs_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
     else:
-        logprobs_BxV = jax.nn.log_softmax(filter_logits(logits_BxV, config), axis=-1)
-        token_B = invert_cdf(jnp.exp(logprobs_BxV), uniform_B)
+        logprobs_BxV = jax.nn.log_softmax(logits_BxV / config.temperature, axis=-1)
+        filtered_BxV = jax.nn.log_softmax(filter_logits(logits_BxV, config), axis=-1)
+        token_B = invert_cdf(jnp.exp(filtered_BxV), uniform_B)
     # take_along_axis would drop the batch axis of a single row, and the batch's sharding with it.
     chosen_B = jax.vmap(lambda logprobs_V, token: logprobs_V[token])(logprobs_BxV, token_B)
     return token_B.astype(jnp.int32), chosen_B

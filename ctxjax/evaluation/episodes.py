@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ctxjax.data import responses
+from ctxjax.data.grading.graders import OPEN_REASONING
 from ctxjax.data.task import Row, Task, grade_response
 from ctxjax.types import Rollout
 
@@ -17,25 +19,33 @@ TURN_BREAK = "\n\n"  # between the texts of an episode's turns
 
 
 class Episode(NamedTuple):
-    """Sample number ``sample`` of ``row``. ``turns``: the token ids of every response, end tokens included."""
+    """Sample number ``sample`` of ``row``. ``turns``: the token ids of every response, end tokens included.
+    ``opened``: the prompts end inside <think> (prompts.opens_reasoning)."""
 
     row: Row
     sample: int
     turns: tuple[np.ndarray, ...]
+    opened: bool = False
 
 
-def single_turn_episodes(rows: list[Row], rollout: Rollout, samples: int) -> list[Episode]:
-    """One episode for every response of ``rollout`` [n * samples, T], a row's samples one after the other."""
-    responses = (tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT))
-    return [Episode(rows[i // samples], i % samples, (ids,)) for i, ids in enumerate(responses)]
+def single_turn_episodes(rows: list[Row], rollout: Rollout, samples: int, opened: list[bool]) -> list[Episode]:
+    """One episode for every response of ``rollout`` [n * samples, T], a row's samples one after the other.
+
+    ``opened``: parallel to ``rows``.
+    """
+    turns = (tokens[mask] for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT))
+    return [Episode(rows[i // samples], i % samples, (ids,), opened[i // samples]) for i, ids in enumerate(turns)]
 
 
 def grade_episodes(task: Task, tokenizer, stop_ids: tuple[int, ...], episodes: list[Episode], view: str) -> list[dict]:
-    """One item per episode, as items.jsonl has it. ``length``: tokens of all turns. ``truncated``: a turn was cut."""
-    texts = iter(tokenizer.batch_decode([ids for e in episodes for ids in e.turns], skip_special_tokens=True))
+    """One item per episode, as items.jsonl has it. ``length``: tokens of all turns. ``truncated``: a turn was cut.
+
+    If the prompts end inside <think>, each turn's text begins with it: graders then know that it begins with reasoning.
+    """
+    texts = iter(responses.decode(tokenizer, (ids for episode in episodes for ids in episode.turns), stop_ids))
     items = []
-    for row, sample, turns in episodes:
-        text = TURN_BREAK.join(next(texts) for _ in turns)
+    for row, sample, turns, opened in episodes:
+        text = TURN_BREAK.join(f"{OPEN_REASONING * opened}{next(texts)}" for _ in turns)
         grade = grade_response(task, text, row)
         items.append({
             "id": row.id, "view": view, "sample": sample, "question": row.question, "context": row.context,

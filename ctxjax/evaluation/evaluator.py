@@ -62,7 +62,8 @@ class Split(NamedTuple):
     """A split's questions in all views.
 
     By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with; and
-    ``lengths``, the columns P that its prompts are padded to. ``batch``: rows in a batch. ``dropped``: over-long rows
+    ``lengths``, the columns P that its prompts are padded to; ``opened``, whether its prompts end inside <think>.
+    ``batch``: rows in a batch. ``dropped``: over-long rows
     that were left out.
     """
 
@@ -71,6 +72,7 @@ class Split(NamedTuple):
     tokens: dict[str, list[list[int]]]
     prefixes: dict[str, list[int]]
     lengths: dict[str, int]
+    opened: dict[str, list[bool]]
     batch: int
     dropped: int
 
@@ -80,13 +82,17 @@ class Split(NamedTuple):
         encoded = encode_rows(folder.tokenizer, task.rows(name), config.prompt)
         rows = make_evaluation_views(task, encoded.rows, name)
         tokens = {v: prompts_lib.encode(folder.tokenizer, own, config.prompt) for v, own in rows.items()}
+        opened = {
+            v: [prompts_lib.opens_reasoning(folder.tokenizer, row, config.prompt) for row in own]
+            for v, own in rows.items()
+        }
         prefixes = {v: prompts_lib.choose_shared_prefix(lists) for v, lists in tokens.items()}
         lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
         # Views with a context block and no shared prefix get one length: one compiled program decodes them all.
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
         lengths |= dict.fromkeys(blocks, max((lengths[view] for view in blocks), default=0))
         batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
-        return cls(task, rows, tokens, prefixes, lengths, batch, encoded.dropped)
+        return cls(task, rows, tokens, prefixes, lengths, opened, batch, encoded.dropped)
 
 
 def share_shapes(splits: list[Split]) -> list[Split]:
@@ -117,7 +123,7 @@ class Evaluator:
         self._task, self._folder, self._teacher, self._mesh = split.task, folder, teacher, mesh
         self._judged = make_sampling_config(config.eval.decode, folder, config.eval.samples)
         self._rollout = make_sampling_config(config.rollout, folder)
-        self._rows, self._batch, self.dropped = split.rows, split.batch, split.dropped
+        self._rows, self._opened, self._batch, self.dropped = split.rows, split.opened, split.batch, split.dropped
         self._prompts = {
             v: prompts_lib.left_pad(lists, split.lengths[v], folder.pad_id, split.prefixes[v])
             for v, lists in split.tokens.items()
@@ -154,7 +160,7 @@ class Evaluator:
         return views_lib.decode(params, model, sampling, self._prompts[view], key, self._batch, self._mesh)
 
     def _grade(self, view: str, rollout: Rollout) -> list[dict]:
-        episodes = single_turn_episodes(self._rows[view], rollout, self._judged.samples)
+        episodes = single_turn_episodes(self._rows[view], rollout, self._judged.samples, self._opened[view])
         return grade_episodes(self._task, self._folder.tokenizer, self._folder.stop_ids, episodes, view)
 
     def _grade_against_defaults(self, items: list[dict], bare: Outcomes) -> dict[str, Outcomes]:

@@ -71,6 +71,17 @@ def read_config(workdir: Path) -> dict:
         raise ValueError(f"{stored} is not valid JSON ({error})") from None
 
 
+def read_stop_ids(workdir: Path) -> list[int]:
+    """Read the ids that end the responses of the run in a folder. Raises ValueError if run.json does not name them."""
+    try:
+        return json.loads((workdir / "run.json").read_text(encoding="utf-8"))["inputs"]["stop_ids"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(
+            f"{workdir}/run.json does not name the run's end tokens ({error!r}); export the run with the version of "
+            "ctxjax that trained it"
+        ) from None
+
+
 def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
     """Create the workdir and write config.json and run.json. Return the manifest, the content of run.json.
 

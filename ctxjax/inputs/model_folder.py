@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 from jax.sharding import Mesh
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+import transformers
+from transformers import PreTrainedTokenizerFast
 
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import tokenizer_match
@@ -29,17 +31,26 @@ class ModelFolder:
 
 
 def load_tokenizer(path: Path):
-    """Load the folder's tokenizer.
+    """Load the folder's tokenizer: text becomes tokens as tokenizer.json says.
 
-    Raises FileNotFoundError if there is none, and ValueError if it cannot be read or has no chat template.
+    The other files name the special tokens and the chat template. AutoTokenizer would build the class that they name
+    anew, and drop what that class does not know of tokenizer.json. Raises FileNotFoundError if there is no
+    tokenizer.json, and ValueError if it cannot be read, contradicts tokenizer_config.json, or has no chat template.
     """
     path = Path(path)
-    if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
-        raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
+    if not (path / "tokenizer.json").exists():
+        raise FileNotFoundError(_explain_missing_tokenizer(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        file = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"the tokenizer in {path} cannot be read: {error}; copy tokenizer.json again") from None
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from None
+    # tokenizer_config.json may describe the same tokens in another way, such as with the white space around them.
+    tokenizer.add_tokens(list(file.get_added_tokens_decoder().values()))
+    _check_agrees_with_file(path, tokenizer, file)
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer in {path} has no chat template; put one into its tokenizer_config.json (chat_template), "
@@ -48,19 +59,60 @@ def load_tokenizer(path: Path):
     return tokenizer
 
 
+def _explain_missing_tokenizer(path: Path) -> str:
+    older = [name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()]
+    if not older:
+        return f"{path} has no tokenizer (tokenizer.json); copy the model's tokenizer files there"
+    return (
+        f'{path} has {older[0]}, but no tokenizer.json; make it there with: python -c "from transformers import '
+        "AutoTokenizer as T; T.from_pretrained('.').save_pretrained('.')\" (needs the packages sentencepiece, protobuf)"
+    )
+
+
+def _check_agrees_with_file(path: Path, tokenizer, file: Tokenizer) -> None:
+    """Raise ValueError if ids that tokenizer_config.json names, or the tokens of a text, are not tokenizer.json's."""
+    named = _read_json(path / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    for index, token in named.items():
+        if tokenizer.convert_ids_to_tokens(int(index)) != token["content"]:
+            raise ValueError(
+                f"{path}: tokenizer_config.json gives the id {index} to {token['content']!r}, tokenizer.json to "
+                f"{file.id_to_token(int(index))!r}; copy both files from one model"
+            )
+    file.no_truncation()
+    file.no_padding()
+    text = tokenizer_match.make_probe(tokenizer)
+    if tokenizer(text, add_special_tokens=False)["input_ids"] != file.encode(text, add_special_tokens=False).ids:
+        raise ValueError(
+            f"transformers {transformers.__version__} does not read {path}/tokenizer.json as the file says; install "
+            "another version"
+        )
+
+
+def _read_json(path: Path) -> dict:
+    """Return the JSON object in a file, {} if there is no file. Raises ValueError if it is anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a valid JSON object: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a valid JSON object: it is a {type(fields).__name__}")
+    return fields
+
+
 def read_stop_ids(path: Path, tokenizer) -> tuple[int, ...]:
-    """Return the sorted ids that end a response: those of generation_config.json and of the tokenizer together."""
-    ids = {tokenizer.eos_token_id} - {None}
-    generation = Path(path) / "generation_config.json"
-    if generation.exists():
-        try:
-            named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise ValueError(f"{generation} is not a valid JSON object: {error}") from None
-        named = named if isinstance(named, list) else [named]
-        if not all(token is None or type(token) is int for token in named):
-            raise ValueError(f"{generation}: eos_token_id = {named} must be an id or a list of ids")
-        ids |= set(named) - {None}
+    """Return the sorted ids that end a response: those of generation_config.json and of the tokenizer together.
+
+    As in transformers, config.json counts if there is no generation_config.json.
+    """
+    path = Path(path)
+    file = next((path / name for name in ("generation_config.json", "config.json") if (path / name).exists()), None)
+    named = None if file is None else _read_json(file).get("eos_token_id")
+    named = named if isinstance(named, list) else [named]
+    if not all(token is None or type(token) is int for token in named):
+        raise ValueError(f"{file}: eos_token_id = {named} must be an id or a list of ids")
+    ids = {tokenizer.eos_token_id, *named} - {None}
     if not ids:
         raise ValueError(
             f"{path} has no end token, neither in generation_config.json nor in its tokenizer; set eos_token_id"

@@ -55,6 +55,11 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
         folder = teacher if is_one else folder
     if prompts_lib.is_thinking_ignored(folder.tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    quoted = prompts_lib.describe_quoted_control_tokens(
+        folder.tokenizer, [row for split in ("train", "dev", "test") for row in task.rows(split)]
+    )
+    if quoted:
+        print(f"warning: {quoted}")
     rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
     retention = None
     if any(loss.mu > 0 for loss in config.arms.values()):
@@ -126,7 +131,7 @@ def compute_digests(inputs: Inputs) -> dict:
     """Return digests of all inputs by name; a run is resumed only with the same inputs.
 
     They are computed from values, not from file names: the models' weights, the questions with contexts and references,
-    and (``prompts``) the token ids of the training rows.
+    and (``prompts``) the token ids of the training rows. ``stop_ids``: the ids that end a response, themselves.
     """
     task, rows = inputs.task, inputs.rows
     models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
@@ -136,6 +141,7 @@ def compute_digests(inputs: Inputs) -> dict:
         "contexts": compute_digest(sorted({row.context or "" for row in rows.rows})),
         "other_contexts": compute_digest([task.other_contexts(split) for split in ("train", "dev", "test")]),
         "prompts": compute_digest([rows.bare, rows.context]),
+        "stop_ids": list(inputs.student.stop_ids),
     }
 
 

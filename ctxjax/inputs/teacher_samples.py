@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ctxjax import sharding
 from ctxjax.config import Experiment
+from ctxjax.data import responses
 from ctxjax.data.pipeline import shuffle_questions, training_batches
 from ctxjax.distill.train_step import off_policy_steps, teacher_rollout
 from ctxjax.host import processes, workdir as workdir_lib
@@ -72,7 +73,7 @@ def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterab
         questions = [inputs.rows.rows[order[first + row]] for row in range(train.batch_size)]
         kept = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
         logprobs = [values[mask].tolist() for values, mask in zip(rollout.logprobs_BxT, rollout.mask_BxT)]
-        texts = teacher.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        texts = responses.decode(teacher.tokenizer, kept, sampling.eos_ids)
         yield [
             {"step": step + 1, "id": row.id, "question": row.question, "tokens": ids, "logprobs": values, "text": text}
             for row, ids, values, text in zip(questions, kept, logprobs, texts)

@@ -7,7 +7,9 @@ from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 
 # Tokenizers with equal vocabularies may still split text differently: case, digits, spaces, scripts, contractions.
-PROBE = "The 3 cats' naïve plan:  don't pay $1,234.50!\n\n\tdef f(x): return x**2  # 東京 Привет 🙂"
+PROBE = (
+    "The 3 cats' naïve plan:  don't pay $1,234.50!\n\n\tdef f(x): return x**2  # 東京 Привет 🙂 Answer:\n\n1.  12345"
+)
 SHOWN = 5  # most differences in the message
 
 
@@ -32,6 +34,11 @@ def check_same_tokenizer(student, teacher) -> None:
             )
 
 
+def make_probe(tokenizer) -> str:
+    """Return a text whose tokens differ if tokenizers split text differently, also after a special token."""
+    return f"{PROBE}{tokenizer.eos_token or ''}{PROBE}"
+
+
 def _get_vocabulary(tokenizer) -> dict[str, int]:
     return dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
@@ -41,7 +48,7 @@ def _get_special_tokens(tokenizer) -> dict[int, str]:
 
 
 def _split_probe(tokenizer) -> dict[int, str]:
-    return dict(enumerate(tokenizer.tokenize(PROBE)))
+    return dict(enumerate(tokenizer.tokenize(make_probe(tokenizer))))
 
 
 def _get_template_tokens(tokenizer) -> dict[int, str]:

@@ -169,7 +169,7 @@ ALARMS = {
     "logprob_gap": Alarm(
         "logprob_gap",
         "the log-probabilities of sampling and scoring differ by {logprob_gap:.3g} nats per token, so training is not "
-        "on-policy; check rollout.top_k and rollout.top_p, or compute in float32 (model.dtype)",
+        "on-policy; compute in float32 (model.dtype)",
     ),
     "truncated": Alarm(
         "truncated", "{truncated:.0%} of the responses are cut at the length limit; raise rollout.max_tokens"

@@ -9,10 +9,10 @@ from ctxjax.report.run_files import read_results
 from ctxjax.report.tables import glossary, results_table
 
 _OPEN_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("this folder")  # tokenizer.json itself, whatever class is named
 """
 _OPEN_ADAPTER = """\
 from peft import PeftModel

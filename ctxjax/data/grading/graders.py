@@ -21,6 +21,8 @@ EMPTY, NO_TAGS, NOT_CLOSED, TWO = "empty", "no <answer> tags", "<answer> is not 
 ONLY_REASONING, ENDLESS_REASONING = "answer only in the reasoning", "reasoning is not closed"
 NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a number or an expression"
 NUMBER = re.compile(r"(?<![\w.)\]}])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|\d[\d,]*(?:\.\d+)?")
+OPEN_REASONING, CLOSE_REASONING = "<think>", "</think>"
+READ_TAGS = (OPEN_REASONING, CLOSE_REASONING, "<answer>", "</answer>")
 LONGEST_EXPONENT = 1000  # of numbers that are written out
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
 
@@ -30,14 +32,21 @@ def normalize_width(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
 
 
+def is_reasoning_open(text: str) -> bool:
+    """Whether the text ends inside of its reasoning."""
+    return OPEN_REASONING in text.rpartition(CLOSE_REASONING)[2]
+
+
 def strip_reasoning(response: str) -> tuple[str, str | None]:
-    """Return (the text outside of the reasoning, the reason if there is none)."""
-    before, opened, after = response.partition("<think>")
-    if opened and "</think>" not in after:
-        return before, None if before.strip() else ENDLESS_REASONING
-    said = response.rpartition("</think>")[2]
+    """Return (the text outside of the reasoning, the reason if there is none).
+
+    The answer follows the last </think>, and what a later <think> opens and nothing closes is none.
+    """
+    said, opened, _ = response.rpartition(CLOSE_REASONING)[2].partition(OPEN_REASONING)
     if said.strip():
         return said, None
+    if opened:
+        return "", ENDLESS_REASONING
     return "", ONLY_REASONING if response.strip() else EMPTY
 
 
