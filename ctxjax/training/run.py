@@ -193,7 +193,7 @@ def _print_summary(results: dict[str, dict], seconds: dict[str, float], page: Pa
 
 
 def _describe_sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh: Mesh) -> str:
-    """Say how much the weights and the optimiser hold, in scalars and in bytes of the whole mesh."""
+    """Describe the sizes of weights and optimiser state, in scalars and in bytes on all devices together."""
     trained = student.params
     if config.lora is not None:
         trained = params_lib.abstract(lora_lib.specs(student.config, config.lora), mesh)
