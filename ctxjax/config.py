@@ -1,7 +1,8 @@
-"""The door: a ConfigDict goes in, frozen dataclasses come out, and every cross-field rule is checked here, once.
+"""Check a configuration and convert it: a ConfigDict goes in, frozen dataclasses come out.
 
-Behind this module nothing sees a ConfigDict. Each part's dataclass is declared beside the code it
-configures; the ones that configure the run itself are declared here.
+No other module below the commands sees a ConfigDict. The dataclass of a part is declared in the module that it
+configures, with its types and bounds; those that configure the run itself are declared here, and so are the rules
+between fields.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctxjax.config_fields import check_numbers, checked, one_of, require
+from ctxjax.config_fields import check_fields, one_of, require
 from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
@@ -26,11 +27,24 @@ from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
 from ctxjax.sharding import DECODE_RULES, check_divisible, suggest_mesh
+from ctxjax.types import bounded
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The fields outside of sections; see configs/base.py."""
+
+    seed: int = bounded(zero=True)
+    task: str
+    compile_cache: str
+    cpu_devices: int = bounded(zero=True, at_most=1024)
+    slice: str
+    run_arms: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """The folder or Hub id of the model and the arithmetic it runs in."""
+    """The folder or Hub id of the model, its number types, and how it is computed."""
 
     path: str
     dtype: str
@@ -43,46 +57,46 @@ class ModelSource:
 class BaseConfig:
     """A base model to train from scratch; see configs/base.py, ``config.base``."""
 
-    seed: int
+    seed: int = bounded(zero=True)
     cache: str
-    steps: int
-    batch_size: int
-    lr: float
-    warmup_steps: int
-    weight_decay: float
-    width: int
-    layers: int
+    steps: int = bounded(zero=True)
+    batch_size: int = bounded(at_most=1_000_000)
+    lr: float = bounded(at_most=1.0)
+    warmup_steps: int = bounded(zero=True)
+    weight_decay: float = bounded(zero=True, at_most=1.0)
+    width: int = bounded(at_most=65536)
+    layers: int = bounded(at_most=1000)
     query_heads: int
     kv_heads: int
     head_dim: int
-    mlp_width: int
+    mlp_width: int = bounded(at_most=262144)
     rope_theta: float
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis, and over how many slices the first is spread; see sharding.make_mesh."""
+    """Number of devices along each mesh axis, and of slices that the first axis spans; see sharding.make_mesh."""
 
-    data: int
-    fsdp: int
-    tensor: int
-    slices: int = 0
+    data: int = bounded(negative=True)
+    fsdp: int = bounded(negative=True)
+    tensor: int = bounded(negative=True)
+    slices: int = bounded(0, zero=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How responses are drawn, before the model's end tokens are known; see sampling.SamplingConfig."""
+    """How responses are sampled, before the model's end tokens are known; see sampling.SamplingConfig."""
 
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
+    max_tokens: int = bounded(at_most=1_000_000)
+    temperature: float = bounded(zero=True, at_most=100.0)
+    top_k: int = bounded(zero=True)
+    top_p: float = bounded(at_most=1.0)
     weights: str
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSource:
-    """See configs/base.py, ``config.teacher``. ``decode`` is how samples for off-policy steps are drawn."""
+    """See configs/base.py, ``config.teacher``. ``decode``: how the samples for off-policy steps are drawn."""
 
     path: str
     param_dtype: str
@@ -92,12 +106,12 @@ class TeacherSource:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """See configs/base.py, ``config.train``; ``retention_rows`` is resolved to a number of rows."""
+    """See configs/base.py, ``config.train``. In an Experiment, ``retention_rows`` is the resolved number of rows."""
 
     steps: int
-    batch_size: int
+    batch_size: int = bounded(at_most=1_000_000)
     micro_batches: int
-    retention_rows: int
+    retention_rows: int = bounded(zero=True)
     save_every: int
     keep: int
     log_every: int
@@ -105,20 +119,20 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """See configs/base.py, ``config.eval``; ``decode`` carries its temperature, top_k and top_p."""
+    """See configs/base.py, ``config.eval``. ``decode`` has its temperature, top_k and top_p."""
 
-    every: int
-    batch_size: int
+    every: int = bounded(zero=True)
+    batch_size: int = bounded(at_most=1_000_000)
     samples: int
-    bootstrap: int
+    bootstrap: int = bounded(at_most=1_000_000)
     select: str
     decode: DecodeConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole run. ``arms`` maps each arm's name to its loss, in the order in which they run; ``lora`` is None where
-    all weights are trained."""
+    """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``lora``: None if all weights are
+    trained."""
 
     seed: int
     task: str
@@ -139,11 +153,12 @@ class Experiment:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the teacher is another model; else the student's own initial weights teach."""
+        """Whether the teacher is another model; otherwise the student's initial weights are the teacher."""
         return bool(self.teacher.path or self.teacher_base.steps)
 
 
 _SECTIONS = {
+    "": (RunConfig,),
     "model": (ModelSource,), "teacher": (TeacherSource, DecodeConfig), "lora": (LoraConfig,),
     "base": (BaseConfig,), "teacher_base": (BaseConfig,),
     "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,), "loss": (LossConfig,),
@@ -153,17 +168,15 @@ _SECTIONS = {
 _MADE = {  # taken from other sections
     "loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens", "eval.weights", "teacher.weights",
 }  # fmt: skip
-_TOP = {"seed": int, "task": str, "compile_cache": str, "cpu_devices": int, "slice": str, "run_arms": tuple[str, ...]}
 
 
 def experiment(config: ConfigDict, device_count: int) -> Experiment:
-    """Checks a run's configuration and turns it into an Experiment.
+    """Check a run's configuration and convert it to an Experiment.
 
-    Raises ValueError whose message names the field, its value, and what would be right.
+    Raises ValueError with the field, its value, and what would be right.
     """
-    values = checked(config, _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}, _MADE, _TOP)
-    check_numbers(values)
-    config = ConfigDict(values)
+    sections = _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}
+    config = ConfigDict(check_fields(config, sections, _MADE))
     check_task_name(config.task)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
@@ -171,7 +184,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0, as training samples")
     evaluation, samples = config.eval.to_dict(), config.eval.samples
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
-    require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 where eval.temperature = 0")
+    require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 if eval.temperature = 0")
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)
@@ -188,20 +201,20 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     result = Experiment(
         seed=config.seed,
         task=config.task,
-        task_config=task_class(**config[config.task], **_shared(config, task_class)),
+        task_config=task_class(**config[config.task], **_make_records(config, task_class)),
         model=ModelSource(**config.model),
-        teacher=_teacher(config.teacher, rollout),
-        lora=_lora(config.lora),
+        teacher=_make_teacher(config.teacher, rollout),
+        lora=_make_lora(config.lora),
         base=BaseConfig(**config.base),
         teacher_base=BaseConfig(**config.teacher_base),
-        mesh=_mesh(config.mesh, device_count),
+        mesh=_make_mesh(config.mesh, device_count),
         prompt=prompt,
         rollout=rollout,
         optim=optim,
         train=train,
         eval=EvalConfig(decode=decode, **evaluation),
-        alarms=_alarms(config.alarms),
-        arms=_arms(config, rollout.temperature),
+        alarms=_make_alarms(config.alarms),
+        arms=_make_arms(config, rollout.temperature),
     )
     _check_model(result)
     ways = result.mesh.data * result.mesh.fsdp
@@ -220,21 +233,21 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
     return result
 
 
-def _shared(config: ConfigDict, task_class) -> dict[str, Any]:
-    """What all tasks that read files have in common: the section ``records``, for those that have a field for it."""
+def _make_records(config: ConfigDict, task_class) -> dict[str, Any]:
+    """Return the task's field ``records`` from the section of that name, if the task has such a field."""
     records = RecordsConfig(**config.records)
     for kind in records.skip:
         one_of("records.skip", kind, KINDS)
     return {"records": records} if "records" in task_class.__dataclass_fields__ else {}
 
 
-def _teacher(config: ConfigDict, rollout: DecodeConfig) -> TeacherSource:
+def _make_teacher(config: ConfigDict, rollout: DecodeConfig) -> TeacherSource:
     fields = config.to_dict()
     decode = dataclasses.replace(rollout, **{name: fields.pop(name) for name in ("temperature", "top_k", "top_p")})
     return TeacherSource(decode=decode, **fields)
 
 
-def _arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
+def _make_arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
     if not config.run_arms:
         raise ValueError(f"run_arms is empty; name at least one of {sorted(config.arms)}")
     arms = {}
@@ -259,7 +272,7 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
     require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
     if not loss.needs_teacher and (loss.on_policy_fraction > 0 or loss.support != "full"):
         raise ValueError(
-            f"loss.divergence = {loss.divergence!r} is of the teacher's own tokens; set loss.on_policy_fraction = 0 "
+            f"loss.divergence = {loss.divergence!r} is taken on the teacher's samples; set loss.on_policy_fraction = 0 "
             f"(here {loss.on_policy_fraction}) and loss.support = full (here {loss.support})"
         )
     most = config.rollout.max_tokens
@@ -273,14 +286,14 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
         )
 
 
-def _alarms(config: ConfigDict) -> AlarmsConfig:
+def _make_alarms(config: ConfigDict) -> AlarmsConfig:
     alarms = AlarmsConfig(**config)
     for name in alarms.stop:
         one_of("alarms.stop", name, ALARMS)
     return alarms
 
 
-def _lora(config: ConfigDict) -> LoraConfig | None:
+def _make_lora(config: ConfigDict) -> LoraConfig | None:
     targets = config.targets
     for target in targets:
         one_of("lora.targets", target, TARGETS)
@@ -288,14 +301,13 @@ def _lora(config: ConfigDict) -> LoraConfig | None:
     return LoraConfig(config.rank, config.alpha, targets) if config.rank else None
 
 
-def _mesh(config: ConfigDict, device_count: int) -> MeshConfig:
+def _make_mesh(config: ConfigDict, device_count: int) -> MeshConfig:
     sizes = config.to_dict()
     slices = sizes.pop("slices")
-    require(slices >= 0, "mesh.slices", slices, "0 or more")
     given, open_axes = dict(sizes), [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh = {sizes}: sizes are positive, and -1 (all that remain) stands at most once")
+        raise ValueError(f"mesh = {sizes}: sizes are positive, and at most one is -1 (all devices that remain)")
     if open_axes:
         sizes[open_axes[0]] = max(device_count // fixed, 1)
     if math.prod(sizes.values()) != device_count:
@@ -314,7 +326,7 @@ def _check_model(config: Experiment) -> None:
     one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
     teacher, from_scratch = config.teacher, config.teacher_base.steps
     is_one = not (teacher.path and from_scratch)
-    require(is_one, "teacher_base.steps", from_scratch, f"0 beside teacher.path = {teacher.path!r}")
+    require(is_one, "teacher_base.steps", from_scratch, f"0 if teacher.path is set (here {teacher.path!r})")
     if teacher.offload and config.lora is not None and not config.has_teacher:
         raise ValueError(
             "teacher.offload = True, but an adapter's base, which every pass uses, is its own teacher (lora.rank = "

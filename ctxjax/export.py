@@ -20,7 +20,7 @@ from ctxjax import config as config_lib, sharding
 from ctxjax.config import Experiment
 from ctxjax.data.tasks import TASKS
 from ctxjax.host import command, workdir as workdir_lib
-from ctxjax.host.hub import local_folder
+from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
 from ctxjax.models import lora, params as params_lib, transformer
 from ctxjax.models.hf import load as hf_load, save as hf_save
@@ -55,10 +55,10 @@ def export(
     arm, step = _choose_checkpoint(workdir, config, arm, step)
     checkpoints = workdir / arm / "checkpoints"
     name = config.model.path or str(_find_own_base(config))
-    source = local_folder(name)
+    source = find_folder(name)
     model = hf_load.read_config(source)
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    family = hf_load.family_of(fields, source)
+    family = hf_load.find_family(fields, source)
     mesh = sharding.make_mesh(fsdp=jax.device_count())
     with hf_save.new_folder(out) as partial, jax.set_mesh(mesh):
         specs, kind = transformer.param_specs(model), config.model.param_dtype
@@ -72,7 +72,7 @@ def export(
                 base = hf_load.load(source, model, mesh, config.model.param_dtype)
                 trained = lora.join(base, trained, config.lora)
             hf_save.save_weights(partial, trained, model, family, dtype, max_shard_bytes)
-            fields = hf_save.with_dtype(fields, dtype or config.model.param_dtype)
+            fields = hf_save.set_dtype(fields, dtype or config.model.param_dtype)
             hf_save.write_json(partial / "config.json", fields)
         for pattern in COMPANIONS:
             for path in source.glob(pattern):

@@ -53,7 +53,7 @@ def main(_) -> None:
     experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _DUMP_BATCH.value:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(preview.first_batch(experiment, shutil.get_terminal_size((100, 0)).columns, colour))
+        print(preview.format_first_batch(experiment, shutil.get_terminal_size((100, 0)).columns, colour))
         return
     facts = workdir.collect_facts(_CONFIG.value)
     workdir.check_workdir(place, facts["config"], _RESUME.value)

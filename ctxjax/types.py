@@ -12,11 +12,25 @@ token *is* the end-of-turn token.
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
+
+
+def bounded(
+    default: Any = dataclasses.MISSING, *, zero: bool = False, at_most: float | None = None, negative: bool = False
+) -> Any:
+    """Declare a number of a configuration's dataclass, with the bounds that ``config_fields`` checks.
+
+    Without ``bounded``, a number must be above 0. ``zero``: it may be 0, for "off", "none" or "all". ``at_most``: a
+    larger number is taken for a slip of the pen (None: a bound for all numbers). ``negative``: any sign.
+    """
+    given = {name: value for name, value in (("zero", zero), ("at_most", at_most), ("negative", negative)) if value}
+    return dataclasses.field(default=default, metadata=given)
+
 
 Params = Any  # a nested dict of arrays, declared by models.architecture.param_specs
 

@@ -1,15 +1,14 @@
-"""Ends small runs at random moments, gives the same command again, and compares with a run that nobody disturbed.
+"""Interrupt small runs at random moments, give the same command again, and compare with a run without interruption.
 
     python -m tests.chaos --kills=30 --terms=10 [--seed=0] [--arms=opcd,opcd_retained] [--keep]
 
-Moments are drawn in turn from: a save (or its background part), an evaluation, a training step, training the base,
-and, where more than these four are asked for, anywhere. A kill is SIGKILL (-9) and must leave what the same command
-finishes; SIGTERM must moreover end in its own exit code. Compared are, bit for bit: every array of the last
-checkpoints, all rows of metrics.jsonl and all TensorBoard scalars but for times, all items, and results.json. Prints
-one JSON object as the last line; exit code 1 if any differs.
+The moments are, in rotation: during a save (or its background part), an evaluation, a training step, the training of
+the base, and, if more than these four are asked for, any time of the run. After SIGKILL and after SIGTERM the same
+command must finish the run; after SIGTERM the exit code must also be preemption.EXIT_CODE. Compared bit for bit: every
+array of the last checkpoints, and, without their times, all rows of metrics.jsonl, all TensorBoard scalars, all items
+and results.json. Prints one JSON object as the last line; the exit code is 1 if anything differs.
 
-Runs are forked off a process that has imported everything and used no device yet, and leave out the report's page:
-that saves most of their time.
+To save time, runs are forked off a process that has imported everything and used no device, and write no report.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ import tempfile
 import threading
 import time
 
-if __name__ == "__main__":  # read when jax and tqdm are imported
+if __name__ == "__main__":  # before jax and tqdm are imported, which read these
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # small programs, compiled more than run
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling takes longer than running
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["TQDM_DISABLE"] = "1"
 
@@ -53,28 +52,30 @@ SETTINGS = {
     "rules.test_questions": 16, "loss.anchor": "ema",
 }  # fmt: skip
 TIMES = ("time", "tokens_per_second")
-LIMIT = 600  # seconds after which a run hangs
+LIMIT = 600  # seconds; a run that takes longer is considered to hang
 
-# Where the signal comes: the call to wait for, how often it is called in a run of one arm, seconds to wait after it.
+# When the signal is sent: the function to wait for, its number of calls in a run of one arm, and the maximum delay
+# after the call in seconds.
 PLACES = {
     "save": ((checkpoint.Checkpoints, "save"), 5, 0.3),
     "evaluation": ((evaluator.Evaluator, "__call__"), 5, 0.5),
     "step": ((metric_writer.Writer, "step"), 8, 0.05),
-    "base": ((base_model, "_base_step"), 12, 0.05),
+    "base": ((base_model, "_update"), 12, 0.05),
 }
 
 
 class Moment:
-    """When a signal comes: at the ``call``-th call at a place and ``delay`` seconds, or just after ``delay``."""
+    """When a signal is sent: ``delay`` seconds after the ``call``-th call of a place's function, or, if ``place`` is
+    "anywhere", after the run's start. ``duration``: seconds that a whole run takes."""
 
-    def __init__(self, place: str, rng: random.Random, whole: float, arms: int):
+    def __init__(self, place: str, rng: random.Random, duration: float, arms: int):
         self.place = place
-        _, calls, longest = PLACES.get(place, (None, 1, whole))
+        _, calls, longest = PLACES.get(place, (None, 1, duration))
         calls *= 1 if place in ("base", "anywhere") else arms
         self.call, self.delay = rng.randint(1, calls), rng.uniform(0, longest)
 
-    def arm(self, number: signal.Signals, sent: Path) -> None:
-        """In the run's process: has it sent the signal, once, and the time noted."""
+    def schedule(self, number: signal.Signals, sent: Path) -> None:
+        """Send the signal to this process at the moment, once, and write the time to the file ``sent``."""
 
         def send():
             sent.write_text(repr(time.monotonic()))
@@ -86,22 +87,22 @@ class Moment:
             timer.start()
             return
         (owner, name), _, _ = PLACES[self.place]
-        original, left = getattr(owner, name), [self.call]
+        original, remaining = getattr(owner, name), [self.call]
 
-        def counted(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
+        def count_calls(*args, **kwargs):
+            remaining[0] -= 1
+            if remaining[0] == 0:
                 timer.start()
             return original(*args, **kwargs)
 
-        setattr(owner, name, counted)
+        setattr(owner, name, count_calls)
 
     def __str__(self) -> str:
         return f"{self.place}, call {self.call}, {self.delay:.3f} s"
 
 
-def forked(function: Callable[[], object], log: Path) -> int:
-    """The exit code of ``function`` in a process of its own, or minus the signal that ended it."""
+def run_in_fork(function: Callable[[], object], log: Path) -> int:
+    """Run ``function`` in a forked process. Return its exit code, or minus the number of the signal that ended it."""
     child = os.fork()
     if not child:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -130,7 +131,7 @@ def forked(function: Callable[[], object], log: Path) -> int:
 
 
 class Run:
-    """A workdir, with a cache of its own for the base, below ``folder``."""
+    """A run that can be started several times. Its workdir and its cache of the base are in ``folder``."""
 
     def __init__(self, folder: Path, compiled: Path, arms: tuple[str, ...]):
         folder.mkdir()
@@ -140,33 +141,34 @@ class Run:
         self._line = ["chaos", f"--config={ROOT}/configs/tiny.py", f"--workdir={self.workdir}"]
         self._line += [f"--config.{name}={value}" for name, value in settings.items()]
 
-    def __call__(self, moment: Moment | None = None, number: signal.Signals = signal.SIGKILL) -> int:
+    def start(self, moment: Moment | None = None, number: signal.Signals = signal.SIGKILL) -> int:
+        """Run the command, with signal ``number`` at ``moment`` if one is given. Return the exit code."""
         self._sent.unlink(missing_ok=True)
 
         def command():
             if moment is not None:
-                moment.arm(number, self._sent)
+                moment.schedule(number, self._sent)
             run.write_report = lambda workdir: workdir
             sys.argv = self._line
             main.command_line()
 
-        return forked(command, self.log)
+        return run_in_fork(command, self.log)
 
     @property
     def seconds_since_signal(self) -> float | None:
         return time.monotonic() - float(self._sent.read_text()) if self._sent.exists() else None
 
-    def traces(self) -> dict[str, str]:
-        """Everything that is compared, by name, as digests."""
+    def collect_digests(self) -> dict[str, str]:
+        """Return digests of everything that is compared, by name."""
         out = self.workdir.parent / "arrays.json"
-        code = forked(lambda: out.write_text(json.dumps(arrays(self.workdir, self._arms))) * 0, self.log)
+        code = run_in_fork(lambda: out.write_text(json.dumps(digest_arrays(self.workdir, self._arms))) * 0, self.log)
         assert code == 0, f"{self.workdir}: the checkpoints cannot be read, see {self.log}"
         found = json.loads(out.read_text())
         for path in sorted(self.workdir.rglob("*.jsonl")):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[str(path.relative_to(self.workdir))] = digest([without_times(row) for row in rows])
+            found[str(path.relative_to(self.workdir))] = digest([drop_times(row) for row in rows])
         for arm in self._arms:
-            found[f"{arm}/events"] = digest(scalars(self.workdir / arm / "events"))
+            found[f"{arm}/events"] = digest(read_scalars(self.workdir / arm / "events"))
         return found | {"results.json": digest(json.loads((self.workdir / "results.json").read_text()))}
 
 
@@ -174,12 +176,12 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def without_times(row: dict) -> dict:
+def drop_times(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in TIMES}
 
 
-def arrays(workdir: Path, arms: tuple[str, ...]) -> dict[str, str]:
-    """Digests of the bytes of all arrays of every arm's last checkpoint. Uses a device."""
+def digest_arrays(workdir: Path, arms: tuple[str, ...]) -> dict[str, str]:
+    """Return digests of the bytes of all arrays in every arm's last checkpoint. Uses a device."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
@@ -200,8 +202,8 @@ def arrays(workdir: Path, arms: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """(name, step, value) of all TensorBoard scalars in a folder, in the order in which they were written."""
+def read_scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """Return (name, step, value) of all TensorBoard scalars in a folder, in the order in which they were written."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -215,80 +217,85 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
-def disturb(run: Callable[[], Run], number: signal.Signals, moment: Callable[[], Moment]) -> dict:
-    """One run that is sent a signal at a moment that it lives to see: how it ended. It is not started again yet."""
+def interrupt(make_run: Callable[[], Run], number: signal.Signals, draw_moment: Callable[[], Moment]) -> dict:
+    """Interrupt one run with signal ``number`` and return how it ended.
+
+    A run that is over before its moment comes is discarded, and another one is made.
+    """
     while True:
-        new, when = run(), moment()
-        code, seconds = new(when, number), new.seconds_since_signal
+        run, moment = make_run(), draw_moment()
+        code, seconds = run.start(moment, number), run.seconds_since_signal
         if seconds is not None and code != 0:
-            return {"run": new, "moment": when, "code": code, "seconds": seconds}
-        shutil.rmtree(new.workdir.parent)
+            return {"run": run, "moment": moment, "code": code, "seconds": seconds}
+        if code != 0:
+            raise RuntimeError(f"a run failed before its signal ({moment}): {run.log.read_text()[-2000:]}")
+        shutil.rmtree(run.workdir.parent)
 
 
-def differences(run: Run, expected: dict[str, str]) -> list[str]:
-    """Starts the run again, to its end: what of it is not as expected."""
-    code = run()
+def find_differences(run: Run, expected: dict[str, str]) -> list[str]:
+    """Start the run again, to its end. Return the names of what differs from ``expected``."""
+    code = run.start()
     if code:
         return [f"the same command ended with exit code {code}"]
-    found = run.traces()
+    found = run.collect_digests()
     return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
-def chaos(kills: int, terms: int, seed: int, arms: tuple[str, ...], root: Path) -> dict:
-    """The counts of the runs that were disturbed, and of those of them that ended as if they had not been."""
+def run_chaos(kills: int, terms: int, seed: int, arms: tuple[str, ...], root: Path) -> dict:
+    """Return the number of runs that were interrupted, and how many of them ended equal to one that was not."""
     rng, compiled = random.Random(seed), root / "compiled"
-    undisturbed = Run(root / "undisturbed", compiled, arms)
-    if undisturbed():
-        raise RuntimeError(f"the undisturbed run failed: {undisturbed.log.read_text()[-2000:]}")
-    expected, places, whole = undisturbed.traces(), [*PLACES], 0.0
+    reference = Run(root / "reference", compiled, arms)
+    if reference.start():
+        raise RuntimeError(f"the run without interruption failed: {reference.log.read_text()[-2000:]}")
+    expected, places, duration = reference.collect_digests(), [*PLACES], 0.0
     result = {"seed": seed, "arms": arms}
-    if max(kills, terms) > len(PLACES):  # moments anywhere in a run as well, for which its length must be known
+    if max(kills, terms) > len(PLACES):  # also moments anywhere in a run, which need its duration
         start = time.monotonic()
-        different = differences(Run(root / "repeated", compiled, arms), expected)
+        different = find_differences(Run(root / "repeated", compiled, arms), expected)
         if different:
-            raise RuntimeError(f"two undisturbed runs differ in {different}: there is nothing to compare with")
-        whole = time.monotonic() - start
+            raise RuntimeError(f"two runs without interruption differ in {different}; nothing can be compared")
+        duration = time.monotonic() - start
         places.append("anywhere")
-        result |= {"undisturbed_seconds": round(whole, 1)}
-        print(f"an undisturbed run takes {whole:.1f} s", flush=True)
+        result |= {"uninterrupted_seconds": round(duration, 1)}
+        print(f"a run without interruption takes {duration:.1f} s", flush=True)
     places = itertools.cycle(places)
-    print(f"{len(expected)} traces of a run are compared", flush=True)
+    print(f"{len(expected)} digests of each run are compared", flush=True)
     for name, count, number, wanted in (
         ("kills", kills, signal.SIGKILL, -signal.SIGKILL),
         ("terms", terms, signal.SIGTERM, preemption.EXIT_CODE),
     ):
-        alike, slowest = 0, 0.0
+        equal, slowest = 0, 0.0
         for index, place in zip(range(count), places):
             folder = root / f"{name}-{index}"
-            found = disturb(
+            found = interrupt(
                 lambda: Run(folder, compiled, arms),  # noqa: B023
                 number,
-                lambda: Moment(place, rng, whole, len(arms)),  # noqa: B023
+                lambda: Moment(place, rng, duration, len(arms)),  # noqa: B023
             )
             wrong = [] if found["code"] == wanted else [f"exit code {found['code']} and not {wanted}"]
-            wrong += differences(found["run"], expected)
+            wrong += find_differences(found["run"], expected)
             slowest = max(slowest, found["seconds"])
-            verdict = f"DIFFERS: {wrong}, see {folder}" if wrong else "alike"
+            verdict = f"DIFFERS: {wrong}, see {folder}" if wrong else "equal"
             print(f"{name} {index + 1}: {found['moment']}; ended after {found['seconds']:.2f} s; {verdict}", flush=True)
             if not wrong:
-                alike += 1
+                equal += 1
                 shutil.rmtree(folder)
-        result |= {name: count, f"{name}_alike": alike, f"{name}_slowest_seconds": round(slowest, 2)}
+        result |= {name: count, f"{name}_equal": equal, f"{name}_slowest_seconds": round(slowest, 2)}
     return result
 
 
 def run_command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=30, help="runs to kill")
-    parser.add_argument("--terms", type=int, default=0, help="runs to send SIGTERM")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--arms", default="opcd,opcd_retained", help="arms of the runs, with commas between them")
+    parser.add_argument("--kills", type=int, default=30, help="runs to end with SIGKILL")
+    parser.add_argument("--terms", type=int, default=0, help="runs to end with SIGTERM")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--arms", default="opcd,opcd_retained", help="arms of the runs, separated by commas")
     parser.add_argument("--keep", action="store_true", help="keep the folders of the runs")
     options = parser.parse_args()
-    gc.freeze()  # what has been imported is not looked through in every run
+    gc.freeze()  # so that no run's garbage collection scans the imported modules
     root = Path(tempfile.mkdtemp(prefix="chaos-"))
-    result = chaos(options.kills, options.terms, options.seed, tuple(options.arms.split(",")), root)
-    good = result["kills_alike"] == options.kills and result["terms_alike"] == options.terms
+    result = run_chaos(options.kills, options.terms, options.seed, tuple(options.arms.split(",")), root)
+    good = result["kills_equal"] == options.kills and result["terms_equal"] == options.terms
     if good and not options.keep:
         shutil.rmtree(root)
     print(json.dumps(result))

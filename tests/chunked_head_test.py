@@ -18,7 +18,6 @@ from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.terms import token_values
 from ctxjax.sharding import batch_spec, make_mesh
 
-pytestmark = pytest.mark.usefixtures("shardy")
 B, T, D, V, CHUNK = 4, 7, 6, 16, 3
 VIEWS = {"q_x": "student", "q_c": "student", "f": "teacher", "f_x": "teacher", "ema": "ema"}
 # Each support and remainder with one divergence: the sweep knows neither, and divergences_test has all pairs.
@@ -89,7 +88,7 @@ def assert_close(ours, expected, tolerance=1e-5):
 
 
 @pytest.fixture(scope="module")
-def sweeps(shardy):
+def sweeps():
     """run(devices, name): what the sweep computes on so many devices, and what the dense program computes on one,
     where the value ``name`` alone is the loss. One program serves all names, since weights are data."""
 

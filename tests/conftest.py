@@ -1,29 +1,14 @@
-"""Fixtures of all tests. The suite runs on the CPU, which stands in for eight devices; commands that tests start
-inherit how it compiles, and take the devices that their configurations say."""
+"""Fixtures of all tests. They run on the CPU, which counts as eight devices; the commands that they start inherit the
+environment, and take the devices that their configurations say."""
 
-import contextlib
-import functools
-import gc
-from importlib.metadata import version
 import os
 from pathlib import Path
 import subprocess
 
-# Before the first import of jax. Tests run programs once and compile many: without optimisation, and with the older
-# code generator, which XLA's successors may not know, compiling takes a fifth of the time.
-FLAGS = ["--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):
-    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+# Read by JAX when it is imported. Tests compile many programs and run each once, so the compiler does not optimise.
 os.environ["JAX_PLATFORMS"] = "cpu"
-for flag in FLAGS:
-    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# Nothing of a program for one device is divided, but XLA's partitioner takes a third of the time of compiling it.
-os.environ.setdefault("JAX_USE_SHARDY_PARTITIONER", "0")
-gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that live on, and looking through them takes long
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-from hypothesis import given, settings, strategies  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -33,49 +18,9 @@ from ctxjax.models.transformer import ModelConfig, param_specs  # noqa: E402
 from ctxjax.sharding import make_mesh  # noqa: E402
 from ctxjax.types import Prompts, Rollout  # noqa: E402
 
-if version("jaxlib").startswith("0.10."):
-    # Every value is lowered with a note of where it lies: two fifths of a program, and of no effect on one device.
-    from jax._src.interpreters import mlir
-
-    _noted = mlir.lower_with_sharding_in_types
-
-    def _noted_where_divided(ctx, op, aval):
-        return op if aval.sharding.mesh.size == 1 else _noted(ctx, op, aval)
-
-    mlir.lower_with_sharding_in_types = _noted_where_divided
-    # One context for all programs: each makes its own, of a megabyte, which lives on with what is cached of it.
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
-
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_enable_compilation_cache", False)  # keys are made of programs even where nothing is kept
+jax.config.update("jax_enable_compilation_cache", False)  # no test takes a program from an earlier run
 ALL_DEVICES = jax.devices()
-
-
-# Two workers share out the files in this order, the others last, and end at about the same time.
-LONGEST = ["run", "processes", "train_step", "mesh", "chaos", "notebook", "prefix", "objective", "faults", "evaluate"]
-
-
-def pytest_collection_modifyitems(items):
-    place = {f"{name}_test": index for index, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
-
-
-def pytest_sessionfinish():
-    gc.freeze()  # pytest looks through everything five times, for objects that fail as they are deleted
-
-
-@pytest.fixture(scope="session", autouse=True)
-def commands_have_no_torch():
-    """In the processes that tests start. Not set before pytest's own workers have started, which have it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("without_torch")), prepend=os.pathsep)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_objects_when_hypothesis_begins():
-    """It looks through all objects of the process when it is first used: for seconds, after some hundred tests."""
-    settings(max_examples=1, database=None)(given(strategies.none())(lambda _: None))()
 
 
 @pytest.fixture(scope="session")
@@ -112,34 +57,11 @@ def mesh():
         yield mesh
 
 
-@contextlib.contextmanager
-def partitioned_by_shardy():
-    before = jax.config.jax_use_shardy_partitioner
-    jax.config.update("jax_use_shardy_partitioner", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_use_shardy_partitioner", before)
-
-
-@pytest.fixture(scope="session")
-def as_users_divide():
-    """as_users_divide(): programs for many devices are divided as users' are, in this context."""
-    return partitioned_by_shardy
-
-
-@pytest.fixture(scope="module")
-def shardy():
-    """Programs for many devices are divided as users' are, during a module."""
-    with partitioned_by_shardy():
-        yield
-
-
 @pytest.fixture
 def mesh8():
-    """Two devices along each mesh axis, current during the test; programs are divided as users' are."""
+    """Two devices along each mesh axis, current during the test."""
     mesh = make_mesh(2, 2, 2)
-    with partitioned_by_shardy(), jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):
         yield mesh
 
 

@@ -1,4 +1,4 @@
-"""A disk that fills up under a run, or may not be written to: the whole command, and the same command afterwards."""
+"""A run whose disk becomes full or read-only: the command ends with one message, and the same command resumes it."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def disk(mounted):
 
 
 class Run:
-    """A run in ``workdir`` that is going on."""
+    """A run in ``workdir``, in a process of its own."""
 
     def __init__(self, workdir: Path, cache: Path, log: Path):
         settings = SETTINGS | {"base.cache": cache, "compile_cache": cache / "xla"}
@@ -35,8 +35,8 @@ class Run:
         self._log = log
         self.process = Command("ctxjax.main", line, log)
 
-    def ends(self, seconds: float = 300) -> tuple[int, str]:
-        """(exit code, all that it has printed)."""
+    def wait(self, seconds: float = 300) -> tuple[int, str]:
+        """Wait for the end. Return (exit code, everything that it printed)."""
         try:
             return self.process.wait(seconds), self._log.read_text()
         finally:
@@ -44,39 +44,39 @@ class Run:
 
 
 def fill(path: Path) -> None:
-    """Writes a file that takes all the room that there is."""
+    """Write a file until the disk is full."""
     with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         while file.write(bytes(4096)):
             pass
 
 
-def refused(code: int, output: str) -> str:
-    """The one message of a command that ended because of its disk."""
+def get_error(code: int, output: str) -> str:
+    """Return the one message of a command that ended because of its disk."""
     assert code == 2 and "Traceback" not in output, output
     (message,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return message
 
 
-def test_a_disk_that_fills_up_or_may_not_be_written_to_costs_nothing_but_time(disk, tmp_path):
+def test_a_run_resumes_after_a_full_and_after_a_read_only_disk(disk, tmp_path):
     workdir, cache, checkpoints = disk / "run", tmp_path / "cache", disk / "run" / "opcd" / "checkpoints"
     run = Run(workdir, cache, tmp_path / "full.log")
     end = time.monotonic() + 300
     while not saved_steps(checkpoints):
-        assert time.monotonic() < end and run.process.poll() is None, run.ends(1)
+        assert time.monotonic() < end and run.process.poll() is None, run.wait(1)
         time.sleep(0.02)
     fill(disk / "filler")
-    message = refused(*run.ends(60))
+    message = get_error(*run.wait(60))
     assert "No space left on device" in message or "could not be written" in message, message
     assert "ake room" in message and "same command" in message, message
     last = saved_steps(checkpoints)[-1]
 
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    message = refused(*Run(workdir, cache, tmp_path / "read_only.log").ends())
+    message = get_error(*Run(workdir, cache, tmp_path / "read_only.log").wait())
     assert "Read-only file system" in message and str(workdir) in message, message
 
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     (disk / "filler").unlink()
-    code, output = Run(workdir, cache, tmp_path / "again.log").ends()
+    code, output = Run(workdir, cache, tmp_path / "again.log").wait()
     assert code == 0 and f"opcd: continues from the checkpoint of step {last}" in output, output
     steps = [json.loads(line)["step"] for line in (workdir / "opcd" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(STEPS + 1)) and saved_steps(checkpoints)[-1] == STEPS

@@ -26,8 +26,8 @@ def test_a_folder_is_itself_and_is_not_looked_up(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.local_folder("org/name").samefile(tmp_path / "org" / "name")
-    assert hub.local_folder("~/org").samefile(tmp_path / "org")
+    assert hub.find_folder("org/name").samefile(tmp_path / "org" / "name")
+    assert hub.find_folder("~/org").samefile(tmp_path / "org")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_an_id_is_fetched_at_its_revision(path, name, revision, tmp_path, monkey
     monkeypatch.setattr(
         hub, "snapshot_download", lambda *args, **options: calls.append((*args, options["revision"])) or str(tmp_path)
     )
-    assert hub.local_folder(path) == tmp_path
+    assert hub.find_folder(path) == tmp_path
     assert calls == [(name, revision)]
 
 
@@ -75,7 +75,7 @@ def test_weights_tokenizer_and_templates_are_fetched_but_no_pickles_no_code_no_c
 def test_what_the_hub_refuses_is_said_with_the_remedy(error, kind, message, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", fails(error))
     with pytest.raises(kind, match=message):
-        hub.local_folder("org/name@v1")
+        hub.find_folder("org/name@v1")
 
 
 BROKEN = [
@@ -89,18 +89,18 @@ BROKEN = [
 def test_a_broken_connection_is_one_message_with_the_remedy(error, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", fails(error))
     with pytest.raises(FileNotFoundError, match="the Hub did not deliver org/name: .* What has arrived is kept: try"):
-        hub.local_folder("org/name")
+        hub.find_folder("org/name")
 
 
 def test_offline_an_id_that_is_not_cached_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="nor in the Hub's cache, and the Hub cannot be reached"):
-        hub.local_folder("org/name")
+        hub.find_folder("org/name")
 
 
 @pytest.mark.parametrize("path", ["missing", "./org/name", "../name", "/no/such/folder", "a/b/c", "org/name@"])
 def test_what_is_neither_a_folder_nor_an_id_is_named(path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", fails(AssertionError("looked up")))
     with pytest.raises(FileNotFoundError, match=f"model folder {path} does not exist; give a folder, or a Hub id"):
-        hub.local_folder(path)
+        hub.find_folder(path)

@@ -21,7 +21,6 @@ from ctxjax.sharding import make_mesh, put_batch
 from ctxjax.types import Batch, Frozen, Prompts
 
 ROWS, COLUMNS, VOCAB = 8, 9, 88
-pytestmark = pytest.mark.usefixtures("shardy")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 ADAPTER = LoraConfig(2, 4.0, TARGETS)
 
@@ -68,7 +67,7 @@ def tokens_state_and_metrics(state, frozen, batch, config):
 
 
 @pytest.fixture(scope="module")
-def on(config, batch, make_params, shardy):
+def on(config, batch, make_params):
     """on(mesh shape, adapter or None): (tokens, gradient, metrics) of a step, and the text of its compiled program."""
 
     @functools.cache

@@ -40,8 +40,8 @@ def test_a_resumed_runs_rows_and_scalars_are_those_of_one_run(tmp_path, capsys):
     second.close()
     expected, found = read(tmp_path / "whole"), read(tmp_path / "parts")
     assert [row["step"] for row in found] == [1, 2, 2, 3, 4, 5]
-    assert [chaos.without_times(row) for row in found] == [chaos.without_times(row) for row in expected]
-    curves = [chaos.scalars(tmp_path / name / "events") for name in ("whole", "parts")]
+    assert [chaos.drop_times(row) for row in found] == [chaos.drop_times(row) for row in expected]
+    curves = [chaos.read_scalars(tmp_path / name / "events") for name in ("whole", "parts")]
     assert curves[0] == curves[1]
     assert ("loss", 4, 0.5) in curves[1] and ("dev/acc_x", 2, 0.5) in curves[1]
     assert [row["step"] for row in second.kept] == [1, 2, 2, 3]
@@ -53,5 +53,5 @@ def test_what_was_synced_is_on_the_disk_with_the_last_step(tmp_path):
     write(running, (1, 2, 3))
     running.sync()
     assert [row["step"] for row in read(tmp_path)] == [1, 2, 2, 3]
-    assert max(step for _, step, _ in chaos.scalars(tmp_path / "events")) == 3
+    assert max(step for _, step, _ in chaos.read_scalars(tmp_path / "events")) == 3
     running.close()

@@ -20,7 +20,6 @@ from ctxjax.plan.report import as_json, as_text, judge
 from ctxjax.plan.step import Plan
 from ctxjax.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures("shardy")
 LOOPS = """
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %g = bf16[64,4]{1,0} all-gather(%w), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}

@@ -1,4 +1,4 @@
-"""Two real processes, two forced devices each, that train together over loopback."""
+"""Two real processes, with two forced CPU devices each, that train together over loopback."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,10 @@ LONGER = [f"--config.train.steps={STEPS}"]
 
 
 class Run:
-    """The command in ``count`` processes, four devices in all."""
+    """The command in ``count`` processes that share four devices.
+
+    ``only``: further arguments of single processes, by process number.
+    """
 
     def __init__(
         self, count: int, workdir: Path, cache: Path, *arguments: str, only: dict[int, list[str]] | None = None
@@ -48,107 +51,111 @@ class Run:
                 line += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process_id={index}"]
             self.processes.append(Command("ctxjax.main", line, log, **SETTINGS))
 
-    def codes(self, seconds: float = 600) -> list[int]:
+    def wait(self, seconds: float = 600) -> list[int]:
+        """Wait for the end of all processes. Return their exit codes."""
         try:
             return [process.wait(seconds) for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
 
-    def output(self, index: int) -> str:
+    def read_output(self, index: int) -> str:
         return self.logs[index].read_text()
 
-    def until(self, condition, seconds: float = 600) -> None:
+    def wait_until(self, condition, seconds: float = 600) -> None:
+        """Wait until ``condition()`` is true. Fail if a process ends before."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end and all(process.poll() is None for process in self.processes), self.output(0)
+            are_running = all(process.poll() is None for process in self.processes)
+            assert are_running and time.monotonic() < end, self.read_output(0)
             time.sleep(0.1)
 
 
-def rows(workdir: Path) -> dict[int, dict]:
+def read_rows(workdir: Path) -> dict[int, dict]:
     lines = (workdir / "opcd" / "metrics.jsonl").read_text().splitlines()
     return {row["step"]: row for row in map(json.loads, lines)}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folders of three steps in two processes, and of the same in one."""
+    """(folder, run): three steps in two processes, in folder/two, and in one process, in folder/one. ``run`` is the
+    first."""
     folder = tmp_path_factory.mktemp("processes")
     both = Run(2, folder / "two", folder / "cache", "--config.train.steps=3")
-    assert both.codes() == [0, 0], both.output(0) + both.output(1)
+    assert both.wait() == [0, 0], both.read_output(0) + both.read_output(1)
     alone = Run(1, folder / "one", folder / "cache", "--config.train.steps=3")
-    assert alone.codes() == [0], alone.output(0)
+    assert alone.wait() == [0], alone.read_output(0)
     return folder, both
 
 
-def test_two_processes_take_the_steps_of_one(runs):
+def test_two_processes_have_the_same_metrics_as_one(runs):
     folder, both = runs
-    one, two = rows(folder / "one"), rows(folder / "two")
+    one, two = read_rows(folder / "one"), read_rows(folder / "two")
     assert list(one) == list(two) == [0, 1, 2, 3]
     for step, row in one.items():
         for name, value in row.items():
             if name not in ("tokens_per_second", "time"):
                 assert two[step][name] == pytest.approx(value, rel=1e-5, abs=1e-5), (step, name)
     assert (folder / "one/opcd/items.jsonl").read_text() == (folder / "two/opcd/items.jsonl").read_text()
-    assert "Acc_x" in both.output(0) and "report:" in both.output(0)
-    assert "Acc_x" not in both.output(1) and "step/s" not in both.output(1)
+    assert "Acc_x" in both.read_output(0) and "report:" in both.read_output(0)
+    assert "Acc_x" not in both.read_output(1) and "step/s" not in both.read_output(1)
     assert (folder / "two" / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
 def preempted(runs):
-    """(run, its workdir): two processes, one of which was sent SIGTERM while they trained."""
+    """(run, workdir): two processes, one of which got SIGTERM during training."""
     folder, _ = runs
     run = Run(2, folder / "hit", folder / "cache", *LONGER)
-    run.until(lambda: saved_steps(folder / "hit" / "opcd" / "checkpoints"))
+    run.wait_until(lambda: saved_steps(folder / "hit" / "opcd" / "checkpoints"))
     run.processes[1].send_signal(signal.SIGTERM)
-    run.ended_with = run.codes(60)
+    run.exit_codes = run.wait(60)
     return run, folder / "hit"
 
 
-def test_sigterm_to_one_process_saves_the_same_step_in_all_and_ends_them_to_go_on(preempted):
+def test_sigterm_to_one_process_ends_both_after_they_saved_the_same_step(preempted):
     run, workdir = preempted
-    assert run.ended_with == [75, 75], run.output(0) + run.output(1)
-    assert all("SIGTERM: the run ends; the same command goes on" in run.output(index) for index in range(2))
-    assert not any("Traceback" in run.output(index) for index in range(2))
-    last = max(rows(workdir))
+    assert run.exit_codes == [75, 75], run.read_output(0) + run.read_output(1)
+    assert all("SIGTERM: the run ends; the same command goes on" in run.read_output(index) for index in range(2))
+    assert not any("Traceback" in run.read_output(index) for index in range(2))
+    last = max(read_rows(workdir))
     assert saved_steps(workdir / "opcd" / "checkpoints")[-1] == last < STEPS
 
 
-def test_where_one_process_dies_the_other_ends_with_the_reason_and_one_alone_goes_on_to_the_end(preempted):
+def test_if_one_process_dies_the_other_ends_with_the_reason_and_one_process_can_finish_the_run(preempted):
     _, workdir = preempted
     folder = workdir / "opcd" / "checkpoints"
     first = saved_steps(folder)[-1]
     run = Run(2, workdir, workdir.parent / "cache", *LONGER)
-    run.until(lambda: saved_steps(folder)[-1] > first)
+    run.wait_until(lambda: saved_steps(folder)[-1] > first)
     run.processes[1].send_signal(signal.SIGKILL)
     died = time.monotonic()
-    codes = run.codes(60)
+    codes = run.wait(60)
     assert time.monotonic() - died < 60 and codes[0] not in (0, 75) and codes[1] == -signal.SIGKILL
-    assert re.search("another process of this run has ended|another task died", run.output(0)), run.output(0)
-    assert f"opcd: continues from the checkpoint of step {first}" in run.output(0)
-    last, seen = saved_steps(folder)[-1], rows(workdir)
+    assert re.search("another process of this run has ended|another task died", run.read_output(0)), run.read_output(0)
+    assert f"opcd: continues from the checkpoint of step {first}" in run.read_output(0)
+    last, seen = saved_steps(folder)[-1], read_rows(workdir)
     alone = Run(1, workdir, workdir.parent / "cache", *LONGER)
-    assert alone.codes() == [0], alone.output(0)
-    assert f"opcd: continues from the checkpoint of step {last}" in alone.output(0)
+    assert alone.wait() == [0], alone.read_output(0)
+    assert f"opcd: continues from the checkpoint of step {last}" in alone.read_output(0)
     lines = (workdir / "opcd" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(STEPS + 1))
-    after = rows(workdir)
-    for step in seen.keys() - {0}:  # those that the two had taken beyond the checkpoint were taken again
+    after = read_rows(workdir)
+    for step in seen.keys() - {0}:  # the steps after the checkpoint were taken again
         assert after[step]["loss"] == pytest.approx(seen[step]["loss"], rel=1e-5), step
     assert (workdir / "report.html").exists()
 
 
-def test_processes_that_are_told_different_things_end_with_what_differs(tmp_path):
+def test_processes_with_different_configurations_end_with_the_difference(tmp_path):
     run = Run(2, tmp_path / "run", tmp_path, "--config.train.steps=3", only={1: ["--config.seed=7"]})
-    assert run.codes() == [2, 2]
+    assert run.wait() == [2, 2]
     for index in range(2):
-        assert "config.seed: 0 in 0; 7 in 1" in run.output(index)
-        assert "Traceback" not in run.output(index)
+        assert "config.seed: 0 in 0; 7 in 1" in run.read_output(index)
+        assert "Traceback" not in run.read_output(index)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_said_of_other_processes_is_said_in_full():
+def test_invalid_flags_of_several_processes_are_refused():
     with pytest.raises(ValueError, match="--coordinator, --processes and --process_id go together"):
         processes.connect("localhost:1234")
     with pytest.raises(ValueError, match="--process_id = 2 must be from 0 to --processes - 1 = 1"):
@@ -169,7 +176,7 @@ def test_what_is_said_of_other_processes_is_said_in_full():
     ],
 )
 @pytest.mark.parametrize("shown_as", [None, TimeoutError("Timed out while waiting for async_write_complete barrier.")])
-def test_the_loss_of_another_process_is_told_from_errors_of_ones_own(
+def test_the_loss_of_another_process_is_distinguished_from_other_errors(
     shown_as, message, together, is_loss, monkeypatch, capsys
 ):
     def fail(_):

@@ -110,9 +110,9 @@ class Messages(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def whole(config, batch, make_params, as_users_divide) -> Whole:
+def whole(config, batch, make_params) -> Whole:
     mesh, log = make_mesh(2, 2, 2), Messages()
-    with as_users_divide(), jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):
         frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
         before = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
         kept, frozen_values = jax.tree.map(np.array, (before.params, frozen))

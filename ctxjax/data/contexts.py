@@ -14,6 +14,7 @@ from pathlib import Path
 from ctxjax.data.grading.response_checks import Check, parse_check
 from ctxjax.data.records import Reader, hash_text, read_context
 from ctxjax.data.task import Row
+from ctxjax.types import bounded
 
 BUILT_IN = "builtin"
 BUILT_IN_FILE = Path(__file__).with_name("other_contexts.jsonl")
@@ -37,7 +38,7 @@ class ContextConfig(OtherContextsConfig):
     context: str
     context_file: str
     context_files: tuple[str, ...]
-    context_seed: int
+    context_seed: int = bounded(zero=True)
     context_column: str = ""
     required: bool = True
 

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from ctxjax.data.task import Row
-from ctxjax.types import Prompts
+from ctxjax.types import Prompts, bounded
 
 PLACEMENTS = ("system", "user", "prefix")
 DATE_FORMAT = "%d %b %Y"  # as Llama 3.1 and 3.2 write it
@@ -37,8 +37,8 @@ class PromptConfig:
     placement: str = "system"
     date: str = "26 Jul 2024"
     thinking: bool | None = None
-    max_bare_tokens: int = 0
-    max_context_tokens: int = 0
+    max_bare_tokens: int = bounded(0, zero=True)
+    max_context_tokens: int = bounded(0, zero=True)
     overlong: str = "error"
 
 

@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ctxjax.host.retry import retry
+from ctxjax.types import bounded
 
 ROWS_AT_A_TIME = 4096
 KINDS = {
@@ -39,7 +40,7 @@ class RecordsConfig:
     """See configs/base.py, ``config.records``. ``skip``: names of KINDS. ``max_skipped`` does not count duplicates."""
 
     skip: tuple[str, ...] = ("duplicate",)
-    max_skipped: int = 100
+    max_skipped: int = bounded(100, zero=True)
     max_text: int = 1_000_000
 
 

@@ -31,7 +31,7 @@ from ctxjax import masks
 from ctxjax.distill import divergences
 from ctxjax.distill.divergences import Support, divergence, kl
 from ctxjax.distill.terms import Logits, Term, constant, ramp
-from ctxjax.types import Mean, Rollout
+from ctxjax.types import Mean, Rollout, bounded
 
 CROSS_ENTROPY = "cross_entropy"
 
@@ -72,21 +72,21 @@ class LossConfig:
     remainder: str = "renormalise"
     anchor: str = "bare"
     gate: str = "none"
-    gate_threshold: float = 0.9
-    beta: float = 0.0
-    beta_ramp: int = 0
+    gate_threshold: float = bounded(0.9, zero=True, at_most=1.0)
+    beta: float = bounded(0.0, zero=True, at_most=1000.0)
+    beta_ramp: int = bounded(0, zero=True)
     anchor_every: int = 1
-    mu: float = 0.0
-    mu_ramp: int = 0
-    reference: float = 0.0
-    clip: float = 0.0
-    skip_first: int = 0
+    mu: float = bounded(0.0, zero=True, at_most=1000.0)
+    mu_ramp: int = bounded(0, zero=True)
+    reference: float = bounded(0.0, zero=True, at_most=1000.0)
+    clip: float = bounded(0.0, zero=True)
+    skip_first: int = bounded(0, zero=True)
     masked_ids: tuple[int, ...] = ()
     drop_truncated: bool = False
     teacher: str = "frozen"
-    ema_decay: float = 0.99
-    on_policy_fraction: float = 1.0
-    off_policy_steps: int = 0
+    ema_decay: float = bounded(0.99, zero=True, at_most=1.0)
+    on_policy_fraction: float = bounded(1.0, zero=True, at_most=1.0)
+    off_policy_steps: int = bounded(0, zero=True)
     temperature: float = 1.0
     averaging: str = "token_mean"
     chunk: int = 128

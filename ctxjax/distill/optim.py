@@ -6,6 +6,8 @@ import dataclasses
 
 import optax
 
+from ctxjax.types import bounded
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -15,13 +17,13 @@ class OptimConfig:
     ``warmup_steps`` steps of linear warm-up. ``clip`` bounds the gradient's global norm.
     """
 
-    lr: float
+    lr: float = bounded(zero=True, at_most=1.0)
     steps: int
     schedule: str = "constant"
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.01
+    warmup_steps: int = bounded(0, zero=True)
+    b1: float = bounded(0.9, zero=True, at_most=0.99999)
+    b2: float = bounded(0.999, zero=True, at_most=0.9999999)
+    weight_decay: float = bounded(0.01, zero=True, at_most=1.0)
     clip: float = 1.0
 
 

@@ -24,7 +24,7 @@ WANTED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.
 UNWANTED = ["*/*"]
 
 
-def local_folder(path: str | Path) -> Path:
+def find_folder(path: str | Path) -> Path:
     """Return the folder that ``path`` names: a local one, else a Hub id ``org/name`` or ``org/name@revision``.
 
     Raises FileNotFoundError, or PermissionError for a model whose terms must be accepted first.
@@ -37,7 +37,7 @@ def local_folder(path: str | Path) -> Path:
     return _fetch(str(path), "model", allow_patterns=WANTED, ignore_patterns=UNWANTED)
 
 
-def data_files(path: str, field: str) -> list[Path]:
+def find_data_files(path: str, field: str) -> list[Path]:
     """Return the data files that ``path`` names, in alphabetical order.
 
     ``path``: a local file, a pattern such as ``data/train-*.parquet``, or files of a Hub data set,

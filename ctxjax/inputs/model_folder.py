@@ -9,7 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from transformers import AutoTokenizer
 
-from ctxjax.host.hub import local_folder
+from ctxjax.host.hub import find_folder
 from ctxjax.inputs import tokenizer_match
 from ctxjax.models import attention as attention_lib, mesh_check
 from ctxjax.models.hf import load as hf_load
@@ -77,13 +77,13 @@ def open_folder(
     attention: str = "reference",
     student: ModelFolder | None = None,
 ) -> ModelFolder:
-    """Load a Hugging Face folder onto ``mesh``. ``path``: a local folder or a Hub id (host.hub.local_folder).
+    """Load a Hugging Face folder onto ``mesh``. ``path``: a local folder or a Hub id (host.hub.find_folder).
 
     ``dtype``: of the model's arithmetic. "auto": bfloat16 on accelerators, float32 on CPUs, where bfloat16 is slow.
     ``student``: given if the folder is the student's teacher; a different tokenizer is then refused before any weights
     are read. Raises FileNotFoundError or ValueError, which names the folder, the problem and the remedy.
     """
-    path = local_folder(path)
+    path = find_folder(path)
     platform = mesh.devices.flat[0].platform
     attention_lib.check_attention_kind(attention, platform)
     if dtype == "auto":

@@ -17,7 +17,7 @@ from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host.checksum import compute_digest, compute_fingerprint
-from ctxjax.host.hub import local_folder
+from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
 from ctxjax.models import transformer
@@ -45,7 +45,7 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
             "questions without a context, unlike what a shared context teaches"
         )
     if config.teacher.path:
-        local_folder(config.teacher.path)  # refuse a missing folder before the student is loaded or even trained
+        find_folder(config.teacher.path)  # refuse a missing folder before the student is loaded or even trained
     teacher_path = _prepare_teacher_path(config, task, mesh, seconds)
     student = _open_model(config, task, mesh, seconds)
     folder, teacher = open_teacher(config, teacher_path, student, mesh, seconds)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ctxjax.models.architecture import ModelConfig, param_specs
 from ctxjax.models.params import ParamSpec
-from ctxjax.types import Params
+from ctxjax.types import Params, bounded
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -26,7 +26,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 class LoraConfig:
     """``rank`` is R, ``alpha`` / rank multiplies A @ B, ``targets`` are the matrices that have an adapter."""
 
-    rank: int
+    rank: int = bounded(zero=True, at_most=65536)
     alpha: float
     targets: tuple[str, ...]
 

@@ -18,6 +18,8 @@ import operator
 import sys
 from typing import NamedTuple
 
+from ctxjax.types import bounded
+
 SMOOTHING = 0.8  # weight of the past in the moving average of the agreement, per step
 
 
@@ -29,13 +31,13 @@ class AlarmsConfig:
 
     stop: tuple[str, ...] = ("not_finite",)
     patience: int = 3
-    untrained: float = 0.5
-    logprob_gap: float = 0.05
-    truncated: float = 0.5
-    repetition: float = 0.3
-    no_distillation: float = 1e-6
-    parse_rate: float = 0.3
-    agreement: float = 0.2
+    untrained: float = bounded(0.5, zero=True, at_most=1.0)
+    logprob_gap: float = bounded(0.05, zero=True)
+    truncated: float = bounded(0.5, zero=True, at_most=1.0)
+    repetition: float = bounded(0.3, zero=True, at_most=1.0)
+    no_distillation: float = bounded(1e-6, zero=True)
+    parse_rate: float = bounded(0.3, zero=True, at_most=1.0)
+    agreement: float = bounded(0.2, zero=True, at_most=1.0)
 
 
 class Alarm(NamedTuple):

@@ -95,6 +95,6 @@ def find_architecture(path: str, dtype: str, remat) -> tuple[ModelConfig, str]:
             f"the Hub cannot be reached for {name}'s config.json, and the table of published architectures has only "
             f"{', '.join(PUBLISHED)}; give the folder of a copy"
         )
-    family = hf_load.family_of(PUBLISHED[name], Path(name))
+    family = hf_load.find_family(PUBLISHED[name], Path(name))
     config = dataclasses.replace(family.config_from_hf(PUBLISHED[name]), dtype=dtype, remat=remat)
     return config, "the table of published architectures, since the Hub could not be reached"

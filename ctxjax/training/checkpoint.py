@@ -1,7 +1,9 @@
-"""Checkpoints by orbax: everything that a run needs to go on exactly, saved in the background, checked when it is read.
+"""Checkpoints, written by orbax in the background and verified when they are read. A resumed run continues exactly.
 
-checkpoints/<step>/state   what is trained, optimiser, moving average, step, root key; any mesh can read it
-checkpoints/<step>/run     position in the data, configuration, manifest, checksums of the state
+    checkpoints/<taken>/state   parameters, optimiser state, moving average, step, root key; any mesh can read it
+    checkpoints/<taken>/run     the record: position in the data, configuration, manifest; and checksums of the state
+
+``taken`` is the number of steps taken before the checkpoint was saved.
 """
 
 from __future__ import annotations
@@ -25,26 +27,35 @@ from ctxjax.types import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class _LatestAndBest:
-    """Keeps the ``latest`` checkpoints and the one of the best step, as ``scores`` stand when it is asked."""
+    """Keep the ``latest`` checkpoints and the best one by the ``scores`` known when orbax asks."""
 
     latest: int
     scores: Mapping[int, float]
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.latest :], best_step({s: self.scores[s] for s in steps if s in self.scores})}
-        return [step in kept for step in steps]
+        saved = [checkpoint.step for checkpoint in checkpoints]
+        best = best_step({taken: self.scores[taken] for taken in saved if taken in self.scores})
+        kept = {*sorted(saved)[-self.latest :], best}
+        return [taken in kept for taken in saved]
 
 
 def best_step(scores: Mapping[int, float]) -> int | None:
-    """The step of the highest score, the latest of several; None without any. NaN is the lowest."""
-    return max(scores, key=lambda step: (-math.inf if math.isnan(scores[step]) else scores[step], step), default=None)
+    """Return the step with the highest score, the latest among equal ones; None if there is no score. NaN is lowest."""
+
+    def rank(taken: int) -> tuple[float, int]:
+        score = scores[taken]
+        return (-math.inf if math.isnan(score) else score, taken)
+
+    return max(scores, key=rank, default=None)
 
 
 class Checkpoints:
-    """The checkpoints of one arm: the ``keep`` latest and the best one by ``scores``, which the caller fills (step ->
-    higher is better). The frozen teacher is not saved, it comes from the model folder."""
+    """The checkpoints of one arm: the ``keep`` latest, and the best one by ``scores``.
+
+    The caller fills ``scores`` during training: ``taken`` -> score, higher is better. Frozen weights are not saved; a
+    resumed run reads them from the model folder.
+    """
 
     def __init__(self, folder: Path, keep: int, scores: Mapping[int, float]):
         self._folder = folder.absolute()
@@ -57,125 +68,131 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
-        """Saves the state and, beside it, ``run``, which JSON can hold; returns once the arrays are copied.
+    def save(self, state: TrainState, taken: int, record: dict[str, Any]) -> None:
+        """Save the state and ``record``, which must be valid JSON. Return as soon as the arrays are copied.
 
-        The one before stays until this one is complete. Raises OSError where an earlier save has failed, or this one.
+        The checkpoint before it stays until this one is complete. Raises OSError if this save or an earlier one failed.
         """
-        if step == self.latest_step:
+        if taken == self.latest_step:
             return
-        stored = _storable(state)
-        run = run | {"checksums": compute_checksums(stored)}
-        with self._failures():
-            items = ocp.args.Composite(state=ocp.args.StandardSave(stored), run=ocp.args.JsonSave(run))
-            self._manager.save(step, args=items, force=True)
+        stored = _make_storable(state)
+        record = record | {"checksums": compute_checksums(stored)}
+        with self._explain_failures():
+            items = ocp.args.Composite(state=ocp.args.StandardSave(stored), run=ocp.args.JsonSave(record))
+            self._manager.save(taken, args=items, force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The latest checkpoint that is whole, in the shardings of ``like``, and what was saved beside it; None where
-        there is none yet.
+        """Return (state, record) of the latest undamaged checkpoint, in the shardings of ``like``; None if there is no
+        checkpoint.
 
-        Later ones that cannot be read, or hold other values than were saved, are reported and renamed
-        ``<step>.damaged``. Raises ValueError where all are damaged.
+        A checkpoint is damaged if it cannot be read or its checksums differ. Damaged ones that are later than the
+        returned one are renamed ``<taken>.damaged``, with a warning. Raises ValueError if all are damaged.
         """
         damaged: dict[int, Exception] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for taken in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self._read(step, like)
-            except Exception as error:  # orbax, tensorstore and the JSON reader have each their own
+                found = self._read(taken, like)
+            except Exception as error:  # orbax, tensorstore and the JSON reader raise different types
                 if processes.is_lost_process(error):
                     raise
-                damaged[step] = error
+                damaged[taken] = error
                 continue
             for bad in damaged:
-                self._put_aside(bad, damaged[bad], step)
+                self._put_aside(bad, damaged[bad], taken)
             return found
         if damaged:
-            reasons = "; ".join(f"step {step}: {_line(error)}" for step, error in damaged.items())
+            reasons = "; ".join(f"step {taken}: {_shorten(error)}" for taken, error in damaged.items())
             raise ValueError(
-                f"no checkpoint in {self._folder} can be read ({reasons}); bring one back from a backup, or remove "
+                f"no checkpoint in {self._folder} can be read ({reasons}); restore one from a backup, or delete "
                 f"{self._folder.parent} to train this arm again"
             )
         return None
 
-    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(like))
+    def _read(self, taken: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _make_storable(like))
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=items)
-        state, run = found["state"], dict(found["run"])
-        now, then = compute_checksums(state), run.pop("checksums")
-        wrong = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+        found = self._manager.restore(taken, args=items)
+        state, record = found["state"], dict(found["run"])
+        read, saved = compute_checksums(state), record.pop("checksums")
+        wrong = sorted(name for name in read.keys() | saved.keys() if read.get(name) != saved.get(name))
         if wrong:
-            raise ValueError(f"{len(wrong)} arrays are not those that were saved, the first {wrong[0]}")
-        return state.replace(key=jax.random.wrap_key_data(state.key)), run
+            raise ValueError(f"the checksums of {len(wrong)} arrays differ from the saved ones, first {wrong[0]}")
+        return state.replace(key=jax.random.wrap_key_data(state.key)), record
 
-    def _put_aside(self, step: int, error: Exception, used: int) -> None:
-        place, aside = self._folder / str(step), self._folder / f"{step}.damaged"
+    def _put_aside(self, taken: int, error: Exception, used: int) -> None:
+        place, aside = self._folder / str(taken), self._folder / f"{taken}.damaged"
         if processes.is_first():
             shutil.rmtree(aside, ignore_errors=True)
             place.rename(aside)
         processes.wait("checkpoint put aside")
         self._manager.reload()
         print(
-            f"warning: the checkpoint {place} is damaged ({_line(error)}); it is now {aside.name}, and the one of step "
-            f"{used} is used",
+            f"warning: the checkpoint {place} is damaged ({_shorten(error)}); it was renamed {aside.name}, and the one "
+            f"of step {used} is used",
             file=sys.stderr,
             flush=True,
         )
 
     def wait(self) -> None:
-        """Waits for what is being written. Raises OSError where that fails."""
-        with self._failures():
+        """Wait until the last save is complete. Raises OSError if it failed."""
+        with self._explain_failures():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, too, and ends orbax's threads."""
+        """Wait until the last save is complete, and end orbax's threads. Raises OSError if the save failed."""
         self.wait()
         self._manager.close()
 
     @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Whatever goes wrong while a checkpoint is written, as one message that says what is left; but the loss of
-        another process, which shows wherever this one waits for it, is passed on as it is."""
+    def _explain_failures(self) -> Iterator[None]:
+        """Turn any error in writing a checkpoint into an OSError that says which checkpoint is left.
+
+        The loss of another process, which can show wherever this process waits for it, is raised unchanged.
+        """
         try:
             yield
-        except Exception as error:  # a full disk is an OSError to Python, and a ValueError to tensorstore
+        except Exception as error:  # for a full disk Python raises OSError, tensorstore ValueError
             if processes.is_lost_process(error):
                 raise
             steps = saved_steps(self._folder)
             left = f"the last complete one is of step {steps[-1]}" if steps else "there is no complete one yet"
             raise OSError(
-                f"a checkpoint could not be written to {self._folder} ({_line(error)}); {left}. Make room or mend the "
-                "folder, and give the same command again"
+                f"a checkpoint could not be written to {self._folder} ({_shorten(error)}); {left}. Make room on the "
+                "disk or repair the folder, and give the same command again"
             ) from error
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a complete checkpoint, in order."""
+    """Return the steps that have a complete checkpoint, in ascending order."""
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
-def read_params(folder: Path, step: int, like: Params) -> Params:
-    """What was trained, as of ``step``, in the shapes, types and shardings of ``like``; the optimiser's state is not
-    read. Raises ValueError where the checkpoint holds other parameters."""
+def read_params(folder: Path, taken: int, like: Params) -> Params:
+    """Read the trained parameters of one checkpoint, in the shapes, types and shardings of ``like``.
+
+    The optimiser state is not read. Raises ValueError if the checkpoint holds other parameters.
+    """
     wanted = {"params": like}
     request = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
-    with ocp.PyTreeCheckpointer() as reader:  # a manager would tidy up after a run that may still be going on
+    # Not a CheckpointManager: that would delete the unfinished checkpoints of a run that may still be active.
+    with ocp.PyTreeCheckpointer() as reader:
         try:
-            params = reader.restore(folder.absolute() / str(step) / "state", args=request)["params"]
+            params = reader.restore(folder.absolute() / str(taken) / "state", args=request)["params"]
         except (ValueError, KeyError) as error:
-            raise ValueError(f"the checkpoint of step {step} in {folder} does not fit the model: {error}") from None
+            raise ValueError(f"the checkpoint of step {taken} in {folder} does not fit the model: {error}") from None
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
-        raise ValueError(f"the checkpoint of step {step} in {folder} lacks parameters of the model")
+        raise ValueError(f"the checkpoint of step {taken} in {folder} lacks parameters of the model")
     return params
 
 
-def _storable(state: TrainState) -> TrainState:
+def _make_storable(state: TrainState) -> TrainState:
+    """Replace the typed key by its data, an array that orbax can store."""
     return state.replace(key=jax.random.key_data(state.key))
 
 
-def _line(error: Exception) -> str:
-    """The beginning of an error's message on one line."""
+def _shorten(error: Exception) -> str:
+    """Return the beginning of an error's message, as one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."

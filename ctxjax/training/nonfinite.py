@@ -29,53 +29,55 @@ def save_rows(
     step: int,
     tokenizer,
 ) -> Path:
-    """Write the batch of ``step`` (the first is 0), which was skipped, with its responses; return the file.
+    """Write the batch of ``step``, which was skipped, with its responses. Return the file's path.
 
-    Responses without a finite loss come first. If every row has a finite loss, the gradient was not finite.
-    ``state`` is the state after that step. A skipped step leaves the parameters as they were, so the responses are
-    sampled again from the same student with the same keys.
+    Rows without a finite loss come first. If every row has a finite loss, the gradient was not finite. ``state`` is the
+    state after the step: a skipped step leaves the parameters unchanged, so the same student samples the same responses
+    again.
     """
     state, batch = state.replace(step=jnp.int32(step)), inputs.batch
     sample_again = jax.jit(rollout_step, static_argnames="config")
     rollout, other_rollout = sample_again(state, frozen, batch, config, inputs.rollout, inputs.other_rollout)
-    rows = _rows("bare", batch.bare, batch.context, rollout, state, frozen, batch, config, tokenizer)
+    rows = _make_rows("bare", batch.bare, batch.context, rollout, state, frozen, batch, config, tokenizer)
     if batch.other is not None:
-        rows += _rows("other", batch.other, batch.other, other_rollout, state, frozen, batch, config, tokenizer)
+        rows += _make_rows("other", batch.other, batch.other, other_rollout, state, frozen, batch, config, tokenizer)
     rows.sort(key=lambda row: row["loss"] is not None)
     path = folder / f"not_finite_step_{step + 1}.jsonl"
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def _rows(
+def _make_rows(
     view: str, student: Prompts, teacher: Prompts, rollout: Rollout, state, frozen, batch: Batch, config, tokenizer
 ) -> list[dict]:
-    loss_B = _row_losses(state, frozen, student, teacher, rollout, config)
+    loss_B = _compute_row_losses(state, frozen, student, teacher, rollout, config)
     student, teacher, rollout, loss_B, ids = sharding.to_host((student, teacher, rollout, loss_B, batch.row_number_B))
-    reads = [tokenizer.batch_decode(prompts_lib.unpad(prompts)) for prompts in (student, teacher)]
+    texts = [tokenizer.batch_decode(prompts_lib.unpad(prompts)) for prompts in (student, teacher)]
     rows = []
-    for row, (own, teachers) in enumerate(zip(*reads)):
+    for row, (prompt, teacher_prompt) in enumerate(zip(*texts)):
         tokens = rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()
         logprobs = rollout.logprobs_BxT[row][rollout.mask_BxT[row]].tolist()
         rows.append({
-            "loss": _finite(loss_B[row]), "view": view, "row_number": int(ids[row]), "prompt": own,
-            "teacher_prompt": teachers, "response": tokenizer.decode(tokens), "tokens": tokens,
-            "logprobs": [_finite(value) for value in logprobs],
+            "loss": _finite_or_none(loss_B[row]), "view": view, "row_number": int(ids[row]), "prompt": prompt,
+            "teacher_prompt": teacher_prompt, "response": tokenizer.decode(tokens), "tokens": tokens,
+            "logprobs": [_finite_or_none(value) for value in logprobs],
         })  # fmt: skip
     return rows
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _row_losses(state, frozen, student: Prompts, teacher: Prompts, rollout: Rollout, config: StepConfig) -> jax.Array:
-    """KL of student and teacher by row, [B], mean nats per token of the response."""
+def _compute_row_losses(
+    state, frozen, student: Prompts, teacher: Prompts, rollout: Rollout, config: StepConfig
+) -> jax.Array:
+    """Return the KL of student and teacher by row, [B], in mean nats per response token."""
     mask_BxT = rollout.mask_BxT
     batch = Batch(student, teacher, None, jnp.zeros(mask_BxT.shape[0], jnp.int32))
     params, frozen_teacher = student_params(state.params, frozen, config), sharding.bring_to_device(frozen.teacher)
     networks = Networks(params, frozen_teacher, None, config.model, config.teacher_model)
-    loss = dataclasses.replace(config.loss, clip=0.0)  # a clipped loss hides what is infinite
+    loss = dataclasses.replace(config.loss, clip=0.0)  # clipping would hide infinite values
     values_BxT = distillation_values(networks, loss, WeightedBatch(batch, rollout, mask_BxT.astype(jnp.float32)))
     return jnp.sum(values_BxT, axis=1) / jnp.maximum(jnp.sum(mask_BxT, axis=1), 1)
 
 
-def _finite(value) -> float | None:
+def _finite_or_none(value) -> float | None:
     return float(value) if math.isfinite(value) else None

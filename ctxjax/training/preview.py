@@ -1,4 +1,4 @@
-"""What the first training step will read, for a look before the run. Nothing is trained and no workdir is touched."""
+"""Show the first training batch before a run. Nothing is trained, and no workdir is created or changed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from ctxjax.data.pipeline import training_batches
 from ctxjax.evaluation.views import decode
 from ctxjax.inputs.run_inputs import make_sampling_config, open_inputs
 from ctxjax.training import batch_text
-from ctxjax.types import Prompts, map_rows
+from ctxjax.types import Prompts, Rollout, map_rows
 
-ROWS = 2
+ROWS = 2  # rows whose prompts and responses are shown
 
 
-def first_batch(config: Experiment, width: int, colour: bool) -> str:
-    """The run's first batch as text, with the very responses that its first step samples for the first rows."""
+def format_first_batch(config: Experiment, width: int, colour: bool) -> str:
+    """Return the run's first batch as text, in lines of ``width`` columns.
+
+    The responses are those that the run's first step will sample for these rows.
+    """
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, mesh, {})
@@ -37,17 +40,17 @@ def first_batch(config: Experiment, width: int, colour: bool) -> str:
         root, sampling = jax.random.key(config.seed), make_sampling_config(config.rollout, student)
         ways = sharding.batch_ways(mesh)
 
-        def responses(prompts: Prompts, stream: str):
-            few = map_rows(lambda rows: rows[:ROWS], prompts)
-            # In the first batch a row's place is its example id.
+        def sample_first_rows(prompts: Prompts, stream: str) -> Rollout:
+            first_rows = map_rows(lambda rows: rows[:ROWS], prompts)
+            # A row's sampling key derives from its number. In the first batch the number is the row's index.
             key = rng.key_for(root, 0, stream)
-            return decode(student.params, student.config, sampling, few, key, -(-ROWS // ways) * ways, mesh)
+            return decode(student.params, student.config, sampling, first_rows, key, -(-ROWS // ways) * ways, mesh)
 
-        other = None if batch.other is None else responses(batch.other, "retention")
-        rollout = responses(batch.bare, "rollout")
+        other = None if batch.other is None else sample_first_rows(batch.other, "retention")
+        rollout = sample_first_rows(batch.bare, "rollout")
         views = {"bare": batch.bare, "context": batch.context, "other": batch.other}
-        whole = {
+        expanded = {
             name: prompts_lib.expand_prefix(view, student.pad_id) for name, view in views.items() if view is not None
         }
-        pen = batch_text.Pen(student.tokenizer, width, colour)
-        return batch_text.first_batch(pen, batch.replace(**whole), student.stop_ids, rollout, other)
+        formatter = batch_text.Formatter(student.tokenizer, width, colour)
+        return batch_text.format_batch(formatter, batch.replace(**expanded), student.stop_ids, rollout, other)

@@ -1,4 +1,4 @@
-"""A run, from top to bottom: base, arms, evaluation, table."""
+"""A run from top to bottom: open its inputs, evaluate the base, train the arms, write the results."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 import resource
 import time
+from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from ctxjax import sharding
 from ctxjax.config import Experiment
@@ -17,122 +19,191 @@ from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import processes, retry, workdir as workdir_lib
 from ctxjax.inputs.model_folder import ModelFolder
-from ctxjax.inputs.run_inputs import compute_digests, compute_teacher_prefix, open_inputs
-from ctxjax.inputs.teacher_samples import open_teacher_samples, steps_with_samples
+from ctxjax.inputs.run_inputs import Inputs, compute_digests, compute_teacher_prefix, open_inputs
+from ctxjax.inputs.teacher_samples import open_teacher_samples
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
-from ctxjax.training.arm import Arm
-from ctxjax.types import Params
+from ctxjax.training.arm import Arm, Shared
+from ctxjax.types import Params, PrefixKV
 
 
 def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
-    """Trains and evaluates every arm and writes results.json, report.html and a folder for each arm.
+    """Train and evaluate every arm; write results.json, report.html and a folder for each arm.
 
-    ``facts`` (configuration, command, versions) go into run.json. Returns the results by arm. A run that was ended, in
-    whatever way, goes on: arms from their latest checkpoint, and what has been evaluated is not evaluated again.
+    ``facts`` (configuration, command, versions) go into run.json. Return the results by arm. A run that was
+    interrupted resumes: each arm from its latest checkpoint, and finished evaluations are not repeated.
     """
     metrics_lib.check_select(config.eval.select)
     started = time.monotonic()
-    seconds: dict[str, float] = {}
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with workdir_lib.Lock(workdir) as lock, jax.set_mesh(mesh):
-        if (workdir / "config.json").exists():
-            lock.take()
-        inputs = open_inputs(config, mesh, seconds)
-        task, folder, teacher, train_rows, retention = inputs
-        print(_sizes(config, folder, teacher, mesh), flush=True)
-        prefix = compute_teacher_prefix(teacher, train_rows)
-        dev, test = Evaluator.of_splits(config, task, ("dev", "test"), folder, teacher, mesh)
-        print(
-            f"{len(train_rows.rows)} training questions; over-long and dropped: train {train_rows.dropped}, "
-            f"dev {dev.dropped}, test {test.dropped}; rows of data files left "
-            f"out: {format_counts(task.skipped) or 'none'}",
-            flush=True,
-        )
-        lock.take()
-        facts |= {"rows_left_out": dict(task.skipped), "task": task.facts}
-        manifest = workdir_lib.claim(workdir, facts, compute_digests(inputs))
-        code = workdir_lib.select_code_facts(manifest)
+        opened = _open(config, workdir, facts, mesh, lock, started)
+        models, base_on_dev = _evaluate_untrained(opened)
+        arms = _train_arms(opened, base_on_dev)
+        results = _collect_results(models, arms, config)
+        page = _write_results(opened, results)
+    _print_summary(results, opened.seconds, page)
+    return results
 
-        def evaluated(folder: Path, evaluator: Evaluator, params: Params, step: int) -> Evaluation:
-            """The evaluation that lies in the folder, where it is of this step and made by this code, or a new one."""
-            identity = {"step": step} | code
-            found = Evaluation.load(folder, identity)
-            if not processes.ask_first(found is not None):
-                found = evaluator(sharding.bring_to_device(params))
-                found.save(folder, identity)
-            if found is None:
-                raise FileNotFoundError(f"{folder}: the first process sees an evaluation there, and this one does not")
-            return found
 
-        clock = time.monotonic()
-        base = evaluated(workdir / "base", test, folder.params, 0)
-        base_on_dev = evaluated(workdir / "base" / "dev", dev, folder.params, 0)
-        metrics_lib.check_select(config.eval.select, base_on_dev.metrics)
-        seconds["evaluate base"] = time.monotonic() - clock
-        finished, selected, alarms = {"base": base}, {}, {}
-        if teacher is not folder:
-            clock = time.monotonic()
-            (own,) = Evaluator.of_splits(config, task, ("test",), teacher, teacher, mesh)
-            finished["teacher"] = evaluated(workdir / "teacher", own, teacher.params, 0)
-            seconds["evaluate teacher"] = time.monotonic() - clock
-        clock = time.monotonic()
-        samples = open_teacher_samples(config, inputs, workdir, mesh)
-        if samples:
-            seconds["teacher's samples"] = time.monotonic() - clock
-        for name, loss in config.arms.items():
-            clock = time.monotonic()
-            arm = Arm(
-                config,
-                name,
-                loss,
-                folder,
-                teacher,
-                train_rows,
-                retention if loss.mu > 0 else None,
-                prefix,
-                {step: samples[step] for step in steps_with_samples(config, name)},
-                mesh,
-                workdir / name,
-                {"config": manifest["config"], "manifest": {k: manifest[k] for k in manifest.keys() - {"config"}}},
+@dataclasses.dataclass(frozen=True)
+class _OpenRun:
+    """A run whose inputs are open and whose workdir is claimed.
+
+    ``manifest``: what run.json holds. ``started``: time.monotonic() at the start. ``seconds``: part of the run -> its
+    time in seconds, which each phase adds to.
+    """
+
+    config: Experiment
+    workdir: Path
+    mesh: Mesh
+    inputs: Inputs
+    teacher_prefix: PrefixKV | None
+    dev: Evaluator
+    test: Evaluator
+    manifest: dict
+    started: float
+    seconds: dict[str, float]
+
+    def evaluate(self, folder: Path, evaluator: Evaluator, params: Params, taken: int) -> Evaluation:
+        """Return the evaluation stored in ``folder`` if this code made it after ``taken`` steps, else a new one."""
+        identity = {"step": taken} | workdir_lib.select_code_facts(self.manifest)
+        found = Evaluation.load(folder, identity)
+        if not processes.ask_first(found is not None):
+            found = evaluator(sharding.bring_to_device(params))
+            found.save(folder, identity)
+        if found is None:
+            raise FileNotFoundError(
+                f"{folder}: the first process finds an evaluation there, and this process does not; give all processes "
+                "a --workdir that they share"
             )
-            params = arm.train(dev, base_on_dev, started, seconds)
-            finished[name] = evaluated(workdir / name, test, params, config.train.steps)
-            del params
-            step = arm.selected_step
-            if step not in (None, config.train.steps):
-                selected[name] = step, evaluated(workdir / name / "selected", test, arm.params_at(step), step)
-            alarms[name] = arm.alarms.record
-            seconds[name] = time.monotonic() - clock
-        results = _results(finished, config)
-        results |= {name: results[name] | found for name, found in alarms.items()}
-        for name, (step, evaluation) in selected.items():
-            results[name]["selected"] = {"step": step} | evaluation.metrics
-        seconds["total"] = time.monotonic() - started
-        manifest |= {"retries": dict(retry.counts)}
-        manifest |= {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
-        workdir_lib.write_json(workdir / "run.json", manifest)
-        workdir_lib.write_json(workdir / "results.json", results)
-        page = write_report(workdir) if processes.is_first() else None
+        return found
+
+
+class _TrainedArm(NamedTuple):
+    """``evaluation``: of the last step. ``selected``: (step, evaluation) of the checkpoint that is best on dev; None if
+    that is the last step or none was evaluated. ``alarms``: what results.json says of the arm's alarms."""
+
+    evaluation: Evaluation
+    selected: tuple[int, Evaluation] | None
+    alarms: dict
+
+
+def _open(
+    config: Experiment, workdir: Path, facts: dict, mesh: Mesh, lock: workdir_lib.Lock, started: float
+) -> _OpenRun:
+    """Open inputs and evaluators, then claim the workdir. A run that cannot start leaves nothing behind."""
+    if (workdir / "config.json").exists():
+        lock.take()
+    seconds: dict[str, float] = {}
+    inputs = open_inputs(config, mesh, seconds)
+    task, student, teacher, rows, _ = inputs
+    print(_describe_sizes(config, student, teacher, mesh), flush=True)
+    prefix = compute_teacher_prefix(teacher, rows)
+    dev, test = Evaluator.of_splits(config, task, ("dev", "test"), student, teacher, mesh)
+    print(
+        f"{len(rows.rows)} training questions; over-long and dropped: train {rows.dropped}, dev {dev.dropped}, "
+        f"test {test.dropped}; rows of data files left out: {format_counts(task.skipped) or 'none'}",
+        flush=True,
+    )
+    lock.take()
+    facts = facts | {"rows_left_out": dict(task.skipped), "task": task.facts}
+    manifest = workdir_lib.claim(workdir, facts, compute_digests(inputs))
+    return _OpenRun(config, workdir, mesh, inputs, prefix, dev, test, manifest, started, seconds)
+
+
+def _evaluate_untrained(run: _OpenRun) -> tuple[dict[str, Evaluation], Evaluation]:
+    """Evaluate the base, and the teacher if it is another model. Return their evaluations on test by name, and that of
+    the base on dev."""
+    config, (task, student, teacher, _, _) = run.config, run.inputs
+    clock = time.monotonic()
+    models = {"base": run.evaluate(run.workdir / "base", run.test, student.params, 0)}
+    base_on_dev = run.evaluate(run.workdir / "base" / "dev", run.dev, student.params, 0)
+    metrics_lib.check_select(config.eval.select, base_on_dev.metrics)
+    run.seconds["evaluate base"] = time.monotonic() - clock
+    if teacher is not student:
+        clock = time.monotonic()
+        (test,) = Evaluator.of_splits(config, task, ("test",), teacher, teacher, run.mesh)
+        models["teacher"] = run.evaluate(run.workdir / "teacher", test, teacher.params, 0)
+        run.seconds["evaluate teacher"] = time.monotonic() - clock
+    return models, base_on_dev
+
+
+def _train_arms(run: _OpenRun, base_on_dev: Evaluation) -> dict[str, _TrainedArm]:
+    """Train and evaluate the arms one after the other."""
+    clock = time.monotonic()
+    samples = open_teacher_samples(run.config, run.inputs, run.workdir, run.mesh)
+    if samples:
+        run.seconds["teacher's samples"] = time.monotonic() - clock
+    config = run.manifest["config"]
+    record = {"config": config, "manifest": {name: run.manifest[name] for name in run.manifest.keys() - {"config"}}}
+    shared = Shared(run.config, run.inputs, run.teacher_prefix, samples, run.mesh, record)
+    trained = {}
+    for name in run.config.arms:
+        clock = time.monotonic()
+        trained[name] = _train_arm(run, Arm(shared, name, run.workdir / name), run.workdir / name, base_on_dev)
+        run.seconds[name] = time.monotonic() - clock
+    return trained
+
+
+def _train_arm(run: _OpenRun, arm: Arm, folder: Path, base_on_dev: Evaluation) -> _TrainedArm:
+    last, selected = run.config.train.steps, None
+    params = arm.train(run.dev, base_on_dev, run.started, run.seconds)
+    evaluation = run.evaluate(folder, run.test, params, last)
+    del params  # its memory is needed for the selected checkpoint
+    taken = arm.selected_step
+    if taken not in (None, last):
+        selected = taken, run.evaluate(folder / "selected", run.test, arm.read_student(taken), taken)
+    return _TrainedArm(evaluation, selected, arm.alarms.record)
+
+
+def _collect_results(
+    models: dict[str, Evaluation], arms: dict[str, _TrainedArm], config: Experiment
+) -> dict[str, dict]:
+    """Return results.json: metrics by name, with each arm compared to the first one, usually plain OPCD."""
+    results = {name: dict(evaluation.metrics) for name, evaluation in models.items()}
+    results |= {name: arm.evaluation.metrics | {"step": config.train.steps} for name, arm in arms.items()}
+    first, *others = arms
+    for name in others:
+        pair = arms[name].evaluation.outcomes, arms[first].evaluation.outcomes
+        results[name] |= metrics_lib.compare_arms(*pair, first, config.eval.bootstrap)
+    for name, arm in arms.items():
+        results[name] |= arm.alarms
+        if arm.selected is not None:
+            taken, evaluation = arm.selected
+            results[name]["selected"] = {"step": taken} | evaluation.metrics
+    return results
+
+
+def _write_results(run: _OpenRun, results: dict[str, dict]) -> Path | None:
+    """Write run.json, results.json and the report. Return the report's path; None in all processes but the first."""
+    run.seconds["total"] = time.monotonic() - run.started
+    seconds = {name: round(value, 2) for name, value in run.seconds.items()}
+    manifest = run.manifest | {"retries": dict(retry.counts), "seconds": seconds}
+    workdir_lib.write_json(run.workdir / "run.json", manifest)
+    workdir_lib.write_json(run.workdir / "results.json", results)
+    return write_report(run.workdir) if processes.is_first() else None
+
+
+def _print_summary(results: dict[str, dict], seconds: dict[str, float], page: Path | None) -> None:
     print(f"\n{results_table(results)}\n")
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     print(f"peak memory of the host process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     print(f"report: {page}")
-    return results
 
 
-def _sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh) -> str:
-    """What the weights and the optimiser hold, in scalars and in bytes of the whole mesh."""
+def _describe_sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh: Mesh) -> str:
+    """Say how much the weights and the optimiser hold, in scalars and in bytes of the whole mesh."""
     trained = student.params
     if config.lora is not None:
         trained = params_lib.abstract(lora_lib.specs(student.config, config.lora), mesh)
     optimiser = jax.eval_shape(optim.optimizer(config.optim).init, trained)
 
     def count(tree) -> str:
-        return _short(sum(leaf.size for leaf in jax.tree.leaves(tree))).strip()
+        return _shorten(sum(leaf.size for leaf in jax.tree.leaves(tree))).strip()
 
     def size(tree) -> str:
-        return _short(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))) + "B"
+        return _shorten(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))) + "B"
 
     if config.lora is None:
         frozen = {"frozen in the teacher": teacher}
@@ -141,24 +212,12 @@ def _sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh)
     else:
         frozen = {"frozen in the student's base": student, "frozen in the teacher": teacher}
     held = [f"{count(trained)} trained ({size(trained)})"]
-    held += [f"{count(model.params)} {where} ({size(model.params)})" for where, model in frozen.items()]
+    held += [f"{count(model.params)} {role} ({size(model.params)})" for role, model in frozen.items()]
     return f"parameters: {', '.join(held)}; optimiser: {size(optimiser)}"
 
 
-def _short(number: int) -> str:
-    """Three digits and a unit, ready for a "B" behind it: "8.03 G", "21 M", "512 "."""
+def _shorten(number: int) -> str:
+    """Three digits and a unit, to be followed by "B": "8.03 G", "21 M", "512 "."""
     rounded = float(f"{number:.3g}")
     power = min((len(str(int(rounded))) - 1) // 3, 4)
     return f"{rounded / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
-
-
-def _results(finished: dict[str, Evaluation], config: Experiment) -> dict[str, dict]:
-    """Return results.json: the metrics by arm, with each arm compared to the first one, usually plain OPCD."""
-    results = {name: dict(evaluation.metrics) for name, evaluation in finished.items()}
-    first, *others = config.arms
-    for name in config.arms:
-        results[name]["step"] = config.train.steps
-    for name in others:
-        pair = finished[name].outcomes, finished[first].outcomes
-        results[name] |= metrics_lib.compare_arms(*pair, first, config.eval.bootstrap)
-    return results

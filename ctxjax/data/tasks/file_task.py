@@ -13,7 +13,8 @@ from ctxjax.data import splits
 from ctxjax.data.contexts import Contexts, OtherContexts, OtherContextsConfig
 from ctxjax.data.records import Reader, Record, RecordsConfig, hash_text
 from ctxjax.data.task import Row
-from ctxjax.host.hub import data_files
+from ctxjax.host.hub import find_data_files
+from ctxjax.types import bounded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,18 +22,18 @@ class FileTaskConfig(OtherContextsConfig):
     """The fields of every task over files; see configs/base.py. ``*_questions`` limit each split; 0: no limit."""
 
     path: str
-    train_questions: int
-    dev_questions: int
-    test_questions: int
+    train_questions: int = bounded(zero=True)
+    dev_questions: int = bounded(zero=True)
+    test_questions: int = bounded(zero=True)
     records: RecordsConfig = RecordsConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsConfig(FileTaskConfig):
-    """The fields of a task over rows of JSONL, Parquet or CSV files, local or on the Hub (host.hub.data_files)."""
+    """The fields of a task over rows of JSONL, Parquet or CSV files, local or on the Hub (host.hub.find_data_files)."""
 
     test_path: str
-    limit: int
+    limit: int = bounded(zero=True)
 
 
 class Question(NamedTuple):
@@ -88,7 +89,7 @@ class FileTask:
             if is_test and not path:
                 continue
             field = f"{self.section}.{'test_path' if is_test else 'path'}"
-            for file in data_files(path, field):
+            for file in find_data_files(path, field):
                 for record in reader.read(file, config.limit, field):
                     question = self.parse_question(reader, record)
                     if question is not None:

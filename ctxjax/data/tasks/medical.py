@@ -16,6 +16,7 @@ from ctxjax.data.grading import graders
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.records import Reader, Record
 from ctxjax.data.tasks.file_task import FileTask, Question, RowsConfig, list_columns, unwrap_chat
+from ctxjax.types import bounded
 
 LETTERS = "ABCD"
 OPTIONS = ("opa", "opb", "opc", "opd")
@@ -27,7 +28,7 @@ class MedicalConfig(ContextConfig, RowsConfig):
     """See configs/base.py, ``config.medical``."""
 
     ask_format: bool
-    first_label: int
+    first_label: int = bounded(zero=True)
 
 
 class Medical(FileTask):

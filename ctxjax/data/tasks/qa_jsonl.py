@@ -12,6 +12,7 @@ from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.records import Reader, RecordsConfig, hash_text
 from ctxjax.data.task import Row
 from ctxjax.data.tasks.file_task import FileTask, Question
+from ctxjax.types import bounded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class QaConfig(ContextConfig):
     question: str
     reference: str
     grading: str
-    limit: int
+    limit: int = bounded(zero=True)
     dev_questions: int
     test_questions: int
     records: RecordsConfig = RecordsConfig()

@@ -26,6 +26,7 @@ from ctxjax.data.grading.grade import Grade
 from ctxjax.data.records import hash_text
 from ctxjax.data.task import PretrainingRow, Row
 from ctxjax.data.worlds import word_tokenizer
+from ctxjax.types import bounded
 
 LETTERS = "abcdef"
 REPEATS = (1, 2, 3)
@@ -46,12 +47,12 @@ class RulesConfig:
     ``empty_share``: of the base's training rows without a table, the share with an empty context block.
     """
 
-    seed: int
-    context_index: int
+    seed: int = bounded(zero=True)
+    context_index: int = bounded(zero=True)
     train_questions: int
     dev_questions: int
     test_questions: int
-    empty_share: float
+    empty_share: float = bounded(zero=True, at_most=1.0)
 
 
 def vocabulary() -> list[str]:

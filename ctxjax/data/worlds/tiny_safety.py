@@ -31,6 +31,7 @@ from ctxjax.data.records import Reader, RecordsConfig, hash_text
 from ctxjax.data.safety_sets import read_examples
 from ctxjax.data.task import PretrainingRow, Row
 from ctxjax.data.worlds import byte_tokenizer
+from ctxjax.types import bounded
 
 OFFENSIVE = "offensive"
 # Properties that can be asked about, besides the label.
@@ -92,12 +93,12 @@ class TinySafetyConfig:
     """See configs/base.py, ``config.tiny_safety``."""
 
     path: str
-    seed: int
+    seed: int = bounded(zero=True)
     vocabulary: int
     longest: int
-    train_questions: int
-    dev_questions: int
-    test_questions: int
+    train_questions: int = bounded(zero=True)
+    dev_questions: int = bounded(zero=True)
+    test_questions: int = bounded(zero=True)
     records: RecordsConfig = RecordsConfig()
 
 

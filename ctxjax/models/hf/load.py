@@ -30,7 +30,7 @@ FAMILIES = {
 ALIGNMENT = 64  # bytes; a CPU device uses host memory without a copy if it starts at a multiple
 
 
-def family_of(fields: dict, folder: Path) -> Family:
+def find_family(fields: dict, folder: Path) -> Family:
     """Return the family of a config.json's ``model_type``. Raises ValueError if it is not supported."""
     name = fields.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -50,7 +50,7 @@ def read_config(folder: Path, dtype: str = "float32", remat: str = "none") -> Mo
     """Read the architecture from a folder's config.json; ``dtype`` is the one it computes in."""
     fields = read_fields(folder)
     try:
-        config = family_of(fields, folder).config_from_hf(fields)
+        config = find_family(fields, folder).config_from_hf(fields)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json has no field {error}") from None
     except ValueError as error:
@@ -58,7 +58,7 @@ def read_config(folder: Path, dtype: str = "float32", remat: str = "none") -> Mo
     return dataclasses.replace(config, dtype=dtype, remat=remat)
 
 
-def tensor_names(family: Family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
+def list_tensor_names(family: Family, config: ModelConfig) -> dict[tuple[str, ...], tuple[list[str], bool, bool]]:
     """Return parameter path -> (tensor names, whether they are stored transposed, whether layers are stacked)."""
     specs = transformer.param_specs(config)
     paths = {(ours,): ([theirs], flip, False) for ours, (theirs, flip) in TOP_NAMES.items() if ours in specs}
@@ -74,7 +74,7 @@ def _check_tensors(folder: Path, config: ModelConfig, paths: dict, specs: dict) 
     found, problems = safetensors_files.find(folder)
     expected = {}
     for path, (tensors, flip, stacked) in paths.items():
-        shape = leaf(specs, path).shape
+        shape = get_leaf(specs, path).shape
         shape = shape[1:] if stacked else shape
         expected |= dict.fromkeys(tensors, tuple(reversed(shape)) if flip else shape)
     repeated = {"lm_head.weight"} if config.tied_embeddings else set()
@@ -94,7 +94,7 @@ def _check_tensors(folder: Path, config: ModelConfig, paths: dict, specs: dict) 
     return found
 
 
-def leaf(tree: dict, path: tuple[str, ...]):
+def get_leaf(tree: dict, path: tuple[str, ...]):
     """Return the value at ``path`` in a nested dict."""
     for name in path:
         tree = tree[name]
@@ -107,15 +107,15 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     Raises ValueError or FileNotFoundError, with every problem in one message.
     """
     folder = Path(folder)
-    family = family_of(read_fields(folder), folder)
+    family = find_family(read_fields(folder), folder)
     specs = transformer.param_specs(config)
-    paths = tensor_names(family, config)
+    paths = list_tensor_names(family, config)
     stored = _check_tensors(folder, config, paths, specs)
     shardings = params_lib.shardings(specs, mesh)
 
     def make_shard(tensors, flip, stacked, index, shape):
         """Assemble one shard on the host: the part ``index`` of every tensor of ``tensors``."""
-        part = _aligned(shape, dtype)
+        part = _allocate(shape, dtype)
         layers, rest = (range(len(tensors))[index[0]], index[1:]) if stacked else ([0], index)
         for target, layer in zip(part if stacked else [part], layers):
             piece = stored[tensors[layer]].read(tuple(reversed(rest)) if flip else rest)
@@ -125,7 +125,7 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
     params: dict = {"layers": {}}
     for path, names_and_layout in paths.items():
         make = functools.partial(make_shard, *names_and_layout)
-        leaf(params, path[:-1])[path[-1]] = _sharded(leaf(specs, path).shape, leaf(shardings, path), make)
+        get_leaf(params, path[:-1])[path[-1]] = _assemble(get_leaf(specs, path).shape, get_leaf(shardings, path), make)
     _check_values(folder, params, paths)
     return params
 
@@ -136,7 +136,7 @@ def _check_values(folder: Path, params: Params, paths: dict) -> None:
     Such files were damaged, or saved by a run that diverged. Reads the weights once, on their devices.
     """
     stacked = frozenset(".".join(path) for path, (_, _, is_stacked) in paths.items() if is_stacked)
-    finite = jax.device_get(_finite({".".join(path): leaf(params, path) for path in paths}, stacked))
+    finite = jax.device_get(_are_finite({".".join(path): get_leaf(params, path) for path in paths}, stacked))
     bad = []
     for path, (tensors, _, _) in paths.items():
         good = np.atleast_1d(finite[".".join(path)])
@@ -147,7 +147,7 @@ def _check_values(folder: Path, params: Params, paths: dict) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="stacked")
-def _finite(arrays: dict[str, jax.Array], stacked: frozenset[str]) -> dict[str, jax.Array]:
+def _are_finite(arrays: dict[str, jax.Array], stacked: frozenset[str]) -> dict[str, jax.Array]:
     """Return whether all values of each array are finite; for a stacked array, by layer."""
     return {
         name: jnp.all(jnp.isfinite(array), axis=tuple(range(name in stacked, array.ndim)))
@@ -155,7 +155,7 @@ def _finite(arrays: dict[str, jax.Array], stacked: frozenset[str]) -> dict[str, 
     }
 
 
-def _sharded(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) -> jax.Array:
+def _assemble(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) -> jax.Array:
     """Build the array whose shards are ``make(index, shard's shape)``, one after the other; replicas are made once."""
     replicas: dict[str, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -169,7 +169,7 @@ def _sharded(shape: tuple[int, ...], sharding: NamedSharding, make: Callable) ->
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _allocate(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Allocate an array that a CPU device uses without a copy."""
     size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)

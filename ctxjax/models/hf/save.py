@@ -81,7 +81,7 @@ def save(
     dtype = params["embedding"].dtype.name
     with new_folder(Path(folder)) as partial:
         save_weights(partial, params, config, family)
-        write_json(partial / "config.json", with_dtype(family.config_to_hf(config) | generation, dtype))
+        write_json(partial / "config.json", set_dtype(family.config_to_hf(config) | generation, dtype))
         write_json(partial / "generation_config.json", generation)
         tokenizer.save_pretrained(partial)
 
@@ -90,7 +90,7 @@ def write_json(path: Path, fields: dict) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def with_dtype(fields: dict, dtype: str) -> dict:
+def set_dtype(fields: dict, dtype: str) -> dict:
     """Return a config.json's fields with ``dtype`` in the field that names it, ``dtype`` or ``torch_dtype`` of old."""
     names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["torch_dtype"]
     return fields | dict.fromkeys(names, dtype)
@@ -110,7 +110,7 @@ def save_weights(
     Raises OSError if the disk is too small, before anything is written if the free space shows it.
     """
     tensors = {}
-    for (*_, name), (theirs, flip, stacked) in hf_load.tensor_names(family, config).items():
+    for (*_, name), (theirs, flip, stacked) in hf_load.list_tensor_names(family, config).items():
         tree = params["layers"] if stacked else params
         for layer, tensor in enumerate(theirs):
             tensors[tensor] = _tensor(tree, name, layer if stacked else None, flip, dtype)
@@ -135,7 +135,7 @@ def save_adapter(
     folder: Path, adapter: Params, model: ModelConfig, config: LoraConfig, family, base: str, dtype: str | None = None
 ) -> None:
     """Write an adapter in PEFT's format, for the model folder or Hub id ``base``."""
-    names, tensors = hf_load.tensor_names(family, model), {}
+    names, tensors = hf_load.list_tensor_names(family, model), {}
     for target in config.targets:
         for part in "ab":
             for layer, name in enumerate(names["layers", target][0]):
