@@ -75,7 +75,7 @@ def evaluate(config: ConfigDict, split: str):
     from ctxjax.evaluation.evaluator import Evaluator
     from ctxjax.inputs.model_folder import open_folder
 
-    experiment = config_lib.experiment(config, jax.device_count())
+    experiment = config_lib.experiment(config, jax.device_count(), trains=False)
     task_config = experiment.task_config
     if hasattr(task_config, "required"):
         task_config = dataclasses.replace(task_config, required=False)

@@ -86,7 +86,7 @@ def _read_experiment(workdir: Path, stored: dict) -> Experiment:
     """Return the run's configuration for one device: an export does not need the mesh of the training."""
     one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 0}}
     try:
-        return config_lib.experiment(ConfigDict(stored | one_device), device_count=1)
+        return config_lib.experiment(ConfigDict(stored | one_device), device_count=1, trains=False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{workdir}/config.json does not fit this version of ctxjax: {error}") from None
 
