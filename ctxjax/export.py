@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ctxjax import config as config_lib, sharding
 from ctxjax.config import Experiment
 from ctxjax.data.tasks import TASKS
-from ctxjax.host import command, workdir as workdir_lib
+from ctxjax.host import command, memory, workdir as workdir_lib
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
 from ctxjax.models import lora, params as params_lib, transformer
@@ -128,6 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
         arm, step = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
     except (OSError, ValueError) as error:
         print(f"ctxjax.export: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        remedy = "export in the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.export ..."
+        print(f"ctxjax.export: {memory.describe_exhaustion(error)}; {remedy}", file=sys.stderr)
         return 2
     print(f"{out}: {arm}, step {step}")
     return 0

@@ -20,8 +20,12 @@ from ctxjax.host import processes, redact
 from ctxjax.host.checksum import compute_digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# Fields that may change when a run is resumed: where it computes and how often it saves, not what it computes.
-CHANGEABLE = ("mesh", "cpu_devices", "compile_cache", "train.save_every", "train.keep")
+# Fields that may change when a run is resumed: where it computes, in how much memory, and how often it saves, not what
+# it computes.
+CHANGEABLE = (
+    "mesh", "cpu_devices", "compile_cache", "model.remat", "rollout.weights", "train.micro_batches", "train.save_every",
+    "train.keep",
+)  # fmt: skip
 FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
 
 
