@@ -62,6 +62,31 @@ def test_a_run_may_move_to_another_mesh_and_may_not_become_another(tmp_path, fac
         workdir.check_workdir(tmp_path, config)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps", "reason"),
+    [
+        ("constant", 250, None),
+        ("constant", 150, r"train.steps: 200 -> 150 \(a run can be made longer, not shorter\)$"),
+        (
+            "cosine",
+            250,
+            r"200 -> 250 \(the rate of optim.schedule = 'cosine' depends on it; only .*constant",
+        ),
+    ],
+)
+def test_a_run_may_become_longer_if_its_first_steps_stay_the_same(schedule, steps, reason, tmp_path, facts):
+    facts["config"]["optim"]["schedule"] = schedule
+    workdir.claim(tmp_path, facts, {})
+    config = json.loads(json.dumps(facts["config"]))
+    config["train"]["steps"] = steps
+    if reason is None:
+        workdir.check_workdir(tmp_path, config)
+        config["seed"] = 7
+        reason = r"another configuration[^\n]*\n  seed: 0 -> 7$"
+    with pytest.raises(ValueError, match=reason):
+        workdir.check_workdir(tmp_path, config)
+
+
 def test_other_inputs_under_the_same_names_are_refused_and_nothing_changes(tmp_path, facts):
     workdir.claim(tmp_path, facts, {"model": "aa", "rows": {"train": "bb", "dev": "cc"}})
     before = (tmp_path / "run.json").read_bytes()
