@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     # Dtype of activations and matrix products: "float32", "bfloat16", or "auto" (bfloat16 on accelerators, float32 on
     # CPUs).
     config.model.dtype = "auto"
-    config.model.param_dtype = "float32"  # dtype of the weights; adapters are always float32
+    # Dtype of the weights in memory. "bfloat16" only for weights that are not trained: with an adapter, or to evaluate.
+    # What is trained, its moments and its moving average are float32; model.dtype may be bfloat16 all the same.
+    config.model.param_dtype = "float32"
     # Attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or "auto": the
     # kernel of the platform if there is one and the model computes in bfloat16, otherwise the reference. Speed:
     # benchmarks/README.md (accelerator.py); what was checked: ctxjax/models/kernels.py.
@@ -139,7 +141,7 @@ def get_config() -> ConfigDict:
     config.optim = ConfigDict()
     config.optim.lr = 5e-6  # peak learning rate
     config.optim.schedule = "constant"  # or "cosine", to 0 at the last step
-    config.optim.warmup_steps = 0  # steps in which the rate rises from 0
+    config.optim.warmup_steps = 0  # steps in which the rate rises linearly; the last of them has the peak rate
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.weight_decay = 0.01

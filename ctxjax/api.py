@@ -78,13 +78,14 @@ def generate(
     ``params``: used in place of the folder's parameters, for example those of a trained student. ``temperature`` 0 is
     greedy. The randomness of row i depends only on (seed, i). In a question or a context, control tokens such as
     <|im_end|> are read as text; responses are returned without them. ``placement``, ``thinking``: see
-    prompts.PromptConfig.
+    prompts.PromptConfig. Raises ValueError if a prompt and its response have more tokens than the model has positions.
     """
     rows = [Row(str(index), question, context, "") for index, question in enumerate(questions)]
     if not rows:
         return []
     params = model.params if params is None else params
     tokens = prompts_lib.encode(model.tokenizer, rows, PromptConfig(placement=placement, thinking=thinking))
+    model.check_prompts(tokens, max_tokens, "max_tokens")
     prefix = prompts_lib.choose_shared_prefix(tokens)
     prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id, prefix)
     sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)

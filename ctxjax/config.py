@@ -8,7 +8,6 @@ between fields.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any
 
@@ -26,7 +25,7 @@ from ctxjax.distill.optim import SCHEDULES, OptimConfig
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
-from ctxjax.sharding import DECODE_RULES, check_divisible, suggest_mesh
+from ctxjax.sharding import DECODE_RULES, MeshConfig, check_divisible, fit_mesh
 from ctxjax.types import bounded
 
 
@@ -71,16 +70,6 @@ class BaseConfig:
     head_dim: int
     mlp_width: int = bounded(at_most=262144)
     rope_theta: float
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Number of devices along each mesh axis, and of slices that the first axis spans; see sharding.make_mesh."""
-
-    data: int = bounded(negative=True)
-    fsdp: int = bounded(negative=True)
-    tensor: int = bounded(negative=True)
-    slices: int = bounded(0, zero=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +148,10 @@ class Experiment:
 
 _SECTIONS = {
     "": (RunConfig,),
-    "model": (ModelSource,), "teacher": (TeacherSource, DecodeConfig), "lora": (LoraConfig,),
+    "model": (ModelSource,), "rollout": (DecodeConfig,), "teacher": (TeacherSource, DecodeConfig),
+    "lora": (LoraConfig,),
     "base": (BaseConfig,), "teacher_base": (BaseConfig,),
-    "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,), "loss": (LossConfig,),
+    "mesh": (MeshConfig,), "prompt": (PromptConfig,), "loss": (LossConfig,),
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
     "records": (RecordsConfig,),
 }  # fmt: skip
@@ -170,10 +160,11 @@ _MADE = {  # taken from other sections
 }  # fmt: skip
 
 
-def experiment(config: ConfigDict, device_count: int) -> Experiment:
+def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Experiment:
     """Check a run's configuration and convert it to an Experiment.
 
-    Raises ValueError with the field, its value, and what would be right.
+    ``trains``: False for a command that does not train. Raises ValueError with the field, its value, and what would be
+    right.
     """
     sections = _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}
     config = ConfigDict(check_fields(config, sections, _MADE))
@@ -207,7 +198,7 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         lora=_make_lora(config.lora),
         base=BaseConfig(**config.base),
         teacher_base=BaseConfig(**config.teacher_base),
-        mesh=_make_mesh(config.mesh, device_count),
+        mesh=fit_mesh(config.mesh.to_dict(), device_count),
         prompt=prompt,
         rollout=rollout,
         optim=optim,
@@ -217,6 +208,12 @@ def experiment(config: ConfigDict, device_count: int) -> Experiment:
         arms=_make_arms(config, rollout.temperature),
     )
     _check_model(result)
+    if trains and result.lora is None and result.model.param_dtype != "float32":
+        raise ValueError(
+            f"model.param_dtype = {result.model.param_dtype!r} and lora.rank = 0: these weights are trained, and their "
+            "updates, often 5e-6, would round away; use model.param_dtype=float32 with model.dtype=bfloat16, which "
+            "computes in bfloat16 all the same, or an adapter: lora.rank=16. teacher.param_dtype may be bfloat16"
+        )
     ways = result.mesh.data * result.mesh.fsdp
     rows = {"train.batch_size": train.batch_size, "eval.batch_size": result.eval.batch_size}
     rows["train.retention_rows"] = train.retention_rows
@@ -299,24 +296,6 @@ def _make_lora(config: ConfigDict) -> LoraConfig | None:
         one_of("lora.targets", target, TARGETS)
     require(0 < len(targets) == len(set(targets)), "lora.targets", targets, "at least one matrix, each named once")
     return LoraConfig(config.rank, config.alpha, targets) if config.rank else None
-
-
-def _make_mesh(config: ConfigDict, device_count: int) -> MeshConfig:
-    sizes = config.to_dict()
-    slices = sizes.pop("slices")
-    given, open_axes = dict(sizes), [axis for axis, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh = {sizes}: sizes are positive, and at most one is -1 (all devices that remain)")
-    if open_axes:
-        sizes[open_axes[0]] = max(device_count // fixed, 1)
-    if math.prod(sizes.values()) != device_count:
-        raise ValueError(
-            f"mesh = {sizes} needs {math.prod(sizes.values())} devices, and there are {device_count}; "
-            f"{suggest_mesh(given, device_count)}"
-        )
-    check_divisible("mesh.data", sizes["data"], max(slices, 1), "mesh.slices")
-    return MeshConfig(**sizes, slices=slices)
 
 
 def _check_model(config: Experiment) -> None:

@@ -75,7 +75,7 @@ def evaluate(config: ConfigDict, split: str):
     from ctxjax.evaluation.evaluator import Evaluator
     from ctxjax.inputs.model_folder import open_folder
 
-    experiment = config_lib.experiment(config, jax.device_count())
+    experiment = config_lib.experiment(config, jax.device_count(), trains=False)
     task_config = experiment.task_config
     if hasattr(task_config, "required"):
         task_config = dataclasses.replace(task_config, required=False)
@@ -96,6 +96,17 @@ def evaluate(config: ConfigDict, split: str):
             flush=True,
         )
         return evaluator(folder.params), {"task": task.facts, "split": split, "rows_left_out": dict(task.skipped)}
+
+
+def suggest_less_memory(config: ConfigDict, device_count: int) -> str:
+    """Return what to try if an evaluation with this configuration ran out of memory."""
+    from ctxjax import config as config_lib
+
+    mesh = config_lib.experiment(config, device_count, trains=False).mesh
+    half = config.eval.batch_size // 2 // (mesh.data * mesh.fsdp) * mesh.data * mesh.fsdp
+    flags = [f"--config.eval.batch_size={half}"] * (half > 0)
+    flags += ["--config.model.param_dtype=bfloat16"] * (config.model.param_dtype == "float32")
+    return f"Repeat the command with one of these: {', '.join(flags)}" if flags else "Take more devices"
 
 
 def _format_readable(metrics: dict) -> str:
@@ -124,7 +135,11 @@ def command_line() -> None:
         flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "The questions to ask."),
         flags.DEFINE_string("out", None, "Folder to write; must not exist."),
     )
-    command.run(lambda _: main(config.value, *(option.value for option in options)), config)
+    command.run(
+        lambda _: main(config.value, *(option.value for option in options)),
+        config,
+        lambda: suggest_less_memory(config.value, jax.device_count()),
+    )
 
 
 if __name__ == "__main__":

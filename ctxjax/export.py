@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from ctxjax import config as config_lib, sharding
 from ctxjax.config import Experiment
 from ctxjax.data.tasks import TASKS
-from ctxjax.host import command, workdir as workdir_lib
+from ctxjax.host import command, memory, workdir as workdir_lib
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
 from ctxjax.models import lora, params as params_lib, transformer
@@ -98,7 +98,7 @@ def _read_experiment(workdir: Path, stored: dict) -> Experiment:
     """Return the run's configuration for one device: an export does not need the mesh of the training."""
     one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 0}}
     try:
-        return config_lib.experiment(ConfigDict(stored | one_device), device_count=1)
+        return config_lib.experiment(ConfigDict(stored | one_device), device_count=1, trains=False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{workdir}/config.json does not fit this version of ctxjax: {error}") from None
 
@@ -140,6 +140,12 @@ def main(arguments: list[str] | None = None) -> int:
         arm, step = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
     except (OSError, ValueError) as error:
         print(f"ctxjax.export: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        remedy = "export in the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.export ..."
+        print(f"ctxjax.export: {memory.describe_exhaustion(error)}; {remedy}", file=sys.stderr)
         return 2
     print(f"{out}: {arm}, step {step}")
     return 0

@@ -60,15 +60,23 @@ def main(_) -> None:
     run.run(experiment, place, facts)
 
 
+def _suggest_less_memory() -> str:
+    from ctxjax import config
+    from ctxjax.plan import remedies
+
+    mesh = config.experiment(_CONFIG.value, jax.device_count()).mesh
+    return remedies.suggest_less_memory(_CONFIG.value, mesh.data * mesh.fsdp)
+
+
 def command_line() -> None:
     """Run the command.
 
-    Bad input and a disk that is full or read-only end it with one message and exit code 2, without a traceback. An
-    alarm that stops the run (config.alarms.stop) ends it with one message and exit code 3. SIGTERM ends it with
-    preemption.EXIT_CODE; the same command then resumes the run.
+    Bad input, a disk that is full or read-only, and memory that does not suffice end it with one message and exit code
+    2, without a traceback. An alarm that stops the run (config.alarms.stop) ends it with one message and exit code 3.
+    SIGTERM ends it with preemption.EXIT_CODE; the same command then resumes the run.
     """
     try:
-        command.run(main, _CONFIG)
+        command.run(main, _CONFIG, _suggest_less_memory)
     except preemption.Preempted:
         print(preemption.MESSAGE, file=sys.stderr)
         sys.exit(preemption.EXIT_CODE)

@@ -11,6 +11,7 @@ name, and does not just run slowly.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from ctxjax.types import map_rows
+from ctxjax.types import bounded, map_rows
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -38,6 +39,16 @@ WEIGHT_RULES = {
 # Sharding of weights during decoding. "gathered": all-gather ``embed`` once before the first token; every device then
 # holds its ``tensor`` shard of a whole copy of the model. "stored": all-gather for every token.
 DECODE_RULES = {"gathered": WEIGHT_RULES | {"embed": None}, "stored": WEIGHT_RULES}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices along each mesh axis, and of slices that the first axis spans; see ``make_mesh``."""
+
+    data: int = bounded(negative=True)
+    fsdp: int = bounded(negative=True)
+    tensor: int = bounded(negative=True)
+    slices: int = bounded(0, zero=True)
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | None = None, slices: int = 0) -> Mesh:
@@ -216,3 +227,23 @@ def suggest_mesh(sizes: dict[str, int], device_count: int) -> str:
         if sizes[axis] != -1 and below + above:
             return f"use mesh.{axis} = {' or '.join(map(str, below + above))}"
     return "mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 fits any number"
+
+
+def fit_mesh(sizes: dict[str, int], device_count: int) -> MeshConfig:
+    """Return the mesh of ``device_count`` devices with these ``sizes`` by field of MeshConfig, of which one may be -1:
+    all devices that remain. Raises ValueError if they do not fit, with sizes that would."""
+    sizes = dict(sizes)
+    slices = sizes.pop("slices")
+    given, open_axes = dict(sizes), [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh = {sizes}: sizes are positive, and at most one is -1 (all devices that remain)")
+    if open_axes:
+        sizes[open_axes[0]] = max(device_count // fixed, 1)
+    if math.prod(sizes.values()) != device_count:
+        raise ValueError(
+            f"mesh = {sizes} needs {math.prod(sizes.values())} devices, and there are {device_count}; "
+            f"{suggest_mesh(given, device_count)}"
+        )
+    check_divisible("mesh.data", sizes["data"], max(slices, 1), "mesh.slices")
+    return MeshConfig(**sizes, slices=slices)

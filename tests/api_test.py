@@ -63,6 +63,12 @@ def test_other_parameters_answer_through_the_same_folder(model):
     )
 
 
+def test_a_response_beyond_the_models_positions_is_refused(model):
+    message = r"max_tokens = 2040 are together more than the model's 2048 positions .*; lower max_tokens"
+    with pytest.raises(ValueError, match=message):
+        ctxjax.generate(model, QUESTIONS, CONTEXT, max_tokens=2040)
+
+
 def test_no_questions_no_answers(model):
     assert ctxjax.generate(model, []) == []
 

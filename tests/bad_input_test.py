@@ -72,6 +72,7 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
         ("prompt.placement", "suffix", "prompt.placement = 'suffix' is not known; choose from prefix, system, user"),
         ("prompt.date", "", "prompt.date = '' is not a date such as '26 Jul 2024'"),
         ("prompt.date", "today", "prompt.date = 'today' is not a date"),
+        ("model.param_dtype", "bfloat16", "model.param_dtype = 'bfloat16' .* lora.rank = 0.*model.dtype=bfloat16"),
         ("teacher.param_dtype", "int8", "teacher.param_dtype = 'int8' is not known"),
         ("mesh", {"tensor": 3}, "needs 6 devices, and there are 8; use mesh.tensor = 2 or 4$"),
         ("mesh", {"tensor": 16}, "needs 16 devices, and there are 8; use mesh.tensor = 8$"),
@@ -99,6 +100,16 @@ def test_a_bad_value_is_named_with_what_would_be_right(field, value, message):
     config.update_from_flattened_dict(values)
     with pytest.raises(ValueError, match=message):
         config_lib.experiment(config, device_count=8)
+
+
+def test_frozen_weights_may_be_bfloat16():
+    config = tiny.get_config()
+    config.teacher.param_dtype = "bfloat16"
+    config_lib.experiment(config, device_count=8)
+    config.model.param_dtype = "bfloat16"
+    config_lib.experiment(config, device_count=8, trains=False)
+    config.lora.rank = 4
+    config_lib.experiment(config, device_count=8)
 
 
 @pytest.mark.parametrize("name", ["base", "teacher"])

@@ -93,6 +93,7 @@ def test_the_command_writes_results_and_responses_and_prints_a_table(folder, que
         ("task", "chess", "task = 'chess' is not known; choose from"),
         ("math.context_file", "none.txt", "context file none.txt does not exist"),
         ("math.path", "none.jsonl", "data file 'none.jsonl' does not exist; set math.path"),
+        ("rollout.max_tokens", 2040, "rollout.max_tokens = 2040 are together more than the model's 2048 positions"),
         ("math.test_questions", -1, "math.test_questions = -1 must be 0 or more"),
     ],
 )

@@ -325,6 +325,8 @@ def test_tensors_that_repeat_others_are_passed_over(folder, tiny_model, mesh):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
     save_file(tensors, folder / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, load(folder, tiny_model, mesh), expected)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, folder / "model.safetensors")
     tied = dataclasses.replace(tiny_model, tied_embeddings=True)
     assert "head" not in load(folder, tied, mesh)
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import re
 
 import nbclient
 import nbformat
@@ -43,3 +44,18 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     assert "A tiny base is trained instead" in printed and "memory of a chip" in printed
     assert "opcd_anchored, step 2" in printed and printed.count("without: ") == 8
     assert (tmp_path / "run" / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("devices", "extra"),
+    [
+        ("/dev/null /dev/vfio/vfio /dev/accel /dev/nvidiactl", ""),  # a CPU, with drivers
+        ("/dev/null /dev/accel0 /dev/accel1", "[tpu]"),
+        ("/dev/null /dev/vfio/vfio /dev/vfio/0", "[tpu]"),
+        ("/dev/nvidia0 /dev/nvidiactl /dev/vfio/3", "[cuda]"),
+    ],
+)
+def test_it_installs_what_the_machine_needs(devices, extra, notebook):
+    (source,) = (cell.source for cell in notebook.cells if "pip install" in cell.source)
+    (line,) = (line for line in source.splitlines() if line.lstrip().startswith("extra = "))
+    assert eval(line.partition("=")[2], {"re": re, "devices": devices}) == extra and '".{extra}"' in source

@@ -225,6 +225,13 @@ def test_the_plan_of_a_world_for_local_devices(small):
         run.plan(small, None, 8, "nope")
 
 
+def test_a_step_longer_than_the_models_positions_is_not_planned(small):
+    long = small.copy_and_resolve_references()
+    long.rollout.max_tokens = 2040
+    with pytest.raises(ValueError, match=r"rollout.max_tokens = 2040 are together more than a model's 2048 positions"):
+        run.plan(long, None, 8)
+
+
 def test_the_command_answers_bad_input_in_one_line(tmp_path):
     command = [sys.executable, "-m", "ctxjax.plan", "--config=configs/llama3.py", "--topology=v5e:5x5"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

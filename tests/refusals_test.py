@@ -220,6 +220,11 @@ CASES = {
     "head too small": (calls("json", "config.json", vocab_size=5), "wrong shape|but the head only 5 rows"),
     "end beyond the head": (calls("json", "generation_config.json", eos_token_id=999), "fix eos_token_id"),
     "end is no id": (calls("json", "generation_config.json", eos_token_id="</s>"), "must be an id or a list of ids"),
+    "bfloat16 weights to train": (setting(model__param_dtype="bfloat16"), "these weights are trained.*lora.rank=16"),
+    "fewer positions than tokens": (
+        calls("json", "config.json", max_position_embeddings=24),
+        r"a prompt of \d+ tokens and rollout.max_tokens = 19 are together more than the model's 24 positions",
+    ),
     "prompts too long": (setting(prompt__max_bare_tokens=1), "more than prompt.max_bare_tokens = 1; raise the limit"),
     # --- the workdir ---
     "workdir is a file": (written("run", b"thesis"), "run exists and is not a run's folder|is not a folder"),

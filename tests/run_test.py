@@ -395,6 +395,20 @@ def test_a_resumed_run_learns_from_the_stored_samples(sampled, cache, tmp_path):
     assert read_response_lengths(tmp_path / "sft") == [1.0, 1.0]
 
 
+def test_a_finished_run_that_is_made_longer_is_the_run_of_all_steps(cache, tmp_path):
+    config = make_off_policy_config(cache)
+    config.run_arms, config.arms.opcd.off_policy_steps = ("opcd",), 2
+    config.optim.schedule, config.train.steps = "constant", 1
+    run_once(config, tmp_path / "grown")
+    config.train.steps = 3
+    whole, grown = (run_once(config, tmp_path / name) for name in ("whole", "grown"))
+    assert json.loads(json.dumps(grown)) == json.loads(json.dumps(whole)) and grown["opcd"]["step"] == 3
+    files = [(tmp_path / name / teacher_samples.FILE).read_text() for name in ("whole", "grown")]
+    assert files[0] == files[1] and len(files[0].splitlines()) == 2 * 8
+    written = read_rows(tmp_path / "grown" / "opcd" / "metrics.jsonl")
+    assert [row["step"] for row in written if "loss" in row] == [1, 2, 3]
+
+
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
     """The folder of a wider base model."""

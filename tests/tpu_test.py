@@ -137,6 +137,38 @@ def test_a_bad_setting_is_named(name, arguments, settings, message):
     assert done.returncode == 2 and message in done.stderr and "gcloud" not in done.stdout
 
 
+def submit(folder: Path, code: int) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Run slurm.sbatch as Slurm runs it, with a run that ends with ``code``. Return (result, Slurm's commands)."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "activate").touch()
+    for name, end in (("srun", code), ("scontrol", 0)):
+        (bin_folder / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {folder}/calls\nexit {end}\n')
+        (bin_folder / name).chmod(0o755)
+    settings = {"VENV": str(folder), "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NAME": "ctxjax"}
+    done = script("slurm.sbatch", "--config=c", "--workdir=w", PATH=f"{bin_folder}:{os.environ['PATH']}", **settings)
+    return done, (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False)])
+def test_a_slurm_job_that_saved_its_state_is_queued_again(code, requeued, tmp_path):
+    done, calls = submit(tmp_path, code)
+    assert done.returncode == code, done.stderr
+    assert calls[0].endswith("python -m ctxjax.main --config=c --workdir=w")
+    assert calls[1:] == ["scontrol requeue 7"] * requeued
+
+
+def test_a_task_that_ends_with_75_does_not_get_the_others_killed(tmp_path):
+    """srun ends with the largest exit code; that of a killed task is 137, after which nothing would be queued again."""
+    assert "--kill-on-bad-exit=0" in submit(tmp_path, 0)[1][0]  # 0 also where the cluster's default is 1
+
+
+def test_a_slurm_jobs_log_needs_no_folder_and_survives_the_requeue():
+    options = [line.split()[1] for line in (SCRIPTS / "slurm.sbatch").read_text().splitlines() if "#SBATCH -" in line]
+    (output,) = (option.removeprefix("--output=") for option in options if option.startswith("--output="))
+    assert "/" not in output and "--open-mode=append" in options and "--requeue" in options
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say():
     files = [str(path) for path in sorted(SCRIPTS.iterdir()) if path.suffix in (".sh", ".sbatch")]

@@ -29,6 +29,7 @@ from ctxjax.distill.train_step import (
     update_step,
 )
 from ctxjax.models import transformer
+from ctxjax.models.lora import LoraConfig
 from ctxjax.sharding import bring_to_device, make_mesh, offload_to_host, put_batch
 from ctxjax.types import Batch, Frozen, Rollout, TrainState
 
@@ -306,6 +307,17 @@ def test_an_average_starts_as_a_copy_and_keeps_its_place_on_the_mesh(fields, con
     assert "anchor" in metrics
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_what_is_trained_its_moments_and_its_average_are_float32(kind, config, make_params, mesh):
+    """In bfloat16 an update of 5e-6 would round away. Frozen weights may have it, under an adapter too."""
+    rank = LoraConfig(2, 4.0, ("q", "down")) if kind == "bfloat16" else None
+    own = dataclasses.replace(config, lora=rank, loss=dataclasses.replace(config.loss, teacher="ema"))
+    params = jax.tree.map(lambda leaf: leaf.astype(kind), make_params(config.model, 0, mesh))
+    state = init_state(params, own, jax.random.key(0))
+    numbers = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)) if leaf.ndim]
+    assert numbers and {leaf.dtype.name for leaf in numbers} == {"float32"}
+
+
 # --- Whose responses ---
 
 
@@ -412,12 +424,20 @@ def test_without_warm_up_the_first_step_has_the_full_rate(schedule):
 
 def test_the_constant_rate_rises_to_its_value_and_stays():
     rate = optim.schedule(OptimConfig(lr=1e-3, steps=10, schedule="constant", warmup_steps=4))
-    np.testing.assert_allclose([rate(step) for step in (0, 2, 4, 50)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6)
+    wanted = [2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3]  # no step is without a rate: its rollouts would be wasted
+    np.testing.assert_allclose([rate(step) for step in (0, 1, 3, 4, 50)], wanted, rtol=1e-6)
 
 
 def test_the_cosine_rate_rises_and_falls_to_zero_at_the_last_step():
     rate = optim.schedule(OptimConfig(lr=1e-3, steps=10, schedule="cosine", warmup_steps=4))
-    np.testing.assert_allclose([rate(step) for step in (0, 2, 4, 7, 10, 50)], [0, 5e-4, 1e-3, 5e-4, 0, 0], atol=1e-9)
+    wanted = [2.5e-4, 5e-4, 1e-3, 5e-4, 0, 0]
+    np.testing.assert_allclose([rate(step) for step in (0, 1, 3, 6.5, 10, 50)], wanted, atol=1e-9)
+    assert rate(9) > 0
+
+
+@pytest.mark.parametrize("schedule", sorted(optim.SCHEDULES))
+def test_one_step_of_warm_up_has_the_full_rate(schedule):
+    assert optim.schedule(OptimConfig(lr=1e-3, steps=10, schedule=schedule, warmup_steps=1))(0) == pytest.approx(1e-3)
 
 
 def test_the_gradient_is_clipped_by_its_norm_before_adam():

@@ -55,9 +55,35 @@ def test_a_run_may_move_to_another_mesh_and_may_not_become_another(tmp_path, fac
     workdir.claim(tmp_path, facts, {})
     config = json.loads(json.dumps(facts["config"]))
     config["mesh"]["tensor"], config["train"]["keep"], config["cpu_devices"] = 2, 5, 1
+    config["train"]["micro_batches"], config["model"]["remat"], config["rollout"]["weights"] = 2, "full", "stored"
     workdir.check_workdir(tmp_path, config)
     config["train"]["batch_size"] = 64
     with pytest.raises(ValueError, match=r"another configuration(.|\n)*  train.batch_size: 32 -> 64$"):
+        workdir.check_workdir(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "reason"),
+    [
+        ("constant", 250, None),
+        ("constant", 150, r"train.steps: 200 -> 150 \(a run can be made longer, not shorter\)$"),
+        (
+            "cosine",
+            250,
+            r"200 -> 250 \(the rate of optim.schedule = 'cosine' depends on it; only .*constant",
+        ),
+    ],
+)
+def test_a_run_may_become_longer_if_its_first_steps_stay_the_same(schedule, steps, reason, tmp_path, facts):
+    facts["config"]["optim"]["schedule"] = schedule
+    workdir.claim(tmp_path, facts, {})
+    config = json.loads(json.dumps(facts["config"]))
+    config["train"]["steps"] = steps
+    if reason is None:
+        workdir.check_workdir(tmp_path, config)
+        config["seed"] = 7
+        reason = r"another configuration[^\n]*\n  seed: 0 -> 7$"
+    with pytest.raises(ValueError, match=reason):
         workdir.check_workdir(tmp_path, config)
 
 

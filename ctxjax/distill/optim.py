@@ -14,7 +14,8 @@ class OptimConfig:
     """AdamW's hyperparameters.
 
     ``lr``: peak learning rate. ``schedule``: "constant", or "cosine" (to 0 at step ``steps``); both begin with
-    ``warmup_steps`` steps of linear warm-up. ``clip`` bounds the gradient's global norm.
+    ``warmup_steps`` steps of linear warm-up, from lr / warmup_steps in the first step to lr in the last of them: a step
+    with the rate 0 would waste its rollouts. ``clip`` bounds the gradient's global norm.
     """
 
     lr: float = bounded(zero=True, at_most=1.0)
@@ -28,15 +29,14 @@ class OptimConfig:
 
 
 def _constant(config: OptimConfig) -> optax.Schedule:
-    if config.warmup_steps == 0:  # optax's warm-up schedule would stay at 0
+    if config.warmup_steps == 0:
         return optax.constant_schedule(config.lr)
-    return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
+    return optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1)
 
 
 def _cosine(config: OptimConfig) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.lr, config.warmup_steps, max(config.steps, config.warmup_steps + 1)
-    )
+    warmup = max(config.warmup_steps, 1)
+    return optax.warmup_cosine_decay_schedule(config.lr / warmup, config.lr, warmup - 1, max(config.steps, warmup))
 
 
 SCHEDULES = {"constant": _constant, "cosine": _cosine}
@@ -47,9 +47,9 @@ def schedule(config: OptimConfig) -> optax.Schedule:
     return SCHEDULES[config.schedule](config)
 
 
-def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Return the optimiser: clip by global norm, then AdamW."""
+def optimizer(config: OptimConfig, rate: optax.Schedule | None = None) -> optax.GradientTransformation:
+    """Return the optimiser: clip by global norm, then AdamW. ``rate``: None for the schedule of ``config``."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+        optax.adamw(rate or schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
     )

@@ -134,8 +134,14 @@ class Evaluator:
     def of_splits(
         cls, config: Experiment, task: Task, names: Sequence[str], folder: ModelFolder, teacher: ModelFolder, mesh: Mesh
     ) -> list[Evaluator]:
-        """Return an evaluator for each split of ``names``. Splits of nearly the same size share compiled programs."""
+        """Return an evaluator for each split of ``names``. Splits of nearly the same size share compiled programs.
+
+        Raises ValueError if a prompt and its response exceed the positions of ``folder``'s or ``teacher``'s model.
+        """
         splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
+        for split in splits:
+            folder.check_prompts([ids for lists in split.tokens.values() for ids in lists], config.rollout.max_tokens)
+            teacher.check_prompts(split.tokens.get("context", []), config.rollout.max_tokens)
         return [cls(config, split, folder, teacher, mesh) for split in splits]
 
     def __call__(self, params: Params) -> Evaluation:

@@ -46,19 +46,23 @@ def make_parser(config) -> Callable[[list[str]], list[str]]:
     return parser
 
 
-def run(main: Callable, config) -> None:
+def run(main: Callable, config, suggest_less_memory: Callable[[], str] = lambda: "Take more devices") -> None:
     """Run a command and exit.
 
-    Bad input, and a disk that is full or read-only, end with one message and exit code 2, without a traceback. The loss
-    of another process of the run ends with processes.EXIT_CODE.
+    Bad input, a disk that is full or read-only, and memory that does not suffice end with one message and exit code 2,
+    without a traceback. The loss of another process of the run ends with processes.EXIT_CODE. ``suggest_less_memory``:
+    returns what to try if memory does not suffice.
     """
     memory.tune_memory()
     try:
         app.run(main, flags_parser=make_parser(config))
-    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         if processes.is_lost_process(error):
             print(f"error: {processes.describe_lost_process(error)}", file=sys.stderr)
             processes.exit_process(processes.EXIT_CODE)
+        if memory.is_exhausted(error):
+            print(f"error: {memory.describe_exhaustion(error)}. {suggest_less_memory()}", file=sys.stderr)
+            processes.exit_process(2)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
         no_room = isinstance(error, OSError) and error.errno in NO_ROOM

@@ -1,4 +1,5 @@
-"""Tune the memory of a command: glibc's allocator and Python's garbage collector. Results are the same without.
+"""Tune the memory of a command: glibc's allocator and Python's garbage collector. Results are the same without. And
+recognise errors that say that memory does not suffice.
 
 benchmarks/README.md says what it saves ("Memory of commands").
 """
@@ -9,6 +10,8 @@ import atexit
 import ctypes
 import gc
 import os
+
+import jax
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 KEPT_BYTES = 2**27  # larger arrays still come and go: kept, they would leave gaps that larger ones do not fit into
@@ -34,6 +37,18 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(M_ARENA_MAX, 1)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a device, or of the host, does not suffice."""
+    is_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return is_device or isinstance(error, MemoryError)
+
+
+def describe_exhaustion(error: BaseException) -> str:
+    """Return the message of an error for which ``is_exhausted`` holds; the allocator's tables are left out."""
+    first = str(error).strip().split("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
+    return f"memory does not suffice ({first})"
 
 
 def count_cores() -> int:

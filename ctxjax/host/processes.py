@@ -6,8 +6,11 @@ which all processes write: they must share the workdir.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import json
 import os
+from pathlib import Path
+import re
 import sys
 from typing import NoReturn
 
@@ -37,13 +40,41 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     if all(given) and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"--coordinator = {coordinator!r} must be host:port of the first process")
     timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": HEARTBEAT_SECONDS}
+    gpus = choose_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
     try:
-        jax.distributed.initialize(coordinator, processes, process_id, **timeouts)
+        jax.distributed.initialize(coordinator, processes, process_id, gpus, **timeouts)
     except jax.errors.JaxRuntimeError as error:
         raise ConnectionError(f"the processes of this run did not connect ({_shorten(error)})") from None
     except (ValueError, RuntimeError):  # jax found no others, or devices are already in use: this process is alone
         if any(given):
             raise
+
+
+def choose_gpus(environment: Mapping[str, str], installed: int = 0) -> list[int] | None:
+    """Return the GPUs of this Slurm task, as places among those that it sees; None if jax is to choose.
+
+    ``installed``: number of GPUs of the node, which the task sees unless CUDA_VISIBLE_DEVICES is set.
+
+    jax would take one per task. Tasks of a node that all see its GPUs share them equally; a task that Slurm has bound
+    to some takes these. Raises ValueError if the GPUs do not split among the tasks.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    seen = installed if visible is None else len([gpu for gpu in visible.split(",") if gpu])
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # by node, such as "2(x3),1"
+    if not seen or not tasks or "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    by_node = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(times or 1))]
+    count = by_node[int(environment["SLURM_NODEID"])]
+    is_bound = "SLURM_GPUS_PER_TASK" in environment or seen < int(environment.get("SLURM_GPUS_ON_NODE", seen))
+    if is_bound or count == 1:
+        return list(range(seen))
+    if seen % count:
+        raise ValueError(
+            f"{seen} GPUs of a node do not split among its {count} Slurm tasks; start one task per node with all of "
+            "them: --ntasks-per-node=1"
+        )
+    first = int(environment["SLURM_LOCALID"]) * (seen // count)
+    return list(range(first, first + seen // count))
 
 
 def is_first() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -20,15 +21,20 @@ from ctxjax.host import processes, redact
 from ctxjax.host.checksum import compute_digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# Fields that may change when a run is resumed: where it computes and how often it saves, not what it computes.
-CHANGEABLE = ("mesh", "cpu_devices", "compile_cache", "train.save_every", "train.keep")
+# Fields that may change when a run is resumed: where it computes, in how much memory, and how often it saves, not what
+# it computes.
+CHANGEABLE = (
+    "mesh", "cpu_devices", "compile_cache", "model.remat", "rollout.weights", "train.micro_batches", "train.save_every",
+    "train.keep",
+)  # fmt: skip
 FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
 
 
 def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
     """Raise ValueError if the folder holds another run, with the fields that differ, or anything that is not a run.
 
-    ``resume``: a run with the same configuration is resumed ("auto"), refused ("never") or required ("must").
+    ``resume``: a run with the same configuration is resumed ("auto"), refused ("never") or required ("must"). It may
+    have more steps than before if the learning rate is constant: nothing else of a step depends on their number.
     """
     stored = workdir / "config.json"
     if not stored.exists():
@@ -44,11 +50,26 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
     except json.JSONDecodeError as error:
         raise ValueError(f"{stored} is not valid JSON ({error}); choose another --workdir") from None
     different = _list_differences(_without_changeable(before), _without_changeable(config))
+    different = [line for line in map(functools.partial(_judge_steps, before, config), different) if line]
     if different:
         raise ValueError(
             f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
             + "\n  ".join(different)
         )
+
+
+def _judge_steps(before: dict, now: dict, difference: str) -> str:
+    """Return the line of ``difference``; "" if it is that of more steps in a run whose first steps do not depend on
+    their number, and with the reason if they do."""
+    if not difference.startswith("train.steps: "):
+        return difference
+    schedule = before.get("optim", {}).get("schedule")
+    if now["train"]["steps"] < before["train"]["steps"]:
+        return f"{difference} (a run can be made longer, not shorter)"
+    if schedule != "constant":
+        rule = "only a run with optim.schedule = 'constant' can be made longer"
+        return f"{difference} (the rate of optim.schedule = {schedule!r} depends on it; {rule})"
+    return ""
 
 
 def _without_changeable(config: dict, prefix: str = "") -> dict:

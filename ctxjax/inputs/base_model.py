@@ -116,8 +116,17 @@ def _update(params, opt_state, prompts: Prompts, responses: Rollout, model: Mode
         return objective.next_token_loss(params, model, prompts, responses, chunk=128)
 
     loss, grads = jax.value_and_grad(loss_of)(params)
-    updates, opt_state = optim.optimizer(optimizer).update(grads, opt_state, params)
+    updates, opt_state = optim.optimizer(optimizer, _rise_and_decay(optimizer)).update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
+
+
+def _rise_and_decay(config: OptimConfig) -> optax.Schedule:
+    """Return the base's learning rate: 0 in the first step, ``lr`` after the warm-up, and 0 at the end.
+
+    Not the schedule of an arm, whose first step has a rate: it would make other bases of the same RECIPE.
+    """
+    warmup = config.warmup_steps
+    return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, max(config.steps, warmup + 1))
 
 
 def _make_batches(config: BaseConfig, world: World, tokenizer):

@@ -21,13 +21,35 @@ from ctxjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """What a run needs of a Hugging Face folder. ``params``: a nested dict of arrays on the mesh."""
+    """What a run needs of a Hugging Face folder. ``params``: a nested dict of arrays on the mesh. ``pad_id``: a row of
+    the embedding that padding has; no result depends on it."""
 
     config: ModelConfig
     params: Params
     tokenizer: object
     stop_ids: tuple[int, ...]
     pad_id: int
+
+    def check_prompts(self, prompts: list[list[int]], max_tokens: int, field: str = "rollout.max_tokens") -> None:
+        """Raise ValueError if the model cannot read a prompt, or not with ``max_tokens`` response tokens after it.
+
+        ``field``: the name of ``max_tokens`` in messages.
+        """
+        longest, most = max((len(ids) for ids in prompts), default=0), self.config.max_positions
+        if longest + max_tokens > most:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {field} = {max_tokens} are together more than the model's {most} "
+                f"positions (max_position_embeddings in its config.json); lower {field}, shorten the context, leave "
+                f"long rows out (prompt.max_context_tokens={max(most - max_tokens, 1)} with prompt.overlong=drop), or "
+                "take a model for longer texts"
+            )
+        largest = max((max(ids, default=0) for ids in prompts), default=0)
+        if largest >= self.config.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"a prompt has the token {token!r} with the id {largest}, and the model has only "
+                f"{self.config.vocab_size} rows; leave {token} out of the questions and contexts"
+            )
 
 
 def load_tokenizer(path: Path):
@@ -145,8 +167,10 @@ def open_folder(
     tokenizer = load_tokenizer(path)
     if student is not None:
         tokenizer_match.check_same_tokenizer(student.tokenizer, tokenizer)
+    # Fine-tunes add a pad token without a row. Padding is never read, so another id serves.
+    has_pad = tokenizer.pad_token_id is not None and tokenizer.pad_token_id < config.vocab_size
     # Not len(tokenizer), the number of tokens: some vocabularies have gaps in their ids.
-    ids = max(tokenizer.get_vocab().values()) + 1
+    ids = max(id for id in tokenizer.get_vocab().values() if has_pad or id != tokenizer.pad_token_id) + 1
     if ids > config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {ids} ids, but the head only {config.vocab_size} rows; copy the tokenizer "
@@ -158,7 +182,7 @@ def open_folder(
             f"{path}: the end tokens {ends} are not all ids of the head, which has {config.vocab_size} rows; fix "
             "eos_token_id in generation_config.json"
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    pad = tokenizer.pad_token_id if has_pad else ends[0]
     if ids < config.vocab_size:
         config = dataclasses.replace(config, tokens=ids)
     return ModelFolder(config, hf_load.load(path, config, mesh, param_dtype), tokenizer, ends, pad)

@@ -37,22 +37,27 @@ def steps_with_samples(config: Experiment, arm: str) -> list[int]:
 def open_teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh) -> dict[int, Rollout]:
     """Return host rollouts by step, for every step that is off-policy in any arm.
 
-    Read the run's file; if there is none, sample the responses and write it. Raises ValueError if the file does not fit
-    the configuration.
+    Read the run's file, and sample what it lacks: all, or the steps by which the run was made longer. Raises ValueError
+    if the file does not fit the configuration.
     """
     wanted = sorted({step for arm in config.arms for step in steps_with_samples(config, arm)})
     path = workdir / FILE
-    if wanted and not processes.ask_first(path.exists()):
+    stored = _read(path)
+    missing = [step for step in wanted if step not in stored]
+    processes.check_same_facts({f"steps that are missing in {path}": missing})
+    if missing:
         lines = tqdm(
-            _draw(config, inputs, wanted, mesh),
-            total=len(wanted),
+            _draw(config, inputs, missing, mesh),
+            total=len(missing),
             desc="teacher's samples",
             unit="step",
             disable=not processes.is_first(),
         )
-        workdir_lib.write_text(path, "".join(json.dumps(row) + "\n" for rows in lines for row in rows))
+        before = path.read_text(encoding="utf-8") if stored else ""
+        workdir_lib.write_text(path, before + "".join(json.dumps(row) + "\n" for rows in lines for row in rows))
         processes.wait("teacher's samples")
-    return _read(path, wanted, config, inputs.student.pad_id) if wanted else {}
+        stored = _read(path)
+    return {step: _make_rollout(stored[step], step, path, config, inputs.student.pad_id) for step in wanted}
 
 
 def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterable[list[dict]]:
@@ -80,19 +85,21 @@ def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterab
         ]
 
 
-def _read(path: Path, wanted: list[int], config: Experiment, pad_id: int) -> dict[int, Rollout]:
-    """Read the rollouts of the wanted steps from the file."""
-    by_step: dict[int, list[dict]] = {step: [] for step in wanted}
+def _read(path: Path) -> dict[int, list[tuple[list[int], list[float]]]]:
+    """Return the tokens and log-probabilities of the file's responses by step; {} if there is no file."""
+    by_step: dict[int, list] = {}
+    if not path.exists():
+        return by_step
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                by_step.get(row["step"] - 1, []).append((row["tokens"], row["logprobs"]))
+                by_step.setdefault(row["step"] - 1, []).append((row["tokens"], row["logprobs"]))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: {error!r}; delete the file, so that it is sampled again"
                 ) from None
-    return {step: _make_rollout(rows, step, path, config, pad_id) for step, rows in by_step.items()}
+    return by_step
 
 
 def _make_rollout(rows: list, step: int, path: Path, config: Experiment, pad_id: int) -> Rollout:

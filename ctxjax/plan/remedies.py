@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from ctxjax.host.workdir import CHANGEABLE
 from ctxjax.plan.step import Plan
 
 CHEAP = 20  # seconds; if the plan compiled faster, changes are compiled too, otherwise only estimated
@@ -18,6 +19,38 @@ class Remedy(NamedTuple):
     flag: str
     total_bytes: int
     compiled: bool
+
+
+def list_flags(config: ConfigDict, ways: int) -> list[str]:
+    """Return the single changes of a configuration that save memory in a step, as flags, the mildest first.
+
+    ``ways``: devices that share the rows of a batch.
+    """
+    flags, parts = [], 2 * config.train.micro_batches
+    if all(rows % (parts * ways) == 0 for rows in (config.train.batch_size, config.train.retention_rows)):
+        flags.append(f"--config.train.micro_batches={parts}")
+    if config.model.remat in ("none", "dots"):
+        flags.append("--config.model.remat=full")
+    if config.rollout.weights == "gathered":
+        flags.append("--config.rollout.weights=stored")
+    if config.lora.rank == 0:
+        flags.append("--config.lora.rank=16")
+    return flags
+
+
+def suggest_less_memory(config: ConfigDict, ways: int) -> str:
+    """Return what to try if a run with this configuration ran out of memory; see ``list_flags``."""
+    flags = list_flags(config, ways)
+    same = [flag for flag in flags if _name_field(flag) in CHANGEABLE]
+    half = config.eval.batch_size // 2 // ways * ways
+    other = [flag for flag in flags if flag not in same] + [f"--config.eval.batch_size={half}"] * (half > 0)
+    lines = [f"The same command goes on with one of these, the mildest first: {', '.join(same)}"] * bool(same)
+    lines += [f"A new run, in another --workdir, may have: {', '.join(other)}"] * bool(other)
+    return ". ".join([*lines, "python -m ctxjax.plan shows what a step needs on how many devices"])
+
+
+def _name_field(flag: str) -> str:
+    return flag.removeprefix("--config.").partition("=")[0]
 
 
 def estimate_remedies(
@@ -33,24 +66,15 @@ def estimate_remedies(
         plan.temporaries,
     )
     activations = plan.temporaries - kept
-    parts = config.train.micro_batches
-    if config.train.batch_size % (2 * parts * ways) == 0:
-        yield Remedy(f"--config.train.micro_batches={2 * parts}", plan.total - activations // 2, False)
-    if config.model.remat in ("none", "dots"):
-        yield Remedy("--config.model.remat=full", plan.total - activations * 3 // 4, False)
-    if config.rollout.weights == "gathered":
-        yield Remedy(
-            "--config.rollout.weights=stored",
-            plan.total - plan.temporary_parts["weights for decoding"] * (ways - 1) // ways,
-            False,
-        )
-    if config.lora.rank == 0:
-        less = (
-            plan.buffers.get("optimiser moments", 0)
-            + plan.buffers.get("trained weights", 0)
-            + plan.temporary_parts["gradients"]
-        )
-        yield Remedy("--config.lora.rank=16", plan.total - min(less, plan.total), False)
+    trained = plan.buffers.get("optimiser moments", 0) + plan.buffers.get("trained weights", 0)
+    saved = {
+        "train.micro_batches": activations // 2,
+        "model.remat": activations * 3 // 4,
+        "rollout.weights": plan.temporary_parts["weights for decoding"] * (ways - 1) // ways,
+        "lora.rank": min(trained + plan.temporary_parts["gradients"], plan.total),
+    }
+    for flag in list_flags(config, ways):
+        yield Remedy(flag, plan.total - saved[_name_field(flag)], False)
     if larger:
         share = plan.chips / larger_chips
         yield Remedy(f"--topology={larger}", int(plan.total * share), False)

@@ -80,6 +80,7 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str) 
     if dtype == "auto":
         dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
     model, source, shapes = _read_student(experiment, dtype, _is_context_shared(experiment))
+    _check_positions(model, shapes, experiment)
     facts = {"model": f"{source}; {_format_size(model)}", "task": task, "arm": loss_name}
     teacher = None
     if experiment.teacher.path:
@@ -90,6 +91,7 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str) 
             make_model_config(experiment.teacher_base, model.vocab_size), dtype=dtype, remat=experiment.model.remat
         )
         facts["teacher"] = f"a base trained from scratch; {_format_size(teacher)}"
+    _check_positions(teacher or model, shapes, experiment)
     kind = experiment.model.attention
     model, teacher = (one and dataclasses.replace(one, attention=kind) for one in (model, teacher))
     facts["mesh"] = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(experiment.mesh).items() if size)
@@ -109,6 +111,17 @@ def _is_context_shared(config: Experiment) -> bool:
     """Whether all rows have the same context, which is then read once for all."""
     own = ("context_column", "context_files", "hint")
     return not any(getattr(config.task_config, field, None) for field in own)
+
+
+def _check_positions(model: ModelConfig, shapes: Shapes, config: Experiment) -> None:
+    """Raise ValueError if the planned prompts and responses exceed the model's positions; a run refuses them too."""
+    tokens = config.rollout.max_tokens
+    if max(shapes.bare, shapes.context) + tokens > model.max_positions:
+        raise ValueError(
+            f"prompts of {shapes.bare} and {shapes.context} tokens and rollout.max_tokens = {tokens} are together more "
+            f"than a model's {model.max_positions} positions (max_position_embeddings in its config.json); lower them, "
+            "or take a model for longer texts"
+        )
 
 
 def _count_passes(loss: LossConfig) -> int:

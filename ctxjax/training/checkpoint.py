@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ctxjax.host import processes
+from ctxjax.host import memory, processes
 from ctxjax.host.checksum import compute_checksums
 from ctxjax.types import Params, TrainState
 
@@ -93,7 +93,7 @@ class Checkpoints:
             try:
                 found = self._read(taken, like)
             except Exception as error:  # orbax, tensorstore and the JSON reader raise different types
-                if processes.is_lost_process(error):
+                if processes.is_lost_process(error) or memory.is_exhausted(error):
                     raise
                 damaged[taken] = error
                 continue
@@ -147,12 +147,13 @@ class Checkpoints:
     def _explain_failures(self) -> Iterator[None]:
         """Turn any error in writing a checkpoint into an OSError that says which checkpoint is left.
 
-        The loss of another process, which can show wherever this process waits for it, is raised unchanged.
+        The loss of another process, which can show wherever this process waits for it, and memory that does not suffice
+        are raised unchanged.
         """
         try:
             yield
         except Exception as error:  # for a full disk Python raises OSError, tensorstore ValueError
-            if processes.is_lost_process(error):
+            if processes.is_lost_process(error) or memory.is_exhausted(error):
                 raise
             steps = saved_steps(self._folder)
             left = f"the last complete one is of step {steps[-1]}" if steps else "there is no complete one yet"

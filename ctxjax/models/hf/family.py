@@ -39,6 +39,42 @@ IRRELEVANT = {
     "initializer_range", "attention_dropout", "is_llama_config", "rope_interleaved", "transformers.js_config",
     "tokenizer_class", "unsloth_fixed", "unsloth_version", "_name_or_path", "_attn_implementation_autoset",
     "bos_token_id", "eos_token_id", "pad_token_id", "ctxjax",
+    # Of transformers' base class: other token ids, labels and losses of classifiers, settings of pipelines, and how
+    # responses are decoded, which the run's configuration says.
+    "unk_token_id", "sep_token_id", "decoder_start_token_id", "id2label", "label2id", "num_labels", "_num_labels",
+    "problem_type", "finetuning_task", "task_specific_params", "tf_legacy_loss", "_commit_hash", "max_length",
+    "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_return_sequences", "early_stopping",
+}  # fmt: skip
+# The other fields of transformers' base class, from 4.0 to 5.24, with the values that change nothing. Merges and
+# fine-tunes write all of them.
+GENERIC = {
+    **dict.fromkeys(
+        (
+            "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
+            "is_decoder",
+        ),
+        (False, True),  # what transformers returns besides the logits; attention is causal in any case
+    ),
+    **dict.fromkeys(
+        (
+            "torchscript", "use_bfloat16", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder",
+            "remove_invalid_values",
+        ),
+        (False,),
+    ),
+    **dict.fromkeys(
+        ("chunk_size_feed_forward", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)
+    ),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(
+        (
+            "cross_attention_hidden_size", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "prefix",
+            "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+        ),
+        (None,),
+    ),
+    "diversity_penalty": (0,),
+    "pruned_heads": ({},),
 }  # fmt: skip
 # What transformers takes for an absent field; a family may have other defaults.
 DEFAULTS = {
@@ -137,12 +173,13 @@ class Family:
         return config
 
     def _take_fixed(self, fields: dict) -> None:
-        """Remove the fields that may have one value only. Raises ValueError at any other."""
+        """Remove the fields that have one value, or few, that are implemented. Raises ValueError at any other."""
         fixed = {"architectures": [self.architecture], "use_mrope": False} | self.fixed
-        for name, value in fixed.items():
+        for name, values in (GENERIC | {name: (value,) for name, value in fixed.items()}).items():
             found = fields.pop(name, None)
-            if found is not None and found != value:
-                raise ValueError(f"{name} = {found!r} is not implemented; it must be {value!r}")
+            if found is not None and found not in values:
+                known = " or ".join(map(repr, values))
+                raise ValueError(f"{name} = {found!r} is not implemented; it must be {known}")
 
     def config_to_hf(self, config: ModelConfig) -> dict:
         """Return config.json's fields for an architecture of this family, in the layout that old and new readers know.

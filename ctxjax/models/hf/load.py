@@ -27,6 +27,7 @@ FAMILIES = {
     module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3, mistral, smollm3, olmo2, gemma3)
 }
 
+TIED_ROWS = 8192  # of a head that are compared with the embedding at a time
 ALIGNMENT = 64  # bytes; a CPU device uses host memory without a copy if it starts at a multiple
 
 
@@ -49,8 +50,9 @@ def read_fields(folder: Path) -> dict:
 def read_config(folder: Path, dtype: str = "float32", remat: str = "none") -> ModelConfig:
     """Read the architecture from a folder's config.json; ``dtype`` is the one it computes in."""
     fields = read_fields(folder)
+    family = find_family(fields, folder)
     try:
-        config = find_family(fields, folder).config_from_hf(fields)
+        config = family.config_from_hf(fields)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json has no field {error}") from None
     except ValueError as error:
@@ -91,7 +93,27 @@ def _check_tensors(folder: Path, config: ModelConfig, paths: dict, specs: dict) 
             problems.append(f"wrong dtype: {name} is {stored.dtype}, known are {', '.join(safetensors_files.DTYPES)}")
     if problems:
         raise ValueError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems))
+    if config.tied_embeddings and "lm_head.weight" in found:
+        _check_tied_head(folder, found["lm_head.weight"], found["model.embed_tokens.weight"])
     return found
+
+
+def _check_tied_head(folder: Path, head: safetensors_files.Stored, embedding: safetensors_files.Stored) -> None:
+    """Raise ValueError if the stored head is not the embedding, which config.json says is the head."""
+    problem = ""
+    if head.shape != embedding.shape or head.dtype not in safetensors_files.DTYPES:
+        problem = f"is {list(head.shape)} of {head.dtype}, and {embedding.name} is {list(embedding.shape)}"
+    else:
+        rows = head.shape[0]
+        parts = [(slice(first, min(first + TIED_ROWS, rows)),) for first in range(0, rows, TIED_ROWS)]
+        different = sum(int(np.any(head.read(part) != embedding.read(part), axis=1).sum()) for part in parts)
+        if different:
+            problem = f"differs from {embedding.name} in {different} of {rows} rows"
+    if problem:
+        raise ValueError(
+            f"{folder}: config.json says tie_word_embeddings = true, but lm_head.weight {problem}; set it to false if "
+            "the head was trained, or delete lm_head.weight if it is left over"
+        )
 
 
 def get_leaf(tree: dict, path: tuple[str, ...]):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+ADAPTER = "adapter_config.json"  # of PEFT
 INDEX, SINGLE = constants.SAFETENSORS_INDEX_FILE, constants.SAFETENSORS_SINGLE_FILE
 STRIP_ROWS, CACHE_LINE = 64, 64  # rows, bytes
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": jnp.dtype(jnp.bfloat16)}
@@ -75,8 +76,19 @@ def find(folder: Path) -> tuple[dict[str, Stored], list[str]]:
 
     Raises FileNotFoundError or ValueError that names the file.
     """
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"{folder} has {ADAPTER}: it is an adapter, or a model that transformers would open with an adapter on "
+            "top, and adapters are not read; merge it into the weights (PEFT's merge_and_unload), or move it away"
+        )
     if (folder / INDEX).exists():
         files = _indexed_files(folder / INDEX)
+        others = sorted({path.name for path in files.values()} - {SINGLE})
+        if (folder / SINGLE).exists() and others:
+            raise ValueError(
+                f"{folder} has {SINGLE} and also {INDEX}, which names {', '.join(others)}: one of the two is left over "
+                "from an earlier save; delete the older one"
+            )
         headers = {file: _read_header(file) for file in sorted(set(files.values()))}
         stored = {name: headers[file][name] for name, file in files.items() if name in headers[file]}
         return stored, [f"missing: {name} (the index says {files[name].name})" for name in files.keys() - stored]
