@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 import shutil
 import sys
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ from ctxjax.host import command, memory, workdir as workdir_lib
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
 from ctxjax.models import lora, params as params_lib, transformer
-from ctxjax.models.hf import load as hf_load, save as hf_save
+from ctxjax.models.hf import load as hf_load, safetensors_files, save as hf_save
 from ctxjax.report.model_card import model_card
 from ctxjax.training import checkpoint
 
@@ -35,6 +36,14 @@ COMPANIONS = (
 )  # fmt: skip
 
 
+class Exported(NamedTuple):
+    """What was exported. ``weights``: their number type, as a person reads it."""
+
+    arm: str
+    step: int
+    weights: str
+
+
 def export(
     workdir: Path,
     out: Path,
@@ -43,11 +52,12 @@ def export(
     adapter: bool = False,
     dtype: str | None = None,
     max_shard_bytes: int = hf_save.MAX_SHARD_BYTES,
-) -> tuple[str, int]:
-    """Write the folder ``out``; return the exported arm and step.
+) -> Exported:
+    """Write the folder ``out``.
 
-    ``arm``: None for the only arm that has checkpoints. ``step``: None for the latest. ``dtype``: None for the trained
-    one. Raises ValueError or OSError, which names what exists; then nothing is left at ``out``.
+    ``arm``: None for the only arm that has checkpoints. ``step``: None for the latest. ``dtype``: None for that of the
+    trained weights, so that nothing that was trained is rounded away. Raises ValueError or OSError, which names what
+    exists; then nothing is left at ``out``.
     """
     stored = workdir_lib.read_config(workdir)
     config = _read_experiment(workdir, stored)
@@ -65,6 +75,7 @@ def export(
         specs, kind = transformer.param_specs(model), config.model.param_dtype
         if config.lora is not None:
             specs, kind = lora.specs(model, config.lora), "float32"
+        weights = _describe_weights(None if adapter else source, kind, dtype or kind)
         trained = checkpoint.read_params(checkpoints, step, params_lib.abstract(specs, mesh, kind))
         if adapter:
             hf_save.save_adapter(partial, trained, model, config.lora, family, name, dtype)
@@ -72,15 +83,24 @@ def export(
             if config.lora is not None:
                 base = hf_load.load(source, model, mesh, config.model.param_dtype)
                 trained = lora.join(base, trained, config.lora)
-            hf_save.save_weights(partial, trained, model, family, dtype, max_shard_bytes)
-            fields = hf_save.set_dtype(fields, dtype or config.model.param_dtype)
+            hf_save.save_weights(partial, trained, model, family, dtype or kind, max_shard_bytes)
+            fields = hf_save.set_dtype(fields, dtype or kind)
             hf_save.write_json(partial / "config.json", fields)
         for path in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
             shutil.copyfile(path, partial / path.name)
         _write_stop_ids(partial, stop_ids)
-        card = model_card(workdir, arm, step, str(source), stored, adapter)
+        card = model_card(workdir, arm, step, str(source), stored, adapter, weights)
         (partial / "README.md").write_text(card, encoding="utf-8")
-    return arm, step
+    return Exported(arm, step, weights)
+
+
+def _describe_weights(source: Path | None, trained: str, written: str) -> str:
+    """Name the number type of the written weights, and those of the trained ones or of the source's that differ."""
+    if written != trained:
+        return f"{written}, rounded from {trained}"
+    stored = safetensors_files.find(source)[0].values() if source else ()
+    types = sorted({safetensors_files.DTYPES[one.dtype].name for one in stored} - {written})
+    return f"{written}, as trained" + (f"; the source's are {' and '.join(types)}" if types else "")
 
 
 def _write_stop_ids(folder: Path, stop_ids: list[int]) -> None:
@@ -133,11 +153,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arm", help="arm; default: the only one that has checkpoints")
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the latest")
     parser.add_argument("--adapter", action="store_true", help="write only the adapter, in PEFT's format")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as trained")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as trained, which is float32"
+    )
     options = parser.parse_args(arguments)
     try:
         workdir, out = command.parse_folder("--workdir", options.workdir), command.parse_folder("--out", options.out)
-        arm, step = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
+        done = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
     except (OSError, ValueError) as error:
         print(f"ctxjax.export: {error}", file=sys.stderr)
         return 2
@@ -147,7 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
         remedy = "export in the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.export ..."
         print(f"ctxjax.export: {memory.describe_exhaustion(error)}; {remedy}", file=sys.stderr)
         return 2
-    print(f"{out}: {arm}, step {step}")
+    hint = " (--dtype=bfloat16 halves the folder, and rounds small updates away)" * ("source's" in done.weights)
+    print(f"{out}: {done.arm}, step {done.step}; weights: {done.weights}{hint}")
     return 0
 
 

@@ -22,5 +22,5 @@ def test_a_run_trains_evaluates_reports_and_exports(tmp_path):
     assert len((workdir / "teacher_samples.jsonl").read_text().splitlines()) == 3 * 8
     assert "opcd_retained" in (workdir / "report.html").read_text()
 
-    assert export.export(workdir, out, "off_policy") == ("off_policy", 3)
+    assert export.export(workdir, out, "off_policy")[:2] == ("off_policy", 3)
     assert ctxjax.load_model(out).config.width == 32

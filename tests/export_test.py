@@ -10,7 +10,7 @@ import stat
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from configs import tiny
 from ctxjax import config as config_lib, export, sharding
@@ -112,7 +112,7 @@ def test_transformers_computes_the_trained_students_logits(kind, trained, tmp_pa
 
     run = trained(kind)
     assert np.abs(run.logits - run.base_logits).max() > 0.05 * np.abs(run.logits).max()
-    assert export.export(run.workdir, tmp_path / "out") == ("opcd", STEPS)
+    assert export.export(run.workdir, tmp_path / "out")[:2] == ("opcd", STEPS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_logits(run.logits, logits_in_torch(model, run.tokens))
 
@@ -152,6 +152,39 @@ def test_weights_are_cast_when_that_is_asked_for(trained, tmp_path, mesh):
     assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
     merged = np.asarray(lora.merged(run.student)["layers"]["down"][1].astype("bfloat16"))
     np.testing.assert_array_equal(tensors["model.layers.1.mlp.down_proj.weight"].T, merged)
+
+
+def test_an_adapter_is_not_rounded_into_a_bfloat16_base(trained, tmp_path):
+    run = trained("lora")
+    workdir_copy = shutil.copytree(run.workdir, tmp_path / "run")
+    config = json.loads((workdir_copy / "config.json").read_text())
+    config["model"]["param_dtype"] = "bfloat16"
+    (workdir_copy / "config.json").write_text(json.dumps(config))
+    assert "float32, as trained" in export.export(workdir_copy, tmp_path / "out").weights
+    written = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].T
+    layers = run.student["layers"]
+    base = run.base["layers"]["down"][1].astype("bfloat16").astype("float32")
+    expected = base + layers["down_lora_a"][1] @ layers["down_lora_b"][1]
+    assert written.dtype == np.float32
+    np.testing.assert_allclose(written, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_number_type_of_the_weights_is_named_where_it_is_not_the_sources(trained, tmp_path, capsys):
+    run = trained("full")
+    assert export.main([f"--workdir={run.workdir}", f"--out={tmp_path / 'same'}"]) == 0
+    assert capsys.readouterr().out.strip().endswith("step 3; weights: float32, as trained")
+    source = run.source / "model.safetensors"
+    before = source.read_bytes()
+    save_file({name: value.astype("bfloat16") for name, value in load_file(source).items()}, source)
+    try:
+        assert export.main([f"--workdir={run.workdir}", f"--out={tmp_path / 'wider'}"]) == 0
+        said = capsys.readouterr().out
+        cast = export.export(run.workdir, tmp_path / "cast", dtype="bfloat16").weights
+    finally:
+        source.write_bytes(before)
+    assert "weights: float32, as trained; the source's are bfloat16 (--dtype=bfloat16 halves the folder" in said
+    assert "weights: float32, as trained; the source's are bfloat16" in (tmp_path / "wider" / "README.md").read_text()
+    assert cast == "bfloat16, rounded from float32"
 
 
 def test_the_sources_own_files_and_fields_survive(trained, tmp_path):

@@ -22,12 +22,13 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 """
 
 
-def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adapter: bool) -> str:
+def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adapter: bool, weights: str) -> str:
     """Return the card as Markdown with the front matter that model hubs read.
 
     ``workdir`` is the run's folder; without results.json in it, as in an unfinished run, the card has no table. ``arm``
     and ``step`` name the exported checkpoint, ``base`` the folder or Hub id of the model that training started from.
     ``config`` is the run's config.json; ``adapter`` says whether an adapter was exported and not the whole model.
+    ``weights`` is the number type of the weights.
     """
     front = ["library_name: " + ("peft" if adapter else "transformers"), "tags:", "- ctxjax"]
     loss = config["loss"] | config["arms"][arm]
@@ -44,6 +45,8 @@ def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adap
         "```python",
         (_OPEN_ADAPTER.format(base=base) if adapter else _OPEN_MODEL).rstrip(),
         "```",
+        "",
+        f"weights: {weights}",
         "",
         "## Results",
         "",
