@@ -146,12 +146,11 @@ class Experiment:
         return bool(self.teacher.path or self.teacher_base.steps)
 
 
-_SECTIONS = {
+_SECTIONS = {  # in the order in which they are checked: a section before those that take values from it
     "": (RunConfig,),
-    "model": (ModelSource,), "rollout": (DecodeConfig,), "teacher": (TeacherSource, DecodeConfig),
-    "lora": (LoraConfig,),
-    "base": (BaseConfig,), "teacher_base": (BaseConfig,),
-    "mesh": (MeshConfig,), "prompt": (PromptConfig,), "loss": (LossConfig,),
+    "model": (ModelSource,), "lora": (LoraConfig,), "base": (BaseConfig,), "teacher_base": (BaseConfig,),
+    "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,),
+    "teacher": (TeacherSource, DecodeConfig), "loss": (LossConfig,),
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
     "records": (RecordsConfig,),
 }  # fmt: skip

@@ -33,7 +33,7 @@ _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training b
 
 
 def main(_) -> None:
-    preemption.listen()  # starts a thread, so after command.run has set the memory allocator for all threads
+    preemption.listen()
     if _WORKDIR.value is None and not _DUMP_BATCH.value:
         raise ValueError("--workdir is missing; give a folder for results, report, metrics and checkpoints")
     if _CONFIG.value is None:

@@ -20,11 +20,15 @@ except preemption.Preempted:
 """
 CASES = {
     "at_once": ("term(); time.sleep(60); print('went on')", ""),
-    "in_a_long_call_of_the_main_thread": (
-        "    import ctypes, threading\n"
-        "    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock\n"
-        "    threading.Timer(0.1, term).start()\n"
-        "    lock(mutex); lock(mutex)\n"
+    "during_a_compilation_of_minutes": (
+        "    import jax, threading\n"
+        "    def chain(x):\n"
+        "        for i in range(6000): x = jax.numpy.sin(x @ x) + i\n"
+        "        return x\n"
+        "    program = jax.jit(chain).lower(jax.numpy.ones((8, 8)))\n"
+        "    threading.Timer(1, term).start()\n"
+        "    threading.Timer(20, os._exit, (3,)).start()\n"
+        "    program.compile()\n"
         "    print('went on')",
         "",
     ),

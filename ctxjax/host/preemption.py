@@ -1,8 +1,8 @@
 """SIGTERM, which announces that the machine will be taken away: the run ends with EXIT_CODE; the same command goes on.
 
 While an arm trains (``training``), it finishes the step or the evaluation batch under way, saves, and ends. At other
-times there is nothing to save, and a thread ends the process at once: Python runs signal handlers only between two
-bytecodes of the main thread, and a compilation is one call that may take minutes.
+times there is nothing to save, and the handler ends the process. It runs between two bytecodes of the main thread; jax
+also lets it run during a compilation, but not while it waits for a device, at most a step or an evaluation batch.
 
 Among several processes JAX takes the signal over, and ``reached`` stops all of them at the same step.
 """
@@ -13,8 +13,6 @@ from collections.abc import Iterator
 import contextlib
 import os
 import signal
-import sys
-import threading
 
 from jax.experimental import multihost_utils
 
@@ -29,12 +27,8 @@ class Preempted(BaseException):
 
 
 def listen() -> None:
-    """Listen for SIGTERM from now on. Call it once, from the main thread, before jax.distributed is initialized."""
-    received, signals = os.pipe()
-    os.set_blocking(signals, False)
-    signal.set_wakeup_fd(signals, warn_on_full_buffer=False)  # Python writes each signal's number to it, at once
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    threading.Thread(target=_wait_for_sigterm, args=(received,), daemon=True, name="preemption").start()
+    """Handle SIGTERM from now on. Call it once, from the main thread, before jax.distributed is initialized."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 def reached(step: int) -> bool:
@@ -63,11 +57,9 @@ def training() -> Iterator[None]:
     raise_if_requested()
 
 
-def _wait_for_sigterm(received: int) -> None:
+def _on_sigterm(number, frame) -> None:
     global _is_requested
-    while signal.SIGTERM not in os.read(received, 64):
-        pass
     _is_requested = True
     if not _is_training:
-        print(MESSAGE, file=sys.stderr, flush=True)
+        os.write(2, f"{MESSAGE}\n".encode())  # print() may be under way in the code that the signal interrupted
         os._exit(EXIT_CODE)
