@@ -1,6 +1,7 @@
 """Fixtures of all tests. They run on the CPU, which counts as eight devices; the commands that they start inherit the
 environment, and take the devices that their configurations say."""
 
+import gc
 import os
 from pathlib import Path
 import subprocess
@@ -21,6 +22,15 @@ from ctxjax.types import Prompts, Rollout  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)  # no test takes a program from an earlier run
 ALL_DEVICES = jax.devices()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """Free a file's compiled programs after it. Each maps memory several times, and Linux allows 65,530 mappings in a
+    process: a worker that keeps all programs of its files crashes in the compiler."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
