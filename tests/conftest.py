@@ -23,6 +23,14 @@ jax.config.update("jax_enable_compilation_cache", False)  # no test takes a prog
 ALL_DEVICES = jax.devices()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_compiled_programs():
+    """Drop a file's programs after its tests. A training step holds some thousand memory maps; Linux gives a process
+    65,530, and XLA ends with a segmentation fault if there are no more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def only():
     """only(count, patch): lets the first devices be all that there are."""
