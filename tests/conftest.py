@@ -1,7 +1,6 @@
 """Fixtures of all tests. They run on the CPU, which counts as eight devices; the commands that they start inherit the
 environment, and take the devices that their configurations say."""
 
-import gc
 import os
 from pathlib import Path
 import subprocess
@@ -25,12 +24,11 @@ ALL_DEVICES = jax.devices()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def free_programs():
-    """Free a file's compiled programs after it. Each maps memory several times, and Linux allows 65,530 mappings in a
-    process: a worker that keeps all programs of its files crashes in the compiler."""
+def drop_compiled_programs():
+    """Drop a file's programs after its tests. A training step holds some thousand memory maps; Linux gives a process
+    65,530, and XLA ends with a segmentation fault if there are no more."""
     yield
     jax.clear_caches()
-    gc.collect()
 
 
 @pytest.fixture(scope="session")

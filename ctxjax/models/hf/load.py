@@ -170,7 +170,7 @@ def _check_values(folder: Path, params: Params, paths: dict) -> None:
 def _is_finite(array: jax.Array, stacked: bool) -> jax.Array:
     """Return whether all values are finite, bool []; of a stacked array, by layer, bool [N].
 
-    0 times a value is 0 only if it is finite. This takes no memory, where all(isfinite(array)) takes a byte per value.
+    0 times a value is 0 only if it is finite. This takes no memory, while all(isfinite(array)) takes a byte per value.
     """
     return jnp.sum(0 * array, axis=tuple(range(stacked, array.ndim))) == 0
 

@@ -31,7 +31,7 @@ from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
-MAX_SHARD_BYTES = 1_000_000_000  # of a file, and of host memory beside the weights while it is written
+MAX_SHARD_BYTES = 1_000_000_000  # of a file, and of extra host memory while it is written
 
 
 class _Tensor(NamedTuple):
