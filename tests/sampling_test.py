@@ -45,11 +45,16 @@ def rows(tree, index):
     return jax.tree.map(lambda array: array[index], tree)
 
 
+def assert_close(ours, expected):
+    """Equal up to float32: CPUs differ in log-probabilities by some 2e-6 of the largest."""
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+
+
 def same(one: Rollout, two: Rollout) -> bool:
-    """Equal masks, and equal tokens and log-probabilities where they are True."""
+    """Equal masks, and equal tokens and log-probabilities if the mask is True."""
     np.testing.assert_array_equal(one.mask_BxT, two.mask_BxT)
     np.testing.assert_array_equal(one.tokens_BxT[one.mask_BxT], two.tokens_BxT[one.mask_BxT])
-    np.testing.assert_allclose(one.logprobs_BxT, two.logprobs_BxT, atol=1e-5)
+    assert_close(one.logprobs_BxT, two.logprobs_BxT)
     return True
 
 
@@ -72,7 +77,7 @@ def test_log_probabilities_while_decoding_are_those_that_scoring_finds(params, t
     logits = window_logits(params, tiny_model, prompts, rollout) / CONFIG.temperature
     expected = np.asarray(divergences.token_logprob(logits, rollout.tokens_BxT))
     real = rollout.mask_BxT
-    np.testing.assert_allclose(rollout.logprobs_BxT[real], expected[real], rtol=0, atol=1e-5)
+    assert_close(rollout.logprobs_BxT[real], expected[real])
     assert expected[real].std() > 0.5, "nearly equal values would hide a shift"
 
 
@@ -86,7 +91,7 @@ def test_a_response_that_outgrows_its_cache_goes_on_alike(params, tiny_model, pr
     logits = window_logits(params, tiny_model, prompts, rollout) / long.temperature
     expected = np.asarray(divergences.token_logprob(logits, rollout.tokens_BxT))
     real = rollout.mask_BxT
-    np.testing.assert_allclose(rollout.logprobs_BxT[real], expected[real], rtol=0, atol=1e-4)
+    assert_close(rollout.logprobs_BxT[real], expected[real])
     assert real[0].sum() <= 41 and real.sum() > 70
 
 
@@ -154,7 +159,7 @@ def test_greedy_decoding_takes_the_most_probable_token_of_forward(params, tiny_m
     real = rollout.mask_BxT
     np.testing.assert_array_equal(np.argmax(logits, axis=-1)[real], rollout.tokens_BxT[real])
     at_one = np.asarray(divergences.token_logprob(logits, rollout.tokens_BxT))
-    np.testing.assert_allclose(at_one[real], rollout.logprobs_BxT[real], atol=1e-5)
+    assert_close(rollout.logprobs_BxT[real], at_one[real])
 
 
 def test_a_single_token_is_the_first_of_a_longer_response(params, tiny_model, prompts, rollout):
@@ -257,7 +262,7 @@ def test_a_drawn_token_passed_the_filters_and_reports_its_probability_before_the
     assert kept_by_definition(scaled, 4, 0.9)[np.arange(300), token].all()
     mass = np.exp(scaled)
     expected = np.log(mass / mass.sum(axis=1, keepdims=True))[np.arange(300), token]
-    np.testing.assert_allclose(logprob, expected, atol=1e-5)
+    assert_close(logprob, expected)
 
 
 def test_filtered_samples_are_scored_as_they_are_reported(params, tiny_model, prompts):
