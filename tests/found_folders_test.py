@@ -154,9 +154,10 @@ def test_a_pad_token_without_a_row_is_never_read(folder, mesh):
 def test_but_it_may_not_stand_in_a_prompt(folder, mesh):
     add_pad(folder, hf_load.read_config(folder).vocab_size)
     model = open_folder(folder, mesh)
-    tokens = prompts.encode(model.tokenizer, [Row("7", "#1:a[PAD]", None, "")], PromptConfig())
+    typed = prompts.encode(model.tokenizer, [Row("7", "#1:a[PAD]", None, "")], PromptConfig())
+    assert model.tokenizer.pad_token_id not in typed[0]  # what a user types is text, not a control token
     with pytest.raises(ValueError, match=r"a prompt has the token '\[PAD\]' with the id \d+, and the model has only"):
-        model.check_prompts(tokens, 4)
+        model.check_prompts([[*typed[0], model.tokenizer.pad_token_id]], 4)
 
 
 def test_other_tokens_without_a_row_are_refused(folder, mesh):
