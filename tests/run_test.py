@@ -256,7 +256,7 @@ def test_one_entry_in_the_table_of_metrics_is_enough_to_select_and_report_it(cac
     """The metric is in results.json, metrics.jsonl, the console's table and the report; the first arm is not opcd."""
     long = metrics.Metric(
         "long", "long", "share", "Responses of more than 10 tokens.", ("bare",),
-        lambda bare: statistics.rate(bare.length > 10), better="lower",
+        lambda bare: statistics.rate(bare.length > 10, bare.clusters), better="lower",
     )  # fmt: skip
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, long))
     config = make_config(cache)
