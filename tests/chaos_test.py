@@ -5,6 +5,10 @@ from pathlib import Path
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_runs_that_are_interrupted_at_random_moments_resume_to_the_same_numbers():
     line = [sys.executable, "-m", "tests.chaos", "--kills=1", "--terms=1", "--arms=opcd_retained"]

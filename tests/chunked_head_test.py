@@ -107,6 +107,7 @@ def sweeps():
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("devices", [1, 8])
 def test_value_and_gradient_of_every_argument_are_those_of_the_dense_program(sweeps, devices, name):

@@ -67,6 +67,7 @@ def command(folder: Path, questions: Path, *arguments: str) -> subprocess.Comple
     return forked.run("ctxjax.evaluate", line)
 
 
+@pytest.mark.slow
 def test_the_command_writes_results_and_responses_and_prints_a_table(folder, questions, tmp_path):
     out = tmp_path / "out"
     result = command(folder, questions, f"--context={questions / 'context.txt'}", f"--out={out}")
@@ -123,6 +124,7 @@ def test_splits_that_are_near_in_size_are_brought_to_one_and_others_stay():
     assert share_shapes([split(3, bare=7)]) == [split(3, bare=7)]
 
 
+@pytest.mark.slow
 def test_a_second_split_that_is_a_little_larger_is_evaluated_by_the_first_ones_programs(folder, questions):
     config = settings(folder, questions)
     config.task, config.qa_jsonl.path = "qa_jsonl", str(questions / "rows.jsonl")
@@ -140,6 +142,7 @@ def test_a_second_split_that_is_a_little_larger_is_evaluated_by_the_first_ones_p
         assert all(compiled) and [program._cache_size() for program in programs] == compiled
 
 
+@pytest.mark.slow
 def test_without_a_context_there_is_no_context_view(folder, questions):
     evaluation, facts = evaluate.evaluate(settings(folder, questions), "test")
     assert {item["view"] for item in evaluation.items} == {"bare", "empty", "other"}
@@ -170,6 +173,7 @@ def start(config, workdir: Path) -> dict:
     return run.run(config_lib.experiment(config, jax.device_count()), workdir, workdir_lib.collect_facts(config))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_page")
 def test_hints_are_distilled_and_the_run_warns_that_they_may_not_transfer(folder, questions, tmp_path, capsys):
     """A whole run: held-out distillation loss falls, though every question has a context of its own; and what the

@@ -10,6 +10,8 @@ import pytest
 
 from ctxjax.training.checkpoint import saved_steps
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 SETTINGS = {
     "cpu_devices": 1, "base.steps": 1, "base.warmup_steps": 1, "base.width": 16, "base.layers": 1,

@@ -17,6 +17,8 @@ from ctxjax.models import params as params_lib
 from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig, param_specs
 
+pytestmark = pytest.mark.slow
+
 lm_eval = pytest.importorskip("lm_eval", reason="the extra ifeval is not installed")
 
 # The layout of google/IFEval: an unknown argument of an instruction is null.

@@ -62,6 +62,7 @@ def assert_same(one, other):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length, prefix", [(130, 0), (70, 150), (256, 128)])
 def test_splash_is_the_reference_path(mesh8, length, prefix):
     arguments = inputs(mesh8, 4, length, prefix)
@@ -93,6 +94,7 @@ def test_a_kernel_that_these_devices_cannot_run_is_an_error_and_auto_takes_none(
             kernel_for(name, q, None)
 
 
+@pytest.mark.slow
 def test_the_scores_of_a_long_sequence_are_never_in_memory_at_once(mesh):
     """At 8,192 columns they would take 1 GiB, and their gradient as much again."""
     heads, rows = (jax.NamedSharding(mesh, spec) for spec in (batch_spec("heads", None, None), batch_spec(None)))

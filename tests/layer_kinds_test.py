@@ -135,6 +135,7 @@ def test_a_forward_pass_is_the_dense_model(variant, C, tiny_model, make_params, 
     assert_dense(forward(params, config, *rows), params, config, *rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("C", [0, 5])
 @pytest.mark.parametrize("change", [VARIANTS["window"], MIXED, DEEP], ids=["window", "mixed", "deep"])
 def test_decoding_is_the_dense_model(change, C, tiny_model, make_params, make_rows, mesh):
@@ -143,6 +144,7 @@ def test_decoding_is_the_dense_model(change, C, tiny_model, make_params, make_ro
     assert_dense(decode(params, config, *rows), params, config, *rows, first=READ - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [MIXED, DEEP, VARIANTS["post_norms_only"]], ids=["mixed", "deep", "joint_norm"])
 def test_a_mesh_computes_the_same(change, tiny_model, make_params, make_rows, mesh8):
     config = dataclasses.replace(tiny_model, **change)
@@ -167,6 +169,7 @@ def test_windows_hold_in_chunks_of_columns(tiny_model, make_params, make_rows, m
     assert_dense(forward(params, config, *rows), params, config, *rows)
 
 
+@pytest.mark.slow
 def test_recomputing_layers_of_mixed_kinds_does_not_change_the_gradient(tiny_model, make_params, make_rows, mesh):
     rows = _, mask, _ = make_rows(5, mesh)
     params = make_params(dataclasses.replace(tiny_model, **MIXED), 0, mesh)

@@ -116,6 +116,7 @@ def test_the_student_of_step_zero_is_the_teacher_bit_for_bit(params, step_config
     np.testing.assert_array_equal(*(logits(tree, step_config.model, data) for tree in (student, params)))
 
 
+@pytest.mark.slow
 def test_the_base_is_held_once_and_never_moves(params, step_config, batch, mesh):
     step_config = dataclasses.replace(step_config, loss=LossConfig(chunk=4))
     frozen, places, before = Frozen(params, params), pointers(params), jax.tree.map(np.array, params)

@@ -84,6 +84,7 @@ def on(config, batch, make_params):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "lora"),
     [*((shape, None) for shape in MESHES), ((2, 2, 2), ADAPTER)],
@@ -133,6 +134,7 @@ def all_gather_shapes(text: str) -> set[tuple[int, ...]]:
     return {tuple(size for size in map(int, dims.split(",")) if size > 1) for dims in shapes}
 
 
+@pytest.mark.slow
 def test_logits_are_neither_gathered_nor_held_whole(on, config):
     """But for the one column that the sampler draws from, and the head, which is no logits."""
     _, text = on((2, 2, 2))
@@ -146,6 +148,7 @@ def test_logits_are_neither_gathered_nor_held_whole(on, config):
     assert logits and max(np.prod(shape[:-1]) for shape in logits) < rows * COLUMNS
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_a_layer_at_a_time(on, config):
     _, text = on((1, 8, 1))
     width, mlp, layers = config.model.width, config.model.mlp_width, config.model.layers
@@ -156,6 +159,7 @@ def test_weights_are_gathered_a_layer_at_a_time(on, config):
     assert not stacks & in_training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules, per_token", [("gathered", False), ("stored", True)])
 def test_decoding_gathers_weights_once_or_for_every_token_as_its_rules_say(
     rules, per_token, config, batch, make_params

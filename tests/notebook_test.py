@@ -30,6 +30,7 @@ def test_the_committed_notebook_has_no_outputs_and_defines_no_functions(notebook
     assert not any(word in cell.source for cell in cells for word in ("def ", "lambda", "class "))
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))  # the base is not kept

@@ -22,6 +22,8 @@ from ctxjax.sharding import put_batch
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
 import transformers  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),

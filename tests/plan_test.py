@@ -211,6 +211,7 @@ def small():
     return config
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_world_for_local_devices(small):
     result = run.plan(small, None, 8)
     model = base_model.make_model_config(config_lib.experiment(small, 8).base, 55)
@@ -239,6 +240,7 @@ def test_the_command_answers_bad_input_in_one_line(tmp_path):
     assert "the nearest are v5e:4x4 and v5e:4x8" in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not chips.has_libtpu(), reason="libtpu is not installed")
 def test_a_step_is_compiled_for_a_tpu_that_is_not_there(small):
     result = run.plan(small, "v5e:2x4", None)

@@ -67,6 +67,7 @@ def close(one, two, **tolerance):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "on"), [((13, 6, 4), "mesh"), *((lengths, "mesh8") for lengths in LENGTHS)], ids=str
 )
@@ -82,6 +83,7 @@ def test_value_and_gradient_are_those_of_the_prefix_in_every_row(
     assert close(one[0], two[0], rtol=0) and close(one[1], two[1], atol=GRADIENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"kv_heads": 1}, {"layer_kinds": WINDOWS}], ids=list)
 def test_models_of_other_kinds_read_a_prefix_alike(change, tiny_model, make_params, make_view, make_rollout, mesh):
     model = dataclasses.replace(tiny_model, **change)
@@ -90,6 +92,7 @@ def test_models_of_other_kinds_read_a_prefix_alike(change, tiny_model, make_para
     assert close(one[0], two[0], rtol=0) and close(one[1], two[1], atol=GRADIENT)
 
 
+@pytest.mark.slow
 def test_scores_in_chunks_of_columns_are_the_same_scores(
     params, tiny_model, make_view, make_rollout, mesh, monkeypatch
 ):
@@ -115,6 +118,7 @@ def sampled(params, model, config, prompts, ids):
     return sample(params, model, config, prompts, rng.row_keys(jax.random.key(5), ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 9])  # unrolled and scanned
 def test_the_sampler_draws_the_same_tokens(layers, tiny_model, make_params, make_view, any_mesh):
     model = dataclasses.replace(tiny_model, layers=layers)
@@ -144,6 +148,7 @@ def test_evaluation_takes_batches_of_rows_and_the_prefix_whole(params, tiny_mode
     assert cosines["control"][-1][rollout.mask_BxT].max() < 0.999
 
 
+@pytest.mark.slow
 def test_what_a_frozen_teacher_made_of_the_prefix_serves_every_step(
     params, frozen, tiny_model, make_view, make_rollout, mesh
 ):

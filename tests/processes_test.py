@@ -87,6 +87,7 @@ def runs(tmp_path_factory):
     return folder, both
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_metrics_as_one(runs):
     folder, both = runs
     one, two = read_rows(folder / "one"), read_rows(folder / "two")
@@ -112,6 +113,7 @@ def preempted(runs):
     return run, folder / "hit"
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_ends_both_after_they_saved_the_same_step(preempted):
     run, workdir = preempted
     assert run.exit_codes == [75, 75], run.read_output(0) + run.read_output(1)
@@ -121,6 +123,7 @@ def test_sigterm_to_one_process_ends_both_after_they_saved_the_same_step(preempt
     assert saved_steps(workdir / "opcd" / "checkpoints")[-1] == last < STEPS
 
 
+@pytest.mark.slow
 def test_if_one_process_dies_the_other_ends_with_the_reason_and_one_process_can_finish_the_run(preempted):
     _, workdir = preempted
     folder = workdir / "opcd" / "checkpoints"
@@ -145,6 +148,7 @@ def test_if_one_process_dies_the_other_ends_with_the_reason_and_one_process_can_
     assert (workdir / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_processes_with_different_configurations_end_with_the_difference(tmp_path):
     run = Run(2, tmp_path / "run", tmp_path, "--config.train.steps=3", only={1: ["--config.seed=7"]})
     assert run.wait() == [2, 2]

@@ -30,7 +30,7 @@ from ctxjax.training.checkpoint import read_params, saved_steps
 from ctxjax.types import Frozen
 
 ARMS = ("opcd", "opcd_anchored", "opcd_retained")
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_devices")]
 
 
 def make_config(cache: Path):

@@ -155,6 +155,7 @@ def test_a_base_is_trained_again_when_its_text_changes(world, folder):
     assert TinySafety(settings(folder, test_questions=5)).pretraining_facts() == world.pretraining_facts()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_page")
 def test_a_small_world_runs_from_its_files_to_results(folder, tmp_path):
     config = config_file.get_config()

@@ -132,6 +132,7 @@ def largest_difference(one, two) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), one, two)))
 
 
+@pytest.mark.slow
 def test_the_whole_step_on_eight_devices_is_its_two_halves_on_one(halves, whole):
     assert whole.metrics.keys() == halves.metrics.keys()
     for name, value in halves.metrics.items():
@@ -141,10 +142,12 @@ def test_the_whole_step_on_eight_devices_is_its_two_halves_on_one(halves, whole)
     assert largest_difference(whole.state, halves.after.params) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_second_step_compiles_nothing(whole):
     assert not whole.compiled_again
 
 
+@pytest.mark.slow
 def test_the_state_is_donated_and_the_teacher_is_left_alone(whole):
     assert all(whole.donated)
     assert largest_difference(whole.frozen, whole.frozen_after) == 0
@@ -252,6 +255,7 @@ def test_loss_and_gradient_must_both_be_finite(loss, slope, skipped, halves, ste
 # --- Micro-batches ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on, count", [("mesh", 2), ("mesh", 4), ("mesh8", 2)])
 def test_micro_batches_change_neither_metrics_nor_gradient(on, count, halves, config, batch, make_params, request):
     """On fixed rollouts, whose first log-probabilities are off by 1/16 nat in the first row to 1 in the last. Adam's
@@ -275,6 +279,7 @@ def test_micro_batches_change_neither_metrics_nor_gradient(on, count, halves, co
 # --- Moving averages ---
 
 
+@pytest.mark.slow
 def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_student(start, config, batch, mesh):
     ema = dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher="ema", ema_decay=0.75))
     data, (before, rollouts) = put_batch(batch, mesh), start
@@ -335,6 +340,7 @@ def taught(config, batch, make_params):
         yield state, frozen, data, samples, by_hand(frozen.teacher)
 
 
+@pytest.mark.slow
 def test_the_teachers_responses_are_its_own_with_context_and_another_steps_are_others(config, taught):
     _, frozen, data, samples, by_hand = taught
     jax.tree.map(np.testing.assert_array_equal, samples, by_hand)
@@ -342,6 +348,7 @@ def test_the_teachers_responses_are_its_own_with_context_and_another_steps_are_o
     assert (later.tokens_BxT != samples.tokens_BxT).any(axis=1).sum() > ROWS / 2
 
 
+@pytest.mark.slow
 def test_a_step_that_is_given_responses_learns_from_them_and_samples_no_others(config, taught, products):
     state, frozen, data, samples, _ = taught
     rollout, other = rollout_step(state, frozen, data, config, samples)
@@ -349,6 +356,7 @@ def test_a_step_that_is_given_responses_learns_from_them_and_samples_no_others(c
     assert not products(lambda: rollout_step(state, frozen, data, config, samples))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["forward_kl", "cross_entropy"])
 def test_an_off_policy_step_is_that_of_the_formula_written_out(divergence, config, taught):
     """Whole logits, one sum, one gradient, one optimiser step: classical distillation, and supervised fine-tuning."""
@@ -379,6 +387,7 @@ def test_an_off_policy_step_is_that_of_the_formula_written_out(divergence, confi
     assert largest_difference(after.params, optax.apply_updates(state.params, updates)) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_teacher_that_waits_in_the_hosts_memory_teaches_the_same(config, taught):
     state, frozen, data, samples, _ = taught
     config = dataclasses.replace(config, loss=LossConfig(temperature=0.8, chunk=4))
