@@ -48,6 +48,7 @@ def test_generation_is_the_argmax_of_the_logits(model, context):
     assert answers == [greedy(model, question, context, 4) for question in QUESTIONS]
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_and_the_row_not_on_the_batch(model):
     def sample(**settings):
         return ctxjax.generate(model, QUESTIONS * 6, CONTEXT, max_tokens=8, temperature=1.0, **settings)

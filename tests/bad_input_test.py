@@ -31,6 +31,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return forked.run("ctxjax.main", [*arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -174,6 +174,7 @@ def test_a_batch_without_tokens_has_loss_and_gradients_zero(mesh):
 # --- Gradients ---
 
 
+@pytest.mark.slow
 def test_the_gradient_scales_with_what_follows_the_loss_and_none_comes_from_values(mesh):
     hidden, heads, mask, _ = problem(0, views=THREE)
     weights = weights_of(0, ["distill", "anchor"], mask)
@@ -188,6 +189,7 @@ def test_the_gradient_scales_with_what_follows_the_loss_and_none_comes_from_valu
     assert_close(squared, jax.tree.map(lambda g: 2 * loss * g, plain))
 
 
+@pytest.mark.slow
 def test_values_alone_have_no_gradient(mesh):
     hidden, heads, mask, _ = problem(0, views=THREE)
 
@@ -216,6 +218,7 @@ def test_gradients_that_nobody_asks_for_are_not_made(trained, of_heads, of_hidde
     assert shapes.count((B, CHUNK, D)) == of_hidden
 
 
+@pytest.mark.slow
 def test_half_precision_hidden_states(mesh):
     """Products are of bfloat16; losses, and sums that make a head's gradient, are float32."""
     hidden, heads, mask, _ = problem(0, views=THREE, dtype=jnp.bfloat16)
@@ -264,6 +267,7 @@ def of_one_head(shapes, width, vocab):
     return [shape for shape in shapes if math.prod(shape) in (width * vocab, width * vocab // 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support, whole_logits", [("full", False), ("teacher_top_k", True)])
 def test_devices_exchange_no_logits_and_a_heads_gradient_once_behind_the_loop(support, whole_logits, tiny_model, mesh8):
     """The loss with an anchor and all its metrics, on eight devices with half of the vocabulary each. Only a support

@@ -37,6 +37,7 @@ command.run(main, None)
 PAGES = (100 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has no mallopt")
 def test_large_arrays_are_taken_from_the_system_once():
     def new_pages(cores: int) -> list[int]:

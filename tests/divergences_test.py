@@ -184,6 +184,7 @@ def test_a_raw_sum_drives_a_student_that_is_right_already_out_of_the_support():
         np.testing.assert_allclose(gradient(kind, remainder), np.zeros(4), atol=ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SUPPORTS[1:])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tail_makes_a_lower_bound_of_the_full_divergence(name, kind):
@@ -193,6 +194,7 @@ def test_a_tail_makes_a_lower_bound_of_the_full_divergence(name, kind):
     assert jnp.mean(bound) < 0.95 * jnp.mean(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, remainder", PARTIAL)
 def test_a_support_of_more_tokens_than_there_are_is_the_full_divergence(kind, remainder):
     s, t = jax.random.normal(jax.random.key(6), (2, *MANY)) * 2
@@ -208,6 +210,7 @@ def test_a_support_of_more_tokens_than_there_are_is_the_full_divergence(kind, re
 # --- Extreme logits ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", [-1e30, -INF])
 @pytest.mark.parametrize("k", [2, 4])  # fewer than the tokens that are left, and more
 @pytest.mark.parametrize("kind, remainder", EVERY)

@@ -105,6 +105,7 @@ def test_bad_input_is_named(field, value, message, folder, questions):
         evaluate.evaluate(config, "test")
 
 
+@pytest.mark.slow
 def test_the_command_says_in_one_line_what_is_missing(folder, questions):
     result = command(folder, questions)
     assert result.returncode == 2 and "Traceback" not in result.stderr

@@ -300,6 +300,7 @@ def rollout(make_rollout) -> Rollout:
     return rollout.replace(mask_BxT=np.arange(6) < np.array([6, 2, 3])[:, None])
 
 
+@pytest.mark.slow
 def test_decoding_does_not_depend_on_the_batch_size(params, tiny_model, make_prompts, mesh):
     prompts, key = make_prompts(0, 5, 7), jax.random.key(0)
     whole, parts = (views.decode(params, tiny_model, SAMPLING, prompts, key, size, mesh) for size in (5, 2))
@@ -333,6 +334,7 @@ def test_identical_views_have_no_distance_and_cosine_one(params, tiny_model, pro
     assert cosines["control"][-1][mask].max() < 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_comparison_does_not_depend_on_the_batch_size(params, tiny_model, prompts, rollout, mesh, size):
     """Batches of 2 and 4 are filled with copies of the last row."""
@@ -344,6 +346,7 @@ def test_the_comparison_does_not_depend_on_the_batch_size(params, tiny_model, pr
         np.testing.assert_allclose(filled[1][name][:, mask], whole[1][name][:, mask], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_distillation_on_given_responses_counts_every_row_once(params, frozen, tiny_model, prompts, rollout, mesh):
     bare, context, _ = prompts
 

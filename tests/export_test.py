@@ -105,6 +105,7 @@ def logits_in_torch(model, tokens) -> np.ndarray:
         return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_transformers_computes_the_trained_students_logits(kind, trained, tmp_path):
     pytest.importorskip("torch", reason="parity needs torch")
@@ -117,6 +118,7 @@ def test_transformers_computes_the_trained_students_logits(kind, trained, tmp_pa
     assert_same_logits(run.logits, logits_in_torch(model, run.tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "tied"])
 def test_an_export_loads_bit_for_bit_and_in_shards_too(kind, trained, tmp_path, mesh8):
     run = trained(kind)
@@ -132,6 +134,7 @@ def test_an_export_loads_bit_for_bit_and_in_shards_too(kind, trained, tmp_path, 
         jax.tree.map(np.testing.assert_array_equal, loaded, run.student)
 
 
+@pytest.mark.slow
 def test_peft_puts_the_adapter_onto_the_base_and_gets_the_merged_models_logits(trained, tmp_path):
     peft = pytest.importorskip("peft", reason="parity needs peft")
     from transformers import AutoModelForCausalLM
@@ -144,6 +147,7 @@ def test_peft_puts_the_adapter_onto_the_base_and_gets_the_merged_models_logits(t
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
+@pytest.mark.slow
 def test_weights_are_cast_when_that_is_asked_for(trained, tmp_path, mesh):
     run = trained("lora")
     export.export(run.workdir, tmp_path / "out", dtype="bfloat16")
@@ -154,6 +158,7 @@ def test_weights_are_cast_when_that_is_asked_for(trained, tmp_path, mesh):
     np.testing.assert_array_equal(tensors["model.layers.1.mlp.down_proj.weight"].T, merged)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_not_rounded_into_a_bfloat16_base(trained, tmp_path):
     run = trained("lora")
     workdir_copy = shutil.copytree(run.workdir, tmp_path / "run")
@@ -169,6 +174,7 @@ def test_an_adapter_is_not_rounded_into_a_bfloat16_base(trained, tmp_path):
     np.testing.assert_allclose(written, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_number_type_of_the_weights_is_named_where_it_is_not_the_sources(trained, tmp_path, capsys):
     run = trained("full")
     assert export.main([f"--workdir={run.workdir}", f"--out={tmp_path / 'same'}"]) == 0
@@ -187,6 +193,7 @@ def test_the_number_type_of_the_weights_is_named_where_it_is_not_the_sources(tra
     assert cast == "bfloat16, rounded from float32"
 
 
+@pytest.mark.slow
 def test_the_sources_own_files_and_fields_survive(trained, tmp_path):
     run = trained("tied")
     export.export(run.workdir, tmp_path / "out")
@@ -200,6 +207,7 @@ def test_the_sources_own_files_and_fields_survive(trained, tmp_path):
 TEACHERS_END = 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_generation_config", [True, False])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_an_export_ends_its_responses_where_the_run_did(trained, tmp_path, mesh, adapter, has_generation_config):
@@ -221,6 +229,7 @@ def test_an_export_ends_its_responses_where_the_run_did(trained, tmp_path, mesh,
         assert json.loads((out / "config.json").read_text())["eos_token_id"] == [3, TEACHERS_END]
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_name_its_end_tokens_is_refused(trained, tmp_path):
     shutil.copytree(trained("full").workdir, tmp_path / "run")
     edit(tmp_path / "run" / "run.json", inputs={})
@@ -229,6 +238,7 @@ def test_a_run_that_does_not_name_its_end_tokens_is_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_trained_and_what_came_of_it(trained, tmp_path):
     run = trained("full")
     results = {"base": {"acc_x": 0.125}, "opcd": {"acc_x": 0.875, "step": STEPS}, "opcd_anchored": {"acc_x": 0.5}}
@@ -242,6 +252,7 @@ def test_the_card_says_what_was_trained_and_what_came_of_it(trained, tmp_path):
     assert "is of step 3, not of the exported step 2" in earlier
 
 
+@pytest.mark.slow
 def test_files_are_as_readable_as_any(trained, tmp_path):
     export.export(trained("full").workdir, tmp_path / "out")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
@@ -252,6 +263,7 @@ def test_files_are_as_readable_as_any(trained, tmp_path):
 # --- What cannot be done ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -267,6 +279,7 @@ def test_what_does_not_exist_is_answered_with_what_does(arguments, message, trai
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_existing_folder_is_left_as_it_is(trained, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     arguments = [f"--workdir={trained('full').workdir}", f"--out={tmp_path / 'out'}"]
@@ -289,6 +302,7 @@ def test_an_address_is_no_folder_to_write(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_of_another_version_is_refused(trained, tmp_path):
     fields = json.loads((trained("full").workdir / "config.json").read_text())
     del fields["lora"]
@@ -297,6 +311,7 @@ def test_a_run_of_another_version_is_refused(trained, tmp_path):
         export.export(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     write, written = hf_save._write, []
 
@@ -312,6 +327,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypat
     assert len(written) == 2 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_that_the_system_refuses_is_an_oserror_and_leaves_nothing_behind(trained, tmp_path):
     run, (soft, hard) = trained("full"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -323,6 +339,7 @@ def test_a_file_that_the_system_refuses_is_an_oserror_and_leaves_nothing_behind(
     assert raised.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_known_before_anything_is_written(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_save.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match=r"need .* GB, and 1e-06 GB are free"):

@@ -70,6 +70,7 @@ def load(folder, model, mesh):
 # --- Parity ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_transformers_opens_what_is_saved_and_computes_the_same_logits(
     variant, tmp_path, tiny_model, make_params, tokens, mesh, torch
@@ -85,6 +86,7 @@ def test_transformers_opens_what_is_saved_and_computes_the_same_logits(
     assert_same_logits(forward(params, model, tokens), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_transformers_writes_loads_and_computes_the_same_logits(variant, dtype, tmp_path, tokens, mesh, torch):

@@ -127,6 +127,7 @@ def assert_dense(states, params, config, tokens, mask, prefix_C, first=0):
         np.testing.assert_allclose(ours, expected[-len(ours) :], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("C", [0, 5])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_forward_pass_is_the_dense_model(variant, C, tiny_model, make_params, make_rows, mesh):

@@ -87,6 +87,7 @@ def test_the_update_of_a_weight_is_alpha_over_rank_times_the_product(params, tin
     np.testing.assert_allclose(change, 4.0 * a @ b, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 9], ids=["unrolled", "scanned"])
 def test_what_an_adapted_model_samples_has_the_log_probability_that_it_scores(
     layers, tiny_model, make_params, make_adapter, make_prompts, mesh8
@@ -151,6 +152,7 @@ def loss_of(trained, frozen, rows, config):
     return objective(networks, config.loss, rows, 0)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_adapted", [True, False])
 def test_no_gradient_of_a_frozen_head_is_made(
     is_adapted, params, step_config, batch, make_adapter, make_rollout, products, mesh

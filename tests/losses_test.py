@@ -170,6 +170,7 @@ def test_each_anchor_compares_q_c_with_its_view_and_moves_only_what_it_may(ancho
         np.testing.assert_allclose(gradients["q_c"], [0.25 - 0.5, 0.75 - 0.5], atol=ROUNDING)  # q_c - target
 
 
+@pytest.mark.slow
 def test_a_gate_by_token_anchors_where_the_student_finds_the_teachers_token_likeliest(mesh):
     falling, rising = jnp.log(jnp.array([0.6, 0.4])), jnp.log(jnp.array([0.3, 0.7]))
     bare, teacher = jnp.stack([falling, falling, rising])[None], jnp.stack([falling, rising, rising])[None]
@@ -235,6 +236,7 @@ def test_the_mass_on_the_support_of_both_models(mesh):
 # --- Logits as they are compared ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes, support",
     [((5, 8), "full"), ((8, 5), "full"), ((8, 8), "full"), ((7, 8), "student_top_k"), ((8, 7), "union_top_k")],

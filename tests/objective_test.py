@@ -138,6 +138,7 @@ def test_what_masks_hide_never_counts(params, frozen, tiny_model, batch, rollout
     assert close(plain, disguise, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_end_token_is_trained(params, frozen, tiny_model, batch, rollouts):
     rollout, other = rollouts
     length = rollout.mask_BxT.sum(axis=1)
@@ -148,6 +149,7 @@ def test_the_end_token_is_trained(params, frozen, tiny_model, batch, rollouts):
     assert abs(loss - cut_loss) > 1e-3 and parts["anchor"].total > cut_parts["anchor"].total
 
 
+@pytest.mark.slow
 def test_terms_count_response_tokens_and_share_their_denominator(params, frozen, tiny_model, batch, rollouts):
     _, parts = value(params, frozen, tiny_model, batch, rollouts)
     rollout, other = rollouts
@@ -155,6 +157,7 @@ def test_terms_count_response_tokens_and_share_their_denominator(params, frozen,
     assert parts["retain"].count == other.mask_BxT.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaging", ["token_mean", "sequence_mean"])
 def test_losses_and_terms_of_parts_add_up_to_those_of_the_batch(averaging, params, frozen, tiny_model, batch, rollouts):
     config = dataclasses.replace(CONFIG, mu=0.0, averaging=averaging)
@@ -179,6 +182,7 @@ def test_a_batch_without_any_response_token_has_loss_and_gradient_zero(params, f
     assert loss == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(student))
 
 
+@pytest.mark.slow
 def test_terms_with_weight_zero_are_not_computed(params, frozen, tiny_model, batch, rollouts):
     plain = dataclasses.replace(CONFIG, beta=0.0, mu=0.0)
     loss, parts = value(params, frozen, tiny_model, batch.replace(other=None), (rollouts[0], None), plain)
@@ -211,6 +215,7 @@ def mean_kl(p, q, mask):
     return (np.exp(p) * (p - q)).sum(-1)[mask].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_each_anchor_reads_the_models_and_prompts_of_its_view(anchor, every_view, tiny_model, mesh):
     (student, teacher, ema), batch, rollout, views = every_view
@@ -226,6 +231,7 @@ def test_each_anchor_reads_the_models_and_prompts_of_its_view(anchor, every_view
     assert loss == pytest.approx(float(total), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gate_by_response_anchors_those_that_mostly_agree_with_the_teacher(every_view, tiny_model, mesh):
     (student, teacher, _), batch, rollout, views = every_view
     mask = rollout.mask_BxT
@@ -247,6 +253,7 @@ def test_a_gate_by_response_anchors_those_that_mostly_agree_with_the_teacher(eve
 # --- What an addition touches (docs/extending.md) ---
 
 
+@pytest.mark.slow
 def test_an_anchor_with_a_new_distribution_is_a_line_in_passes_and_one_in_anchors(
     every_view, tiny_model, mesh, monkeypatch
 ):
@@ -260,6 +267,7 @@ def test_an_anchor_with_a_new_distribution_is_a_line_in_passes_and_one_in_anchor
     assert parts["anchor"].value == pytest.approx(mean_kl(views["ema_c"], views["q_c"], rollout.mask_BxT), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_term_is_a_function_and_a_line_in_terms(every_view, tiny_model, mesh, monkeypatch):
     """Here: the entropy of the context view, of weight 0.1 from the second step on."""
 
@@ -284,6 +292,7 @@ def test_a_term_is_a_function_and_a_line_in_terms(every_view, tiny_model, mesh, 
 # --- Next tokens ---
 
 
+@pytest.mark.slow
 def test_the_loss_of_given_responses_is_their_mean_negative_log_probability(params, tiny_model, batch, rollouts, mesh):
     prompts, responses = put_batch((batch.bare, rollouts[0]), mesh)
     untempered = jax.jit(lambda p: response_logprobs(p, tiny_model, prompts, responses) * CONFIG.temperature)(params)

@@ -133,6 +133,7 @@ def test_the_sampler_draws_the_same_tokens(layers, tiny_model, make_params, make
     np.testing.assert_allclose(one.logprobs_BxT, two.logprobs_BxT, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation_takes_batches_of_rows_and_the_prefix_whole(params, tiny_model, make_view, make_rollout, mesh):
     shared, per_row = make_view(1, 13, 6)
     control, config = make_view(3, 5, 4)[0], SamplingConfig(max_tokens=4, eos_ids=(2, 5, 11), pad_id=0)

@@ -312,6 +312,7 @@ def test_broken_files_are_named(workdir: pathlib.Path) -> None:
         write_report(workdir)
 
 
+@pytest.mark.slow
 def test_writing_is_atomic(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name for path in workdir.iterdir()}
     path = write_report(workdir)
@@ -329,6 +330,7 @@ def test_writing_is_atomic(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatc
     assert {file.name for file in workdir.iterdir()} == before | {"report.html"}
 
 
+@pytest.mark.slow
 def test_same_run_gives_same_bytes(workdir: pathlib.Path, written: pathlib.Path) -> None:
     assert write_report(workdir).read_bytes() == written.read_bytes()
 
@@ -461,6 +463,7 @@ def test_command_line(workdir: pathlib.Path, capsys: pytest.CaptureFixture) -> N
     assert captured.out == "" and captured.err.count("\n") == 1 and "results.json" in captured.err
 
 
+@pytest.mark.slow
 def test_import_leaves_matplotlib_alone() -> None:
     code = "import sys, ctxjax.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -81,6 +81,7 @@ def test_log_probabilities_while_decoding_are_those_that_scoring_finds(params, t
     assert expected[real].std() > 0.5, "nearly equal values would hide a shift"
 
 
+@pytest.mark.slow
 def test_a_response_that_outgrows_its_cache_goes_on_alike(params, tiny_model, prompts):
     """70 tokens are decoded by three loops, each with a longer cache; a row ends in the second, others in the last."""
     long = dataclasses.replace(CONFIG, max_tokens=70, eos_ids=())
@@ -109,6 +110,7 @@ def test_a_response_includes_its_first_end_token_whichever_it_is_and_nothing_beh
     assert len(ends) >= 2 and cut >= 1, "the example should have several kinds of end, and a response without"
 
 
+@pytest.mark.slow
 def test_padding_with_the_end_token_changes_no_response(params, tiny_model, prompts, rollout):
     padded_with_end = dataclasses.replace(CONFIG, pad_id=2)
     assert same(rollout, rollout_of(params, tiny_model, padded_with_end, prompts, IDS))
@@ -127,6 +129,7 @@ def test_rows_are_drawn_by_their_name_and_not_by_their_place(params, tiny_model,
     assert same(rows(rollout, order), permuted)
 
 
+@pytest.mark.slow
 def test_splitting_a_batch_changes_no_token(params, tiny_model, prompts, rollout):
     for part in (slice(0, 3), slice(3, 6)):
         assert same(rows(rollout, part), rollout_of(params, tiny_model, CONFIG, rows(prompts, part), IDS[part]))
@@ -162,12 +165,14 @@ def test_greedy_decoding_takes_the_most_probable_token_of_forward(params, tiny_m
     assert_close(rollout.logprobs_BxT[real], at_one[real])
 
 
+@pytest.mark.slow
 def test_a_single_token_is_the_first_of_a_longer_response(params, tiny_model, prompts, rollout):
     single = rollout_of(params, tiny_model, dataclasses.replace(CONFIG, max_tokens=1), prompts, IDS)
     assert single.tokens_BxT.shape == (6, 1) and single.mask_BxT.all()
     assert same(rows(rollout, np.s_[:, :1]), single)
 
 
+@pytest.mark.slow
 def test_columns_after_every_row_has_ended_are_padding(params, tiny_model, prompts):
     always = dataclasses.replace(CONFIG, eos_ids=tuple(range(40)), pad_id=13)
     rollout = rollout_of(params, tiny_model, always, prompts, IDS)
@@ -175,6 +180,7 @@ def test_columns_after_every_row_has_ended_are_padding(params, tiny_model, promp
     assert (rollout.tokens_BxT[:, 1:] == 13).all() and (rollout.logprobs_BxT[:, 1:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 9])  # deep models hold the cache of all layers in one array
 def test_samples_of_a_prompt_are_those_of_as_many_rows_with_their_keys(tiny_model, make_params, prompts, mesh, layers):
     model = dataclasses.replace(tiny_model, layers=layers)
@@ -328,6 +334,7 @@ def test_until_eos_and_the_sampler_agree_on_the_mask(rollout):
     np.testing.assert_array_equal(rollout.mask_BxT, masks.until_eos(jnp.asarray(rollout.tokens_BxT), CONFIG.eos_ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_batch_of_one_prompt_is_sampled(params, tiny_model, prompts, samples):
     """Broadcasting an axis of size 1 drops its sharding."""

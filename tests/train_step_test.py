@@ -169,18 +169,21 @@ def test_moments_lie_where_their_parameters_lie(config, make_params, mesh8):
         assert jax.tree.map(lambda leaf: leaf.sharding.spec, moments) == places
 
 
+@pytest.mark.slow
 def test_fewer_rows_may_be_retained_than_are_distilled(halves):
     rollout, other = halves.rollouts
     assert rollout.tokens_BxT.shape == (ROWS, 6) and other.tokens_BxT.shape == (RETAINED, 6)
     assert halves.metrics["retain"] > 0.01
 
 
+@pytest.mark.slow
 def test_each_step_draws_anew_for_both_kinds_of_rollout(halves):
     (first, first_other), (second, second_other) = halves.rollouts, halves.later_rollouts
     assert (first.tokens_BxT != second.tokens_BxT).any(axis=1).sum() > ROWS / 2
     assert (first_other.tokens_BxT != second_other.tokens_BxT).any()
 
 
+@pytest.mark.slow
 def test_a_step_advances_the_count_keeps_the_root_key_and_changes_every_parameter(halves):
     before, after = halves.before, halves.after
     assert (before.step, after.step) == (0, 1)
@@ -189,11 +192,13 @@ def test_a_step_advances_the_count_keeps_the_root_key_and_changes_every_paramete
     assert all(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow
 def test_a_step_lowers_the_loss_on_its_own_rollouts(halves):
     assert halves.metrics_again["distill"] < halves.metrics["distill"] - 1e-3
     assert halves.metrics_again["loss"] < halves.metrics["loss"] - 1e-3
 
 
+@pytest.mark.slow
 def test_metrics_describe_the_loss_and_the_responses(halves, config):
     metrics, (rollout, _) = halves.metrics, halves.rollouts
     total = metrics["distill"] + 0.5 * metrics["anchor"] + 1.0 * metrics["retain"]
@@ -212,6 +217,7 @@ def test_metrics_describe_the_loss_and_the_responses(halves, config):
 # --- Steps that are skipped ---
 
 
+@pytest.mark.slow
 def test_a_step_without_a_finite_loss_moves_nothing_but_on(start, config, batch, make_params, mesh):
     broken = make_params(config.model, 1, mesh)
     broken["final_norm"] = broken["final_norm"].at[0].set(np.nan)
@@ -238,6 +244,7 @@ def step_of(config, batch, halves):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "slope", "skipped"), [(1.0, 1.0, 0), (1.0, np.inf, 1), (1.0, np.nan, 1), (np.inf, 1.0, 1)]
 )
@@ -295,6 +302,7 @@ def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_stude
     assert largest_difference(after.ema, by_hand) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"teacher": "ema"}, {"anchor": "ema"}])
 def test_an_average_starts_as_a_copy_and_keeps_its_place_on_the_mesh(fields, config, batch, make_params, mesh8):
     ema = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **fields))
@@ -413,6 +421,7 @@ def test_a_mixture_draws_whose_step_it_is_after_the_first_which_are_off_policy()
     assert not off_policy_steps(LossConfig(), key, 8).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"on_policy_fraction": 0.5}, {"off_policy_steps": 1}])
 def test_only_on_policy_steps_report_a_gap_of_log_probabilities(fields, config, halves, start, batch, mesh):
     """Elsewhere it would compare two models."""

@@ -65,6 +65,7 @@ def wider(prompts, columns):
     return tokens, np.pad(prompts.mask_BxP, [(0, 0), (columns, 0)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding_token_by_token_gives_the_logits_of_one_pass(variant, tiny_model, make_params, make_prompts, mesh):
     model = dataclasses.replace(tiny_model, **VARIANTS[variant])
@@ -164,6 +165,7 @@ def test_logits_are_float32_when_the_model_computes_in_bfloat16(tiny_model, make
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
 
 
+@pytest.mark.slow
 def test_what_layers_keep_changes_memory_and_not_the_gradient(params, tiny_model, prompts):
     """ "offload" keeps as little on the device as "full"; what goes to the host is seen on accelerators only."""
 
@@ -218,6 +220,7 @@ def test_a_large_llama_has_its_published_size_and_traces_on_a_mesh_without_memor
     assert (logits.shape, logits.dtype) == ((8, 16, model.vocab_size), jnp.float32)
 
 
+@pytest.mark.slow
 def test_initial_values_follow_the_declaration_in_shape_sharding_and_spread(tiny_model, mesh8):
     specs = transformer.param_specs(tiny_model)
     values, declared = params_lib.init(specs, jax.random.key(0), mesh8), params_lib.abstract(specs, mesh8)
