@@ -76,7 +76,7 @@ def test_joined_weights_compute_what_merged_weights_compute(
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     data = make_prompts(0, 4, 9)
     ours, theirs, base = (np.asarray(logits(tree, tiny_model, data)) for tree in (joined, merged, params))
-    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, atol=3e-5 * np.abs(theirs).max())
     assert np.abs(ours - base).max() > 0.1 * np.abs(base).max()
 
 
@@ -105,7 +105,7 @@ def test_what_an_adapted_model_samples_has_the_log_probability_that_it_scores(
         scored = jnp.sum(jnp.where(jax.nn.one_hot(rollout.tokens_BxT, model.vocab_size, dtype=bool), logprobs, 0), -1)
         return jnp.max(jnp.where(rollout.mask_BxT, jnp.abs(scored - rollout.logprobs_BxT), 0))
 
-    assert gap(params) < 1e-5
+    assert gap(params) < 5e-5
 
 
 def test_the_student_of_step_zero_is_the_teacher_bit_for_bit(params, step_config, make_prompts, mesh):
@@ -127,7 +127,7 @@ def test_the_base_is_held_once_and_never_moves(params, step_config, batch, mesh)
     assert all(joined["layers"][name] is leaf for name, leaf in params["layers"].items())
     for _ in range(2):
         state, metrics = train_step(state, frozen, sharding.put_batch(batch, mesh), step_config)
-    assert metrics["logprob_gap_max"] < 1e-5 and metrics["grad_norm"] > 0
+    assert metrics["logprob_gap_max"] < 5e-5 and metrics["grad_norm"] > 0
     assert np.abs(state.params["layers"]["down_lora_b"]).max() > 0
     assert pointers(params) == places
     jax.tree.map(np.testing.assert_array_equal, params, before)

