@@ -20,12 +20,13 @@ from ctxjax.host import workdir
 from ctxjax.inputs import model_folder
 from ctxjax.models import lora, transformer
 from ctxjax.models.hf import load as hf_load, save as hf_save
-from ctxjax.models.transformer import RopeScaling, apply_head, head_weights
+from ctxjax.models.rope import Llama3Scaling
+from ctxjax.models.transformer import apply_head, head_weights
 from ctxjax.training import checkpoint
 from ctxjax.types import Batch, Frozen
 
 STEPS, TOKENS = 3, 40
-STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16)
+STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16)
 EXTRA = {"max_position_embeddings": 131072, "_name_or_path": "someone/model", "transformers_version": "4.57.0"}
 RUNS = {"full": (0, {}), "tied": (0, {"tied_embeddings": True, "rope_scaling": STRETCHED}), "lora": (4, {})}
 

@@ -2,13 +2,14 @@
 refused."""
 
 import dataclasses
+import math
 
 import pytest
 
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.architecture import LayerKind
 from ctxjax.models.hf import load as hf_load
-from ctxjax.models.transformer import RopeScaling
+from ctxjax.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 LLAMA31 = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
@@ -130,7 +131,7 @@ def test_a_published_config_gives_the_published_number_of_parameters(name):
 
 def test_the_fields_land_where_they_belong():
     config = parsed(LLAMA31)
-    assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
     assert (config.rope_theta, config.norm_eps, config.max_positions) == (500000.0, 1e-5, 131072)
     assert (config.head_dim, config.kv_heads, config.tied_embeddings) == (128, 8, False)
     assert (config.qkv_bias, config.qk_norm) == (False, False)
@@ -172,13 +173,35 @@ OWN = {  # what else a family has, for two layers
 }  # fmt: skip
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_scalings_of_rotary_positions_are_read_in_every_layout_and_written_without_defaults():
+    expected = YarnScaling(4.0, 32768, 0.1 * math.log(4) + 1)
+    for fields in ({"rope_scaling": YARN}, {"rope_parameters": YARN | {"rope_theta": 1e6, "truncate": True}}):
+        config = parsed(QWEN25 | fields)
+        assert config.rope_scaling == expected
+        assert hf_load.FAMILIES["qwen2"].config_to_hf(config)["rope_scaling"] == YARN
+    sharp = parsed(QWEN25 | {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16}})
+    assert (sharp.rope_scaling.amplitude, sharp.rope_scaling.beta_fast) == (1.5, 16)
+    written = hf_load.FAMILIES["qwen2"].config_to_hf(sharp)["rope_scaling"]
+    assert written == YARN | {"attention_factor": 1.5, "beta_fast": 16}
+    linear = parsed(GEMMA3 | {"rope_scaling": {"type": "linear", "factor": 8}})
+    assert linear.rope_scaling == LinearScaling(8.0)
+    assert hf_load.FAMILIES["gemma3_text"].config_to_hf(linear)["rope_scaling"]["factor"] == 8.0
+
+
+SCALED = (Llama3Scaling(4.0, 1.0, 2.0, 16), LinearScaling(8.0), YarnScaling(4.0, 32, 1.25), None)
+
+
+@pytest.mark.parametrize("scaling", SCALED, ids=lambda scaling: type(scaling).__name__)
 @pytest.mark.parametrize("family", hf_load.FAMILIES)
-def test_transformers_reads_a_written_config_as_it_was_meant(family, tiny_model):
+def test_transformers_reads_a_written_config_as_it_was_meant(family, scaling, tiny_model):
     transformers = pytest.importorskip("transformers")
     known = hf_load.FAMILIES[family]
     config = dataclasses.replace(
         tiny_model, max_positions=77, **known.parts | OWN.get(family, {}),
-        rope_scaling=RopeScaling(4.0, 1.0, 2.0, 16) if family == "llama" else None,
+        rope_scaling=scaling,
     )  # fmt: skip
     theirs = transformers.AutoConfig.for_model(**known.config_to_hf(config)).to_diff_dict()
     assert known.config_from_hf(theirs) == config
@@ -188,15 +211,17 @@ def without(fields, *names):
     return {name: value for name, value in fields.items() if name not in names}
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (QWEN3 | {"rope_scaling": YARN}, "rope_type = 'yarn' is not implemented"),
-        (QWEN25 | {"rope_parameters": YARN | {"rope_theta": 1e6}}, "rope_type = 'yarn' is not implemented"),
-        (LLAMA31 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear' is not implemented"),
+        (
+            QWEN3 | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            'known are "default", "llama3", "linear" and',
+        ),
+        (QWEN3 | {"rope_scaling": YARN | {"truncate": False}}, "truncate = False is not implemented"),
+        (QWEN3 | {"rope_scaling": YARN | {"mscale": 0.7}}, "{'mscale': 0.7} are not implemented"),
+        (QWEN3 | {"rope_scaling": YARN | {"beta_slow": 64}}, "beta_slow = 64.0 must be below beta_fast = 32.0"),
+        (QWEN3 | {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor = 0 must be a number above 0"),
         (QWEN3 | {"rope_scaling": {"rope_type": "default", "mrope_section": [1]}}, r"'mrope_section': \[1\]"),
         (QWEN3 | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention.* not implemented"),
         (LLAMA31 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "contradict each other"),

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from ctxjax.models import transformer
 from ctxjax.models.hf import load as hf_load, safetensors_files, save as hf_save
-from ctxjax.models.transformer import RopeScaling
+from ctxjax.models.rope import Llama3Scaling
 
-STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
+STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
 VARIANTS = {"untied": {}, "tied": {"tied_embeddings": True}, "llama3_rope": {"rope_scaling": STRETCHED}}
 LENGTH = 96  # three times the positions that the scaled variant was "trained" on
 

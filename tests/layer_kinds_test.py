@@ -11,7 +11,7 @@ import pytest
 
 from ctxjax.models import attention, transformer
 from ctxjax.models.architecture import LayerKind, ModelConfig
-from ctxjax.models.rope import RopeScaling
+from ctxjax.models.rope import Llama3Scaling
 from ctxjax.sharding import put_batch
 
 ROWS, COLUMNS, READ = 3, 12, 8  # decoding starts after READ columns
@@ -20,7 +20,7 @@ VARIANTS = {
     "window": {"layer_kinds": (LayerKind(window=4),) * 2},
     "window_of_one": {"layer_kinds": (LayerKind(window=1), GLOBAL)},
     "windows_differ": {"layer_kinds": (LayerKind(window=3), LayerKind(window=7))},
-    "window_and_base_differ": {"layer_kinds": (LOCAL, GLOBAL), "rope_scaling": RopeScaling(4.0, 1.0, 4.0, 16)},
+    "window_and_base_differ": {"layer_kinds": (LOCAL, GLOBAL), "rope_scaling": Llama3Scaling(4.0, 1.0, 4.0, 16)},
     "one_layer_without_rotary": {"layer_kinds": (LayerKind(rotary=False), GLOBAL)},
     "no_rotary": {"layer_kinds": (LayerKind(rotary=False),) * 2},
     "gelu_tanh": {"activation": "gelu_tanh"},

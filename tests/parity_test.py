@@ -152,6 +152,27 @@ def test_logits_beyond_the_positions_of_llama_3s_training_are_those_of_transform
     assert_same_logits(tmp_path, theirs, mesh, length=8300, last=128)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 48, "attention_factor": 1.7,
+         "beta_fast": 12.0, "beta_slow": 2.0},
+    ],
+    ids=["linear", "yarn", "yarn_of_other_settings"],
+)  # fmt: skip
+def test_scaled_positions_are_those_of_transformers_past_the_original_ones(family, rope, tmp_path, mesh):
+    """Gemma's global layers and SmolLM3's rotary ones are scaled; the others have an amplitude of 1."""
+    rope = rope | {"rope_theta": 1e4}
+    if family == "gemma3_text":
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+    own = KINDS.get(family, {}) | ({"tie_word_embeddings": True} if family == "smollm3" else {})
+    theirs = write(tmp_path, family, head_dim=24, max_position_embeddings=128, rope_parameters=rope, **own)
+    assert_same_logits(tmp_path, theirs, mesh, length=96, last=96)
+
+
 PROMPTS, NEW = 50, 64
 
 

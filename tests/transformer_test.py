@@ -11,9 +11,10 @@ import pytest
 
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.remat import POLICIES
-from ctxjax.models.transformer import ModelConfig, RopeScaling, apply_head, head_weights
+from ctxjax.models.rope import Llama3Scaling
+from ctxjax.models.transformer import ModelConfig, apply_head, head_weights
 
-LLAMA31_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+LLAMA31_SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 LLAMA31_8B = ModelConfig(
     vocab_size=128256, width=4096, layers=32, query_heads=32, kv_heads=8, head_dim=128, mlp_width=14336,
     rope_theta=500000.0, rope_scaling=LLAMA31_SCALING, dtype="bfloat16", remat="full",
@@ -27,7 +28,7 @@ VARIANTS = {
         "tied_embeddings": True,
         "qkv_bias": True,
         "qk_norm": True,
-        "rope_scaling": RopeScaling(4.0, 1.0, 4.0, 16),
+        "rope_scaling": Llama3Scaling(4.0, 1.0, 4.0, 16),
     },
 }
 

@@ -109,6 +109,12 @@ def rope_frequencies(config: ModelConfig, kind: LayerKind = PLAIN) -> jax.Array 
     return frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
 
+def rope_amplitude(config: ModelConfig, kind: LayerKind = PLAIN) -> float:
+    """What the cosines and sines of a layer's rotary positions are multiplied by."""
+    is_scaled = config.rope_scaling is not None and kind.rotary and not kind.rope_theta
+    return config.rope_scaling.amplitude if is_scaled else 1.0
+
+
 def param_specs(config: ModelConfig) -> dict:
     """Declare every parameter, those of the layers stacked along a leading axis N. Tied models have no head.
 

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from ctxjax.models.architecture import ACTIVATIONS, LayerKind, ModelConfig, rope_frequencies
+from ctxjax.models.architecture import ACTIVATIONS, LayerKind, ModelConfig, rope_amplitude, rope_frequencies
 from ctxjax.models.attention import Window, attention, self_attention
 from ctxjax.models.linear import project
 from ctxjax.models.remat import remat
@@ -64,11 +64,13 @@ def kind_of(config: ModelConfig, layer: int) -> Kind:
 def make_rope(config: ModelConfig, positions_BxL: jax.Array) -> Rotation | None:
     """Return ``Layout.rope`` of queries at these positions."""
     found = [rope_frequencies(config, kind) for kind in _ropes(config)]
+    amplitudes = [rope_amplitude(config, kind) for kind in _ropes(config)]
     if len(found) == 1:
-        return None if found[0] is None else rotation(positions_BxL, found[0])
+        return None if found[0] is None else rotation(positions_BxL, found[0], amplitudes[0])
     # A layer without rotary positions turns by frequency 0, that is, not at all.
     found = [jnp.zeros(config.head_dim // 2) if frequency is None else frequency for frequency in found]
-    return rotation(positions_BxL, jnp.stack(found)[:, None, None, None])
+    shared = amplitudes[0] if len(set(amplitudes)) == 1 else jnp.asarray(amplitudes)[:, None, None, None, None]
+    return rotation(positions_BxL, jnp.stack(found)[:, None, None, None], shared)
 
 
 def scan_layers(config: ModelConfig, layer: Callable, start, *stacks, policy: str = "none"):

@@ -6,11 +6,12 @@ the ones that models/layer.py computes. Every field of a config.json is read, kn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
+import math
 
 from ctxjax.models.architecture import LayerKind, ModelConfig
-from ctxjax.models.rope import RopeScaling
+from ctxjax.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 # Our name -> (name in the checkpoint, whether it is stored transposed). Hugging Face stores [out, in].
 TOP_NAMES = {
@@ -88,11 +89,28 @@ SIZES = {
     "head_dim": "head_dim",
     "mlp_width": "intermediate_size",
 }
-ROPE_FIELDS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_positions": "original_max_position_embeddings",
+# rope_type -> our class, and its fields' names in config.json.
+SCALINGS = {
+    "llama3": (
+        Llama3Scaling,
+        {
+            "factor": "factor",
+            "low_freq_factor": "low_freq_factor",
+            "high_freq_factor": "high_freq_factor",
+            "original_max_positions": "original_max_position_embeddings",
+        },
+    ),
+    "linear": (LinearScaling, {"factor": "factor"}),
+    "yarn": (
+        YarnScaling,
+        {
+            "factor": "factor",
+            "original_max_positions": "original_max_position_embeddings",
+            "amplitude": "attention_factor",
+            "beta_fast": "beta_fast",
+            "beta_slow": "beta_slow",
+        },
+    ),
 }
 
 
@@ -195,9 +213,7 @@ class Family:
             **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
             "rms_norm_eps": config.norm_eps,
             "rope_theta": config.rope_theta,
-            "rope_scaling": None
-            if scaling is None
-            else {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for ours, theirs in ROPE_FIELDS.items()},
+            "rope_scaling": None if scaling is None else _write_scaling(scaling),
             "max_position_embeddings": config.max_positions,
             "tie_word_embeddings": config.tied_embeddings,
             **self.fixed,
@@ -229,18 +245,44 @@ def _read_scaling(rope: dict) -> RopeScaling | None:
     rest = {name: value for name, value in rope.items() if name != "rope_theta" and value is not None}
     kind = rest.pop("rope_type", None) or rest.get("type") or "default"
     rest.pop("type", None)
-    if kind not in ("default", "llama3"):
-        raise ValueError(f'rope_type = {kind!r} is not implemented; known are "default" and "llama3"')
     scaling = None
-    if kind == "llama3":
-        values = {ours: read_number(rest.pop(theirs), theirs) for ours, theirs in ROPE_FIELDS.items()}
-        scaling = RopeScaling(**values | {"original_max_positions": int(values["original_max_positions"])})
-        if scaling.low_freq_factor >= scaling.high_freq_factor:
-            low, high = scaling.low_freq_factor, scaling.high_freq_factor
-            raise ValueError(f"low_freq_factor = {low} must be below high_freq_factor = {high}")
+    if kind in SCALINGS:
+        made, names = SCALINGS[kind]
+        rest = _yarn_defaults(rest) | rest if kind == "yarn" else rest
+        values = {ours: read_number(rest.pop(theirs), theirs) for ours, theirs in names.items()}
+        if "original_max_positions" in values:
+            values["original_max_positions"] = int(values["original_max_positions"])
+        scaling = made(**values)
+    elif kind != "default":
+        raise ValueError(f'rope_type = {kind!r} is not implemented; known are "default", ' + _quote(SCALINGS))
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if hasattr(scaling, low) and getattr(scaling, low) >= getattr(scaling, high):
+            raise ValueError(f"{low} = {getattr(scaling, low)} must be below {high} = {getattr(scaling, high)}")
     if rest:
         raise ValueError(f"rotary positions with {rest} are not implemented for rope_type = {kind!r}")
     return scaling
+
+
+def _write_scaling(scaling: RopeScaling) -> dict:
+    kind = next(kind for kind, (made, _) in SCALINGS.items() if isinstance(scaling, made))
+    fields = {theirs: getattr(scaling, ours) for ours, theirs in SCALINGS[kind][1].items()}
+    if kind == "yarn":  # other readers know the defaults, and not all know every field
+        defaults = _yarn_defaults(fields)
+        fields = {name: value for name, value in fields.items() if defaults.get(name) != value}
+    return {"rope_type": kind} | fields
+
+
+def _yarn_defaults(fields: dict) -> dict:
+    """What transformers takes for absent fields, and for the field ``truncate``, which has one implemented value."""
+    if fields.pop("truncate", True) is not True:
+        raise ValueError("truncate = False is not implemented for rope_type = 'yarn'; it must be True")
+    factor = read_number(fields["factor"], "factor")
+    return {"attention_factor": 0.1 * math.log(max(factor, 1.0)) + 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def _quote(names: Iterable[str]) -> str:
+    *first, last = (f'"{name}"' for name in names)
+    return f"{', '.join(first)} and {last}"
 
 
 def read_size(value, name: str) -> int:
