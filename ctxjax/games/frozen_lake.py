@@ -31,7 +31,7 @@ class FrozenLake:
         self._free = [cell for cell in cells if cell not in ((0, 0), self.goal)]
         if size < 2 or not 0 <= holes <= len(self._free) - (2 * size - 3):
             raise ValueError(
-                f"a lake of {size} x {size} cells with {holes} holes has no path to the goal; give a size of at least 2 "
+                f"a lake of {size} x {size} cells with {holes} holes has no path to the goal; give a size of 2 or more "
                 f"and 0 to {max(len(self._free) - (2 * size - 3), 0)} holes"
             )
 

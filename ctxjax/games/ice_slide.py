@@ -38,8 +38,8 @@ class IceSlide:
             if moves is not None and len(moves) >= fewest:
                 return board
         raise ValueError(
-            f"none of {DRAWS} rinks of {self.size} x {self.size} cells with {self.rocks} rocks is solved in {fewest} to "
-            f"{most} moves; change the size, the rocks or the moves"
+            f"none of {DRAWS} rinks of {self.size} x {self.size} cells with {self.rocks} rocks is solved in {fewest} "
+            f"to {most} moves; change the size, the rocks or the moves"
         )
 
     def every_board(self) -> None:

@@ -31,8 +31,8 @@ class Sokoban:
     def __init__(self, size: int = 6, boxes: int = 1, solution: tuple[int, int] = (1, 5)):
         if size < 4 or boxes < 1:
             raise ValueError(
-                f"Sokoban of {size} x {size} cells with {boxes} boxes has no board; give at least 4 x 4 cells, of which "
-                "the border is walls, and at least one box"
+                f"Sokoban of {size} x {size} cells with {boxes} boxes has no board; give at least 4 x 4 cells, whose "
+                "border is walls, and at least one box"
             )
         self.size, self.boxes, self.solution = size, boxes, solution
 
@@ -44,8 +44,8 @@ class Sokoban:
             if moves is not None and len(moves) >= fewest:
                 return board
         raise ValueError(
-            f"none of {DRAWS} rooms of {self.size} x {self.size} cells with {self.boxes} boxes is solved in {fewest} to "
-            f"{most} moves; allow more moves, or give a larger room or fewer boxes"
+            f"none of {DRAWS} rooms of {self.size} x {self.size} cells with {self.boxes} boxes is solved in {fewest} "
+            f"to {most} moves; allow more moves, or give a larger room or fewer boxes"
         )
 
     def every_board(self) -> None:
