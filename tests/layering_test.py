@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "ctxjax"
 ROOMS = [
     "host", "types", "rng", "masks", "sharding",
     "models", "models.hf", "distill",
-    "monitoring", "data.grading", "data", "data.worlds", "data.tasks",
+    "monitoring", "games", "data.grading", "data", "data.worlds", "data.tasks",
     "config_fields", "config", "inputs", "evaluation", "report", "training",
     "api", "__init__", "plan", "export", "evaluate", "main",
 ]  # fmt: skip

@@ -1,0 +1,70 @@
+"""Frozen Lake: walk from the upper left corner to the lower right one and do not step into a hole.
+
+The rules of TextArena's ``FrozenLake-v0-raw``: a move into the border is not possible; holes are a fixed number, at
+places drawn uniformly among those that leave a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from ctxjax.games.game import MOVES, solve
+
+
+class Lake(NamedTuple):
+    """``holes`` and ``player`` are (row, column)."""
+
+    holes: frozenset[tuple[int, int]]
+    player: tuple[int, int]
+
+
+class FrozenLake:
+    """``size``: rows and columns. ``holes``: how many."""
+
+    def __init__(self, size: int = 3, holes: int = 2):
+        self.size, self.holes = size, holes
+        cells = itertools.product(range(size), repeat=2)
+        self._free = [cell for cell in cells if cell not in ((0, 0), self.goal)]
+        if size < 2 or not 0 <= holes <= len(self._free) - (2 * size - 3):
+            raise ValueError(
+                f"a lake of {size} x {size} cells with {holes} holes has no path to the goal; give a size of 2 or more "
+                f"and 0 to {max(len(self._free) - (2 * size - 3), 0)} holes"
+            )
+
+    @property
+    def goal(self) -> tuple[int, int]:
+        return (self.size - 1, self.size - 1)
+
+    def draw(self, rng: np.random.Generator) -> Lake:
+        while True:  # ends: __init__ has checked that some board has a path, and every board may be drawn
+            chosen = rng.choice(len(self._free), self.holes, replace=False)
+            board = Lake(frozenset(self._free[index] for index in chosen), (0, 0))
+            if self._has_path(board):
+                return board
+
+    def every_board(self) -> Iterator[Lake]:
+        boards = (Lake(frozenset(holes), (0, 0)) for holes in itertools.combinations(self._free, self.holes))
+        return (board for board in boards if self._has_path(board))
+
+    def move(self, board: Lake, direction: str) -> Lake | None:
+        row, column = (at + step for at, step in zip(board.player, MOVES[direction]))
+        return board._replace(player=(row, column)) if 0 <= row < self.size and 0 <= column < self.size else None
+
+    def is_won(self, board: Lake) -> bool:
+        return board.player == self.goal
+
+    def is_lost(self, board: Lake) -> bool:
+        return board.player in board.holes
+
+    def render(self, board: Lake) -> str:
+        symbols = dict.fromkeys(board.holes, "H") | {self.goal: "G"} | {board.player: "P"}
+        return "\n".join(
+            " ".join(symbols.get((row, column), "_") for column in range(self.size)) for row in range(self.size)
+        )
+
+    def _has_path(self, board: Lake) -> bool:
+        return solve(self, board, self.size**2) is not None

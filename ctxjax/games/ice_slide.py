@@ -1,0 +1,67 @@
+"""Ice slide: every move slides until a rock or the border stops it; stop on the goal to win.
+
+An own game in one file, to show what a game costs. It is hard for a player who believes that a move is one cell.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ctxjax.games.game import MOVES, solve
+
+DRAWS = 10_000  # boards that are tried before the settings are called impossible
+
+
+class Rink(NamedTuple):
+    rocks: frozenset[tuple[int, int]]
+    goal: tuple[int, int]
+    player: tuple[int, int]
+
+
+class IceSlide:
+    """``size``: rows and columns. ``rocks``: how many. ``solution``: (fewest, most) moves of a solution."""
+
+    def __init__(self, size: int = 5, rocks: int = 4, solution: tuple[int, int] = (2, 5)):
+        if size < 2 or not 0 <= rocks <= size * size - 2:
+            raise ValueError(f"an ice rink of {size} x {size} cells has no room for {rocks} rocks, a player and a goal")
+        self.size, self.rocks, self.solution = size, rocks, solution
+
+    def draw(self, rng: np.random.Generator) -> Rink:
+        fewest, most = self.solution
+        for _ in range(DRAWS):
+            chosen = rng.choice(self.size**2, self.rocks + 2, replace=False).tolist()
+            goal, player, *rocks = (divmod(cell, self.size) for cell in chosen)
+            board = Rink(frozenset(rocks), goal, player)
+            moves = solve(self, board, most)
+            if moves is not None and len(moves) >= fewest:
+                return board
+        raise ValueError(
+            f"none of {DRAWS} rinks of {self.size} x {self.size} cells with {self.rocks} rocks is solved in {fewest} "
+            f"to {most} moves; change the size, the rocks or the moves"
+        )
+
+    def every_board(self) -> None:
+        return None
+
+    def move(self, board: Rink, direction: str) -> Rink | None:
+        (down, right), (row, column) = MOVES[direction], board.player
+        while self._is_free(board, (row + down, column + right)):
+            row, column = row + down, column + right
+        return board._replace(player=(row, column)) if (row, column) != board.player else None
+
+    def is_won(self, board: Rink) -> bool:
+        return board.player == board.goal
+
+    def is_lost(self, board: Rink) -> bool:
+        return False
+
+    def render(self, board: Rink) -> str:
+        symbols = dict.fromkeys(board.rocks, "R") | {board.goal: "G"} | {board.player: "P"}
+        return "\n".join(
+            " ".join(symbols.get((row, column), "_") for column in range(self.size)) for row in range(self.size)
+        )
+
+    def _is_free(self, board: Rink, cell: tuple[int, int]) -> bool:
+        return 0 <= cell[0] < self.size and 0 <= cell[1] < self.size and cell not in board.rocks
