@@ -16,6 +16,7 @@ import subprocess
 import sys
 
 METRICS = ("acc_x", "acc_xc", "harm", "both_correct", "obedience", "acc_empty", "view_kl", "dlen", "cosine")
+METRICS += ("lowest_acc_xc",)  # needs dev evaluations: --config.eval.every=20
 
 
 def run(workdir: Path, seed: int, context: int, extra: list[str]) -> dict[str, dict]:

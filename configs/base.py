@@ -116,7 +116,8 @@ def get_config() -> ConfigDict:
     config.loss.remainder = "renormalise"  # treatment of the probability outside the support; or "tail", or "raw"
     config.loss.beta = 0.0  # weight of the anchor, nats per nat
     config.loss.beta_ramp = 0  # steps in which beta rises from 0 to its value
-    config.loss.anchor = "bare"  # target of q_c; or "ema", "teacher_bare", "joint", "symmetric", "teacher"
+    # Target of q_c; or "ema", "teacher_bare", "joint", "symmetric", "teacher", "handover" (ctxjax/distill/anchors.py).
+    config.loss.anchor = "bare"
     # Apply the anchor only every anchor_every steps. Its weight is multiplied by anchor_every, so the average weight is
     # unchanged.
     config.loss.anchor_every = 1
@@ -183,6 +184,7 @@ def get_config() -> ConfigDict:
     config.alarms.no_distillation = 1e-6  # L_distill, nats per token; below it there is nothing to learn: no context?
     config.alarms.parse_rate = 0.3  # fall of the share of readable dev answers from its best value
     config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher from its best value
+    config.alarms.context_use = 0.2  # fall of Acc_xc on dev from its best value, which may be the base's
 
     # The arms: name -> changes to config.loss. All start from the same base, seed and data order.
     config.arms = ConfigDict()
@@ -190,6 +192,7 @@ def get_config() -> ConfigDict:
     config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
     config.arms.sft = ConfigDict({"divergence": "cross_entropy", "on_policy_fraction": 0.0})
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
+    config.arms.opcd_handover = ConfigDict({"beta": 0.5, "mu": 0.0, "anchor": "handover"})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
     config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # the arms to run, in this order
 

@@ -13,6 +13,7 @@ from ctxjax.types import Rollout
 HEALTHY = {
     "loss": 0.02, "grad_norm": 0.3, "skipped": 0.0, "untrained": 0.0, "logprob_gap": 1e-7, "truncated": 0.0,
     "repetition": 0.01, "distill": 0.02, "top1_agreement": 0.95, "dev/parse_x": 1.0, "dev/parse_xc": 0.99,
+    "dev/acc_xc": 0.98,
 }  # fmt: skip
 NAN = float("nan")
 # For each alarm: what is wrong in every row from the fourth on, and what is no reason yet.
@@ -26,8 +27,9 @@ WRONG = {
     "no_distillation": ({"distill": 1e-9}, {"distill": 1e-5}),
     "parse_rate": ({"dev/parse_xc": 0.5}, {"dev/parse_xc": 0.8}),
     "agreement": ({"top1_agreement": 0.4}, {"top1_agreement": 0.8}),
+    "context_use": ({"dev/acc_xc": 0.7}, {"dev/acc_xc": 0.85}),
 }
-AT_ONCE = {"not_finite", "parse_rate"}
+AT_ONCE = {"not_finite", "parse_rate", "context_use"}
 
 
 def observed(rows: list[dict], quiet: int = 0, **config) -> Alarms:

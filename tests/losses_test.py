@@ -141,12 +141,13 @@ def test_retention_moves_the_student_and_never_the_teacher():
 # --- Anchors ---
 
 ANCHOR_TABLE = {  # what q_c is compared with, by which value where that is p and q_c is q, and what moves
-    "bare": ("q_x", KL_P_Q, {"q_c"}),
-    "ema": ("ema", KL_P_Q, {"q_c"}),
-    "teacher_bare": ("f_x", KL_P_Q, {"q_c"}),
-    "joint": ("q_x", KL_P_Q, {"q_x", "q_c"}),
-    "symmetric": ("q_x", (KL_P_Q + KL_Q_P) / 2, {"q_x", "q_c"}),
-    "teacher": ("f", KL_Q_P, {"q_c"}),
+    "bare": (("q_x",), KL_P_Q, {"q_c"}),
+    "ema": (("ema",), KL_P_Q, {"q_c"}),
+    "teacher_bare": (("f_x",), KL_P_Q, {"q_c"}),
+    "joint": (("q_x",), KL_P_Q, {"q_x", "q_c"}),
+    "symmetric": (("q_x",), (KL_P_Q + KL_Q_P) / 2, {"q_x", "q_c"}),
+    "teacher": (("f",), KL_Q_P, {"q_c"}),
+    "handover": (("q_x", "f"), KL_P_Q, {"q_c"}),
 }
 
 
@@ -158,16 +159,36 @@ def anchor_values(config, raw, models=None):
 
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_each_anchor_compares_q_c_with_its_view_and_moves_only_what_it_may(anchor, mesh):
-    view, value, moved = ANCHOR_TABLE[anchor]
+    targets, value, moved = ANCHOR_TABLE[anchor]
     others = jnp.log(jnp.array([0.1, 0.9]))
-    raw = dict.fromkeys(VIEWS, others) | {"q_c": Q, view: P}
+    raw = dict.fromkeys(VIEWS, others) | {"q_c": Q} | dict.fromkeys(targets, P)
     config = LossConfig(beta=1.0, anchor=anchor)
     found, gradients = jax.value_and_grad(lambda raw: anchor_values(config, raw)["anchor"])(raw)
     assert found == pytest.approx(value, abs=ROUNDING)
     assert {name for name in VIEWS if np.any(gradients[name])} == moved
-    assert ANCHORS[anchor].target == view
+    assert ANCHORS[anchor].targets == targets
     if value == KL_P_Q:
         np.testing.assert_allclose(gradients["q_c"], [0.25 - 0.5, 0.75 - 0.5], atol=ROUNDING)  # q_c - target
+
+
+@pytest.mark.parametrize(
+    ("bare", "target"),
+    [
+        ([0.0, 0.0, 1.0], [0.2, 0.8, 0.0]),  # nothing in common: the teacher's
+        ([0.2, 0.8, 0.0], [0.2, 0.8, 0.0]),
+        ([0.5, 0.5, 0.0], [0.41, 0.59, 0.0]),  # 0.2 + 0.5 in common: 0.7 of the bare student's
+    ],
+)
+def test_the_handover_anchor_takes_the_bare_student_as_far_as_it_agrees_with_the_teacher(bare, target, mesh):
+    q_x, f, target = jnp.log(jnp.array(bare)), jnp.log(jnp.array([0.2, 0.8, 0.0])), np.array(target)
+    q_c = jnp.array([0.6, 0.1, 0.3])
+    config = LossConfig(beta=1.0, anchor="handover")
+    found, gradient = jax.value_and_grad(
+        lambda q_c: anchor_values(config, {"q_x": q_x, "f": f, "q_c": q_c}, (model_of(3), model_of(3)))["anchor"]
+    )(jnp.log(q_c))
+    present = target > 0
+    assert found == pytest.approx((target * np.log(np.where(present, target, 1) / q_c)).sum(), abs=ROUNDING)
+    np.testing.assert_allclose(gradient, q_c - target, atol=ROUNDING)
 
 
 @pytest.mark.slow

@@ -276,13 +276,27 @@ def test_table_is_aligned_markdown() -> None:
     assert [field.strip() for field in lines[-1].replace("\\|", "__").split("|")[2:-1]] == ["-"] * 11
 
 
+@pytest.mark.parametrize(
+    ("lowest", "level", "said"),
+    [(0.96, "good", False), (0.9, "mid", True), (0.41, "bad", True), (None, "", False)],
+)
+def test_a_context_that_was_not_used_while_learning_is_said_although_the_end_is_good(lowest, level, said) -> None:
+    arm = metrics_of(1.0, 1.0, 0.0, 1.0)
+    if lowest is not None:
+        arm |= {"lowest_acc_xc": lowest, "context_loss": 1.0 - lowest}
+    results = {"base": metrics_of(0.0, 1.0, None, 1.0), "anchored": arm}
+    assert glance(results) == [("anchored", ["good", "good", "good", level])]
+    assert (f"fell to <b>{100 * (lowest or 0):.1f}" in verdict(results)) == said
+    assert "<code>anchored</code> is at once internalized, unharmed and still obedient" in verdict(results)
+
+
 def test_a_teacher_of_its_own_is_the_target_and_no_arm(workdir: pathlib.Path) -> None:
     weak = {"base": metrics_of(0.1, 0.3, None, 0.9), "teacher": metrics_of(0.4, 0.9, None, 0.9)}
     results = weak | {"opcd": metrics_of(0.3, 0.3, 0.0, 0.9)}
     assert [label for label, _ in result_rows(results)] == ["base", "teacher with context", "opcd"]
     assert [cell.text for cell in result_rows(results)[1][1]][:3] == ["90.0", "90.0", "-"]
     # 0.3 is all that the base can do with the context, and a quarter of the way to what the teacher does.
-    assert glance(results) == [("opcd", ["bad", "good", "good"])]
+    assert glance(results) == [("opcd", ["bad", "good", "good", ""])]
     assert "its teacher with it on 90.0" in verdict(results)
     (workdir / "results.json").write_text(json.dumps(results))
     parse(write_report(workdir))

@@ -268,7 +268,11 @@ def test_one_entry_in_the_table_of_metrics_is_enough_to_select_and_report_it(cac
         assert row["long"] == np.mean(np.array(lengths) > 10)
     assert "harm_minus_opcd_anchored" in results["opcd"]
     written = read_rows(tmp_path / "run" / "opcd" / "metrics.jsonl")
-    assert [row["step"] for row in written if "dev/long" in row] == [0, 2, 4]
+    on_dev = [row for row in written if "dev/long" in row]
+    assert [row["step"] for row in on_dev] == [0, 2, 4]
+    lowest = min(row["dev/acc_xc"] for row in on_dev[1:])
+    assert results["opcd"]["lowest_acc_xc"] == lowest and "lowest_acc_xc" not in results["base"]
+    assert results["opcd"]["context_loss"] == pytest.approx(max(on_dev[0]["dev/acc_xc"] - lowest, 0))
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| arm ")]
     assert len(table) == 1 and table[0].endswith(" long % |")
     page = (tmp_path / "run" / "report.html").read_text()

@@ -11,8 +11,12 @@ literature compares:
     joint         KL( q_x || q_c )           like "bare", but q_x is moved towards q_c too
     symmetric     (KL(q_x||q_c) + KL(q_c||q_x)) / 2, both moved: "SymKL"
     teacher       KL( q_c || sg f )          the context view is distilled like the bare one: "DualOPD"
+    handover      KL( sg m || q_c )          m = w q_x + (1 - w) f with w = sum_v min(q_x, f): as "teacher" while the
+                                             bare student knows nothing yet, as "bare" once it has learned
 
-Only "bare" and "ema" are known to remove the harm; the others are here for comparison.
+Only "bare" and "ema" are known to remove the harm. "bare" drags the context view to a bare view that may not have
+learned anything yet, so that the model stops using the context before the context is in its weights; "handover" is to
+avoid that. The others are here for comparison.
 
 To add an anchor: a line in ANCHORS; if it needs a new distribution, a line in terms.PASSES too.
 """
@@ -33,19 +37,27 @@ from ctxjax.distill.terms import Logits, Measure, Term, ramp
 
 
 class Anchor(NamedTuple):
-    """``target``: the pass (terms.PASSES) that q_c is compared with. ``value``: Logits -> nats per token, [...]."""
+    """``targets``: the passes (terms.PASSES) that q_c is compared with. ``value``: Logits -> nats per token, [...]."""
 
-    target: str
+    targets: tuple[str, ...]
     value: Callable[[Logits], jax.Array]
 
 
+def handover_target(logits: Logits) -> jax.Array:
+    """log m, m = w q_x + (1 - w) f, with w in [0, 1] the overlap of the two: 1 minus their total variation."""
+    q_x, f = jax.nn.softmax(logits["q_x"]), jax.nn.softmax(logits["f"])
+    w = jnp.sum(jnp.minimum(q_x, f), axis=-1, keepdims=True)
+    return jnp.log(w * q_x + (1 - w) * f)
+
+
 ANCHORS = {
-    "bare": Anchor("q_x", lambda p: kl(stop_gradient(p["q_x"]), p["q_c"])),
-    "ema": Anchor("ema", lambda p: kl(stop_gradient(p["ema"]), p["q_c"])),
-    "teacher_bare": Anchor("f_x", lambda p: kl(stop_gradient(p["f_x"]), p["q_c"])),
-    "joint": Anchor("q_x", lambda p: kl(p["q_x"], p["q_c"])),
-    "symmetric": Anchor("q_x", lambda p: 0.5 * (kl(p["q_x"], p["q_c"]) + kl(p["q_c"], p["q_x"]))),
-    "teacher": Anchor("f", lambda p: kl(p["q_c"], stop_gradient(p["f"]))),
+    "bare": Anchor(("q_x",), lambda p: kl(stop_gradient(p["q_x"]), p["q_c"])),
+    "ema": Anchor(("ema",), lambda p: kl(stop_gradient(p["ema"]), p["q_c"])),
+    "teacher_bare": Anchor(("f_x",), lambda p: kl(stop_gradient(p["f_x"]), p["q_c"])),
+    "joint": Anchor(("q_x",), lambda p: kl(p["q_x"], p["q_c"])),
+    "symmetric": Anchor(("q_x",), lambda p: 0.5 * (kl(p["q_x"], p["q_c"]) + kl(p["q_c"], p["q_x"]))),
+    "teacher": Anchor(("f",), lambda p: kl(p["q_c"], stop_gradient(p["f"]))),
+    "handover": Anchor(("q_x", "f"), lambda p: kl(stop_gradient(handover_target(p)), p["q_c"])),
 }
 # What the anchor is taken on: all tokens; the tokens whose likeliest id the bare student and the teacher share; or the
 # responses in which at least ``gate_threshold`` of the tokens are such.
@@ -72,7 +84,7 @@ def anchor_term(config: LossConfig) -> Term | None:
 
     return Term(
         name="anchor",
-        passes=tuple(dict.fromkeys(("q_c", anchor.target, *gate_passes))),
+        passes=tuple(dict.fromkeys(("q_c", *anchor.targets, *gate_passes))),
         values=values,
         weight=ramp(config.beta * config.anchor_every, config.beta_ramp),
         row_gate=_response_gate(config) if config.gate == "response" else None,

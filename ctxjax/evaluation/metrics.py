@@ -48,7 +48,8 @@ class Metric:
     @property
     def is_selectable(self) -> bool:
         """Whether ``eval.select`` can name it: its value is one number of one model."""
-        return self.compute is not None and self.unit in ("share", "points", "change", "nats", "tokens", "p-value")
+        one_number = self.unit in ("share", "points", "change", "nats", "tokens", "p-value")
+        return self.compute is not None and one_number and "learning" not in self.needs
 
 
 def _metrics_of_view(suffix: str, view: str, condition: str) -> tuple[Metric, ...]:
@@ -204,6 +205,17 @@ METRICS = (
         ("distill",), float, better="lower", table="checks",
     ),
     Metric(
+        "lowest_acc_xc", "lowest Acc_xc", "share",
+        "The lowest accuracy with the context on dev during training. An arm may end well and yet have lost the use of "
+        "the context before it was in the weights. It is a minimum of noisy values.",
+        ("learning",), outcomes.lowest_accuracy, better="higher", table="checks",
+    ),
+    Metric(
+        "context_loss", "context use lost", "points",
+        "How far the lowest Acc_xc on dev lies below the base's.",
+        ("learning",), outcomes.context_loss, better="lower", table="checks",
+    ),
+    Metric(
         "harm_minus", "harm minus {arm}", "points",
         "Harm minus the harm of the first arm, with a paired bootstrap interval over the questions.",
         better="lower", table="checks", compare=outcomes.harm_difference,
@@ -217,7 +229,7 @@ def compute_metrics(measured: Mapping[str, Any], resamples: int) -> dict[str, An
     ``measured`` holds what was measured, by name; any of it may be missing. "bare", "context", "empty", "other" and
     "paraphrase" are the Outcomes of the views; "default" those of the bare responses, graded against the default
     answers; "comparison" is the Comparison of the bare and the context view; "distill" the held-out distillation loss
-    in nats per token. ``resamples``: of bootstrap intervals.
+    in nats per token; "learning" an arm's Learning. ``resamples``: of bootstrap intervals.
     """
     result, measured = {}, {**measured, "resamples": resamples}
     for metric in METRICS:

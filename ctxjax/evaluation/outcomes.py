@@ -226,6 +226,23 @@ def _tokens(comparison: Comparison, kind: str) -> np.ndarray:
 # --- Two arms ---
 
 
+class Learning(NamedTuple):
+    """Acc_xc on dev while an arm is trained: of the base, and at each evaluation of the arm."""
+
+    base: float
+    accuracies: tuple[float, ...]
+
+
+def lowest_accuracy(learning: Learning) -> float | None:
+    """Return the lowest accuracy of the arm; None if it was not evaluated while it was trained."""
+    return min(learning.accuracies, default=None)
+
+
+def context_loss(learning: Learning) -> float | None:
+    """Return how far the arm's lowest accuracy lies below the base's, 0 if it does not."""
+    return max(learning.base - min(learning.accuracies), 0.0) if learning.accuracies else None
+
+
 def harm_difference(
     arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], resamples: int
 ) -> list[float | None] | None:

@@ -38,6 +38,7 @@ class AlarmsConfig:
     no_distillation: float = bounded(1e-6, zero=True)
     parse_rate: float = bounded(0.3, zero=True, at_most=1.0)
     agreement: float = bounded(0.2, zero=True, at_most=1.0)
+    context_use: float = bounded(0.2, zero=True, at_most=1.0)
 
 
 class Alarm(NamedTuple):
@@ -146,6 +147,8 @@ class _Falls:
         parsed = [self._below_best(view, row[view]) for view in ("dev/parse_x", "dev/parse_xc") if view in row]
         if parsed:
             falls["dev/parse_fall"] = max(parsed)
+        if "dev/acc_xc" in row:
+            falls["dev/acc_xc_fall"] = self._below_best("dev/acc_xc", row["dev/acc_xc"])
         return falls
 
     def _below_best(self, name: str, value: float) -> float:
@@ -202,5 +205,12 @@ ALARMS = {
         "agreement_fall",
         "student and teacher agree on the most likely token less often than before, by {agreement_fall:.0%} of the "
         "tokens; training diverges: lower optim.lr",
+    ),
+    "context_use": Alarm(
+        "dev/acc_xc_fall",
+        "accuracy with the context has fallen to {dev/acc_xc:.0%}, by {dev/acc_xc_fall:.0%} from its best: the student "
+        "no longer uses the context, or is harmed by it. Let the anchor wait (loss.beta_ramp, loss.gate, "
+        "loss.anchor=handover), or add retention (loss.mu)",
+        at_once=True,
     ),
 }

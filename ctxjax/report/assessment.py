@@ -1,4 +1,4 @@
-"""What the numbers say: a level for each metric, three questions for each arm, and a verdict in plain words."""
+"""What the numbers say: a level for each metric, four questions for each arm, and a verdict in plain words."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CLOSED_GOOD, CLOSED_BAD = 0.90, 0.50  # share of the way from the base's Acc_x t
 HARM = 0.02  # good: the whole interval is below it; bad: the whole interval is above it
 KEPT_GOOD, KEPT_BAD = 0.90, 0.50  # obedience as a share of the base's
 SHORT_GOOD, SHORT_BAD = 0.02, 0.05  # points below the teacher's accuracy
+LOST_GOOD, LOST_BAD = 0.05, 0.20  # points of Acc_xc below the base's, at the lowest evaluation on dev
 FEW_ANSWERS = 30  # with fewer answers right without the context, harm is hardly measured
 
 
@@ -79,6 +80,7 @@ def levels(row: dict, base: dict | None) -> dict[str, str]:
         "acc_x": _above(share_closed(row, base), CLOSED_GOOD, CLOSED_BAD),
         "harm": _harm_level(row),
         "gap": _gap_level(_rate(row, "gap")),
+        "context_loss": _context_loss_level(row),
     }
     for key in ("acc_xc", "both_correct", "acc_empty"):
         value = _rate(row, key)
@@ -91,11 +93,12 @@ def levels(row: dict, base: dict | None) -> dict[str, str]:
 
 
 def glance(results: dict) -> list[tuple[str, list[str]]]:
-    """Answer three questions for each trained arm: (arm, levels of [internalized, unharmed, obeys others])."""
+    """Answer four questions for each trained arm: (arm, levels of [internalized, unharmed, obeys others, used the
+    context while learning])."""
     rows = []
     for arm, row in trained(results).items():
         judged = levels(row, reference(results))
-        rows.append((arm, [judged.get(key, "") for key in ("acc_x", "harm", "obedience")]))
+        rows.append((arm, [judged.get(key, "") for key in ("acc_x", "harm", "obedience", "context_loss")]))
     return rows
 
 
@@ -104,7 +107,7 @@ def verdict(results: dict) -> Markup:
     base = reference(results)
     sentences = [_about_base(base, TEACHER in results)]
     for arm, row in trained(results).items():
-        sentences += [_about_accuracy(arm, row, base), _about_prompts(row, base)]
+        sentences += [_about_accuracy(arm, row, base), _about_prompts(row, base), _about_learning(row)]
     sentences += [
         _about_all(glance(results)),
         Markup("Intervals cover the questions of this run, not other seeds."),
@@ -189,8 +192,17 @@ def _obedience_clause(row: dict, base: dict | None, level: str) -> Markup:
     return Markup("{} (<b>{}</b>{})").format(claim, _show(value), against)
 
 
+def _about_learning(row: dict) -> Markup:
+    """Return a sentence on context use while the arm was trained, if it was lost; the end may hide it."""
+    lowest = _rate(row, "lowest_acc_xc")
+    if lowest is None or _context_loss_level(row) in ("good", ""):
+        return Markup("")
+    return Markup("While it was trained, its accuracy with the context fell to <b>{}</b> on dev.").format(_show(lowest))
+
+
 def _about_all(rows: list[tuple[str, list[str]]]) -> Markup:
-    complete = [(arm, marks) for arm, marks in rows if all(marks)]
+    end = [(arm, marks[:3]) for arm, marks in rows]  # of the trained model; the fourth question is about the way to it
+    complete = [(arm, marks) for arm, marks in end if all(marks)]
     if not complete:
         return Markup("")
     winners = [arm for arm, marks in complete if set(marks) == {"good"}]
@@ -223,6 +235,11 @@ def _harm_level(row: dict) -> str:
     low, high = pair(row.get("harm_ci")) or (harm, harm)
     # The whole interval must be on one side: no harm in 20 questions is no proof of safety.
     return "good" if high <= HARM else "bad" if low >= HARM else "mid"
+
+
+def _context_loss_level(row: dict) -> str:
+    lost = _rate(row, "context_loss")
+    return _above(None if lost is None else -lost, -LOST_GOOD, -LOST_BAD)
 
 
 def _gap_level(gap: float | None) -> str:

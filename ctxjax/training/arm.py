@@ -75,6 +75,7 @@ class Arm:
         self._frozen = Frozen(teacher.params, student.params if config.lora else None, shared.teacher_prefix)
         # taken -> the dev metric that chooses checkpoints (config.eval.select); higher is better.
         self._scores: dict[int, float] = {}
+        self._acc_xc: dict[int, float] = {}  # taken -> Acc_xc on dev
         self.alarms = Alarms(config.alarms, name)
 
     def train(self, dev: Evaluator, base_on_dev: Evaluation, started: float, seconds: dict[str, float]) -> Params:
@@ -88,7 +89,8 @@ class Arm:
         state, first = self._restore_or_init(checkpoints)
         writer = Writer(self._folder, self._name, train.steps, first, train.log_every, self.alarms)
         dev_rows = {row["step"]: row for row in writer.kept if _has_dev_metrics(row)}
-        self._scores |= {taken: self._read_score(row) for taken, row in dev_rows.items() if taken}
+        for taken, row in dev_rows.items():
+            self._note(taken, row)
         if not first:
             writer.write(0, _make_dev_row(base_on_dev))
         source, programs = None, {}
@@ -135,6 +137,11 @@ class Arm:
                 writer.end_bar()
                 checkpoints.close()
         return self._join_student(state)
+
+    @property
+    def accuracies_with_context(self) -> tuple[float, ...]:
+        """Acc_xc at the arm's evaluations on dev, by step."""
+        return tuple(self._acc_xc[taken] for taken in sorted(self._acc_xc))
 
     @property
     def selected_step(self) -> int | None:
@@ -213,13 +220,18 @@ class Arm:
         except preemption.Preempted:
             return False
         writer.write(taken, row)
-        self._scores[taken] = self._read_score(row)
+        self._note(taken, row)
         writer.pause()
         return True
 
-    def _read_score(self, row: dict[str, float]) -> float:
+    def _note(self, taken: int, row: dict[str, float]) -> None:
+        """Take an evaluation on dev into account; that after 0 steps is the base's."""
+        if not taken:
+            return
         key, sign = parse_select(self._config.eval.select)
-        return sign * row.get(f"dev/{key}", math.nan)
+        self._scores[taken] = sign * row.get(f"dev/{key}", math.nan)
+        if "dev/acc_xc" in row:
+            self._acc_xc[taken] = row["dev/acc_xc"]
 
     def _join_student(self, state: TrainState) -> Params:
         return student_params(state.params, self._frozen, self._step_config)

@@ -17,6 +17,7 @@ from ctxjax.data.records import format_counts
 from ctxjax.distill import optim
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
+from ctxjax.evaluation.outcomes import Learning
 from ctxjax.host import processes, retry, workdir as workdir_lib
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import Inputs, compute_digests, compute_teacher_prefix, open_inputs
@@ -82,10 +83,12 @@ class _OpenRun:
 
 class _TrainedArm(NamedTuple):
     """``evaluation``: of the last step. ``selected``: (step, evaluation) of the checkpoint that is best on dev; None if
-    that is the last step or none was evaluated. ``alarms``: what results.json says of the arm's alarms."""
+    that is the last step or none was evaluated. ``learning``: Acc_xc on dev on the way. ``alarms``: what results.json
+    says of the arm's alarms."""
 
     evaluation: Evaluation
     selected: tuple[int, Evaluation] | None
+    learning: Learning
     alarms: dict
 
 
@@ -154,7 +157,8 @@ def _train_arm(run: _OpenRun, arm: Arm, folder: Path, base_on_dev: Evaluation) -
     taken = arm.selected_step
     if taken not in (None, last):
         selected = taken, run.evaluate(folder / "selected", run.test, arm.read_student(taken), taken)
-    return _TrainedArm(evaluation, selected, arm.alarms.record)
+    learning = Learning(base_on_dev.metrics["acc_xc"], arm.accuracies_with_context)
+    return _TrainedArm(evaluation, selected, learning, arm.alarms.record)
 
 
 def _collect_results(
@@ -168,7 +172,7 @@ def _collect_results(
         pair = arms[name].evaluation.outcomes, arms[first].evaluation.outcomes
         results[name] |= metrics_lib.compare_arms(*pair, first, config.eval.bootstrap)
     for name, arm in arms.items():
-        results[name] |= arm.alarms
+        results[name] |= metrics_lib.compute_metrics({"learning": arm.learning}, config.eval.bootstrap) | arm.alarms
         if arm.selected is not None:
             taken, evaluation = arm.selected
             results[name]["selected"] = {"step": taken} | evaluation.metrics
