@@ -60,24 +60,22 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     )
     if quoted:
         print(f"warning: {quoted}")
-    rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
-    retention = None
-    if any(loss.mu > 0 for loss in config.arms.values()):
-        retention = RetentionRows.build(folder.tokenizer, task, rows, config.prompt)
-    prompts = [*rows.bare, *rows.context, *_longest_retention_prompts(rows, retention)]
+    rows, retention = encode_training_rows(config, task, folder.tokenizer)
+    outliers = rows.describe_outliers() or (retention.describe_outliers() if retention else "")
+    if outliers:
+        print(f"warning: training questions: {outliers}")
+    prompts = [*rows.bare, *rows.context, *(retention.longest if retention else [])]
     for model in (folder,) if teacher is folder else (folder, teacher):
         model.check_prompts(prompts, config.rollout.max_tokens)
     return Inputs(task, folder, teacher, rows, retention)
 
 
-def _longest_retention_prompts(rows: EncodedRows, retention: RetentionRows | None) -> list[list[int]]:
-    """Return the longest question under every other context that fits; [] without retention."""
-    if retention is None:
-        return []
-    longest = rows.rows[int(np.argmax([len(ids) for ids in rows.bare]))]
-    longest = [longest._replace(context=context) for context in retention.contexts]
-    prompts = prompts_lib.encode(retention.tokenizer, longest, retention.prompt)
-    return [ids for ids in prompts if len(ids) <= retention.length]
+def encode_training_rows(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
+    """Encode the training rows and, if an arm needs them, prepare those under other contexts."""
+    rows = encode_rows(tokenizer, task.rows("train"), config.prompt)
+    if not any(loss.mu > 0 for loss in config.arms.values()):
+        return rows, None
+    return rows, RetentionRows.build(tokenizer, task, rows, config.prompt)
 
 
 def _prepare_teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
