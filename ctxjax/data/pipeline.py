@@ -119,10 +119,10 @@ class RetentionRows:
             if shared < len(tokens) <= self.shape.longest and tokens[:shared] == self.prefix:
                 return tokens
         raise ValueError(
-            f"retention row {index}: {DRAWS} pairs of {len(self.rows)} questions and {len(self.contexts)} other contexts "
-            f"were drawn, and no prompt has at most {self.shape.longest} tokens, those of the longest question under the "
-            f"longest context, and starts with the {shared} tokens that all share; leave out long questions "
-            "(prompt.max_bare_tokens with prompt.overlong=drop) or unusual contexts (other_contexts_file)"
+            f"retention row {index}: {DRAWS} pairs of {len(self.rows)} questions and {len(self.contexts)} other "
+            f"contexts were drawn, and no prompt has at most {self.shape.longest} tokens, those of the longest "
+            f"question under the longest context, and starts with the {shared} tokens that all share; leave out long "
+            "questions (prompt.max_bare_tokens with prompt.overlong=drop) or unusual contexts (other_contexts_file)"
         )
 
 
