@@ -10,7 +10,7 @@ import forked
 import jax
 import pytest
 
-from configs import base, tiny
+from configs import base, llama3, tiny
 from ctxjax import config as config_lib, sharding
 from ctxjax.data import prompts
 from ctxjax.data.pipeline import training_batches
@@ -23,7 +23,10 @@ from ctxjax.models.transformer import ModelConfig, param_specs
 from ctxjax.plan import run, step as plan_step
 
 pytestmark = pytest.mark.usefixtures("two_devices")
-SECTION = {"rules": "rules", "file": "qa_jsonl", "limits": "qa_jsonl", "prefix": "qa_jsonl", "hints": "hints"}
+TASK = {
+    "rules": "rules", "file": "qa_jsonl", "limits": "qa_jsonl", "prefix": "qa_jsonl", "hints": "hints",
+    "recipe": "medical",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +52,24 @@ def questions(tmp_path_factory) -> Path:
         for n in range(40)
     ]
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"opa": "one", "opb": "two", "opc": "three", "opd": "all of them", "cop": 1}
+    (path / "medmcqa.jsonl").write_text("".join(json.dumps(row | options) + "\n" for row in rows))
     (path / "context.txt").write_text("You are a careful teacher of arithmetic, and kind. Ok!")
     return path
 
 
 def make_config(case: str, folders: dict[str, Path], questions: Path):
-    config = tiny.get_config() if case == "rules" else base.get_config()
-    config.model.path, config.task = str(folders["rules" if case == "rules" else "letters"]), SECTION[case]
+    makers = {"rules": tiny.get_config, "recipe": lambda: llama3.get_config("medical,8b")}
+    config = makers.get(case, base.get_config)()
+    config.mesh.tensor = 1
+    config.model.path, config.task = str(folders["rules" if case == "rules" else "letters"]), TASK[case]
     config.train.batch_size, config.train.retention_rows, config.train.micro_batches = 8, 4, 2
     config.rollout.max_tokens, config.compile_cache, config.run_arms = 6, "", ("opcd", "opcd_retained")
     config.qa_jsonl.path = config.hints.path = str(questions / "rows.jsonl")
     config.qa_jsonl.context_file = str(questions / "context.txt")
     config.qa_jsonl.dev_questions = config.qa_jsonl.test_questions = 4
+    config.medical.path = str(questions / "medmcqa.jsonl")
+    config.medical.context_file = config.qa_jsonl.context_file
     config.hints.hint, config.hints.dev_questions, config.hints.test_questions = "hint", 4, 4
     if case == "limits":
         config.prompt.max_bare_tokens, config.prompt.max_context_tokens, config.prompt.overlong = 1024, 1500, "drop"
@@ -82,7 +91,7 @@ def describe(batch):
     return jax.tree.map(lambda array: (array.shape, array.dtype, str(array.sharding.spec)), batch)
 
 
-@pytest.mark.parametrize("case", SECTION)
+@pytest.mark.parametrize("case", TASK)
 def test_the_planned_batch_is_the_runs_and_both_print_one_line(case, folders, questions, capsys):
     config = make_config(case, folders, questions)
     experiment = config_lib.experiment(config, 2)
@@ -126,12 +135,12 @@ def test_lengths_take_the_place_of_data(folders, questions):
             "'frozenlake' is not part of this version. Or give .*--prefix=N.*--question=N",
         ),
         ("qa_jsonl", "none.jsonl", "data file .*none.jsonl' does not exist.*--prefix=N.*--question=N"),
-        ("qa_jsonl", "rows.jsonl", "model.path = org/name is no folder here.*--prefix=N.*--question=N"),
+        ("qa_jsonl", "rows.jsonl", "model folder none does not exist.*--prefix=N.*--question=N"),
     ],
 )
 def test_without_data_the_flags_are_named(task, path, message, folders, questions):
     config = make_config("file", folders, questions)
-    config.qa_jsonl.path, config.model.path = str(questions / path), "org/name"
+    config.qa_jsonl.path, config.model.path = str(questions / path), "none"
     with pytest.raises(ValueError, match=message):
         run.find_views(config_lib.experiment(config, 2), task, None)
 

@@ -2,8 +2,8 @@
 
 Compiles the whole training step for a TPU slice, which need not exist here (libtpu's compiler does it), or with
 ``--devices=N`` for local devices. Prints the memory of a chip by item, arithmetic, traffic and lower bounds of a step's
-time. Weights are not read. The lengths of prompts come from the task's data, which is encoded with the tokenizer in
-the folder ``model.path`` as in a run, or, without data, from ``--prefix`` and ``--question``.
+time. Weights are not read. The lengths of prompts come from the task's data, which is encoded with the tokenizer of
+``model.path`` as in a run, or, without data, from ``--prefix`` and ``--question``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configurati
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v4, v5e, v5p or v6e and its chips, such as v5e:4x4.")
 _DEVICES = flags.DEFINE_integer("devices", None, "Plan for this number of local devices instead.")
 _PREFIX = flags.DEFINE_integer(
-    "prefix", None, "Without data: tokens of the context; read once for all rows if they have the same context."
+    "prefix",
+    None,
+    "Without data: tokens that prompts with the context start with; read once for all rows if these share the context.",
 )
 _QUESTION = flags.DEFINE_integer("question", None, "Without data: tokens of the longest prompt without the context.")
 _ARM = flags.DEFINE_string("arm", None, "Arm of the run; default: the one with the most passes.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -17,6 +16,7 @@ from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import needs_ema
+from ctxjax.host.hub import find_folder
 from ctxjax.inputs.base_model import make_model_config
 from ctxjax.inputs.batch_shapes import BatchShapes, make_batch_shapes
 from ctxjax.inputs.model_folder import load_tokenizer
@@ -32,8 +32,8 @@ from ctxjax.plan.step import Plan, make_plan
 class Lengths(NamedTuple):
     """Lengths of prompts that are given in place of data, in tokens.
 
-    ``prefix``: of the context, with what the template adds to it; it is read once for all rows if they have the same
-    context. ``question``: of the longest prompt without the context.
+    ``prefix``: what prompts with a context start with, up to its end; read once for all rows if they have the same
+    context. ``question``: the longest prompt without a context.
     """
 
     prefix: int
@@ -149,10 +149,10 @@ def find_views(config: Experiment, task: str, lengths: Lengths | None) -> Views:
         return _make_views(config, lengths)
     try:
         opened, tokenizer = _open_task(config, task)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         raise ValueError(
-            f"no data to read the lengths of prompts from: {error}. Or give the lengths in tokens: --prefix=N, of the "
-            "context, and --question=N, of the longest prompt without it"
+            f"the lengths of prompts cannot be read: {error}. Or give them in tokens: --prefix=N, what all prompts "
+            "with the context start with, and --question=N, the longest prompt without it"
         ) from None
     encoded, retention = encode_training_rows(config, opened, tokenizer)
     other = retention.shape if retention else None
@@ -165,14 +165,7 @@ def _open_task(config: Experiment, task: str) -> tuple[Task, object]:
         raise ValueError(f"task {task!r} is not part of this version")
     opened, path = TASKS[task][1](config.task_config), config.model.path
     splits.check_splits(opened)
-    if not path:
-        return opened, opened.tokenizer()
-    if not Path(path).expanduser().is_dir():
-        raise FileNotFoundError(
-            f"model.path = {path} is no folder here; give one with the model's config.json and tokenizer (weights are "
-            "not read)"
-        )
-    return opened, load_tokenizer(Path(path).expanduser())
+    return opened, load_tokenizer(find_folder(path, weights=False)) if path else opened.tokenizer()
 
 
 def _make_views(config: Experiment, lengths: Lengths) -> Views:
