@@ -65,7 +65,8 @@ class RetentionRows:
 
     ``longest``: the prompts of the longest question under every context. No prompt is longer than the longest of them.
     ``prefix``: the shared prefix of all prompts, or [] (prompts.choose_shared_prefix). A pair that is longer or does
-    not start with ``prefix`` is rare; another one is drawn.
+    not start with ``prefix`` is rare; another one is drawn. ``left_out``: contexts that are too long for
+    prompt.max_context_tokens.
     """
 
     tokenizer: object
@@ -75,6 +76,7 @@ class RetentionRows:
     prompt: PromptConfig
     longest: list[list[int]]
     prefix: list[int]
+    left_out: int
 
     @classmethod
     def build(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
@@ -99,7 +101,7 @@ class RetentionRows:
         if prefix:  # encoding all questions is slow, so do it only if there is a prefix to confirm
             rows = [row._replace(context=next(iter(fitting))) for row in encoded.rows]
             prefix = prompts_lib.choose_shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
-        return cls(tokenizer, task, encoded.rows, list(fitting), config, trials, prefix)
+        return cls(tokenizer, task, encoded.rows, list(fitting), config, trials, prefix, len(contexts) - len(fitting))
 
     @functools.cached_property
     def shape(self) -> ViewShape:

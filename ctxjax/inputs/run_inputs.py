@@ -73,6 +73,11 @@ def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, Ret
     if quoted:
         print(f"warning: {quoted}")
     rows, retention = encode_training_rows(config, task, tokenizer)
+    if retention and retention.left_out:
+        print(
+            f"warning: retention leaves out {retention.left_out} other contexts and keeps {len(retention.contexts)}: "
+            f"with the longest question they exceed prompt.max_context_tokens = {config.prompt.max_context_tokens}"
+        )
     outliers = describe_outliers(rows, retention)
     if outliers:
         print(f"warning: {outliers}")
