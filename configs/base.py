@@ -87,8 +87,8 @@ def get_config() -> ConfigDict:
     config.prompt.placement = "system"
     config.prompt.date = "26 Jul 2024"  # today's date for templates that write it (Llama 3); the clock is not used
     config.prompt.thinking = config_dict.placeholder(bool)  # Qwen3's enable_thinking; unset: the template's default
-    config.prompt.max_bare_tokens = 0  # most tokens of a prompt without context; 0: those of the longest row
-    config.prompt.max_context_tokens = 0  # most tokens of a prompt with context; 0: those of the longest row
+    config.prompt.max_bare_tokens = 0  # most tokens of a prompt without context; 0: no limit
+    config.prompt.max_context_tokens = 0  # most tokens of a prompt with context; 0: no limit
     config.prompt.overlong = "error"  # a longer row is an error; "drop": leave it out and count it. Never truncated.
 
     config.rollout = ConfigDict()

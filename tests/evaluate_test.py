@@ -112,16 +112,16 @@ def test_the_command_says_in_one_line_what_is_missing(folder, questions):
     assert "error: --out is missing; give a folder" in result.stderr
 
 
-def split(batch: int, **lengths: int) -> Split:
-    return Split(None, {}, {}, {}, lengths, {}, batch, 0)
+def split(batch: int, **columns: int) -> Split:
+    return Split(None, {}, {}, {}, columns, {}, batch, 0)
 
 
 def test_splits_that_are_near_in_size_are_brought_to_one_and_others_stay():
     dev, test = share_shapes([split(20, bare=80, context=40), split(25, bare=70, context=100)])
     assert (dev.batch, test.batch) == (25, 25)
-    assert dev.lengths == {"bare": 80, "context": 40} and test.lengths == {"bare": 80, "context": 100}
+    assert dev.columns == {"bare": 80, "context": 40} and test.columns == {"bare": 80, "context": 100}
     dev, test = share_shapes([split(19, bare=80), split(25, bare=101)])
-    assert (dev.batch, test.batch, dev.lengths["bare"], test.lengths["bare"]) == (19, 25, 80, 101)
+    assert (dev.batch, test.batch, dev.columns["bare"], test.columns["bare"]) == (19, 25, 80, 101)
     assert share_shapes([split(3, bare=7)]) == [split(3, bare=7)]
 
 

@@ -8,31 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 
 import grain
 import numpy as np
 
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
 from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.shapes import ViewShape
 from ctxjax.data.task import Row, Task
 from ctxjax.types import Batch
+
+# Pairs of question and other context that are drawn for one retention row before it is an error.
+DRAWS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
     """The rows of a split that fit the length limits, tokenized in both views.
 
-    ``bare``, ``context``: token ids of every row's prompt, without and with the context. ``lengths``: the prompt length
-    of each view, in tokens. ``prefixes``: the shared prefix of each view's prompts, or []
-    (prompts.choose_shared_prefix). ``dropped``: how many rows were too long.
+    ``bare``, ``context``: token ids of every row's prompt, without and with the context. ``prefixes``: the shared
+    prefix of each view's prompts, or [] (prompts.choose_shared_prefix). ``dropped``: how many rows were too long.
     """
 
     rows: list[Row]
     bare: list[list[int]]
     context: list[list[int]]
-    lengths: dict[str, int]
     prefixes: dict[str, list[int]]
     dropped: int
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, ViewShape]:
+        """The shape of each view's prompts in a batch."""
+        return shapes_lib.find_shapes({"bare": self.bare, "context": self.context}, self.prefixes)
+
+    def describe_outliers(self) -> str:
+        """Return a warning if a few long rows pad all others (shapes.describe_outliers)."""
+        return shapes_lib.describe_outliers({"bare": self.bare, "context": self.context}, self.prefixes)
 
 
 def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows:
@@ -41,25 +53,20 @@ def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows
         "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config),
         "context": prompts_lib.encode(tokenizer, rows, config),
     }
-    kept, lengths = prompts_lib.keep_fitting_rows(rows, views, config)
+    kept = prompts_lib.keep_fitting_rows(rows, views, config)
     chosen = {view: [tokens[index] for index in kept] for view, tokens in views.items()}
     prefixes = {view: prompts_lib.choose_shared_prefix(tokens) for view, tokens in chosen.items()}
-    return EncodedRows(
-        [rows[index] for index in kept],
-        **chosen,
-        lengths=lengths,
-        prefixes=prefixes,
-        dropped=len(rows) - len(kept),
-    )
+    return EncodedRows([rows[index] for index in kept], **chosen, prefixes=prefixes, dropped=len(rows) - len(kept))
 
 
 @dataclasses.dataclass(frozen=True)
 class RetentionRows:
     """Questions under other contexts, (c', x'): a new pair is drawn from the task's pool for every row of every step.
 
-    ``length``: the length of all prompts, prompt.max_context_tokens or else that of the longest question under the
-    longest context, in tokens. ``prefix``: the shared prefix of all prompts, or [] (prompts.choose_shared_prefix). A
-    pair that is longer or does not start with ``prefix`` is rare; it is drawn again.
+    ``longest``: the prompts of the longest question under every context. No prompt is longer than the longest of them.
+    ``prefix``: the shared prefix of all prompts, or [] (prompts.choose_shared_prefix). A pair that is longer or does
+    not start with ``prefix`` is rare; another one is drawn. ``left_out``: contexts that are too long for
+    prompt.max_context_tokens.
     """
 
     tokenizer: object
@@ -67,8 +74,9 @@ class RetentionRows:
     rows: list[Row]
     contexts: list[str]
     prompt: PromptConfig
-    length: int
+    longest: list[list[int]]
     prefix: list[int]
+    left_out: int
 
     @classmethod
     def build(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
@@ -81,28 +89,43 @@ class RetentionRows:
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
         trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config)
-        length = config.max_context_tokens or max(len(tokens) for tokens in trials)
-        fitting = [context for context, tokens in zip(contexts, trials) if len(tokens) <= length]
+        limit = config.max_context_tokens or np.inf
+        fitting = {context: tokens for context, tokens in zip(contexts, trials) if len(tokens) <= limit}
         if not fitting:
             raise ValueError(
-                f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {length} together "
+                f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {limit} together "
                 "with the longest question; raise the limit"
             )
+        trials = list(fitting.values())
         prefix = prompts_lib.choose_shared_prefix(trials)
         if prefix:  # encoding all questions is slow, so do it only if there is a prefix to confirm
-            rows = [row._replace(context=fitting[0]) for row in encoded.rows]
+            rows = [row._replace(context=next(iter(fitting))) for row in encoded.rows]
             prefix = prompts_lib.choose_shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
-        return cls(tokenizer, task, encoded.rows, fitting, config, length, prefix)
+        return cls(tokenizer, task, encoded.rows, list(fitting), config, trials, prefix, len(contexts) - len(fitting))
+
+    @functools.cached_property
+    def shape(self) -> ViewShape:
+        """The shape of the prompts in a batch."""
+        return shapes_lib.find_shapes({"other": self.longest}, {"other": self.prefix})["other"]
+
+    def describe_outliers(self) -> str:
+        """Return a warning if a few long contexts pad all rows (shapes.describe_outliers)."""
+        return shapes_lib.describe_outliers({"other": self.longest}, {"other": self.prefix})
 
     def draw(self, seed: int, index: int) -> list[int]:
-        """Return the tokens of retention row ``index`` of the run."""
-        rng = np.random.default_rng([seed, index])
-        while True:
+        """Return the tokens of retention row ``index`` of the run. Raises ValueError if DRAWS pairs do not fit."""
+        rng, shared = np.random.default_rng([seed, index]), len(self.prefix)
+        for _ in range(DRAWS):
             row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
             tokens = prompts_lib.encode(self.tokenizer, [self.task.swap_context(row, context)], self.prompt)[0]
-            own = len(tokens) - len(self.prefix)
-            if 0 < own <= self.length - len(self.prefix) and tokens[: len(self.prefix)] == self.prefix:
+            if shared < len(tokens) <= self.shape.longest and tokens[:shared] == self.prefix:
                 return tokens
+        raise ValueError(
+            f"retention row {index}: {DRAWS} pairs of {len(self.rows)} questions and {len(self.contexts)} other "
+            f"contexts were drawn, and no prompt has at most {self.shape.longest} tokens, those of the longest "
+            f"question under the longest context, and starts with the {shared} tokens that all share; leave out long "
+            "questions (prompt.max_bare_tokens with prompt.overlong=drop) or unusual contexts (other_contexts_file)"
+        )
 
 
 def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
@@ -129,7 +152,7 @@ def training_batches(
         return encoded.bare[question], encoded.context[question], other, row_number
 
     def pad(tokens, view: str):
-        return prompts_lib.left_pad(tokens, encoded.lengths[view], pad_id, encoded.prefixes[view])
+        return prompts_lib.left_pad(tokens, encoded.shapes[view].columns, pad_id, encoded.prefixes[view])
 
     def collate(rows) -> Batch:
         bare, context, other, row_numbers = zip(*rows)
@@ -137,7 +160,7 @@ def training_batches(
         return Batch(
             bare=pad(bare, "bare"),
             context=pad(context, "context"),
-            other=prompts_lib.left_pad(others, retention.length, pad_id, retention.prefix) if others else None,
+            other=prompts_lib.left_pad(others, retention.shape.columns, pad_id, retention.prefix) if others else None,
             row_number_B=np.asarray([number % 2**31 for number in row_numbers], np.int32),
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ctxjax import rng
 from ctxjax.config import Experiment
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.task import Row, Task, make_evaluation_views
 from ctxjax.distill.losses import LossConfig
@@ -61,17 +61,16 @@ class Evaluation(NamedTuple):
 class Split(NamedTuple):
     """A split's questions in all views.
 
-    By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with; and
-    ``lengths``, the columns P that its prompts are padded to; ``opened``, whether its prompts end inside <think>.
-    ``batch``: rows in a batch. ``dropped``: over-long rows
-    that were left out.
+    By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with;
+    ``columns``, the columns P that hold the rest of its prompts; ``opened``, whether its prompts end inside <think>.
+    ``batch``: rows in a batch. ``dropped``: over-long rows that were left out.
     """
 
     task: Task
     rows: dict[str, list[Row]]
     tokens: dict[str, list[list[int]]]
     prefixes: dict[str, list[int]]
-    lengths: dict[str, int]
+    columns: dict[str, int]
     opened: dict[str, list[bool]]
     batch: int
     dropped: int
@@ -87,22 +86,22 @@ class Split(NamedTuple):
             for v, own in rows.items()
         }
         prefixes = {v: prompts_lib.choose_shared_prefix(lists) for v, lists in tokens.items()}
-        lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
+        columns = {view: shape.columns for view, shape in shapes_lib.find_shapes(tokens, prefixes).items()}
         # Views with a context block and no shared prefix get one length: one compiled program decodes them all.
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
-        lengths |= dict.fromkeys(blocks, max((lengths[view] for view in blocks), default=0))
+        columns |= dict.fromkeys(blocks, max((columns[view] for view in blocks), default=0))
         batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
-        return cls(task, rows, tokens, prefixes, lengths, opened, batch, encoded.dropped)
+        return cls(task, rows, tokens, prefixes, columns, opened, batch, encoded.dropped)
 
 
 def share_shapes(splits: list[Split]) -> list[Split]:
     """Raise the columns of each view and the rows of a batch to the largest split's if they are near it (``SLACK``)."""
     most_rows = max(split.batch for split in splits)
-    most = {view: max(split.lengths[view] for split in splits if view in split.lengths) for view in splits[0].lengths}
+    most = {view: max(split.columns[view] for split in splits if view in split.columns) for view in splits[0].columns}
     return [
         split._replace(
             batch=_raise_if_near(split.batch, most_rows),
-            lengths={view: _raise_if_near(length, most.get(view, length)) for view, length in split.lengths.items()},
+            columns={view: _raise_if_near(size, most.get(view, size)) for view, size in split.columns.items()},
         )
         for split in splits
     ]
@@ -125,7 +124,7 @@ class Evaluator:
         self._rollout = make_sampling_config(config.rollout, folder)
         self._rows, self._opened, self._batch, self.dropped = split.rows, split.opened, split.batch, split.dropped
         self._prompts = {
-            v: prompts_lib.left_pad(lists, split.lengths[v], folder.pad_id, split.prefixes[v])
+            v: prompts_lib.left_pad(lists, split.columns[v], folder.pad_id, split.prefixes[v])
             for v, lists in split.tokens.items()
         }
         self._root, self._resamples = jax.random.key(config.seed), config.eval.bootstrap
@@ -139,7 +138,10 @@ class Evaluator:
         Raises ValueError if a prompt and its response exceed the positions of ``folder``'s or ``teacher``'s model.
         """
         splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
-        for split in splits:
+        for name, split in zip(names, splits):
+            outliers = shapes_lib.describe_outliers(split.tokens, split.prefixes)
+            if outliers:
+                print(f"warning: {name} questions: {outliers}")
             folder.check_prompts([ids for lists in split.tokens.values() for ids in lists], config.rollout.max_tokens)
             teacher.check_prompts(split.tokens.get("context", []), config.rollout.max_tokens)
         return [cls(config, split, folder, teacher, mesh) for split in splits]

@@ -150,12 +150,14 @@ def open_folder(
     remat: str = "none",
     attention: str = "reference",
     student: ModelFolder | None = None,
+    tokenizer=None,
 ) -> ModelFolder:
     """Load a Hugging Face folder onto ``mesh``. ``path``: a local folder or a Hub id (host.hub.find_folder).
 
     ``dtype``: of the model's arithmetic. "auto": bfloat16 on accelerators, float32 on CPUs, where bfloat16 is slow.
     ``student``: given if the folder is the student's teacher; a different tokenizer is then refused before any weights
-    are read. Raises FileNotFoundError or ValueError, which names the folder, the problem and the remedy.
+    are read. ``tokenizer``: the folder's, if it is loaded already. Raises FileNotFoundError or ValueError, which names
+    the folder, the problem and the remedy.
     """
     path = find_folder(path)
     platform = mesh.devices.flat[0].platform
@@ -164,7 +166,7 @@ def open_folder(
         dtype = "float32" if platform == "cpu" else "bfloat16"
     config = dataclasses.replace(hf_load.read_config(path, dtype, remat), attention=attention)
     mesh_check.check_model_fits_mesh(config, mesh, str(path))
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
     if student is not None:
         tokenizer_match.check_same_tokenizer(student.tokenizer, tokenizer)
     # Fine-tunes add a pad token without a row. Padding is never read, so another id serves.

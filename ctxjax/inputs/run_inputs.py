@@ -19,7 +19,8 @@ from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host.checksum import compute_digest, compute_fingerprint
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
-from ctxjax.inputs.model_folder import ModelFolder, open_folder
+from ctxjax.inputs.batch_shapes import find_batch_shapes
+from ctxjax.inputs.model_folder import ModelFolder, load_tokenizer, open_folder
 from ctxjax.models import transformer
 from ctxjax.types import PrefixKV
 
@@ -47,37 +48,55 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     if config.teacher.path:
         find_folder(config.teacher.path)  # refuse a missing folder before the student is loaded or even trained
     teacher_path = _prepare_teacher_path(config, task, mesh, seconds)
-    student = _open_model(config, task, mesh, seconds)
+    path = _prepare_student_path(config, task, mesh, seconds)
+    tokenizer = load_tokenizer(find_folder(path))  # prompts that cannot be are refused before any weights are read
+    rows, retention = _encode(config, task, tokenizer)
+    student = _open_student(config, path, tokenizer, mesh, seconds)
     folder, teacher = open_teacher(config, teacher_path, student, mesh, seconds)
     if config.teacher.offload:
         is_one = teacher is folder
         teacher = dataclasses.replace(teacher, params=sharding.offload_to_host(teacher.params))
         folder = teacher if is_one else folder
-    if prompts_lib.is_thinking_ignored(folder.tokenizer, config.prompt):
-        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
-    quoted = prompts_lib.describe_quoted_control_tokens(
-        folder.tokenizer, [row for split in ("train", "dev", "test") for row in task.rows(split)]
-    )
-    if quoted:
-        print(f"warning: {quoted}")
-    rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
-    retention = None
-    if any(loss.mu > 0 for loss in config.arms.values()):
-        retention = RetentionRows.build(folder.tokenizer, task, rows, config.prompt)
-    prompts = [*rows.bare, *rows.context, *_longest_retention_prompts(rows, retention)]
+    prompts = [*rows.bare, *rows.context, *(retention.longest if retention else [])]
     for model in (folder,) if teacher is folder else (folder, teacher):
         model.check_prompts(prompts, config.rollout.max_tokens)
     return Inputs(task, folder, teacher, rows, retention)
 
 
-def _longest_retention_prompts(rows: EncodedRows, retention: RetentionRows | None) -> list[list[int]]:
-    """Return the longest question under every other context that fits; [] without retention."""
-    if retention is None:
-        return []
-    longest = rows.rows[int(np.argmax([len(ids) for ids in rows.bare]))]
-    longest = [longest._replace(context=context) for context in retention.contexts]
-    prompts = prompts_lib.encode(retention.tokenizer, longest, retention.prompt)
-    return [ids for ids in prompts if len(ids) <= retention.length]
+def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
+    """Encode the training rows; print the batch's shapes, and warnings."""
+    if prompts_lib.is_thinking_ignored(tokenizer, config.prompt):
+        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    quoted = prompts_lib.describe_quoted_control_tokens(
+        tokenizer, [row for split in ("train", "dev", "test") for row in task.rows(split)]
+    )
+    if quoted:
+        print(f"warning: {quoted}")
+    rows, retention = encode_training_rows(config, task, tokenizer)
+    if retention and retention.left_out:
+        print(
+            f"warning: retention leaves out {retention.left_out} other contexts and keeps {len(retention.contexts)}: "
+            f"with the longest question they exceed prompt.max_context_tokens = {config.prompt.max_context_tokens}"
+        )
+    outliers = describe_outliers(rows, retention)
+    if outliers:
+        print(f"warning: {outliers}")
+    print(f"batch: {find_batch_shapes(config, rows, retention).describe()}", flush=True)
+    return rows, retention
+
+
+def describe_outliers(rows: EncodedRows, retention: RetentionRows | None) -> str:
+    """Return a warning if a few long prompts pad all training rows; "" if not."""
+    outliers = rows.describe_outliers() or (retention.describe_outliers() if retention else "")
+    return outliers and f"training questions: {outliers}"
+
+
+def encode_training_rows(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
+    """Encode the training rows and, if an arm needs them, prepare those under other contexts."""
+    rows = encode_rows(tokenizer, task.rows("train"), config.prompt)
+    if not any(loss.mu > 0 for loss in config.arms.values()):
+        return rows, None
+    return rows, RetentionRows.build(tokenizer, task, rows, config.prompt)
 
 
 def _prepare_teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
@@ -111,15 +130,20 @@ def open_teacher(
     return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
 
 
-def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> ModelFolder:
+def _prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
+    """Return the student's folder or Hub id. Train a base first if there is none."""
+    if config.model.path:
+        return config.model.path
     clock = time.monotonic()
-    path = config.model.path
-    if not path:
-        path = base_model.ensure_base(config.base, config.task, task, mesh)
-        seconds["base from scratch"] = time.monotonic() - clock
-        clock = time.monotonic()
+    path = base_model.ensure_base(config.base, config.task, task, mesh)
+    seconds["base from scratch"] = time.monotonic() - clock
+    return str(path)
+
+
+def _open_student(config: Experiment, path: str, tokenizer, mesh, seconds: dict[str, float]) -> ModelFolder:
+    clock = time.monotonic()
     model = config.model
-    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention)
+    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention, tokenizer=tokenizer)
     seconds["load"] = time.monotonic() - clock
     print(f"model: {path}", flush=True)
     return folder
