@@ -14,6 +14,7 @@ from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import needs_ema
 from ctxjax.inputs.base_model import make_model_config
+from ctxjax.models.attention import choose_kind
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips
 from ctxjax.plan.architectures import find_architecture
@@ -92,16 +93,18 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str) 
         )
         facts["teacher"] = f"a base trained from scratch; {_format_size(teacher)}"
     _check_positions(teacher or model, shapes, experiment)
-    kind = experiment.model.attention
-    model, teacher = (one and dataclasses.replace(one, attention=kind) for one in (model, teacher))
+    model, teacher = (
+        one and dataclasses.replace(one, attention=choose_kind(experiment.model.attention, one, devices[0]))
+        for one in (model, teacher)
+    )
     facts["mesh"] = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(experiment.mesh).items() if size)
     facts["rows_over"] = experiment.mesh.data * experiment.mesh.fsdp
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"
     train, shared = experiment.train, " (shared context)" if shapes.shared else ""
     facts["step"] = (
         f"{train.batch_size} rows in {train.micro_batches} micro-batches, prompts of {shapes.bare} and "
-        f"{shapes.context} tokens{shared}, responses of {experiment.rollout.max_tokens}, {dtype}, {trained}, "
-        f"remat {experiment.model.remat}"
+        f"{shapes.context} tokens{shared}, responses of {experiment.rollout.max_tokens}, {model.arithmetic}, "
+        f"{trained}, remat {experiment.model.remat}"
     )
     facts["notes"] = "; ".join(notes)
     return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, effort), facts
