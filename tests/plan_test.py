@@ -274,3 +274,9 @@ def test_the_plan_of_a_tpu_has_its_attention_kernel_in_the_step(small, monkeypat
     long.model.attention = "cudnn"
     with pytest.raises(ValueError, match="'cudnn' runs on gpu, and the devices are tpu; use 'auto'"):
         run.plan(long, "v5e:2x4", None, effort="memory")
+
+
+@pytest.mark.skipif(not chips.has_libtpu(), reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:1x1", "v5e:2x4", "v5p:2x2x2", "v6e:1x1"])
+def test_a_slice_has_its_chips(topology):
+    assert len(chips.make_tpu_devices(topology)) == chips.count_chips(topology)
