@@ -125,7 +125,7 @@ def open_teacher(
         path, mesh, model.dtype, config.teacher.param_dtype, attention=model.attention, student=student
     )
     seconds["load teacher"] = time.monotonic() - clock
-    print(f"teacher: {path}", flush=True)
+    print(f"teacher: {path}; {loaded.config.arithmetic}", flush=True)
     student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
     return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
 
@@ -145,7 +145,7 @@ def _open_student(config: Experiment, path: str, tokenizer, mesh, seconds: dict[
     model = config.model
     folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention, tokenizer=tokenizer)
     seconds["load"] = time.monotonic() - clock
-    print(f"model: {path}", flush=True)
+    print(f"model: {path}; {folder.config.arithmetic}", flush=True)
     return folder
 
 

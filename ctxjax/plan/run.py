@@ -21,6 +21,7 @@ from ctxjax.inputs.base_model import make_model_config
 from ctxjax.inputs.batch_shapes import BatchShapes, make_batch_shapes
 from ctxjax.inputs.model_folder import load_tokenizer
 from ctxjax.inputs.run_inputs import describe_outliers, encode_training_rows
+from ctxjax.models.attention import choose_kind
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips
 from ctxjax.plan.architectures import find_architecture
@@ -129,13 +130,15 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, 
         )
         facts["teacher"] = f"a base trained from scratch; {_format_size(teacher)}"
     _check_positions(teacher or model, shapes)
-    kind = experiment.model.attention
-    model, teacher = (one and dataclasses.replace(one, attention=kind) for one in (model, teacher))
+    model, teacher = (
+        one and dataclasses.replace(one, attention=choose_kind(experiment.model.attention, one, devices[0]))
+        for one in (model, teacher)
+    )
     facts["mesh"] = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(experiment.mesh).items() if size)
     facts["rows_over"] = experiment.mesh.data * experiment.mesh.fsdp
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"
     facts["batch"] = shapes.describe()
-    facts["step"] = f"{dtype}, {trained}, remat {experiment.model.remat}"
+    facts["step"] = f"{model.arithmetic}, {trained}, remat {experiment.model.remat}"
     facts["notes"] = views.note
     return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, effort), facts
 

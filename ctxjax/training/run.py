@@ -110,7 +110,7 @@ def _open(
         flush=True,
     )
     lock.take()
-    facts = facts | {"rows_left_out": dict(task.skipped), "task": task.facts}
+    facts = facts | {"rows_left_out": dict(task.skipped), "task": task.facts, "arithmetic": student.config.arithmetic}
     manifest = workdir_lib.claim(workdir, facts, compute_digests(inputs))
     return _OpenRun(config, workdir, mesh, inputs, prefix, dev, test, manifest, started, seconds)
 
