@@ -145,7 +145,7 @@ def test_a_second_split_that_is_a_little_larger_is_evaluated_by_the_first_ones_p
 
 @pytest.mark.slow
 def test_without_a_context_there_is_no_context_view(folder, questions):
-    evaluation, facts = evaluate.evaluate(settings(folder, questions), "test")
+    evaluation, facts, _ = evaluate.evaluate(settings(folder, questions), "test")
     assert {item["view"] for item in evaluation.items} == {"bare", "empty", "other"}
     assert "acc_x" in evaluation.metrics and "obedience" in evaluation.metrics
     assert not {"acc_xc", "harm", "view_kl", "distill"} & evaluation.metrics.keys()
@@ -189,5 +189,5 @@ def test_hints_are_distilled_and_the_run_warns_that_they_may_not_transfer(folder
     assert results["opcd_retained"]["distill"] < 0.7 * results["base"]["distill"]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["task"]["contexts"] == "each row's own" and len(run["task"]["data"]) == 2
-    evaluation, _ = evaluate.evaluate(config, "test")
+    evaluation, *_ = evaluate.evaluate(config, "test")
     assert evaluation.items == items(tmp_path / "run" / "base")

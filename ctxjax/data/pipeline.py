@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import dataclasses
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -94,15 +95,17 @@ class RetentionRows:
             prefix = prompts_lib.choose_shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
         return cls(tokenizer, task, encoded.rows, fitting, config, length, prefix)
 
-    def draw(self, seed: int, index: int) -> list[int]:
-        """Return the tokens of retention row ``index`` of the run."""
+    def draw(self, seed: int, index: int) -> tuple[list[int], tuple[int, int]]:
+        """Return the tokens of retention row ``index`` of the run, and the pair: its question's place in ``rows`` and
+        its context's in ``contexts``."""
         rng = np.random.default_rng([seed, index])
         while True:
-            row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
-            tokens = prompts_lib.encode(self.tokenizer, [self.task.swap_context(row, context)], self.prompt)[0]
+            pair = int(rng.integers(len(self.rows))), int(rng.integers(len(self.contexts)))
+            row = self.task.swap_context(self.rows[pair[0]], self.contexts[pair[1]])
+            tokens = prompts_lib.encode(self.tokenizer, [row], self.prompt)[0]
             own = len(tokens) - len(self.prefix)
             if 0 < own <= self.length - len(self.prefix) and tokens[: len(self.prefix)] == self.prefix:
-                return tokens
+                return tokens, pair
 
 
 def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
@@ -110,7 +113,20 @@ def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
 
-def training_batches(
+class Drawn(NamedTuple):
+    """What is drawn for a step: its batch on the host (numpy), and the pair (RetentionRows.draw) of each row of
+    ``batch.other``."""
+
+    batch: Batch
+    pairs: list[tuple[int, int]]
+
+
+def training_batches(*inputs, **options) -> Iterator[Batch]:
+    """Return the batches of ``draw_steps``, which has the same arguments."""
+    return (drawn.batch for drawn in draw_steps(*inputs, **options))
+
+
+def draw_steps(
     encoded: EncodedRows,
     retention: RetentionRows | None,
     *,
@@ -119,8 +135,8 @@ def training_batches(
     retention_rows: int,
     pad_id: int,
     first_step: int = 0,
-) -> Iterator[Batch]:
-    """Return an endless iterator of host batches (numpy), starting at ``first_step``; a thread prefetches."""
+) -> Iterator[Drawn]:
+    """Return an endless iterator over the steps, starting at ``first_step``; a thread prefetches."""
 
     def take_row(row_number: int, question: int):
         other = None
@@ -131,15 +147,17 @@ def training_batches(
     def pad(tokens, view: str):
         return prompts_lib.left_pad(tokens, encoded.lengths[view], pad_id, encoded.prefixes[view])
 
-    def collate(rows) -> Batch:
+    def collate(rows) -> Drawn:
         bare, context, other, row_numbers = zip(*rows)
-        others = [tokens for tokens in other if tokens is not None]
-        return Batch(
+        drawn = [row for row in other if row is not None]
+        others = [tokens for tokens, _ in drawn]
+        batch = Batch(
             bare=pad(bare, "bare"),
             context=pad(context, "context"),
             other=prompts_lib.left_pad(others, retention.length, pad_id, retention.prefix) if others else None,
             row_number_B=np.asarray([number % 2**31 for number in row_numbers], np.int32),
         )
+        return Drawn(batch, [pair for _, pair in drawn])
 
     batches = shuffle_questions(len(encoded.rows), seed).map_with_index(take_row).batch(batch_size, batch_fn=collate)
     batches = batches.slice(slice(first_step, None))
