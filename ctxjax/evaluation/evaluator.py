@@ -23,7 +23,7 @@ from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
 from ctxjax.evaluation.episodes import grade_episodes, single_turn_episodes
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
-from ctxjax.host.checksum import compute_checksums
+from ctxjax.host.checksum import compute_checksums, compute_digest
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
@@ -51,8 +51,9 @@ class Evaluation(NamedTuple):
     def save(self, folder: Path, identity: dict) -> None:
         """Write items.jsonl and evaluation.json. ``identity``: what was evaluated, and by what code."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in self.items))
-        record = {"decoding": self.decoding, "weights": self.weights}
+        lines = "".join(json.dumps(item) + "\n" for item in self.items)
+        write_text(folder / "items.jsonl", lines)
+        record = {"decoding": self.decoding, "weights": self.weights, "items": compute_digest(lines)}
         write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics} | record)
 
     @classmethod
