@@ -227,7 +227,7 @@ TAMPERED = {
     ],
     repeat_a_question: ["splits: data.jsonl: the question .* is in two places", "splits: data.jsonl: digest"],
     train_on_a_test_row: [
-        "training rows of off_policy: off_policy/rows.jsonl, line 2, step 2: the bare prompts are of row .* of test, not"
+        "training rows of off_policy: off_policy/rows.jsonl, line 2, step 2: the bare prompts are of row .* of test, n"
     ],
     train_on_other_rows: ["off_policy/rows.jsonl, line 1, step 1: rows in the view bare is .*, expected"],
     train_under_a_held_out_context: [
