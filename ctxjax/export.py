@@ -35,7 +35,7 @@ COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-MANIFEST = "export.json"  # what was exported: arm, step, checksums of the checkpoint's weights, sha256 of each file
+MANIFEST = "export.json"  # what was exported: arm, step, checksums of the weights, sha256 of files
 
 
 class Exported(NamedTuple):
@@ -94,6 +94,8 @@ def export(
         _write_stop_ids(partial, stop_ids)
         card = model_card(workdir, arm, step, str(source), stored, adapter, weights)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        results = workdir / "results.json"
+        origin["results"] = hash_file(results) if results.exists() else None
         files = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
         hf_save.write_json(partial / MANIFEST, origin | {"files": files})
     return Exported(arm, step, weights)

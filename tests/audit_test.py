@@ -252,7 +252,7 @@ TAMPERED = {
     use_another_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3: checksum of params/embedding is"],
     damage_a_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3"],
     damage_an_export: ["export model: .*/model/model.safetensors: sha256 is"],
-    change_a_card: ["model/README.md: line 4 of the table of results is '. 0ff_policy", "README.md: sha256"],
+    change_a_card: ["model/README.md: line 5 of the table of results is '. 0ff_policy", "README.md: sha256"],
     export_another_step: ["export model: .*/model/export.json: checksum of embedding"],
     lose_items: ["items of off_policy: off_policy/items.jsonl is missing"],
     lose_results: ["results: results.json is missing"],

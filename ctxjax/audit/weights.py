@@ -124,11 +124,15 @@ class Weights:
                 check.expect(where, found.get(name), saved.get(name))
             check.seen.append(f"{len(manifest['files'])} files, from the checkpoint of {arm}, step {step}")
         else:
-            check.wrong.append(f"{place / MANIFEST}: the run has no checkpoint of {arm}, step {step}")
-        self._check_card(place, arm, check)
+            check.unchecked.append(f"its weights: the run has no checkpoint of {arm}, step {step}, any more")
+        self._check_card(place, manifest, check)
 
-    def _check_card(self, place: Path, arm: str, check: Check) -> None:
-        if not self._folder.has("results.json") or not (place / "README.md").is_file():
+    def _check_card(self, place: Path, manifest: dict, check: Check) -> None:
+        arm, path = manifest["arm"], self._folder.path / "results.json"
+        if not (place / "README.md").is_file():
+            return
+        if not path.is_file() or manifest["results"] not in (None, hash_file(path)):
+            check.unchecked.append("the model card: results.json was written anew since the export")
             return
         results = self._folder.json("results.json")
         table = results_table({name: results[name] for name in ("base", arm) if name in results}).splitlines()
