@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from configs import tiny
 from ctxjax import config as config_lib, sharding
+from ctxjax.audit import audit
 from ctxjax.data import prompts
 from ctxjax.data.worlds import rules
 from ctxjax.distill.train_step import StepConfig, init_state, rollout_step
@@ -176,6 +177,9 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(rank, finished, cache, r
     after = [row["loss"] for row in read_rows(again / arm / "metrics.jsonl") if "loss" in row]
     assert len(before) == 4 and after == before
     assert results[arm]["view_kl"] == uninterrupted[arm]["view_kl"]
+    assert read_rows(again / arm / "rows.jsonl") == read_rows(workdir / arm / "rows.jsonl")
+    checks = list(audit.check_folder(again))
+    assert [problem for check in checks for problem in check.wrong + check.unchecked] == []
 
 
 def read_last_params(workdir: Path, arm: str, cache: Path) -> dict[str, np.ndarray]:

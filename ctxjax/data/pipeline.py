@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -112,14 +113,16 @@ class RetentionRows:
         """Return a warning if a few long contexts pad all rows (shapes.describe_outliers)."""
         return shapes_lib.describe_outliers({"other": self.longest}, {"other": self.prefix})
 
-    def draw(self, seed: int, index: int) -> list[int]:
-        """Return the tokens of retention row ``index`` of the run. Raises ValueError if DRAWS pairs do not fit."""
+    def draw(self, seed: int, index: int) -> tuple[list[int], tuple[int, int]]:
+        """Return the tokens of retention row ``index`` of the run, and the pair: its question's place in ``rows`` and
+        its context's in ``contexts``. Raises ValueError if DRAWS pairs do not fit."""
         rng, shared = np.random.default_rng([seed, index]), len(self.prefix)
         for _ in range(DRAWS):
-            row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
-            tokens = prompts_lib.encode(self.tokenizer, [self.task.swap_context(row, context)], self.prompt)[0]
+            pair = int(rng.integers(len(self.rows))), int(rng.integers(len(self.contexts)))
+            row = self.task.swap_context(self.rows[pair[0]], self.contexts[pair[1]])
+            tokens = prompts_lib.encode(self.tokenizer, [row], self.prompt)[0]
             if shared < len(tokens) <= self.shape.longest and tokens[:shared] == self.prefix:
-                return tokens
+                return tokens, pair
         raise ValueError(
             f"retention row {index}: {DRAWS} pairs of {len(self.rows)} questions and {len(self.contexts)} other "
             f"contexts were drawn, and no prompt has at most {self.shape.longest} tokens, those of the longest "
@@ -133,7 +136,20 @@ def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
 
-def training_batches(
+class Drawn(NamedTuple):
+    """What is drawn for a step: its batch on the host (numpy), and the pair (RetentionRows.draw) of each row of
+    ``batch.other``."""
+
+    batch: Batch
+    pairs: list[tuple[int, int]]
+
+
+def training_batches(*inputs, **options) -> Iterator[Batch]:
+    """Return the batches of ``draw_steps``, which has the same arguments."""
+    return (drawn.batch for drawn in draw_steps(*inputs, **options))
+
+
+def draw_steps(
     encoded: EncodedRows,
     retention: RetentionRows | None,
     *,
@@ -142,8 +158,8 @@ def training_batches(
     retention_rows: int,
     pad_id: int,
     first_step: int = 0,
-) -> Iterator[Batch]:
-    """Return an endless iterator of host batches (numpy), starting at ``first_step``; a thread prefetches."""
+) -> Iterator[Drawn]:
+    """Return an endless iterator over the steps, starting at ``first_step``; a thread prefetches."""
 
     def take_row(row_number: int, question: int):
         other = None
@@ -154,15 +170,17 @@ def training_batches(
     def pad(tokens, view: str):
         return prompts_lib.left_pad(tokens, encoded.shapes[view].columns, pad_id, encoded.prefixes[view])
 
-    def collate(rows) -> Batch:
+    def collate(rows) -> Drawn:
         bare, context, other, row_numbers = zip(*rows)
-        others = [tokens for tokens in other if tokens is not None]
-        return Batch(
+        drawn = [row for row in other if row is not None]
+        others = [tokens for tokens, _ in drawn]
+        batch = Batch(
             bare=pad(bare, "bare"),
             context=pad(context, "context"),
             other=prompts_lib.left_pad(others, retention.shape.columns, pad_id, retention.prefix) if others else None,
             row_number_B=np.asarray([number % 2**31 for number in row_numbers], np.int32),
         )
+        return Drawn(batch, [pair for _, pair in drawn])
 
     batches = shuffle_questions(len(encoded.rows), seed).map_with_index(take_row).batch(batch_size, batch_fn=collate)
     batches = batches.slice(slice(first_step, None))

@@ -15,6 +15,7 @@ import numpy as np
 from ctxjax import rng
 from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
+from ctxjax.data.digests import digest_rows
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.task import Row, Task, make_evaluation_views
 from ctxjax.distill.losses import LossConfig
@@ -22,6 +23,7 @@ from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
 from ctxjax.evaluation.episodes import grade_episodes, single_turn_episodes
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
+from ctxjax.host.checksum import compute_checksums, compute_digest
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
@@ -34,17 +36,25 @@ SLACK = 1.25
 
 class Evaluation(NamedTuple):
     """One model on one split: ``metrics`` as in results.json, ``items`` with a dict for each response, and the outcomes
-    by view."""
+    by view.
+
+    ``decoding``: how the responses of each view, and those of ``distill``, were decoded. ``weights``: the checksum of
+    each array of the parameters. Both are {} if an older version made the evaluation.
+    """
 
     metrics: dict
     items: list[dict]
     outcomes: dict[str, Outcomes]
+    decoding: dict[str, dict]
+    weights: dict[str, int]
 
     def save(self, folder: Path, identity: dict) -> None:
         """Write items.jsonl and evaluation.json. ``identity``: what was evaluated, and by what code."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in self.items))
-        write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics})
+        lines = "".join(json.dumps(item) + "\n" for item in self.items)
+        write_text(folder / "items.jsonl", lines)
+        record = {"decoding": self.decoding, "weights": self.weights, "items": compute_digest(lines)}
+        write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics} | record)
 
     @classmethod
     def load(cls, folder: Path, identity: dict) -> Evaluation | None:
@@ -55,7 +65,10 @@ class Evaluation(NamedTuple):
                 items = [json.loads(line) for line in lines]
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return cls(stored["metrics"], items, _collect_outcomes(items)) if stored["of"] == identity else None
+        if stored["of"] != identity:
+            return None
+        record = (stored.get(name, {}) for name in ("decoding", "weights"))
+        return cls(stored["metrics"], items, _collect_outcomes(items), *record)
 
 
 class Split(NamedTuple):
@@ -127,7 +140,8 @@ class Evaluator:
             v: prompts_lib.left_pad(lists, split.columns[v], folder.pad_id, split.prefixes[v])
             for v, lists in split.tokens.items()
         }
-        self._root, self._resamples = jax.random.key(config.seed), config.eval.bootstrap
+        self._digests = {view: digest_rows(prompts) for view, prompts in self._prompts.items()}
+        self._seed, self._resamples = config.seed, config.eval.bootstrap
 
     @classmethod
     def of_splits(
@@ -149,7 +163,8 @@ class Evaluator:
     def __call__(self, params: Params) -> Evaluation:
         """Decode and grade every view, and compare bare and context view along the bare view's first responses."""
         model = self._folder.config
-        rollouts = {v: self._decode(params, v, self._judged) for v in self._prompts}
+        sampling = dict.fromkeys(self._prompts, self._judged)
+        rollouts = {v: self._decode(params, v, own) for v, own in sampling.items()}
         items = [item for view, rollout in rollouts.items() for item in self._grade(view, rollout)]
         outcomes = _collect_outcomes(items)
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
@@ -159,17 +174,26 @@ class Evaluator:
             first = jax.tree.map(lambda array: array[:: self._judged.samples], rollouts["bare"])
             compared = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
             measured["comparison"] = Comparison(*compared, first.mask_BxT)
-            measured["distill"] = self._distillation(params)
-        return Evaluation(metrics_lib.compute_metrics(measured, self._resamples), items, outcomes)
+            sampling["distill"] = self._rollout
+            measured["distill"] = self._distillation(params, sampling["distill"])
+        decoding = {view: self._describe(own) for view, own in sampling.items()}
+        metrics = metrics_lib.compute_metrics(measured, self._resamples)
+        return Evaluation(metrics, items, outcomes, decoding, compute_checksums(params))
+
+    def _describe(self, sampling: SamplingConfig) -> dict:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "samples")
+        return {name: getattr(sampling, name) for name in names} | {"seed": self._seed}
 
     def _decode(self, params: Params, view: str, sampling: SamplingConfig) -> Rollout:
         """Decode one view. Each view has a key of its own: samples of different views are independent."""
-        model, key = self._folder.config, rng.key_for(self._root, list(self._prompts).index(view), "evaluation")
+        root, index = jax.random.key(self._seed), list(self._prompts).index(view)
+        model, key = self._folder.config, rng.key_for(root, index, "evaluation")
         return views_lib.decode(params, model, sampling, self._prompts[view], key, self._batch, self._mesh)
 
     def _grade(self, view: str, rollout: Rollout) -> list[dict]:
         episodes = single_turn_episodes(self._rows[view], rollout, self._judged.samples, self._opened[view])
-        return grade_episodes(self._task, self._folder.tokenizer, self._folder.stop_ids, episodes, view)
+        items = grade_episodes(self._task, self._folder.tokenizer, self._folder.stop_ids, episodes, view)
+        return [item | {"prompt": self._digests[view][i // self._judged.samples]} for i, item in enumerate(items)]
 
     def _grade_against_defaults(self, items: list[dict], bare: Outcomes) -> dict[str, Outcomes]:
         """Return {"default": the bare responses graded against the base's default answers}; {} if the task has none."""
@@ -180,11 +204,11 @@ class Evaluator:
         same = [self._task.grade(text, rows[i // bare.samples].default).correct for i, text in enumerate(texts)]
         return {"default": dataclasses.replace(bare, correct=np.array(same))}
 
-    def _distillation(self, params: Params) -> float:
+    def _distillation(self, params: Params, sampling: SamplingConfig) -> float:
         """Return the held-out KL(q_x || f) in nats per token on the student's own samples, as in training."""
         model, bare = self._folder.config, self._prompts["bare"]
-        rollout = self._decode(params, "bare", self._rollout)
-        loss = LossConfig(temperature=self._rollout.temperature)
+        rollout = self._decode(params, "bare", sampling)
+        loss = LossConfig(temperature=sampling.temperature)
         return views_lib.distillation_kl(
             params,
             self._teacher.params,

@@ -118,7 +118,8 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
                 f"the run in {workdir} began with other inputs; bring them back, or choose another --workdir. Digests "
                 "then, and now:\n  " + "\n  ".join(different)
             )
-        start = {name: before.get(name) for name in ("started", "command", "device", "commit", "versions", "resumed")}
+        kept = ("started", "command", "device", "commit", "versions", "resumed", "record")
+        start = {name: before.get(name) for name in kept}
         manifest["earlier_starts"] = [*before.get("earlier_starts", []), start]
     workdir.mkdir(parents=True, exist_ok=True)
     processes.wait("workdir read")
