@@ -213,7 +213,11 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # compares the last number; or "exact", "math", "letter", "yes_no"
+    config.qa_jsonl.grading = "numeric"  # compares the last number; or "exact", "math", "letter", "yes_no",
+    # or "short": the reference in some words or a sentence
+    # A file of the same columns and a column "context": questions under other contexts, with what is right there. Used
+    # for retention and obedience in place of the built-in other contexts. Every second context is held out.
+    config.qa_jsonl.other_rows = ""
     config.qa_jsonl.limit = 0  # number of first rows to read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64  # held out by a hash of the question
@@ -236,6 +240,19 @@ def get_config() -> ConfigDict:
     config.hints.hint = "answer"  # column with the text that only the teacher sees
     config.hints.template = "A solution that may help, which the user does not see:\n\n{hint}"  # the context
     config.hints.grading = "math"  # as qa_jsonl.grading
+
+    config.handbook = ConfigDict()  # task handbook: a document of twelve invented facts, for any model
+    config.handbook.seed = config.get_oneway_ref(
+        "seed"
+    )  # of the subject and all values; another seed, another document
+    config.handbook.subject = "place"  # what the document is about; or "company", "product"
+    config.handbook.style = "list"  # or "prose", "table", "rules"
+    # Length of the document, in about as many tokens; statements about other subjects fill it up. 0: the facts alone,
+    # which have 130 (table) to 220 tokens (rules).
+    config.handbook.tokens = 0
+    config.handbook.train_questions = 0  # at most; 0: all, 216
+    config.handbook.dev_questions = 0  # at most; 0: all, 24
+    config.handbook.test_questions = 0  # at most; 0: all, 192
 
     config.tiny_safety = ConfigDict()  # task tiny_safety: the texts of safety as a world with its own base
     config.tiny_safety.path = config.safety.get_oneway_ref("path")

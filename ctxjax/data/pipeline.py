@@ -57,9 +57,10 @@ def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows
 class RetentionRows:
     """Questions under other contexts, (c', x'): a new pair is drawn from the task's pool for every row of every step.
 
-    ``length``: the length of all prompts, prompt.max_context_tokens or else that of the longest question under the
-    longest context, in tokens. ``prefix``: the shared prefix of all prompts, or [] (prompts.choose_shared_prefix). A
-    pair that is longer or does not start with ``prefix`` is rare; it is drawn again.
+    ``longest``: the tokens of the longest question under every context that fits; or of a context's own questions, if
+    it has some. ``length``: the length of all prompts, prompt.max_context_tokens or else that of the longest of these,
+    in tokens. ``prefix``: the shared prefix of all prompts, or [] (prompts.choose_shared_prefix). A pair that is longer
+    or does not start with ``prefix`` is rare; it is drawn again.
     """
 
     tokenizer: object
@@ -67,6 +68,7 @@ class RetentionRows:
     rows: list[Row]
     contexts: list[str]
     prompt: PromptConfig
+    longest: list[list[int]]
     length: int
     prefix: list[int]
 
@@ -77,12 +79,13 @@ class RetentionRows:
         if not contexts:
             raise ValueError(
                 "loss.mu > 0 needs other contexts to retain, and this task has none; give a file of them "
-                "(qa_jsonl.other_contexts_file), or leave out the arms with retention (run_arms)"
+                "(qa_jsonl.other_contexts_file or other_rows), or leave out the arms with retention (run_arms)"
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
-        trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config)
+        asked = [row for context in contexts for row in task.rows_under(longest, context)]
+        trials = prompts_lib.encode(tokenizer, asked, config)
         length = config.max_context_tokens or max(len(tokens) for tokens in trials)
-        fitting = [context for context, tokens in zip(contexts, trials) if len(tokens) <= length]
+        fitting = list(dict.fromkeys(row.context for row, tokens in zip(asked, trials) if len(tokens) <= length))
         if not fitting:
             raise ValueError(
                 f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {length} together "
@@ -90,16 +93,18 @@ class RetentionRows:
             )
         prefix = prompts_lib.choose_shared_prefix(trials)
         if prefix:  # encoding all questions is slow, so do it only if there is a prefix to confirm
-            rows = [row._replace(context=fitting[0]) for row in encoded.rows]
+            rows = list(dict.fromkeys(under for row in encoded.rows for under in task.rows_under(row, fitting[0])))
             prefix = prompts_lib.choose_shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
-        return cls(tokenizer, task, encoded.rows, fitting, config, length, prefix)
+        trials = [tokens for tokens in trials if len(tokens) <= length]
+        return cls(tokenizer, task, encoded.rows, fitting, config, trials, length, prefix)
 
     def draw(self, seed: int, index: int) -> list[int]:
         """Return the tokens of retention row ``index`` of the run."""
         rng = np.random.default_rng([seed, index])
         while True:
             row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
-            tokens = prompts_lib.encode(self.tokenizer, [self.task.swap_context(row, context)], self.prompt)[0]
+            asked = self.task.rows_under(row, context)
+            tokens = prompts_lib.encode(self.tokenizer, [asked[rng.integers(len(asked))]], self.prompt)[0]
             own = len(tokens) - len(self.prefix)
             if 0 < own <= self.length - len(self.prefix) and tokens[: len(self.prefix)] == self.prefix:
                 return tokens

@@ -6,6 +6,7 @@ section with the dataclass's fields to configs/base.py, and add one line to TASK
 """
 
 from ctxjax.data.task import World
+from ctxjax.data.tasks.handbook import Handbook, HandbookConfig
 from ctxjax.data.tasks.hints import Hints, HintsConfig
 from ctxjax.data.tasks.math import Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
@@ -21,6 +22,7 @@ TASKS = {
     "safety": (SafetyConfig, Safety),
     "math": (MathConfig, Math),
     "hints": (HintsConfig, Hints),
+    "handbook": (HandbookConfig, Handbook),
     "tiny_safety": (TinySafetyConfig, TinySafety),
 }
 # Tasks that can train their own base.
