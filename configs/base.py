@@ -254,6 +254,9 @@ def get_config() -> ConfigDict:
     config.handbook.dev_questions = 0  # at most; 0: all, 24
     config.handbook.test_questions = 0  # at most; 0: all, 192
 
+    config.style = ConfigDict()  # task style: a system prompt that demands a way to reply, with questions of its own
+    config.style.demand = "pirate"  # or "french", "json", "exclaim", "short", "sign": ctxjax/data/styles.jsonl
+
     config.tiny_safety = ConfigDict()  # task tiny_safety: the texts of safety as a world with its own base
     config.tiny_safety.path = config.safety.get_oneway_ref("path")
     config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts and of which ones are held out
@@ -269,7 +272,7 @@ def get_config() -> ConfigDict:
         section.path = ""
         section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
         section.limit = 0  # number of first rows to read of each file; 0: all
-    for section in (config.medical, config.safety, config.math, config.hints):
+    for section in (config.medical, config.safety, config.math, config.hints, config.style):
         section.train_questions = 0  # at most; 0: all
         section.dev_questions = 128  # at most, of the tenth that is held out by a hash of the question; 0: all
         section.test_questions = 500  # at most; 0: all
@@ -282,7 +285,7 @@ def get_config() -> ConfigDict:
         section.context_seed = config.get_oneway_ref("seed")
     for section in (config.qa_jsonl, config.medical, config.math):
         section.context_column = ""  # a column of the data with each row's own context
-    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints):
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints, config.style):
         # Other contexts, for retention and to measure obedience: "builtin", the 72 contexts of
         # ctxjax/data/other_contexts.jsonl, or a file of the same form; "": none. Every second one is held out from
         # training.

@@ -12,6 +12,7 @@ from ctxjax.data.tasks.math import Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
+from ctxjax.data.tasks.style import Style, StyleConfig
 from ctxjax.data.worlds.rules import Rules, RulesConfig
 from ctxjax.data.worlds.tiny_safety import TinySafety, TinySafetyConfig
 
@@ -23,6 +24,7 @@ TASKS = {
     "math": (MathConfig, Math),
     "hints": (HintsConfig, Hints),
     "handbook": (HandbookConfig, Handbook),
+    "style": (StyleConfig, Style),
     "tiny_safety": (TinySafetyConfig, TinySafety),
 }
 # Tasks that can train their own base.

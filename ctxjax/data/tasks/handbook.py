@@ -60,7 +60,6 @@ PARTS = {
     "shape": "arrow bar circle cross diamond drop heart hexagon moon ring spiral square star triangle",
     "start": "Amber Apple Button Candle Copper Cotton Crystal Eagle Ember Feather Ginger Hazel Iron Lantern Maple "
     "Marble Pepper Saddle Silver Storm Sugar Thunder Timber Velvet Walnut Winter",
-    "stuff": "cloth glue ink oil paint paper rope soap string tape thread wax wire yarn",
     "taste": "bottled dried fresh frozen fried organic pickled roasted salted smoked spiced sweet white wild",
     "virtue": "courage faith freedom honor hope justice kindness love patience peace strength trust truth wisdom",
 }
