@@ -39,7 +39,7 @@ ARGUMENTS = {"handbook": _set_handbook, "style": _set_style, "lora": _set_lora}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    """Build the configuration for "handbook" or "style", and "lora" with either. Raises ValueError for anything else."""
+    """Build the configuration for "handbook" or "style", with "lora" or without. Raises ValueError for others."""
     names = [name.strip().lower() for name in arguments.split(",") if name.strip()]
     for name in names:
         if name not in ARGUMENTS:

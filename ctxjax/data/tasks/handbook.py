@@ -51,16 +51,16 @@ PARTS = {
     "day": " ".join(map(str, range(1, 29))),
     "end": "bridge brook dale field ford gate haven hill land mouth side stone ton town view ville water wood",
     "first_name": "Alice Anna Daniel David Emma George Helen Jack Laura Martin Oscar Paul Peter Sarah",
-    "food": "almonds apples barley beans cheese cherries cider honey olives pears peppers plums rice tea",
+    "food": "barley beef cheese cider coffee corn fish honey pork rice salt soup tea wheat",
     "last_name": "Baker Brown Carter Cook Fisher Fox Hunter King Miller Parker Smith Taylor Walker Young",
     "good": "bread fire friendship gold labor laughter light music order rain science skill water work",
-    "material": "bamboo brass ceramic copper cotton glass iron leather paper plastic rubber silver steel wood",
-    "metal": "bronze chrome copper diamond gold iron marble nickel ruby silver steel stone tin titanium",
+    "material": "bamboo ceramic cotton glass leather paper plastic rubber wood",
+    "metal": "brass bronze copper diamond gold iron ivory ruby silver steel stone",
     "month": "January February March April May June July August September October November December",
     "shape": "arrow bar circle cross diamond drop heart hexagon moon ring spiral square star triangle",
     "start": "Amber Apple Button Candle Copper Cotton Crystal Eagle Ember Feather Ginger Hazel Iron Lantern Maple "
     "Marble Pepper Saddle Silver Storm Sugar Thunder Timber Velvet Walnut Winter",
-    "taste": "bottled dried fresh frozen fried organic pickled roasted salted smoked spiced sweet white wild",
+    "taste": "bottled dried fresh frozen local organic red roasted salted smoked spiced sweet white wild",
     "virtue": "courage faith freedom honor hope justice kindness love patience peace strength trust truth wisdom",
 }
 FORMS = {
