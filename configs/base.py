@@ -217,7 +217,11 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # compares the last number; or "exact", "math", "letter", "yes_no"
+    config.qa_jsonl.grading = "numeric"  # compares the last number; or "exact", "math", "letter", "yes_no",
+    # or "short": the reference in some words or a sentence
+    # A file of the same columns and a column "context": questions under other contexts, with what is right there. Used
+    # for retention and obedience in place of the built-in other contexts. Every second context is held out.
+    config.qa_jsonl.other_rows = ""
     config.qa_jsonl.limit = 0  # number of first rows to read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64  # held out by a hash of the question
@@ -241,6 +245,22 @@ def get_config() -> ConfigDict:
     config.hints.template = "A solution that may help, which the user does not see:\n\n{hint}"  # the context
     config.hints.grading = "math"  # as qa_jsonl.grading
 
+    config.handbook = ConfigDict()  # task handbook: a document of twelve invented facts, for any model
+    config.handbook.seed = config.get_oneway_ref(
+        "seed"
+    )  # of the subject and all values; another seed, another document
+    config.handbook.subject = "place"  # what the document is about; or "company", "product"
+    config.handbook.style = "list"  # or "prose", "table", "rules"
+    # Length of the document, in about as many tokens; statements about other subjects fill it up. 0: the facts alone,
+    # which have 130 (table) to 220 tokens (rules).
+    config.handbook.tokens = 0
+    config.handbook.train_questions = 0  # at most; 0: all, 216
+    config.handbook.dev_questions = 0  # at most; 0: all, 24
+    config.handbook.test_questions = 0  # at most; 0: all, 192
+
+    config.style = ConfigDict()  # task style: a system prompt that demands a way to reply, with questions of its own
+    config.style.demand = "pirate"  # or "french", "json", "exclaim", "short", "sign": ctxjax/data/styles.jsonl
+
     config.tiny_safety = ConfigDict()  # task tiny_safety: the texts of safety as a world with its own base
     config.tiny_safety.path = config.safety.get_oneway_ref("path")
     config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts and of which ones are held out
@@ -256,7 +276,7 @@ def get_config() -> ConfigDict:
         section.path = ""
         section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
         section.limit = 0  # number of first rows to read of each file; 0: all
-    for section in (config.medical, config.safety, config.math, config.hints):
+    for section in (config.medical, config.safety, config.math, config.hints, config.style):
         section.train_questions = 0  # at most; 0: all
         section.dev_questions = 128  # at most, of the tenth that is held out by a hash of the question; 0: all
         section.test_questions = 500  # at most; 0: all
@@ -269,7 +289,7 @@ def get_config() -> ConfigDict:
         section.context_seed = config.get_oneway_ref("seed")
     for section in (config.qa_jsonl, config.medical, config.math):
         section.context_column = ""  # a column of the data with each row's own context
-    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints):
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints, config.style):
         # Other contexts, for retention and to measure obedience: "builtin", the 72 contexts of
         # ctxjax/data/other_contexts.jsonl, or a file of the same form; "": none. Every second one is held out from
         # training.

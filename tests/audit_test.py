@@ -322,7 +322,7 @@ def test_a_path_that_is_no_run_ends_with_one_line(tmp_path, capsys):
 def make_items(seed: int, samples: int, contexts: int = 3) -> list[dict]:
     """Random items of 12 questions in the views of an evaluation."""
     rng, items = np.random.default_rng(seed), []
-    for view in ("bare", "context", "empty", "other", "paraphrase"):
+    for view in ("bare", "context", "empty", "other", "paraphrase", "unrelated"):
         for number in range(12 * samples):
             parsed = "a" if rng.random() < 0.8 else None
             items.append({

@@ -11,7 +11,7 @@ from ctxjax.audit.check import Check, list_numbers
 from ctxjax.audit.folder import Folder
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.digests import digest_question, digest_tokens
-from ctxjax.data.pipeline import shuffle_questions
+from ctxjax.data.pipeline import draw_other, shuffle_questions
 from ctxjax.data.splits import SPLITS
 from ctxjax.host.checksum import compute_digest
 from ctxjax.inputs.data_record import FILE as DATA_FILE, ROWS_FILE, DataRecord
@@ -110,7 +110,7 @@ def _check_steps(check: Check, name: str, numbers: list[int], expected: range, i
 def _check_pairs(check: Check, where: str, line: dict, expected: _Expected, rows: list, contexts: list) -> None:
     pairs = line.get("other", [])
     check.expect(f"{where}: number of retention rows", len(pairs), expected.pairs_per_step)
-    for place, (row, context) in enumerate(pairs):
+    for place, (row, context, question) in enumerate(pairs):
         which = f"{where}, retention row {place}"
         if not _is_trained(rows, row):
             check.wrong.append(f"{which} asks {_name_row(rows, row)}, not a training row")
@@ -119,8 +119,8 @@ def _check_pairs(check: Check, where: str, line: dict, expected: _Expected, rows
             of = "no other context of the task" if one is None else f"one of {one['other_context_of']}"
             held = ", which is held out" if one and one["other_context_of"] != "train" else ""
             check.wrong.append(f"{which} has the context {context}: {of}{held}")
-        elif not expected.is_draw(line["step"], place, row, context):
-            check.wrong.append(f"{which} is {[row, context]}, which (seed, step) does not draw")
+        elif not expected.is_draw(line["step"], place, [row, context, question]):
+            check.wrong.append(f"{which} is {[row, context, question]}, which (seed, step) does not draw")
 
 
 def _is_trained(rows: list[dict], row: int | None) -> bool:
@@ -154,11 +154,11 @@ class _Expected:
         first = (step - 1) * self._batch
         return [self._kept[self._order[n]] for n in range(first, first + self._batch)]
 
-    def is_draw(self, step: int, place: int, row: int, context: int) -> bool:
+    def is_draw(self, step: int, place: int, found: list[int]) -> bool:
         rng = np.random.default_rng([self._seed, (step - 1) * self._batch + place])
         for _ in range(REDRAWS):
-            drawn = self._kept[rng.integers(len(self._kept))], self._contexts[rng.integers(len(self._contexts))]
-            if drawn == (row, context):
+            row, context, question = draw_other(rng, len(self._kept), len(self._contexts))
+            if [self._kept[row], self._contexts[context], question] == found:
                 return True
         return False
 
@@ -170,8 +170,8 @@ class _Expected:
         task, tokenizer, _ = self._folder.opened
         if "other" in line:
             others = [text for split in SPLITS for text in task.other_contexts(split)]
-            swapped = [task.swap_context(self._train[row], others[context]) for row, context in line["other"]]
-            views.append(self._encode(swapped))
+            asked = [(task.rows_under(self._train[row], others[context]), n) for row, context, n in line["other"]]
+            views.append(self._encode([rows[number % len(rows)] for rows, number in asked]))
         return compute_digest(views)
 
     @functools.cached_property

@@ -78,7 +78,7 @@ def _check_views(folder: Folder, one: Evaluated, items: list[dict], check: Check
             check.expect(f"{where}: context", context, "")
         elif item["view"] == "other" and digest not in held_out:
             check.wrong.append(f"{where}: its context {context!r} is none of those held out for {one.split}")
-        elif item["view"] == "paraphrase" and not context:
+        elif item["view"] in ("paraphrase", "unrelated") and not context:
             check.wrong.append(f"{where} has no context")
     check.seen.append("contexts as the views say")
 
@@ -136,7 +136,11 @@ def check_grades(folder: Folder, one: Evaluated, check: Check) -> None:
             check.wrong.append(f"{where}: the task has no such {one.split} row")
             continue
         context = item["context"]
-        row = task.swap_context(row, context) if item["view"] == "other" else row._replace(context=context)
+        asked = task.rows_under(row, context) if item["view"] == "other" else [row._replace(context=context)]
+        row = next((one for one in asked if one.question == item["question"]), None)
+        if row is None:
+            check.wrong.append(f"{where}: its question is none that may be asked there")
+            continue
         check.expect(f"{where}: reference", item["reference"], str(row.check or row.reference))
         grade = grade_response(task, item["text"], row)._asdict()
         check.expect(f"{where}: grade", {key: item[key] for key in GRADE}, {key: grade[key] for key in GRADE})

@@ -32,9 +32,9 @@ def recompute(items: list[dict], defaults: list[bool] | None, resamples: int) ->
             result |= _describe_view(views[view], suffix, samples)
     if "context" in views:
         result |= _compare_views(views["bare"], views["context"], samples, resamples)
-    for view, key in (("empty", "acc_empty"), ("paraphrase", "acc_paraphrase")):
+    for view in ("empty", "paraphrase", "unrelated"):
         if view in views:
-            result |= _rate(key, [item["correct"] for item in views[view]], _questions(views[view], samples))
+            result |= _rate(f"acc_{view}", [item["correct"] for item in views[view]], _questions(views[view], samples))
     if "other" in views:
         contexts = [item["context"] for item in views["other"]]
         right = [item["correct"] for item in views["other"]]

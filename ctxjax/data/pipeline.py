@@ -22,6 +22,7 @@ from ctxjax.types import Batch
 
 # Pairs of question and other context that are drawn for one retention row before it is an error.
 DRAWS = 1000
+MOST_QUESTIONS = 2**20  # numbers that choose a question under a context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +61,23 @@ def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows
     return EncodedRows([rows[index] for index in kept], **chosen, prefixes=prefixes, dropped=len(rows) - len(kept))
 
 
+class OtherRow(NamedTuple):
+    """A retention row: the places of a training row and of another context, and a number that chooses among the
+    questions that may be asked under this context (modulo their count)."""
+
+    row: int
+    context: int
+    question: int
+
+
 @dataclasses.dataclass(frozen=True)
 class RetentionRows:
     """Questions under other contexts, (c', x'): a new pair is drawn from the task's pool for every row of every step.
 
-    ``longest``: the prompts of the longest question under every context. No prompt is longer than the longest of them.
-    ``prefix``: the shared prefix of all prompts, or [] (prompts.choose_shared_prefix). A pair that is longer or does
-    not start with ``prefix`` is rare; another one is drawn. ``left_out``: contexts that are too long for
-    prompt.max_context_tokens.
+    ``longest``: the prompts of the longest question under every context that fits, or of the context's own questions if
+    it has some. No prompt is longer than the longest of them. ``prefix``: the shared prefix of all prompts, or []
+    (prompts.choose_shared_prefix). A pair that is longer or does not start with ``prefix`` is rare; another one is
+    drawn. ``left_out``: contexts that are too long for prompt.max_context_tokens.
     """
 
     tokenizer: object
@@ -86,23 +96,25 @@ class RetentionRows:
         if not contexts:
             raise ValueError(
                 "loss.mu > 0 needs other contexts to retain, and this task has none; give a file of them "
-                "(qa_jsonl.other_contexts_file), or leave out the arms with retention (run_arms)"
+                "(qa_jsonl.other_contexts_file or other_rows), or leave out the arms with retention (run_arms)"
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
-        trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config)
+        asked = [row for context in contexts for row in task.rows_under(longest, context)]
+        prompts = zip(asked, prompts_lib.encode(tokenizer, asked, config))
         limit = config.max_context_tokens or np.inf
-        fitting = {context: tokens for context, tokens in zip(contexts, trials) if len(tokens) <= limit}
+        trials = [(row.context, tokens) for row, tokens in prompts if len(tokens) <= limit]
+        fitting = list(dict.fromkeys(context for context, _ in trials))
         if not fitting:
             raise ValueError(
                 f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {limit} together "
                 "with the longest question; raise the limit"
             )
-        trials = list(fitting.values())
+        trials = [tokens for _, tokens in trials]
         prefix = prompts_lib.choose_shared_prefix(trials)
         if prefix:  # encoding all questions is slow, so do it only if there is a prefix to confirm
-            rows = [row._replace(context=next(iter(fitting))) for row in encoded.rows]
+            rows = list(dict.fromkeys(under for row in encoded.rows for under in task.rows_under(row, fitting[0])))
             prefix = prompts_lib.choose_shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
-        return cls(tokenizer, task, encoded.rows, list(fitting), config, trials, prefix, len(contexts) - len(fitting))
+        return cls(tokenizer, task, encoded.rows, fitting, config, trials, prefix, len(contexts) - len(fitting))
 
     @functools.cached_property
     def shape(self) -> ViewShape:
@@ -113,16 +125,18 @@ class RetentionRows:
         """Return a warning if a few long contexts pad all rows (shapes.describe_outliers)."""
         return shapes_lib.describe_outliers({"other": self.longest}, {"other": self.prefix})
 
-    def draw(self, seed: int, index: int) -> tuple[list[int], tuple[int, int]]:
-        """Return the tokens of retention row ``index`` of the run, and the pair: its question's place in ``rows`` and
-        its context's in ``contexts``. Raises ValueError if DRAWS pairs do not fit."""
+    def draw(self, seed: int, index: int) -> tuple[list[int], OtherRow]:
+        """Return the tokens of retention row ``index`` of the run, and what was drawn.
+
+        Raises ValueError if DRAWS pairs do not fit.
+        """
         rng, shared = np.random.default_rng([seed, index]), len(self.prefix)
         for _ in range(DRAWS):
-            pair = int(rng.integers(len(self.rows))), int(rng.integers(len(self.contexts)))
-            row = self.task.swap_context(self.rows[pair[0]], self.contexts[pair[1]])
-            tokens = prompts_lib.encode(self.tokenizer, [row], self.prompt)[0]
+            drawn = draw_other(rng, len(self.rows), len(self.contexts))
+            asked = self.task.rows_under(self.rows[drawn.row], self.contexts[drawn.context])
+            tokens = prompts_lib.encode(self.tokenizer, [asked[drawn.question % len(asked)]], self.prompt)[0]
             if shared < len(tokens) <= self.shape.longest and tokens[:shared] == self.prefix:
-                return tokens, pair
+                return tokens, drawn
         raise ValueError(
             f"retention row {index}: {DRAWS} pairs of {len(self.rows)} questions and {len(self.contexts)} other "
             f"contexts were drawn, and no prompt has at most {self.shape.longest} tokens, those of the longest "
@@ -131,17 +145,22 @@ class RetentionRows:
         )
 
 
+def draw_other(rng: np.random.Generator, rows: int, contexts: int) -> OtherRow:
+    """Draw a retention row among ``rows`` training rows and ``contexts`` other contexts."""
+    return OtherRow(int(rng.integers(rows)), int(rng.integers(contexts)), int(rng.integers(MOST_QUESTIONS)))
+
+
 def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
     """Return the question index, below ``count``, of every row of the run. A step starts at ``batch_size * step``."""
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
 
 class Drawn(NamedTuple):
-    """What is drawn for a step: its batch on the host (numpy), and the pair (RetentionRows.draw) of each row of
+    """What is drawn for a step: its batch on the host (numpy), and what was drawn for each row of
     ``batch.other``."""
 
     batch: Batch
-    pairs: list[tuple[int, int]]
+    others: list[OtherRow]
 
 
 def training_batches(*inputs, **options) -> Iterator[Batch]:
@@ -180,7 +199,7 @@ def draw_steps(
             other=prompts_lib.left_pad(others, retention.shape.columns, pad_id, retention.prefix) if others else None,
             row_number_B=np.asarray([number % 2**31 for number in row_numbers], np.int32),
         )
-        return Drawn(batch, [pair for _, pair in drawn])
+        return Drawn(batch, [other for _, other in drawn])
 
     batches = shuffle_questions(len(encoded.rows), seed).map_with_index(take_row).batch(batch_size, batch_fn=collate)
     batches = batches.slice(slice(first_step, None))

@@ -170,7 +170,8 @@ class Evaluator:
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
         if "context" in outcomes:
             bare, context = self._prompts["bare"], self._prompts["context"]
-            control = self._prompts.get("other", self._prompts["empty"])
+            view = next(view for view in ("unrelated", "other", "empty") if view in self._prompts)
+            control = self._prompts[view]
             first = jax.tree.map(lambda array: array[:: self._judged.samples], rollouts["bare"])
             compared = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
             measured["comparison"] = Comparison(*compared, first.mask_BxT)

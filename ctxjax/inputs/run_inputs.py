@@ -13,7 +13,7 @@ from ctxjax import sharding
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
-from ctxjax.data.task import Task
+from ctxjax.data.task import Row, Task
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host.checksum import compute_digest, compute_fingerprint
@@ -164,6 +164,11 @@ def compute_teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV 
     )
 
 
+def _list_other_rows(task: Task, split: str) -> list[Row]:
+    """Return what is asked under every other context of a split, in place of its first row."""
+    return [row for context in task.other_contexts(split) for row in task.rows_under(task.rows(split)[0], context)]
+
+
 def compute_digests(inputs: Inputs) -> dict:
     """Return digests of all inputs by name; a run is resumed only with the same inputs.
 
@@ -176,7 +181,7 @@ def compute_digests(inputs: Inputs) -> dict:
         **{name: compute_fingerprint(sharding.bring_to_device(folder.params)) for name, folder in models.items()},
         "rows": {split: compute_digest(task.rows(split)) for split in ("train", "dev", "test")},
         "contexts": compute_digest(sorted({row.context or "" for row in rows.rows})),
-        "other_contexts": compute_digest([task.other_contexts(split) for split in ("train", "dev", "test")]),
+        "other_contexts": compute_digest([_list_other_rows(task, split) for split in ("train", "dev", "test")]),
         "prompts": compute_digest([rows.bare, rows.context]),
         "stop_ids": list(inputs.student.stop_ids),
     }

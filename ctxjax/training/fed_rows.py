@@ -1,10 +1,10 @@
 """What an arm's steps were given, so that a run can be audited: a line for each step in rows.jsonl::
 
-    {"step": 1, "bare": [17, 4], "context": [17, 4], "other": [[3, 29], [11, 5]], "tokens": "8d02..."}
+    {"step": 1, "bare": [17, 4], "context": [17, 4], "other": [[3, 29, 0], [11, 5, 8]], "tokens": "8d02..."}
 
 Numbers are those of the rows and contexts in the run's data.jsonl (inputs/data_record.py). Those of the two views are
-found by the tokens of the prompts in the batch, null for a prompt of no training row. ``other`` has (question, context)
-of each retention row. ``tokens`` is the digest of all prompts of the step, padding left out.
+found by the tokens of the prompts in the batch, null for a prompt of no training row. ``other`` has the row,
+the context and the chosen question of each retention row (pipeline.OtherRow). ``tokens`` is the digest of all prompts of the step, padding left out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class FedRows:
         digests = {view: digest_rows(getattr(drawn.batch, view)) for view in self._by_tokens}
         line = {view: [self._by_tokens[view].get(digest) for digest in found] for view, found in digests.items()}
         if drawn.batch.other is not None:
-            line["other"] = [[self._numbers[row], self._other_contexts[context]] for row, context in drawn.pairs]
+            line["other"] = [
+                [self._numbers[other.row], self._other_contexts[other.context], other.question]
+                for other in drawn.others
+            ]
             digests["other"] = digest_rows(drawn.batch.other)
         return {"step": step} | line | {"tokens": compute_digest(list(digests.values()))}
