@@ -367,9 +367,9 @@ def test_retention_draws_every_row_under_a_context_to_train_on(tmp_path):
     retention = RetentionRows.build(tokenizer, task, encoded, PromptConfig())
     wanted = [row for context in task.other_contexts("train") for row in task.rows_under(encoded.rows[0], context)]
     assert len(wanted) == 6
-    drawn = {tuple(retention.draw(0, index)) for index in range(200)}
+    drawn = {tuple(retention.draw(0, index)[0]) for index in range(200)}
     assert drawn == {tuple(tokens) for tokens in prompts.encode(tokenizer, wanted, PromptConfig())}
-    assert retention.length == max(map(len, drawn)) > max(map(len, encoded.bare))
+    assert retention.shape.longest == max(map(len, drawn)) > max(map(len, encoded.bare))
 
 
 @pytest.mark.parametrize(
