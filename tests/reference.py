@@ -124,8 +124,10 @@ def run_model(weights: dict, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]
 def score(weights: dict, prompt: list[int], response: list[int], temperature: float = 1.0) -> np.ndarray:
     """Return the log-probabilities [T, V] of every token of the response given what comes before it."""
     logits = run_model(weights, [*prompt, *response[:-1]])[1][len(prompt) - 1 :] / temperature
-    return logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(
-        -1, keepdims=True
+    return (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
     )
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 WORDS = [*word_tokenizer.SPECIAL, *rules.vocabulary()]
 IDS = {word: index for index, word in enumerate(WORDS)}
 CONTROL = {index for index, word in enumerate(WORDS[:7]) if word != word_tokenizer.UNKNOWN}
-STUDENT_STOPS, TEACHER_STOPS = [3, 20, 27, 33], [3, 41, 48, 52]
+STUDENT_STOPS, TEACHER_STOPS = [3, 8, 10, 16, 20, 27, 33, 38], [3, 12, 41, 48, 52]
 VIEWS = ("bare", "context", "empty", "other", "paraphrase")
 
 
@@ -47,7 +47,7 @@ def judge(response: str, reference: str) -> Grade:
 def shared_settings(folder: Path):
     config = base.get_config()
     config.task, config.seed, config.rules.seed, config.rules.context_index = "rules", 5, 6, 2
-    config.rules.train_questions, config.rules.dev_questions, config.rules.test_questions = 20, 10, 15
+    config.rules.train_questions, config.rules.dev_questions, config.rules.test_questions = 20, 12, 14
     config.model.path, config.compile_cache = str(folder / "student"), ""
     config.rollout.max_tokens, config.rollout.temperature, config.rollout.top_k, config.rollout.top_p = 7, 0.7, 20, 0.95
     config.train.batch_size, config.train.save_every, config.train.keep, config.loss.chunk = 8, 1, 9, 3
@@ -171,6 +171,7 @@ def json_like(tree):
 
 
 def cut(flat: dict, start: str = "") -> dict:
+    """Return the entries whose path begins with ``start``, without it."""
     return {path.removeprefix(start): value for path, value in flat.items() if path.startswith(start)}
 
 
@@ -404,3 +405,245 @@ def test_every_evaluation_is_that_of_its_own_weights_split_views_and_decoding(na
         seen[folder] = check_evaluation(made, weights, split, items, stored["metrics"], f"{name}, {folder}")
     accuracies = [tuple(numbers[key] for key in ("acc_x", "acc_xc", "acc_empty")) for numbers in seen.values()]
     assert len(set(accuracies)) == len(accuracies) and any(len(set(own)) == 3 for own in accuracies)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_dev_rows_choose_the_checkpoint_that_is_evaluated_again_on_test(name, done):
+    made, chosen = done(name), {}
+    for arm in made.config.run_arms:
+        rows = {row["step"]: row for row in read_metrics(made, arm) if "dev/acc_x" in row}
+        assert list(rows) == [taken for taken in range(made.config.train.steps + 1) if taken % 2 == 0]
+        of_base = json.loads((made.workdir / "base" / "dev" / "evaluation.json").read_text())["metrics"]
+        assert of_dev(rows[0]) == {key: value for key, value in of_base.items() if isinstance(value, float)}
+        for taken in (taken for taken in rows if taken):
+            where = f"{name}, {arm}, dev at step {taken}"
+            check_evaluation(made, weights_of(made, arm, taken), "dev", None, of_dev(rows[taken]), where)
+        key, sign = made.config.eval.select.removeprefix("-"), -1 if made.config.eval.select.startswith("-") else 1
+        best = max((taken for taken in rows if taken), key=lambda taken: (sign * rows[taken][f"dev/{key}"], taken))
+        chosen[arm], last = best, made.config.train.steps
+        assert ("selected" in made.results[arm]) == (best != last)
+        if best != last:
+            found = made.results[arm]["selected"]
+            assert found["step"] == best
+            items = (made.workdir / arm / "selected" / "items.jsonl").read_text().splitlines()
+            items = [json.loads(line) for line in items]
+            check_evaluation(made, weights_of(made, arm, best), "test", items, found, f"{name}, {arm}, selected")
+    assert any(best != made.config.train.steps for best in chosen.values())
+
+
+def of_dev(row: dict) -> dict:
+    """A row's metrics of dev, without what an alarm keeps."""
+    return {key: value for key, value in cut(row, "dev/").items() if key != "parse_fall"}
+
+
+def read_metrics(done: Done, arm: str) -> list[dict]:
+    return [json.loads(line) for line in (done.workdir / arm / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_results_have_every_model_under_its_name_and_compare_arms_with_the_first_one(name, done):
+    made = done(name)
+    written = json.loads((made.workdir / "results.json").read_text())
+    assert written == json.loads(json.dumps(made.results))
+    assert list(written) == ["base", *(["teacher"] if made.config.teacher.path else []), *made.config.run_arms]
+    right = {}
+    for folder, model, _, split in stages(name):
+        place = made.workdir / folder
+        if split == "test":
+            metrics = json.loads((place / "evaluation.json").read_text())["metrics"]
+            assert {key: written[model][key] for key in metrics} == metrics
+            items = [json.loads(line) for line in (place / "items.jsonl").read_text().splitlines()]
+            right[model] = {view: np.array([i["correct"] for i in items if i["view"] == view]) for view in VIEWS}
+    first, *others = made.config.run_arms
+    assert not [key for arm in ("base", first) for key in written[arm] if key.startswith("harm_minus")]
+    for arm in others:
+        parts = [part for model in (arm, first) for part in harmed(right[model])]
+        estimate, *ends = written[arm][f"harm_minus_{first}"]
+        assert estimate == pytest.approx(parts[0].sum() / parts[1].sum() - parts[2].sum() / parts[3].sum())
+        drawn = statistics.paired_bootstrap(
+            lambda a, b, c, d, axis: statistics.share(a, b, axis) - statistics.share(c, d, axis), tuple(parts), 300
+        )
+        assert ends == pytest.approx(drawn) and estimate == pytest.approx(written[arm]["harm"] - written[first]["harm"])
+        assert abs(estimate) > 0.05
+
+
+def harmed(right: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return right["bare"] & ~right["context"], right["bare"]
+
+
+# --- Training ---
+
+
+def training_prompts(done: Done, step: int) -> dict[str, list[list[int]]]:
+    """The prompts of a step in its three views; every question is of train, every other context of its pool."""
+    size, questions = done.config.train.batch_size, done.world.choose_questions("train")
+    order = pipeline.shuffle_questions(len(questions), done.config.seed)
+    asked = [questions[order[place]] for place in range(step * size, (step + 1) * size)]
+    found = {"bare": [done.prompt(question, None) for question in asked], "other": []}
+    found["context"] = [done.prompt(question, done.world.context) for question in asked]
+    others = done.world.other_contexts("train")
+    for row in range(step * size, step * size + (done.config.train.retention_rows or size)):
+        draw = np.random.default_rng([done.config.seed, row])
+        question, context = questions[draw.integers(len(questions))], others[draw.integers(len(others))]
+        found["other"].append(done.prompt(question, context))
+    return found
+
+
+def rollouts(done: Done, arm: str, step: int, prompts, weights: dict) -> tuple[list[list[int]], list[list[int]], bool]:
+    """(y, y', whether y is the teacher's) of a step."""
+    config, size = done.config, done.config.train.batch_size
+    rows = range(step * size, (step + 1) * size)
+
+    def sample(weights, view, stream, decode, rows):
+        numbers = uniforms(rng.key_for(done.root, step, stream), rows, 1, config.rollout.max_tokens)
+        settings = decode.temperature, decode.top_k, decode.top_p
+        return [reference.respond(weights, p, done.stops, u, *settings) for p, u in zip(prompts[view], numbers)]
+
+    is_teachers = step < done.loss(arm)["off_policy_steps"]
+    drawn = (done.teacher, "context", "rollout", config.teacher) if is_teachers else None
+    y = sample(*(drawn or (weights, "bare", "rollout", config.rollout)), rows)
+    others = len(prompts["other"]) if done.loss(arm)["mu"] else 0
+    return y, sample(weights, "other", "retention", config.rollout, rows[:others]), is_teachers
+
+
+class Objective:
+    """The loss of a step as a function of the trained weights: what has no gradient is fixed at the step's own."""
+
+    def __init__(self, done: Done, arm: str, step: int, student: dict, ema: dict | None):
+        self.loss, self.step, self.temperature = done.loss(arm), step, done.config.rollout.temperature
+        prompts = training_prompts(done, step)
+        self.y, others, self.is_teachers = rollouts(done, arm, step, prompts, student)
+        self.rows = [{view: (prompts[view][row], y) for view in ("bare", "context")} for row, y in enumerate(self.y)]
+        self.others = list(zip(prompts["other"], others))
+        self.masks = [self._mask(done, y) for y in self.y]
+        self.other_masks = [self._mask(done, y) for y in others]
+        self.fixed = []
+        for row in self.rows:
+            kept = {"f": self._score(done.teacher, *row["context"]), "q_x": self._score(student, *row["bare"])}
+            if self.loss["reference"]:
+                kept["f_x"] = self._score(done.teacher, *row["bare"])
+            if ema is not None:
+                kept["ema"] = self._score(ema, *row["bare"])
+            self.fixed.append(kept)
+        self.f_others = [self._score(done.teacher, *other) for other in self.others]
+        self.beta, self.mu = (
+            self.loss[name] * min((step + 1) / max(self.loss[f"{name}_ramp"], 1), 1.0) for name in ("beta", "mu")
+        )
+
+    def _score(self, weights, prompt, response):
+        return score(weights, prompt, response, self.temperature)
+
+    def _mask(self, done: Done, y: list[int]) -> np.ndarray:
+        mask = np.arange(len(y)) >= self.loss["skip_first"]
+        mask &= ~np.isin(y, self.loss["masked_ids"] or [-1])
+        return mask & (not self.loss["drop_truncated"] or y[-1] in done.stops)
+
+    def mean(self, values: list[np.ndarray], masks: list[np.ndarray], by_sequence: bool) -> float:
+        if not by_sequence:
+            return float(np.concatenate(values)[np.concatenate(masks)].mean())
+        return float(np.mean([value[mask].mean() for value, mask in zip(values, masks) if mask.any()]))
+
+    def __call__(self, student: dict) -> tuple[float, dict[str, float]]:
+        """(the loss of these trained weights, the step's metrics)."""
+        tokens, loss = [], self.loss
+        for row, fixed, y in zip(self.rows, self.fixed, self.y):
+            q_x, f = self._score(student, *row["bare"]), fixed["f"]
+            distill = kl(f, q_x) if loss["divergence"] == "forward_kl" else kl(q_x, f)
+            agrees = fixed["q_x"].argmax(-1) == f.argmax(-1)
+            own = {
+                "distill": np.minimum(distill, loss["clip"] or np.inf), "top1_agreement": agrees,
+                "entropy": -(np.exp(q_x) * q_x).sum(-1), "teacher_entropy": -(np.exp(f) * f).sum(-1),
+                "clipped": distill > loss["clip"],
+            }  # fmt: skip
+            if loss["beta"]:
+                q_c = self._score(student, *row["context"])
+                gate = agrees if loss["gate"] == "token" else np.ones(len(y), bool)
+                own |= {"anchor": np.where(gate, kl(fixed["ema" if "ema" in fixed else "q_x"], q_c), 0), "gate": gate}
+            if loss["reference"]:
+                own["reference"] = kl(q_x, fixed["f_x"])
+            tokens.append(own)
+        by_sequence = loss["averaging"] == "sequence_mean"
+        metrics = {}
+        for metric in tokens[0]:
+            is_term = metric in ("distill", "anchor", "reference")
+            metrics[metric] = self.mean([row[metric] for row in tokens], self.masks, is_term and by_sequence)
+        if self.mu:
+            retained = [kl(f, self._score(student, *other)) for f, other in zip(self.f_others, self.others)]
+            metrics["retain"] = self.mean(retained, self.other_masks, by_sequence)
+        weights = {"distill": 1.0, "anchor": self.beta, "reference": loss["reference"], "retain": self.mu}
+        return sum(weights[term] * metrics[term] for term in weights if term in metrics), metrics
+
+
+def steps_of(name: str) -> list[tuple[str, str, int]]:
+    arms = {"weights": ("omega", "alpha"), "adapter": ("low",)}[name]
+    return [(name, arm, step) for arm in arms for step in range(4 if name == "weights" else 3)]
+
+
+def rate(config, step: int) -> float:
+    """The rate of a step under a cosine: it rises over the warm-up, to its peak in the last step of it, then falls."""
+    warmup, steps = config.optim.warmup_steps, config.train.steps
+    if step < warmup:
+        return config.optim.lr * (step + 1) / warmup
+    return config.optim.lr * 0.5 * (1 + np.cos(np.pi * (step - warmup + 1) / (steps - warmup + 1)))
+
+
+def gradient(done: Done, arm: str, step: int) -> dict[str, np.ndarray]:
+    """The clipped gradient that the first moments took in."""
+    b1, after = done.config.optim.b1, done.state(arm, step + 1)["mu"]
+    before = done.state(arm, step)["mu"] if step else dict.fromkeys(after, 0.0)
+    return {path: (after[path] - b1 * before[path]) / (1 - b1) for path in after}
+
+
+@pytest.mark.parametrize(("name", "arm", "step"), [case for name in SETTINGS for case in steps_of(name)])
+def test_every_step_has_the_loss_of_its_rows_and_moves_the_weights_along_its_gradient(name, arm, step, done):
+    made = done(name)
+    config, row = made.config, next(row for row in read_metrics(made, arm) if row["step"] == step + 1)
+    before, after = made.trained(arm, step), made.state(arm, step + 1)
+    ema = made.state(arm, step).get("ema") if step else before
+    has_ema = made.loss(arm)["anchor"] == "ema"
+    objective = Objective(made, arm, step, made.student(before), made.student(ema) if has_ema else None)
+    loss, metrics = objective(made.student(before))
+    lengths = [len(y) for y in objective.y]
+    metrics |= {
+        "loss": loss, "lr": rate(config, step), "response_length": np.mean(lengths), "response_tokens": sum(lengths),
+        "truncated": np.mean([y[-1] not in made.stops for y in objective.y]), "skipped": 0.0,
+        "untrained": np.mean([not mask.any() for mask in objective.masks]),
+    }  # fmt: skip
+    found = {key: value for key, value in row.items() if key not in NOT_COMPARED and "/" not in key}
+    unused = {
+        key
+        for key, used in (("gate", made.loss(arm)["gate"] != "none"), ("clipped", made.loss(arm)["clip"]))
+        if not used
+    }
+    close(found, {key: metrics[key] for key in metrics.keys() - unused}, f"{arm}, step {step}")
+    assert ("logprob_gap" in row) == (made.loss(arm)["off_policy_steps"] == 0) and row.get("logprob_gap", 0) < 1e-4
+
+    grads, optim = gradient(made, arm, step), config.optim
+    size = np.sqrt(sum((value**2).sum() for value in grads.values()))
+    assert size == pytest.approx(min(row["grad_norm"], optim.clip), rel=1e-4)
+    if before is not None:  # along its own direction a gradient's slope is its norm, along any other it is less
+        moved = [{path: before[path] + sign * 1e-5 * grads[path] / size for path in before} for sign in (1, -1)]
+        slope = np.subtract(*(objective(made.student(tree))[0] for tree in moved)) / 2e-5
+        assert slope == pytest.approx(row["grad_norm"], rel=2e-4)
+    old = {moment: made.state(arm, step)[moment] if step else None for moment in ("mu", "nu")}
+    for path, own in after["params"].items():
+        squares = optim.b2 * (old["nu"][path] if step else 0) + (1 - optim.b2) * grads[path] ** 2
+        np.testing.assert_allclose(after["nu"][path], squares, rtol=1e-3, atol=1e-9, err_msg=path)
+        if before is None:
+            continue
+        mean, square = (
+            after["mu"][path] / (1 - optim.b1 ** (step + 1)),
+            after["nu"][path] / (1 - optim.b2 ** (step + 1)),
+        )
+        update = mean / (np.sqrt(square) + 1e-8) + optim.weight_decay * before[path]
+        np.testing.assert_allclose(own, before[path] - row["lr"] * update, rtol=1e-5, atol=1e-6, err_msg=path)
+        if has_ema:
+            average = made.loss(arm)["ema_decay"] * ema[path] + (1 - made.loss(arm)["ema_decay"]) * own
+            np.testing.assert_allclose(after["ema"][path], average, rtol=1e-5, atol=1e-6, err_msg=path)
+    assert after["step"] == step + 1
+
+
+# Times, what alarms keep, and what is compared in another way; responses are shorter than the sequences of repetition.
+NOT_COMPARED = {
+    "step", "time", "tokens_per_second", "repetition", "grad_norm", "logprob_gap", "logprob_gap_max", "agreement_fall",
+}  # fmt: skip
