@@ -1,7 +1,7 @@
 """A second implementation of the model, the sampler, the losses and the optimiser, to compare whole runs with.
 
-Plain numpy in float64, one row at a time: no padding, no cache, no chunks, no transposed matrices. It takes nothing from
-the package but uniform random numbers. Matrices are [out, in], as Hugging Face folders have them.
+Plain numpy in float64, one row at a time: no padding, no cache, no chunks, no transposed matrices, and nothing of the
+package. Matrices are [out, in], as Hugging Face folders have them.
 """
 
 import json

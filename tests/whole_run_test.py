@@ -17,10 +17,11 @@ import orbax.checkpoint as ocp
 import pytest
 import reference
 from reference import kl, score, walk
+from safetensors.numpy import load_file
 from scipy import stats
 
 from configs import base
-from ctxjax import config as config_lib, rng
+from ctxjax import config as config_lib, export, rng
 from ctxjax.data import pipeline
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.worlds import rules, word_tokenizer
@@ -647,3 +648,40 @@ def test_every_step_has_the_loss_of_its_rows_and_moves_the_weights_along_its_gra
 NOT_COMPARED = {
     "step", "time", "tokens_per_second", "repetition", "grad_norm", "logprob_gap", "logprob_gap_max", "agreement_fall",
 }  # fmt: skip
+
+
+# --- Exports ---
+
+
+@pytest.mark.parametrize(
+    ("name", "arm", "step"),
+    [("weights", "omega", 2), ("weights", "alpha", 3), ("weights", "alpha", None), ("adapter", "low", 2)],
+)
+def test_an_export_is_the_arm_and_step_that_was_asked_for(name, arm, step, done, tmp_path):
+    made = done(name)
+    taken = step or made.config.train.steps
+    assert export.export(made.workdir, tmp_path / "out", arm, step)[:2] == (arm, taken)
+    expected, found = (flatten(w) for w in (weights_of(made, arm, taken), reference.read_folder(tmp_path / "out")))
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert set(ends) == made.stops
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{arm}, step {taken}" in card and ("The row of" in card) == (taken != made.config.train.steps)
+    rows = {line.split("|")[1].strip(): line.split("|") for line in card.splitlines() if line[:2] == "| "}
+    for model in ("base", arm):
+        shown = [100 * made.results[model][key] for key in ("acc_x", "acc_xc")]
+        assert [cell.strip() for cell in rows[model][2:4]] == [f"{value:.1f}" for value in shown]
+
+
+def test_an_adapter_is_exported_with_the_scale_of_the_run(done, tmp_path):
+    made = done("adapter")
+    export.export(made.workdir, tmp_path / "out", "low", 2, adapter=True)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"]) == (2, 3.0)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for path, value in made.trained("low", 2).items():
+        ours, part = path.removeprefix("layers/").split("_lora_")
+        for layer in range(2):
+            theirs = f"base_model.model.model.layers.{layer}.{reference.MATRICES[ours]}.lora_{part.upper()}.weight"
+            np.testing.assert_array_equal(tensors[theirs], np.float32(value[layer].T), err_msg=theirs)

@@ -17,6 +17,8 @@ from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, Task
 from ctxjax.types import Batch
 
+DRAWS = 100  # of a retention row; a pair that does not fit is rare
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
@@ -95,14 +97,18 @@ class RetentionRows:
         return cls(tokenizer, task, encoded.rows, fitting, config, length, prefix)
 
     def draw(self, seed: int, index: int) -> list[int]:
-        """Return the tokens of retention row ``index`` of the run."""
+        """Return the tokens of retention row ``index`` of the run. Raises ValueError if none of DRAWS pairs fits."""
         rng = np.random.default_rng([seed, index])
-        while True:
+        for _ in range(DRAWS):
             row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
             tokens = prompts_lib.encode(self.tokenizer, [self.task.swap_context(row, context)], self.prompt)[0]
             own = len(tokens) - len(self.prefix)
             if 0 < own <= self.length - len(self.prefix) and tokens[: len(self.prefix)] == self.prefix:
                 return tokens
+        raise ValueError(
+            f"no question of {DRAWS} draws fits under another context into {self.length} tokens; raise "
+            "prompt.max_context_tokens, or leave the longest of the other contexts out"
+        )
 
 
 def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
