@@ -108,8 +108,8 @@ def record_stages(patch) -> list[tuple]:
 
 
 PROMPTS = [
-    {}, {"prompt.placement": "user", "prompt.date": "02 Mar 2021"}, {"prompt.placement": "prefix", "prompt.thinking": True},
-    {"prompt.thinking": False},
+    {}, {"prompt.placement": "user", "prompt.date": "02 Mar 2021"},
+    {"prompt.placement": "prefix", "prompt.thinking": True}, {"prompt.thinking": False},
 ]  # fmt: skip
 
 
@@ -287,6 +287,7 @@ def test_an_arms_batches_start_at_its_step_with_its_seed_and_retention_rows(fold
         assert prompts.unpad(batch.other) == [retention.draw(9, 8 * first + row) for row in range(2)]
 
 
+@pytest.mark.slow
 def test_a_base_is_trained_with_its_own_fields_on_text_of_its_own_seed(monkeypatch):
     config = base.get_config()
     config.task, config.base.cache = "rules", "/none"

@@ -650,6 +650,19 @@ NOT_COMPARED = {
 }  # fmt: skip
 
 
+def test_the_teachers_samples_are_stored_with_their_own_questions_and_log_probabilities(done):
+    made = done("weights")
+    rows = [json.loads(line) for line in (made.workdir / "teacher_samples.jsonl").read_text().splitlines()]
+    prompts = training_prompts(made, 0)
+    responses, _, is_teachers = rollouts(made, "omega", 0, prompts, made.base)
+    assert is_teachers and [row["step"] for row in rows] == [1] * len(responses)
+    for row, bare, context, response in zip(rows, prompts["bare"], prompts["context"], responses, strict=True):
+        assert made.prompt(row["question"], None) == bare and row["id"] == row["question"]
+        assert row["tokens"] == response and row["text"] == made.text(response)
+        logprobs = score(made.teacher, context, response, made.config.teacher.temperature)
+        close(row["logprobs"], logprobs[np.arange(len(response)), response], row["id"])
+
+
 # --- Exports ---
 
 
