@@ -19,7 +19,8 @@ from ctxjax.data import pipeline, prompts
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation import views
 from ctxjax.evaluation.evaluator import Evaluator
-from ctxjax.inputs import base_model, run_inputs
+from ctxjax.host import checksum
+from ctxjax.inputs import base_model, data_record, run_inputs
 from ctxjax.sharding import make_mesh
 from ctxjax.training import arm as arm_lib
 from ctxjax.types import Rollout
@@ -29,6 +30,7 @@ TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}<|assistant|>"
 )
 LONG = "".join(chr(97 + place * place % 26) for place in range(2600)) + " The end."
+STUDENT = {"the": np.arange(3, dtype=np.float32)}  # parameters that no recorder reads
 OTHERS = [f"Other context {n}. {LONG[: 2200 * (n % 3 == 0)]}the end" for n in range(9)]
 
 
@@ -136,7 +138,7 @@ def test_every_prompt_of_training_and_evaluation_is_whole_and_written_as_configu
 
     calls = record_stages(monkeypatch)
     (evaluator,) = Evaluator.of_splits(experiment, task, ("test",), student, teacher, mesh)
-    found = evaluator({"the": "student"})
+    found = evaluator(STUDENT)
     asked = [row.question for row in task.rows("test")]
     assert {len(question) > 600 for question in asked} == {True, False}
     others = task.other_contexts("test")
@@ -157,13 +159,13 @@ def test_an_evaluation_decodes_as_eval_says_and_its_distillation_loss_as_the_rol
     task, student, teacher, *_ = run_inputs.open_inputs(experiment, mesh, {})
     calls = record_stages(monkeypatch)
     (evaluator,) = Evaluator.of_splits(experiment, task, ("dev",), student, teacher, mesh)
-    evaluator({"the": "student"})
+    assert evaluator(STUDENT).weights == checksum.compute_checksums(STUDENT)
     decodes = [call for call in calls if call[0] == "decode"]
     settings_of = [(s.temperature, s.top_k, s.top_p, s.samples, s.max_tokens) for _, _, s, *_ in decodes]
     assert settings_of == [(0.3, 7, 0.6, 2, 5)] * 4 + [(0.8, 11, 0.9, 1, 5)]
     assert all(s.eos_ids == (3, 9) and s.weights == "stored" for _, _, s, *_ in decodes)
     assert len({str(call[4]) for call in decodes[:4]}) == 4, "samples of two views share their random numbers"
-    assert all(call[1] == {"the": "student"} for call in calls)
+    assert all(call[1] is STUDENT for call in calls)
     (compared,), (distilled,) = ([c for c in calls if c[0] == kind] for kind in ("compare", "distill"))
     for found, view in zip(compared[2:5], (0, 1, 3)):  # the control is the view under another context
         assert found is decodes[view][3]
@@ -175,23 +177,26 @@ def test_an_evaluation_decodes_as_eval_says_and_its_distillation_loss_as_the_rol
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_the_command_evaluates_the_split_that_it_is_given(split, folder, monkeypatch):
     calls, config = record_stages(monkeypatch), settings(folder)
-    found, facts = evaluate.evaluate(config, split)
+    found, facts, data = evaluate.evaluate(config, split)
     task = run_inputs.TASKS["qa_jsonl"][1](config_lib.experiment(config, 1).task_config)
     assert [item["id"] for item in found.items if item["view"] == "bare"] == [row.id for row in task.rows(split)]
     assert {item["context"] for item in found.items if item["view"] == "other"} <= set(task.other_contexts(split))
-    assert facts["split"] == split and calls
+    assert facts["split"] == split and data.text == data_record.DataRecord(task).text
+    (params,) = {id(call[1]): call[1] for call in calls}.values()
+    assert found.weights == checksum.compute_checksums(params) and len(found.weights) > 1
 
 
 def test_models_are_opened_as_configured(folder, monkeypatch, mesh):
     seen, original = {}, run_inputs.open_folder
 
-    def record(path, mesh, dtype, param_dtype, remat="none", attention="reference", student=None):
+    def record(path, mesh, dtype, param_dtype, remat="none", attention="auto", student=None, tokenizer=None):
         seen[Path(path).name] = (dtype, param_dtype, remat, attention, student is not None)
-        return original(path, mesh, dtype, param_dtype, remat, attention, student)
+        return original(path, mesh, dtype, param_dtype, remat, attention, student, tokenizer)
 
     monkeypatch.setattr(run_inputs, "open_folder", record)
     changes = {"model.dtype": "bfloat16", "model.remat": "dots", "teacher.param_dtype": "bfloat16"}
     changes |= {"teacher.path": str(folder / "teacher"), "lora.rank": 2, "model.param_dtype": "float32"}
+    changes |= {"model.attention": "reference"}
     opened = run_inputs.open_inputs(config_lib.experiment(settings(folder, **changes), 1), mesh, {})
     assert seen == {
         "model": ("bfloat16", "float32", "dots", "reference", False),
@@ -221,7 +226,9 @@ def make_arm(folder, monkeypatch, tmp_path, mesh, **changes):
         raise Recorded
 
     monkeypatch.setattr(arm_lib, "Writer", writer)
-    found.arm = arm_lib.Arm(arm_lib.Shared(config, inputs, "prefix", {}, mesh, {}), "opcd_retained", tmp_path)
+    fed_rows = SimpleNamespace(describe=lambda step, drawn: (step, drawn))
+    shared = arm_lib.Shared(config, inputs, "prefix", {}, mesh, {}, fed_rows)
+    found.arm = arm_lib.Arm(shared, "opcd_retained", tmp_path)
     with pytest.raises(Recorded):
         found.arm.train(None, None, 0.0, {})
     return found
@@ -270,7 +277,9 @@ def test_an_arm_trains_saves_and_watches_as_configured(rank, folder, monkeypatch
     scores[5], scores[10] = 0.2, 0.1
     due = [taken for taken in range(1, 13) if made.arm._is_save_due(taken)]
     assert due == [4, 5, 8, 12] and [t for t in range(13) if made.arm._is_evaluation_due(t)] == [5, 10]
-    assert made.arm._read_score({"dev/distill": 0.25, "dev/acc_x": 1.0}) == -0.25
+    made.arm._note(10, {"dev/distill": 0.25, "dev/acc_x": 1.0})
+    made.arm._note(0, {"dev/distill": 0.01, "dev/acc_x": 1.0})  # the base's
+    assert scores == {5: 0.2, 10: -0.25}
     assert made.writer[:5] == (tmp_path, "opcd_retained", 12, 0, 3) and made.writer[5] is made.arm.alarms
     assert made.arm.alarms._config.patience == 7 and made.arm.alarms._config.truncated == 0.9
 
@@ -281,10 +290,14 @@ def test_an_arms_batches_start_at_its_step_with_its_seed_and_retention_rows(fold
     rows, retention = made.inputs.rows, made.inputs.retention
     order = pipeline.shuffle_questions(len(rows.rows), 9)
     for first in (0, 3):
-        batch = next(made.arm._make_batches(first))
+        fed = []
+        batch = next(made.arm._make_batches(first, SimpleNamespace(append=fed.append)))
+        others = [retention.draw(9, 8 * first + row) for row in range(2)]
+        ((step, drawn),) = fed
+        assert step == first + 1 and drawn.batch is batch and drawn.others == [other for _, other in others]
         assert batch.row_number_B.tolist() == list(range(8 * first, 8 * first + 8))
         assert prompts.unpad(batch.bare) == [rows.bare[order[number]] for number in batch.row_number_B.tolist()]
-        assert prompts.unpad(batch.other) == [retention.draw(9, 8 * first + row) for row in range(2)]
+        assert prompts.unpad(batch.other) == [tokens for tokens, _ in others]
 
 
 @pytest.mark.slow
@@ -324,8 +337,13 @@ def test_a_base_is_trained_with_its_own_fields_on_text_of_its_own_seed(monkeypat
             assert tokenizer.decode(kept) == answer + "<|end|>"
 
 
-def test_a_draw_of_retention_rows_ends_even_if_no_pair_fits(folder, mesh):
+def test_a_draw_of_retention_rows_ends_even_if_no_pair_fits(folder, monkeypatch, mesh):
     opened = run_inputs.open_inputs(config_lib.experiment(settings(folder), 1), mesh, {})
-    assert opened.retention.draw(0, 0)
-    with pytest.raises(ValueError, match="no question of 100 draws fits under another context into 3 tokens"):
-        dataclasses.replace(opened.retention, length=3, prefix=[]).draw(0, 0)
+    retention = opened.retention
+    tokens, drawn = retention.draw(0, 0)
+    (asked,) = opened.task.rows_under(retention.rows[drawn.row], retention.contexts[drawn.context])
+    assert [tokens] == prompts.encode(opened.student.tokenizer, [asked], retention.prompt)
+    monkeypatch.setattr(pipeline, "DRAWS", 20)
+    fault = "row 5: 20 pairs of 24 questions and 5 other contexts were drawn, and no prompt has at most 3 tokens"
+    with pytest.raises(ValueError, match=fault):
+        dataclasses.replace(retention, longest=[[1, 2, 3]], prefix=[]).draw(0, 5)
