@@ -14,7 +14,7 @@ import numpy as np
 
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
-from ctxjax.data.task import Row, Task
+from ctxjax.data.task import Row, Task, longest_turns
 from ctxjax.types import Batch
 
 
@@ -35,15 +35,22 @@ class EncodedRows:
     dropped: int
 
 
-def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows:
-    """Render and tokenize both views of every row. Too long rows are an error or are dropped, as configured."""
-    views = {
-        "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config),
-        "context": prompts_lib.encode(tokenizer, rows, config),
-    }
-    kept, lengths = prompts_lib.keep_fitting_rows(rows, views, config)
+def encode_rows(tokenizer, rows: list[Row], config: PromptConfig, longest: list[Row] | None = None) -> EncodedRows:
+    """Render and tokenize both views of every row. Too long rows are an error or are dropped, as configured.
+
+    ``longest``: the longest turn of every row's episode (task.longest_turns), by default the row itself. A row is as
+    long as that, and both start with the shared prefix.
+    """
+
+    def encode_views(rows: list[Row]) -> dict[str, list[list[int]]]:
+        bare = prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config)
+        return {"bare": bare, "context": prompts_lib.encode(tokenizer, rows, config)}
+
+    views = encode_views(rows)
+    further = {view: [] for view in views} if longest in (None, rows) else encode_views(longest)
+    kept, lengths = prompts_lib.keep_fitting_rows(rows, {v: further[v] or views[v] for v in views}, config)
     chosen = {view: [tokens[index] for index in kept] for view, tokens in views.items()}
-    prefixes = {view: prompts_lib.choose_shared_prefix(tokens) for view, tokens in chosen.items()}
+    prefixes = {view: prompts_lib.choose_shared_prefix(tokens + further[view]) for view, tokens in chosen.items()}
     return EncodedRows(
         [rows[index] for index in kept],
         **chosen,
@@ -80,7 +87,8 @@ class RetentionRows:
                 "(qa_jsonl.other_contexts_file), or leave out the arms with retention (run_arms)"
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
-        trials = prompts_lib.encode(tokenizer, [longest._replace(context=c) for c in contexts], config)
+        trials = longest_turns(task, [longest._replace(context=c) for c in contexts])
+        trials = prompts_lib.encode(tokenizer, trials, config)
         length = config.max_context_tokens or max(len(tokens) for tokens in trials)
         fitting = [context for context, tokens in zip(contexts, trials) if len(tokens) <= length]
         if not fitting:
@@ -96,13 +104,22 @@ class RetentionRows:
 
     def draw(self, seed: int, index: int) -> list[int]:
         """Return the tokens of retention row ``index`` of the run."""
+        return self._draw(seed, index)[1]
+
+    def draw_row(self, seed: int, index: int) -> Row:
+        """Return retention row ``index`` of the run itself: the first turn of an episode under another context."""
+        return self._draw(seed, index)[0]
+
+    def _draw(self, seed: int, index: int) -> tuple[Row, list[int]]:
         rng = np.random.default_rng([seed, index])
         while True:
             row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
-            tokens = prompts_lib.encode(self.tokenizer, [self.task.swap_context(row, context)], self.prompt)[0]
+            row = self.task.swap_context(row, context)
+            (longest,) = longest_turns(self.task, [row])
+            tokens = prompts_lib.encode(self.tokenizer, [longest], self.prompt)[0]
             own = len(tokens) - len(self.prefix)
             if 0 < own <= self.length - len(self.prefix) and tokens[: len(self.prefix)] == self.prefix:
-                return tokens
+                return row, tokens
 
 
 def shuffle_questions(count: int, seed: int) -> grain.MapDataset:

@@ -14,22 +14,18 @@ import numpy as np
 
 from ctxjax import rng
 from ctxjax.config import Experiment
-from ctxjax.data import prompts as prompts_lib
-from ctxjax.data.pipeline import encode_rows
-from ctxjax.data.task import Row, Task, make_evaluation_views
+from ctxjax.data.task import GameTask, Row, Task
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
-from ctxjax.evaluation.episodes import grade_episodes, single_turn_episodes
+from ctxjax.evaluation.answers import Answers, Asker, Games, Questions
+from ctxjax.evaluation.episodes import grade_episodes
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
+from ctxjax.evaluation.split import Split, share_shapes
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
-from ctxjax.types import Params, Rollout
-
-# Two splits are padded to the same shapes if that costs the smaller at most 25 %: one compiled program serves both,
-# and compiling takes longer than reading a few more columns or rows.
-SLACK = 1.25
+from ctxjax.types import Params
 
 
 class Evaluation(NamedTuple):
@@ -58,60 +54,6 @@ class Evaluation(NamedTuple):
         return cls(stored["metrics"], items, _collect_outcomes(items)) if stored["of"] == identity else None
 
 
-class Split(NamedTuple):
-    """A split's questions in all views.
-
-    By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with; and
-    ``lengths``, the columns P that its prompts are padded to; ``opened``, whether its prompts end inside <think>.
-    ``batch``: rows in a batch. ``dropped``: over-long rows
-    that were left out.
-    """
-
-    task: Task
-    rows: dict[str, list[Row]]
-    tokens: dict[str, list[list[int]]]
-    prefixes: dict[str, list[int]]
-    lengths: dict[str, int]
-    opened: dict[str, list[bool]]
-    batch: int
-    dropped: int
-
-    @classmethod
-    def of(cls, config: Experiment, task: Task, name: str, folder: ModelFolder, mesh: Mesh) -> Split:
-        """Tokenize the questions of the split called ``name``."""
-        encoded = encode_rows(folder.tokenizer, task.rows(name), config.prompt)
-        rows = make_evaluation_views(task, encoded.rows, name)
-        tokens = {v: prompts_lib.encode(folder.tokenizer, own, config.prompt) for v, own in rows.items()}
-        opened = {
-            v: [prompts_lib.opens_reasoning(folder.tokenizer, row, config.prompt) for row in own]
-            for v, own in rows.items()
-        }
-        prefixes = {v: prompts_lib.choose_shared_prefix(lists) for v, lists in tokens.items()}
-        lengths = {v: max(len(ids) for ids in lists) for v, lists in tokens.items()} | encoded.lengths
-        # Views with a context block and no shared prefix get one length: one compiled program decodes them all.
-        blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
-        lengths |= dict.fromkeys(blocks, max((lengths[view] for view in blocks), default=0))
-        batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
-        return cls(task, rows, tokens, prefixes, lengths, opened, batch, encoded.dropped)
-
-
-def share_shapes(splits: list[Split]) -> list[Split]:
-    """Raise the columns of each view and the rows of a batch to the largest split's if they are near it (``SLACK``)."""
-    most_rows = max(split.batch for split in splits)
-    most = {view: max(split.lengths[view] for split in splits if view in split.lengths) for view in splits[0].lengths}
-    return [
-        split._replace(
-            batch=_raise_if_near(split.batch, most_rows),
-            lengths={view: _raise_if_near(length, most.get(view, length)) for view, length in split.lengths.items()},
-        )
-        for split in splits
-    ]
-
-
-def _raise_if_near(size: int, largest: int) -> int:
-    return largest if largest <= SLACK * size else size
-
-
 class Evaluator:
     """A split in all its views, tokenized once. Call it with parameters of ``folder``'s architecture.
 
@@ -123,11 +65,9 @@ class Evaluator:
         self._task, self._folder, self._teacher, self._mesh = split.task, folder, teacher, mesh
         self._judged = make_sampling_config(config.eval.decode, folder, config.eval.samples)
         self._rollout = make_sampling_config(config.rollout, folder)
-        self._rows, self._opened, self._batch, self.dropped = split.rows, split.opened, split.batch, split.dropped
-        self._prompts = {
-            v: prompts_lib.left_pad(lists, split.lengths[v], folder.pad_id, split.prefixes[v])
-            for v, lists in split.tokens.items()
-        }
+        self._rows, self._batch, self.dropped = split.rows, split.batch, split.dropped
+        is_game = isinstance(split.task, GameTask)
+        self._asker: Asker = Games(split, folder, config.prompt, mesh) if is_game else Questions(split, folder, mesh)
         self._root, self._resamples = jax.random.key(config.seed), config.eval.bootstrap
 
     @classmethod
@@ -140,34 +80,32 @@ class Evaluator:
         """
         splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
         for split in splits:
-            folder.check_prompts([ids for lists in split.tokens.values() for ids in lists], config.rollout.max_tokens)
-            teacher.check_prompts(split.tokens.get("context", []), config.rollout.max_tokens)
+            folder.check_prompts([ids for lists in split.longest.values() for ids in lists], config.rollout.max_tokens)
+            teacher.check_prompts(split.longest.get("context", []), config.rollout.max_tokens)
         return [cls(config, split, folder, teacher, mesh) for split in splits]
 
     def __call__(self, params: Params) -> Evaluation:
-        """Decode and grade every view, and compare bare and context view along the bare view's first responses."""
-        model = self._folder.config
-        rollouts = {v: self._decode(params, v, self._judged) for v in self._prompts}
-        items = [item for view, rollout in rollouts.items() for item in self._grade(view, rollout)]
+        """Answer and grade every view, and compare bare and context view along the bare view's first responses."""
+        answers = {v: self._answer(params, v, self._judged) for v in self._rows}
+        tokenizer, stop_ids = self._folder.tokenizer, self._folder.stop_ids
+        items = [
+            item
+            for view, own in answers.items()
+            for item in grade_episodes(self._task, tokenizer, stop_ids, own.episodes, view)
+        ]
         outcomes = _collect_outcomes(items)
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
         if "context" in outcomes:
-            bare, context = self._prompts["bare"], self._prompts["context"]
-            control = self._prompts.get("other", self._prompts["empty"])
-            first = jax.tree.map(lambda array: array[:: self._judged.samples], rollouts["bare"])
-            compared = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
+            first, prompts = answers["bare"].rollout, self._asker.prompts(answers["bare"])
+            compared = views_lib.compare(params, self._folder.config, *prompts, first, self._batch, self._mesh)
             measured["comparison"] = Comparison(*compared, first.mask_BxT)
             measured["distill"] = self._distillation(params)
         return Evaluation(metrics_lib.compute_metrics(measured, self._resamples), items, outcomes)
 
-    def _decode(self, params: Params, view: str, sampling: SamplingConfig) -> Rollout:
-        """Decode one view. Each view has a key of its own: samples of different views are independent."""
-        model, key = self._folder.config, rng.key_for(self._root, list(self._prompts).index(view), "evaluation")
-        return views_lib.decode(params, model, sampling, self._prompts[view], key, self._batch, self._mesh)
-
-    def _grade(self, view: str, rollout: Rollout) -> list[dict]:
-        episodes = single_turn_episodes(self._rows[view], rollout, self._judged.samples, self._opened[view])
-        return grade_episodes(self._task, self._folder.tokenizer, self._folder.stop_ids, episodes, view)
+    def _answer(self, params: Params, view: str, sampling: SamplingConfig) -> Answers:
+        """Answer one view. Each view has a key of its own: samples of different views are independent."""
+        key = rng.key_for(self._root, list(self._rows).index(view), "evaluation")
+        return self._asker.answer(params, view, sampling, key)
 
     def _grade_against_defaults(self, items: list[dict], bare: Outcomes) -> dict[str, Outcomes]:
         """Return {"default": the bare responses graded against the base's default answers}; {} if the task has none."""
@@ -180,18 +118,18 @@ class Evaluator:
 
     def _distillation(self, params: Params) -> float:
         """Return the held-out KL(q_x || f) in nats per token on the student's own samples, as in training."""
-        model, bare = self._folder.config, self._prompts["bare"]
-        rollout = self._decode(params, "bare", self._rollout)
+        answers = self._answer(params, "bare", self._rollout)
+        bare, context, _ = self._asker.prompts(answers)
         loss = LossConfig(temperature=self._rollout.temperature)
         return views_lib.distillation_kl(
             params,
             self._teacher.params,
-            model,
+            self._folder.config,
             self._teacher.config,
             loss,
             bare,
-            self._prompts["context"],
-            rollout,
+            context,
+            answers.rollout,
             self._batch,
             self._mesh,
         )
@@ -208,6 +146,7 @@ def _collect_outcomes(items: list[dict]) -> dict[str, Outcomes]:
             parsed=np.array([item["parsed"] is not None for item in own]),
             truncated=np.array([item["truncated"] for item in own]),
             length=np.array([item["length"] for item in own]),
+            turns=np.array([item["turns"] for item in own]),
             lenient=_collect_lenient(own),
             reasons=[item["reason"] for item in own],
             samples=1 + max(item["sample"] for item in own),

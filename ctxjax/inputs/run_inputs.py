@@ -13,7 +13,7 @@ from ctxjax import sharding
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
-from ctxjax.data.task import Task
+from ctxjax.data.task import GameTask, Task, longest_turns
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host.checksum import compute_digest, compute_fingerprint
@@ -60,14 +60,29 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     )
     if quoted:
         print(f"warning: {quoted}")
-    rows = encode_rows(folder.tokenizer, task.rows("train"), config.prompt)
+    questions = task.rows("train")
+    rows = encode_rows(folder.tokenizer, questions, config.prompt, longest_turns(task, questions))
     retention = None
     if any(loss.mu > 0 for loss in config.arms.values()):
         retention = RetentionRows.build(folder.tokenizer, task, rows, config.prompt)
     prompts = [*rows.bare, *rows.context, *_longest_retention_prompts(rows, retention)]
+    if isinstance(task, GameTask):
+        _check_arms_play(config)
+        prompts += prompts_lib.encode(folder.tokenizer, longest_turns(task, rows.rows), config.prompt)
     for model in (folder,) if teacher is folder else (folder, teacher):
         model.check_prompts(prompts, config.rollout.max_tokens)
     return Inputs(task, folder, teacher, rows, retention)
+
+
+def _check_arms_play(config: Experiment) -> None:
+    """Raise ValueError for an arm that learns from the teacher's samples: in a game only the student plays."""
+    for name, loss in config.arms.items():
+        if not loss.is_on_policy:
+            raise ValueError(
+                f"arm {name!r} learns from the teacher's samples (loss.on_policy_fraction = {loss.on_policy_fraction}, "
+                f"loss.off_policy_steps = {loss.off_policy_steps}), and in task {config.task!r} only the student "
+                "plays; leave the arm out (run_arms)"
+            )
 
 
 def _longest_retention_prompts(rows: EncodedRows, retention: RetentionRows | None) -> list[list[int]]:
@@ -75,7 +90,7 @@ def _longest_retention_prompts(rows: EncodedRows, retention: RetentionRows | Non
     if retention is None:
         return []
     longest = rows.rows[int(np.argmax([len(ids) for ids in rows.bare]))]
-    longest = [longest._replace(context=context) for context in retention.contexts]
+    longest = longest_turns(retention.task, [longest._replace(context=context) for context in retention.contexts])
     prompts = prompts_lib.encode(retention.tokenizer, longest, retention.prompt)
     return [ids for ids in prompts if len(ids) <= retention.length]
 

@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 
 from ctxjax.config import Experiment
 from ctxjax.data.pipeline import training_batches
+from ctxjax.data.task import GameTask
 from ctxjax.distill.anchors import loss_at
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.rollouts import Questions, RolloutSource, StepInputs, TeacherSamples
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.metrics import parse_select
+from ctxjax.evaluation.player import Player
 from ctxjax.host import preemption
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.inputs.teacher_samples import steps_with_samples
@@ -28,6 +30,7 @@ from ctxjax.monitoring.alarms import Alarms, StopRun
 from ctxjax.monitoring.metric_writer import Writer
 from ctxjax.training import nonfinite
 from ctxjax.training.checkpoint import Checkpoints, best_step, read_params, saved_steps
+from ctxjax.training.game_episodes import GameEpisodes
 from ctxjax.types import Batch, Frozen, Params, PrefixKV, Rollout, TrainState
 
 
@@ -127,6 +130,8 @@ class Arm:
                     if preempted:
                         raise preemption.Preempted
                 writer.close()
+                if isinstance(source, GameEpisodes):
+                    print(f"{self._name}: {source.player.clock}", flush=True)
             except StopRun as stop:
                 if stop.alarm != "not_finite":
                     raise
@@ -171,9 +176,29 @@ class Arm:
 
     def _make_source(self, first: int) -> RolloutSource:
         """Return the source of this arm's responses, from step ``first`` on."""
+        if isinstance(self._shared.inputs.task, GameTask):
+            return self._make_game()
         mesh, samples = self._shared.mesh, self._shared.teacher_samples
         own = {step: samples[step] for step in steps_with_samples(self._config, self._name)}
         return TeacherSamples(Questions(self._make_batches(first), mesh), own, mesh)
+
+    def _make_game(self) -> GameEpisodes:
+        inputs, config, mesh = self._shared.inputs, self._config, self._shared.mesh
+        most = max(config.train.batch_size, config.train.retention_rows)
+        return GameEpisodes(
+            player=Player(inputs.task, self._student, config.prompt, most, mesh),
+            student=self._join_student,
+            folder=self._student,
+            rows=inputs.rows,
+            retention=inputs.retention if self._step_config.loss.mu > 0 else None,
+            prompt=config.prompt,
+            sampling=self._step_config.sampling,
+            boards=config.train.batch_size,
+            retained=config.train.retention_rows,
+            max_turns=inputs.task.max_turns,
+            seed=config.seed,
+            mesh=mesh,
+        )
 
     def _make_batches(self, first: int) -> Iterator[Batch]:
         inputs, train = self._shared.inputs, self._config.train

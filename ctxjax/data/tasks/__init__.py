@@ -12,6 +12,7 @@ from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
 from ctxjax.data.worlds.rules import Rules, RulesConfig
+from ctxjax.data.worlds.tiny_grid import TinyGrid, TinyGridConfig
 from ctxjax.data.worlds.tiny_safety import TinySafety, TinySafetyConfig
 
 TASKS = {
@@ -22,6 +23,7 @@ TASKS = {
     "math": (MathConfig, Math),
     "hints": (HintsConfig, Hints),
     "tiny_safety": (TinySafetyConfig, TinySafety),
+    "tiny_grid": (TinyGridConfig, TinyGrid),
 }
 # Tasks that can train their own base.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))

@@ -1,0 +1,26 @@
+"""A game of several turns, from end to end on two CPU cores.
+
+A tiny base learns to walk over grids whose symbols and move words a legend in the system prompt explains
+(ctxjax/data/worlds/tiny_grid.py). One legend that it has never seen is then internalized: every step plays whole
+episodes, and evaluation counts boards that are won.
+
+    python -m ctxjax.main --config=configs/tiny_grid.py --workdir=runs/tiny_grid
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+    config = tiny.get_config()
+    config.task = "tiny_grid"
+    config.base.steps = 2000
+    config.base.batch_size = 128
+
+    config.rollout.max_tokens = 6  # two cells, direction, word and end token, and one more for wrong answers
+    config.train.steps = 100
+    config.train.batch_size = 16  # boards: a step learns from all turns of their episodes
+    config.train.save_every = 100
+    config.eval.every = 25
+    return config

@@ -1,0 +1,98 @@
+"""A game as the source of a run's responses: every step plays whole episodes with the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from ctxjax import rng
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.data.pipeline import EncodedRows, RetentionRows, shuffle_questions
+from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.task import Row
+from ctxjax.distill.rollouts import StepInputs
+from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.evaluation.player import Player, Turn, pad_responses
+from ctxjax.inputs.model_folder import ModelFolder
+from ctxjax.sharding import put_batch
+from ctxjax.types import Batch, Params, Prompts, Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class GameEpisodes:
+    """The batches of steps (distill.rollouts.RolloutSource): all turns of ``boards`` episodes, ``max_turns`` rows each.
+
+    An episode that ends early leaves rows without a response, which count nowhere. ``retained``: episodes played under
+    other contexts, whose turns are the retention rows. ``student``: the whole parameters of a state.
+    """
+
+    player: Player
+    student: Callable[[TrainState], Params]
+    folder: ModelFolder
+    rows: EncodedRows
+    retention: RetentionRows | None
+    prompt: PromptConfig
+    sampling: SamplingConfig
+    boards: int
+    retained: int
+    max_turns: int
+    seed: int
+    mesh: Mesh
+
+    def next(self, state: TrainState, step: int) -> StepInputs:
+        boards, others = self._draw(step)
+        params = self.student(state)
+        bare = [row._replace(context=None) for row in boards]
+        played = self._play(params, bare, step, "rollout", self.rows.prefixes["bare"])
+        other = self._play(params, others, step, "retention", self.retention.prefix) if others else None
+        return self._assemble(step, boards, played, others, other)
+
+    def examples(self, step: int) -> list[StepInputs]:
+        boards, others = self._draw(step)
+        return [self._assemble(step, boards, [[] for _ in boards], others, [[] for _ in others])]
+
+    def _draw(self, step: int) -> tuple[list[Row], list[Row]]:
+        """Return the boards of a step, and those under other contexts."""
+        order, first = shuffle_questions(len(self.rows.rows), self.seed), step * self.boards
+        boards = [self.rows.rows[order[first + i]] for i in range(self.boards)]
+        if self.retention is None:
+            return boards, []
+        return boards, [self.retention.draw_row(self.seed, first + i) for i in range(self.retained)]
+
+    def _play(self, params: Params, rows: list[Row], step: int, stream: str, prefix: list[int]) -> list[list[Turn]]:
+        key = rng.key_for(jax.random.key(self.seed), step, stream)
+        return self.player.play(params, self.sampling, rows, key, step * self.boards, prefix)
+
+    def _assemble(self, step: int, boards, played, others, other) -> StepInputs:
+        lengths, prefixes = self.rows.lengths, self.rows.prefixes
+        turns, rows = self._fill(boards, played)
+        bare = self._pad([row._replace(context=None) for row in rows], lengths["bare"], prefixes["bare"])
+        context = self._pad(rows, lengths["context"], prefixes["context"])
+        first = step * self.boards * self.max_turns
+        numbers = np.asarray([(first + i) % 2**31 for i in range(len(rows))], np.int32)
+        other_turns, other_rows = self._fill(others, other) if others else ([], [])
+        other_prompts = self._pad(other_rows, self.retention.length, self.retention.prefix) if others else None
+        batch = Batch(bare, context, other_prompts, numbers)
+        rollouts: tuple[Rollout | None, ...] = (pad_responses(turns, self.sampling),)
+        rollouts += (pad_responses(other_turns, self.sampling) if others else None,)
+        return StepInputs(*put_batch((batch, *rollouts), self.mesh))
+
+    def _fill(self, rows: list[Row], played: list[list[Turn]]) -> tuple[list[Turn | None], list[Row]]:
+        """Return ``max_turns`` places of every episode: its turns and what they read, under the episode's context. A
+        place without a turn has the first prompt."""
+        places = [turns + [None] * (self.max_turns - len(turns)) for turns in played]
+        read = [
+            row._replace(question=turn.row.question) if turn else row
+            for row, turns in zip(rows, places)
+            for turn in turns
+        ]
+        return [turn for turns in places for turn in turns], read
+
+    def _pad(self, rows: list[Row], length: int, prefix: list[int]) -> Prompts:
+        return prompts_lib.left_pad(
+            prompts_lib.encode(self.folder.tokenizer, rows, self.prompt), length, self.folder.pad_id, prefix
+        )
