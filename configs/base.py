@@ -150,9 +150,10 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 50  # optimiser steps, each on one rollout batch
-    config.train.batch_size = 128  # questions in a global batch, with one response each
+    config.train.batch_size = 128  # questions in a global batch, with one response each; in a game, episodes of a step
     config.train.micro_batches = 1  # micro-batches of a batch; their gradients are accumulated, which saves memory
-    config.train.retention_rows = 0  # rows with other contexts in a batch, if mu > 0; 0: batch_size
+    # Rows with other contexts in a batch (in a game, episodes), if mu > 0; 0: batch_size.
+    config.train.retention_rows = 0
     config.train.save_every = 50  # steps between checkpoints; the last step and the best step so far are always saved
     config.train.keep = 2  # number of latest checkpoints to keep, in addition to the best one
     config.train.log_every = 1  # steps between rows of metrics.jsonl

@@ -21,7 +21,6 @@ from ctxjax.distill.rollouts import Questions, RolloutSource, StepInputs, Teache
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.metrics import parse_select
-from ctxjax.evaluation.player import Player
 from ctxjax.host import preemption
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.inputs.teacher_samples import steps_with_samples
@@ -177,28 +176,11 @@ class Arm:
     def _make_source(self, first: int) -> RolloutSource:
         """Return the source of this arm's responses, from step ``first`` on."""
         if isinstance(self._shared.inputs.task, GameTask):
-            return self._make_game()
+            retains, mesh = self._step_config.loss.mu > 0, self._shared.mesh
+            return GameEpisodes.of_run(self._config, self._shared.inputs, retains, self._join_student, mesh)
         mesh, samples = self._shared.mesh, self._shared.teacher_samples
         own = {step: samples[step] for step in steps_with_samples(self._config, self._name)}
         return TeacherSamples(Questions(self._make_batches(first), mesh), own, mesh)
-
-    def _make_game(self) -> GameEpisodes:
-        inputs, config, mesh = self._shared.inputs, self._config, self._shared.mesh
-        most = max(config.train.batch_size, config.train.retention_rows)
-        return GameEpisodes(
-            player=Player(inputs.task, self._student, config.prompt, most, mesh),
-            student=self._join_student,
-            folder=self._student,
-            rows=inputs.rows,
-            retention=inputs.retention if self._step_config.loss.mu > 0 else None,
-            prompt=config.prompt,
-            sampling=self._step_config.sampling,
-            boards=config.train.batch_size,
-            retained=config.train.retention_rows,
-            max_turns=inputs.task.max_turns,
-            seed=config.seed,
-            mesh=mesh,
-        )
 
     def _make_batches(self, first: int) -> Iterator[Batch]:
         inputs, train = self._shared.inputs, self._config.train

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng
+from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, shuffle_questions
 from ctxjax.data.prompts import PromptConfig
@@ -18,6 +20,7 @@ from ctxjax.distill.rollouts import StepInputs
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation.player import Player, Turn, pad_responses
 from ctxjax.inputs.model_folder import ModelFolder
+from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.sharding import put_batch
 from ctxjax.types import Batch, Params, Prompts, Rollout, TrainState
 
@@ -27,7 +30,7 @@ class GameEpisodes:
     """The batches of steps (distill.rollouts.RolloutSource): all turns of ``boards`` episodes, ``max_turns`` rows each.
 
     An episode that ends early leaves rows without a response, which count nowhere. ``retained``: episodes played under
-    other contexts, whose turns are the retention rows. ``student``: the whole parameters of a state.
+    other contexts, whose turns are the retention rows. ``student``: state -> the student's whole parameters.
     """
 
     player: Player
@@ -42,6 +45,28 @@ class GameEpisodes:
     max_turns: int
     seed: int
     mesh: Mesh
+
+    @classmethod
+    def of_run(
+        cls, config: Experiment, inputs: Inputs, retains: bool, student: Callable[[Any], Params], mesh: Mesh
+    ) -> GameEpisodes:
+        """Return the source of an arm; ``retains``: whether its loss has retention rows."""
+        train, folder = config.train, inputs.student
+        most = max(train.batch_size, train.retention_rows)
+        return cls(
+            player=Player(inputs.task, folder, config.prompt, most, mesh),
+            student=student,
+            folder=folder,
+            rows=inputs.rows,
+            retention=inputs.retention if retains else None,
+            prompt=config.prompt,
+            sampling=make_sampling_config(config.rollout, folder),
+            boards=train.batch_size,
+            retained=train.retention_rows,
+            max_turns=inputs.task.max_turns,
+            seed=config.seed,
+            mesh=mesh,
+        )
 
     def next(self, state: TrainState, step: int) -> StepInputs:
         boards, others = self._draw(step)
