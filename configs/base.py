@@ -254,11 +254,11 @@ def get_config() -> ConfigDict:
     config.tiny_grid.seed = config.get_oneway_ref("seed")  # of the legends and of the order of boards
     config.tiny_grid.context_index = 0  # the legend to internalize, 0 to 7
     config.tiny_grid.size = 3  # rows and columns of the grid
-    config.tiny_grid.holes = 3
+    config.tiny_grid.holes = 2
     config.tiny_grid.turns = 5  # most responses in an episode
     config.tiny_grid.train_questions = 0  # boards; 0: all
     config.tiny_grid.dev_questions = 128
-    config.tiny_grid.test_questions = 256
+    config.tiny_grid.test_questions = 0
     config.tiny_grid.empty_share = 0.0  # of the base's rows without a legend, the share with an empty context block
 
     for section in (config.medical, config.math, config.hints):

@@ -15,10 +15,12 @@ from configs import tiny
 def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.task = "tiny_grid"
-    config.base.steps = 2000
+    config.base.steps = 1500
     config.base.batch_size = 128
+    config.base.lr = 3e-3
+    config.base.width, config.base.head_dim, config.base.mlp_width = 64, 16, 176
 
-    config.rollout.max_tokens = 6  # two cells, direction, word and end token, and one more for wrong answers
+    config.rollout.max_tokens = 8  # four cells, direction, word and end token, and one more for wrong answers
     config.train.steps = 100
     config.train.batch_size = 16  # boards: a step learns from all turns of their episodes
     config.train.save_every = 100

@@ -30,7 +30,7 @@ PROMPT, KEY = PromptConfig(), jax.random.key(3)
 
 @pytest.fixture(scope="module")
 def world():
-    return TinyGrid(TinyGridConfig(seed=0, context_index=0, size=3, holes=3, turns=5, train_questions=0,
+    return TinyGrid(TinyGridConfig(seed=0, context_index=0, size=3, holes=2, turns=5, train_questions=0,
                                    dev_questions=12, test_questions=12, empty_share=0.0))  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def folder(world, tiny_model):
 
 @pytest.fixture
 def sampling(folder):
-    return SamplingConfig(max_tokens=6, eos_ids=folder.stop_ids, pad_id=folder.pad_id)
+    return SamplingConfig(max_tokens=8, eos_ids=folder.stop_ids, pad_id=folder.pad_id)
 
 
 class Chance:
@@ -166,9 +166,9 @@ def test_a_step_has_the_turns_of_whole_episodes_and_empty_places_after_them(worl
         if not taken.reshape(-1)[place]:
             assert bare[place] == bare[place // 5 * 5] and not rollout.logprobs_BxT[place].any()
     said = rollout.tokens_BxT[1][rollout.mask_BxT[1]]
-    assert said[-1] == folder.stop_ids[0] and rollout.logprobs_BxT[1][rollout.mask_BxT[1]].tolist() == [-0.5] * 5
+    assert said[-1] == folder.stop_ids[0] and rollout.logprobs_BxT[1][rollout.mask_BxT[1]].tolist() == [-0.5] * 7
     # Retention: episodes under other legends, played with them.
-    assert other.tokens_BxT.shape == (2 * 5, 6) and other.mask_BxT.any(axis=1).reshape(2, 5)[:, :2].all()
+    assert other.tokens_BxT.shape == (2 * 5, 8) and other.mask_BxT.any(axis=1).reshape(2, 5)[:, :2].all()
     texts = folder.tokenizer.batch_decode(prompts.unpad(batch.other))
     legends = {parse_legend(text.split("<|system|>")[1].split("<|end|>")[0]) for text in texts}
     assert len(legends) == 2 and legends <= set(world.legends["train"])
@@ -216,7 +216,7 @@ def test_an_evaluation_counts_boards(world, folder, sampling, mesh, expert):
         items = grade_episodes(world, folder.tokenizer, folder.stop_ids, own.episodes, view)
         assert [item["id"] for item in items] == [row.id for row in world.rows("test")]
         assert all(item["correct"] and not item["truncated"] for item in items)
-        assert [item["length"] for item in items] == [5 * item["turns"] for item in items]
+        assert [item["length"] for item in items] == [7 * item["turns"] for item in items]
         assert sum(item["turns"] for item in items) == len(own.turns) == len(own.rollout.tokens_BxT)
     expert.says = "@0@1up "  # no move word
     episodes = asker.answer(None, "bare", greedy, KEY).episodes

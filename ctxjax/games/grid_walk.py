@@ -22,7 +22,7 @@ class Field(NamedTuple):
 class GridWalk:
     """``size``: rows and columns. ``holes``: how many. ``solution``: (fewest, most) moves of a solution."""
 
-    def __init__(self, size: int = 3, holes: int = 3, solution: tuple[int, int] = (2, 4)):
+    def __init__(self, size: int = 3, holes: int = 2, solution: tuple[int, int] = (2, 4)):
         self.size, self.holes, self.solution = size, holes, solution
         self._cells = list(itertools.product(range(size), repeat=2))
         if next(self.every_board(), None) is None:

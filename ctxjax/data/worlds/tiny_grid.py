@@ -1,11 +1,11 @@
 """A game small enough to learn on two cores: walk over a grid whose symbols and move words only a legend explains.
 
-The context is the legend, a prompt shows the grid and the moves so far, and a response reasons in three tokens (the
-cell of the player, the cell of the goal, the direction) before it says the move::
+The context is the legend, a prompt shows the grid and the moves so far, and a response reasons (the cells of the
+player, of the goal and of the holes, and the direction) before it says the move::
 
     system      player=c;hole=d;up=mi;ground=a;left=nu;goal=b;right=lo;down=ka;
-    user        dacabadad|ka
-    assistant   @2@4left nu
+    user        aacabadda|lo
+    assistant   @2@4@6@7down ka
 
 An episode is won at the goal and lost in a hole, after too many invalid responses or too many turns (ctxjax/games).
 Without a legend the default is the first one, DEFAULT. The legends to internalize differ from it in every symbol and
@@ -251,9 +251,10 @@ class TinyGrid:
         return episode
 
     def _answer(self, board: Field, legend: Legend) -> str:
-        player, goal = (row * self.game.size + column for row, column in (board.player, board.goal))
+        cells = (board.player, board.goal, *sorted(board.holes))
+        said = "".join(f"@{row * self.game.size + column}" for row, column in cells)
         move = self._best_move(board)
-        return f"@{player}@{goal}{move} {legend.write([move])}"
+        return f"{said}{move} {legend.write([move])}"
 
     @functools.cached_property
     def _best_move(self):
