@@ -257,7 +257,7 @@ def get_config() -> ConfigDict:
     config.tiny_grid.holes = 2
     config.tiny_grid.turns = 5  # most responses in an episode
     config.tiny_grid.train_questions = 0  # boards; 0: all
-    config.tiny_grid.dev_questions = 128
+    config.tiny_grid.dev_questions = 0
     config.tiny_grid.test_questions = 0
     config.tiny_grid.empty_share = 0.0  # of the base's rows without a legend, the share with an empty context block
 

@@ -25,4 +25,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 16  # boards: a step learns from all turns of their episodes
     config.train.save_every = 100
     config.eval.every = 25
+    # The number of test boards, near that of dev boards, so that one compiled program serves both.
+    config.eval.batch_size = 160
     return config
