@@ -3,8 +3,8 @@
     python -m benchmarks.episodes [--quick]
 
 A random model of the size of configs/tiny_grid.py plays 64 episodes of five turns of 8 tokens, with the prompts of that
-world: all at once, and 16 of them one after the other. Both draw the same tokens, but for rounding. Runs alternate, since
-the machine may be shared; the fastest of each counts. Prints one JSON object as the last line. Recorded numbers:
+world: all at once, and 16 of them one after the other. Both draw the same tokens, but for rounding. Runs alternate,
+since the machine may be shared; the fastest of each counts. Prints one JSON object as the last line. Recorded numbers:
 benchmarks/README.md.
 """
 
