@@ -35,14 +35,13 @@ from ctxjax.distill.optim import OptimConfig
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.distill.train_step import StepConfig, init_state, rollout_step, update_step
 from ctxjax.models import params as params_lib, transformer
-from ctxjax.models.attention import self_attention
+from ctxjax.models.attention import choose_kind, self_attention
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan.flops import count_matmul_flops
 from ctxjax.types import Frozen, Prompts
 
 LLAMA32_1B = ModelConfig(
     128256, 2048, 16, 32, 8, 64, 8192, rope_theta=500000.0, tied_embeddings=True, dtype="bfloat16", remat="full",
-    attention="auto",
 )  # fmt: skip
 
 
@@ -116,7 +115,8 @@ def attention(sizes: Sizes) -> dict:
             out, back = jax.vjp(masked, *qkv)
             return out, back(d_out.astype(out.dtype))
 
-        programs = {kind: jax.jit(functools.partial(both, kind)) for kind in ("reference", "auto")}
+        kinds = {"reference": "reference", "auto": model.attention}
+        programs = {name: jax.jit(functools.partial(both, kind)) for name, kind in kinds.items()}
         half = [x.astype(jnp.bfloat16) for x in qkv]
         times = {kind: seconds(sizes.runs, program, d_out, real_BxL, *half) for kind, program in programs.items()}
         with jax.default_matmul_precision("highest"):
@@ -223,6 +223,8 @@ def main() -> None:
     options = parser.parse_args()
     sizes = QUICK if options.quick else FULL
     device = jax.devices()[0]
+    kind = choose_kind("auto", sizes.model, device)
+    sizes = dataclasses.replace(sizes, model=dataclasses.replace(sizes.model, attention=kind))
     result = {"benchmark": "accelerator", "jax": jax.__version__, "device": device.device_kind}
     with jax.set_mesh(sharding.make_mesh(devices=[device])):
         rates = result["machine"] = machine(sizes)

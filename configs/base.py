@@ -28,9 +28,10 @@ def get_config() -> ConfigDict:
     # What is trained, its moments and its moving average are float32; model.dtype may be bfloat16 all the same.
     config.model.param_dtype = "float32"
     # Attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or "auto": the
-    # kernel of the platform if there is one and the model computes in bfloat16, otherwise the reference. Speed:
-    # benchmarks/README.md (accelerator.py); what was checked: ctxjax/models/kernels.py.
-    config.model.attention = "reference"
+    # kernel of the platform if it can run the model and the model computes in bfloat16, otherwise the reference. A
+    # kernel that cannot run the model is an error. Short passes, and with cudnn those behind a shared prefix, take the
+    # reference path. Speed: benchmarks/README.md (accelerator.py); what was checked: ctxjax/models/kernels.py.
+    config.model.attention = "auto"
     # What each layer stores for the backward pass; the rest is recomputed. "none": everything is stored; "dots":
     # products with weights; "full": only the layer's input, for a third more arithmetic; "offload": the layer's input,
     # in host memory.
@@ -87,8 +88,8 @@ def get_config() -> ConfigDict:
     config.prompt.placement = "system"
     config.prompt.date = "26 Jul 2024"  # today's date for templates that write it (Llama 3); the clock is not used
     config.prompt.thinking = config_dict.placeholder(bool)  # Qwen3's enable_thinking; unset: the template's default
-    config.prompt.max_bare_tokens = 0  # most tokens of a prompt without context; 0: those of the longest row
-    config.prompt.max_context_tokens = 0  # most tokens of a prompt with context; 0: those of the longest row
+    config.prompt.max_bare_tokens = 0  # most tokens of a prompt without context; 0: no limit
+    config.prompt.max_context_tokens = 0  # most tokens of a prompt with context; 0: no limit
     config.prompt.overlong = "error"  # a longer row is an error; "drop": leave it out and count it. Never truncated.
 
     config.rollout = ConfigDict()
@@ -217,7 +218,11 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # compares the last number; or "exact", "math", "letter", "yes_no"
+    config.qa_jsonl.grading = "numeric"  # compares the last number; or "exact", "math", "letter", "yes_no",
+    # or "short": the reference in some words or a sentence
+    # A file of the same columns and a column "context": questions under other contexts, with what is right there. Used
+    # for retention and obedience in place of the built-in other contexts. Every second context is held out.
+    config.qa_jsonl.other_rows = ""
     config.qa_jsonl.limit = 0  # number of first rows to read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64  # held out by a hash of the question
@@ -240,6 +245,22 @@ def get_config() -> ConfigDict:
     config.hints.hint = "answer"  # column with the text that only the teacher sees
     config.hints.template = "A solution that may help, which the user does not see:\n\n{hint}"  # the context
     config.hints.grading = "math"  # as qa_jsonl.grading
+
+    config.handbook = ConfigDict()  # task handbook: a document of twelve invented facts, for any model
+    config.handbook.seed = config.get_oneway_ref(
+        "seed"
+    )  # of the subject and all values; another seed, another document
+    config.handbook.subject = "place"  # what the document is about; or "company", "product"
+    config.handbook.style = "list"  # or "prose", "table", "rules"
+    # Length of the document, in about as many tokens; statements about other subjects fill it up. 0: the facts alone,
+    # which have 130 (table) to 220 tokens (rules).
+    config.handbook.tokens = 0
+    config.handbook.train_questions = 0  # at most; 0: all, 216
+    config.handbook.dev_questions = 0  # at most; 0: all, 24
+    config.handbook.test_questions = 0  # at most; 0: all, 192
+
+    config.style = ConfigDict()  # task style: a system prompt that demands a way to reply, with questions of its own
+    config.style.demand = "pirate"  # or "french", "json", "exclaim", "short", "sign": ctxjax/data/styles.jsonl
 
     config.tiny_safety = ConfigDict()  # task tiny_safety: the texts of safety as a world with its own base
     config.tiny_safety.path = config.safety.get_oneway_ref("path")
@@ -267,7 +288,7 @@ def get_config() -> ConfigDict:
         section.path = ""
         section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
         section.limit = 0  # number of first rows to read of each file; 0: all
-    for section in (config.medical, config.safety, config.math, config.hints):
+    for section in (config.medical, config.safety, config.math, config.hints, config.style):
         section.train_questions = 0  # at most; 0: all
         section.dev_questions = 128  # at most, of the tenth that is held out by a hash of the question; 0: all
         section.test_questions = 500  # at most; 0: all
@@ -280,7 +301,7 @@ def get_config() -> ConfigDict:
         section.context_seed = config.get_oneway_ref("seed")
     for section in (config.qa_jsonl, config.medical, config.math):
         section.context_column = ""  # a column of the data with each row's own context
-    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints):
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints, config.style):
         # Other contexts, for retention and to measure obedience: "builtin", the 72 contexts of
         # ctxjax/data/other_contexts.jsonl, or a file of the same form; "": none. Every second one is held out from
         # training.

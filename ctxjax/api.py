@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from ctxjax import rng, sharding
-from ctxjax.data import prompts as prompts_lib, responses
+from ctxjax.data import prompts as prompts_lib, responses, shapes as shapes_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.distill.sampling import SamplingConfig
@@ -87,7 +87,8 @@ def generate(
     tokens = prompts_lib.encode(model.tokenizer, rows, PromptConfig(placement=placement, thinking=thinking))
     model.check_prompts(tokens, max_tokens, "max_tokens")
     prefix = prompts_lib.choose_shared_prefix(tokens)
-    prompts = prompts_lib.left_pad(tokens, max(len(ids) for ids in tokens), model.pad_id, prefix)
+    columns = shapes_lib.make_shape(max(len(ids) for ids in tokens), len(prefix)).columns
+    prompts = prompts_lib.left_pad(tokens, columns, model.pad_id, prefix)
     sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)
     mesh = get_mesh(params)
     ways = sharding.batch_ways(mesh)

@@ -22,6 +22,7 @@ from ctxjax.distill.anchors import ANCHORS, GATES
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.distill.losses import CROSS_ENTROPY, LossConfig
 from ctxjax.distill.optim import SCHEDULES, OptimConfig
+from ctxjax.models.architecture import ATTENTION
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
@@ -299,6 +300,7 @@ def _make_lora(config: ConfigDict) -> LoraConfig | None:
 
 def _check_model(config: Experiment) -> None:
     one_of("model.remat", config.model.remat, POLICIES)
+    one_of("model.attention", config.model.attention, ("auto", *ATTENTION))
     one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
     one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))

@@ -8,7 +8,6 @@ that compares views.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 
@@ -34,13 +33,14 @@ def main(
     apply_flags(config, model, task, context)
     from ctxjax import report
     from ctxjax.host import workdir
+    from ctxjax.inputs import data_record
 
-    evaluation, facts = evaluate(config, split)
-    own = out / NAME
-    own.mkdir(parents=True)
-    workdir.write_text(own / "items.jsonl", "".join(json.dumps(item) + "\n" for item in evaluation.items))
+    evaluation, facts, data = evaluate(config, split)
     line = shlex.join(["python", "-m", "ctxjax.evaluate", *sys.argv[1:]])
-    workdir.write_json(out / "run.json", workdir.collect_facts(config) | facts | {"command": line})
+    facts = workdir.collect_facts(config) | facts | data.facts | {"command": line}
+    evaluation.save(out / NAME, {"step": 0} | workdir.select_code_facts(facts))
+    workdir.write_json(out / "run.json", facts)
+    workdir.write_text(out / data_record.FILE, data.text)
     workdir.write_json(out / "results.json", {NAME: evaluation.metrics})
     print(f"\n{report.results_table({NAME: evaluation.metrics})}\n")
     print(_format_readable(evaluation.metrics))
@@ -67,12 +67,14 @@ def apply_flags(config: ConfigDict, model: str | None, task: str | None, context
 
 
 def evaluate(config: ConfigDict, split: str):
-    """Evaluate config.model.path on a split of config.task, with itself as teacher. Return (Evaluation, facts)."""
+    """Evaluate config.model.path on a split of config.task, with itself as teacher. Return (Evaluation, facts,
+    DataRecord)."""
     from ctxjax import config as config_lib, sharding
     from ctxjax.data import prompts as prompts_lib, splits
     from ctxjax.data.records import format_counts
     from ctxjax.data.tasks import TASKS
     from ctxjax.evaluation.evaluator import Evaluator
+    from ctxjax.inputs.data_record import DataRecord
     from ctxjax.inputs.model_folder import open_folder
 
     experiment = config_lib.experiment(config, jax.device_count(), trains=False)
@@ -95,7 +97,8 @@ def evaluate(config: ConfigDict, split: str):
             f"files left out: {left_out}",
             flush=True,
         )
-        return evaluator(folder.params), {"task": task.facts, "split": split, "rows_left_out": dict(task.skipped)}
+        facts = {"task": task.facts, "split": split, "rows_left_out": dict(task.skipped)}
+        return evaluator(folder.params), facts, DataRecord(task)
 
 
 def suggest_less_memory(config: ConfigDict, device_count: int) -> str:

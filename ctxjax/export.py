@@ -1,9 +1,9 @@
 """Export a trained arm as a Hugging Face folder: ``python -m ctxjax.export --workdir=DIR --out=FOLDER``.
 
 transformers and vLLM open the folder. It has the weights in safetensors shards; config.json, generation config,
-tokenizer and chat template of the source model; and a README.md with the run's results and configuration. A response
-ends at the run's end tokens: those of the student and of its teacher. An adapter is merged into the weights, or written
-in PEFT's format with ``--adapter``.
+tokenizer and chat template of the source model; a README.md with the run's results and configuration; and export.json
+with the digests of these files, for ``python -m ctxjax.audit``. A response ends at the run's end tokens: those of the
+student and of its teacher. An adapter is merged into the weights, or written in PEFT's format with ``--adapter``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ctxjax import config as config_lib, sharding
 from ctxjax.config import Experiment
 from ctxjax.data.tasks import TASKS
 from ctxjax.host import command, memory, workdir as workdir_lib
+from ctxjax.host.checksum import compute_checksums, hash_file
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
 from ctxjax.models import lora, params as params_lib, transformer
@@ -34,6 +35,7 @@ COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+MANIFEST = "export.json"  # what was exported: arm, step, checksums of the weights, sha256 of files
 
 
 class Exported(NamedTuple):
@@ -77,6 +79,7 @@ def export(
             specs, kind = lora.specs(model, config.lora), "float32"
         weights = _describe_weights(None if adapter else source, kind, dtype or kind)
         trained = checkpoint.read_params(checkpoints, step, params_lib.abstract(specs, mesh, kind))
+        origin = {"arm": arm, "step": step, "adapter": adapter, "weights": compute_checksums(trained)}
         if adapter:
             hf_save.save_adapter(partial, trained, model, config.lora, family, name, dtype)
         else:
@@ -91,6 +94,10 @@ def export(
         _write_stop_ids(partial, stop_ids)
         card = model_card(workdir, arm, step, str(source), stored, adapter, weights)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        results = workdir / "results.json"
+        origin["results"] = hash_file(results) if results.exists() else None
+        files = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+        hf_save.write_json(partial / MANIFEST, origin | {"files": files})
     return Exported(arm, step, weights)
 
 

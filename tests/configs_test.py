@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import base, llama3, qwen3, qwen25, recipes
+from configs import base, llama3, qwen3, qwen25, recipes, smollm2
 from ctxjax import config as config_lib
 from ctxjax.data.tasks import TASKS
 from ctxjax.plan import chips
@@ -72,3 +72,22 @@ def test_a_game_cannot_be_run_yet_and_says_so():
 
 def test_every_recipe_is_covered_by_a_setting():
     assert {load(name).task for name in NCA + OTHERS} == set(recipes.RECIPES) - {"file"} | {"qa_jsonl"}
+
+
+@pytest.mark.parametrize("arguments", ["", "handbook", "style", "lora", "style,lora", "lora,handbook"])
+def test_a_real_model_is_an_experiment_on_one_device(arguments):
+    config = smollm2.get_config(arguments)
+    assert set(fields(config)) == set(fields(base.get_config()))
+    experiment = config_lib.experiment(config, 1)
+    assert experiment.task == ("style" if "style" in arguments else "handbook")
+    assert (experiment.lora is not None) == ("lora" in arguments)
+    assert experiment.model.path == smollm2.HUB_ID
+    task = TASKS[experiment.task][1](experiment.task_config)
+    assert len(task.rows("train")) >= experiment.train.batch_size and len(task.rows("dev")) == 24
+
+
+def test_a_real_models_arguments_are_refused_if_unknown_or_two_tasks():
+    with pytest.raises(ValueError, match="'poem' is not known; choose from handbook, style, lora"):
+        smollm2.get_config("poem")
+    with pytest.raises(ValueError, match="'handbook' and 'style' are two tasks; choose one"):
+        smollm2.get_config("handbook,style")

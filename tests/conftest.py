@@ -51,6 +51,22 @@ def two_devices(only):
         yield
 
 
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory) -> tuple[Path, Path]:
+    """The finished run of configs/debug.py, and a model that was exported from it. Tests change copies only."""
+    from forked import run
+
+    from ctxjax import export
+
+    folder = tmp_path_factory.mktemp("debug")
+    workdir, cache, out = folder / "run", folder / "cache", folder / "model"
+    folders = [f"--workdir={workdir}", f"--config.base.cache={cache}", f"--config.compile_cache={cache / 'xla'}"]
+    ended = run("ctxjax.main", ["--config=configs/debug.py", *folders])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert export.export(workdir, out, "off_policy")[:2] == ("off_policy", 3)
+    return workdir, out
+
+
 @pytest.fixture
 def no_page(monkeypatch):
     """Runs in the tests' own process draw no report, which takes seconds."""

@@ -123,7 +123,7 @@ def test_left_padding_by_example():
     padded = prompts.left_pad([[17, 4, 9], [5]], 4, pad_id=0)
     assert padded.tokens_BxP.tolist() == [[0, 17, 4, 9], [0, 0, 0, 5]]
     assert padded.mask_BxP.tolist() == [[False, True, True, True], [False, False, False, True]]
-    with pytest.raises(ValueError, match="3 tokens does not fit into 2"):
+    with pytest.raises(ValueError, match="3 tokens of its own does not fit into 2"):
         prompts.left_pad([[1, 2, 3]], 2, pad_id=0)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from configs import base
 from ctxjax import config as config_lib, evaluate, sharding
+from ctxjax.audit import audit
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.evaluation import views
@@ -84,6 +85,13 @@ def test_the_command_writes_results_and_responses_and_prints_a_table(folder, que
     assert "| model |" in result.stdout and "without context: 0.0 % of the responses are readable" in result.stdout
     run = json.loads((out / "run.json").read_text())
     assert run["command"].startswith("python -m ctxjax.evaluate") and run["task"]["rows"]["test"] == metrics["n"]
+    checks = {check.name: check for check in audit.check_folder(out)}
+    assert [problem for check in checks.values() for problem in check.wrong + check.unchecked] == []
+    assert f"{metrics['n']} questions of test in the views bare, context, empty" in checks["items of model"].text
+    (questions / "rows.jsonl").rename(questions / "moved.jsonl")
+    reasons = [reason for check in audit.check_folder(out) for reason in check.unchecked]
+    (questions / "moved.jsonl").rename(questions / "rows.jsonl")
+    assert reasons and all("the task's data is not here (data file" in reason for reason in reasons)
     again = command(folder, questions, f"--out={out}")
     assert again.returncode == 2 and f"--out={out} exists; choose another" in again.stderr
 
@@ -113,16 +121,16 @@ def test_the_command_says_in_one_line_what_is_missing(folder, questions):
     assert "error: --out is missing; give a folder" in result.stderr
 
 
-def split(batch: int, **lengths: int) -> Split:
-    return Split(None, {}, {}, {}, lengths, {}, batch, 0, {})
+def split(batch: int, **columns: int) -> Split:
+    return Split(None, {}, {}, {}, columns, {}, batch, 0, {})
 
 
 def test_splits_that_are_near_in_size_are_brought_to_one_and_others_stay():
     dev, test = share_shapes([split(20, bare=80, context=40), split(25, bare=70, context=100)])
     assert (dev.batch, test.batch) == (25, 25)
-    assert dev.lengths == {"bare": 80, "context": 40} and test.lengths == {"bare": 80, "context": 100}
+    assert dev.columns == {"bare": 80, "context": 40} and test.columns == {"bare": 80, "context": 100}
     dev, test = share_shapes([split(19, bare=80), split(25, bare=101)])
-    assert (dev.batch, test.batch, dev.lengths["bare"], test.lengths["bare"]) == (19, 25, 80, 101)
+    assert (dev.batch, test.batch, dev.columns["bare"], test.columns["bare"]) == (19, 25, 80, 101)
     assert share_shapes([split(3, bare=7)]) == [split(3, bare=7)]
 
 
@@ -146,7 +154,7 @@ def test_a_second_split_that_is_a_little_larger_is_evaluated_by_the_first_ones_p
 
 @pytest.mark.slow
 def test_without_a_context_there_is_no_context_view(folder, questions):
-    evaluation, facts = evaluate.evaluate(settings(folder, questions), "test")
+    evaluation, facts, _ = evaluate.evaluate(settings(folder, questions), "test")
     assert {item["view"] for item in evaluation.items} == {"bare", "empty", "other"}
     assert "acc_x" in evaluation.metrics and "obedience" in evaluation.metrics
     assert not {"acc_xc", "harm", "view_kl", "distill"} & evaluation.metrics.keys()
@@ -190,5 +198,5 @@ def test_hints_are_distilled_and_the_run_warns_that_they_may_not_transfer(folder
     assert results["opcd_retained"]["distill"] < 0.7 * results["base"]["distill"]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["task"]["contexts"] == "each row's own" and len(run["task"]["data"]) == 2
-    evaluation, _ = evaluate.evaluate(config, "test")
+    evaluation, *_ = evaluate.evaluate(config, "test")
     assert evaluation.items == items(tmp_path / "run" / "base")

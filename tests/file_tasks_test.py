@@ -8,12 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctxjax.data import splits
+from ctxjax.data import prompts, splits
+from ctxjax.data.pipeline import RetentionRows, encode_rows
+from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.records import RecordsConfig
+from ctxjax.data.task import make_evaluation_views
 from ctxjax.data.tasks.hints import Hints, HintsConfig
 from ctxjax.data.tasks.math import FORMAT, Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
+from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.host import hub
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data"
@@ -327,3 +331,67 @@ def test_gsm8k_as_published():
     task = math(GSM8K / "gsm8k_train.jsonl", test_path=str(GSM8K / "gsm8k_test.jsonl"))
     assert len(every_row(task)) + task.skipped.total() == 7473 + 1319 and len(task.rows("test")) == 1319
     splits.check_splits(task)
+
+
+def other_row(context: int, question: int) -> dict:
+    return {"q": f"Under {context}: {question}?", "a": f"{context} {question}", "context": f"Note {context}."}
+
+
+def qa_with_rows(tmp_path, rows: list, **changes) -> QaJsonl:
+    path = written(tmp_path / "rows.jsonl", [{"q": f"{n}?", "a": f"answer {n}"} for n in range(30)])
+    return qa(path, other_rows=written(tmp_path / "others.jsonl", rows), **changes)
+
+
+def test_rows_under_other_contexts_are_split_by_context_and_keep_their_references(tmp_path):
+    task = qa_with_rows(tmp_path, [other_row(c, q) for q in range(3) for c in range(8)], other_contexts_file="builtin")
+    contexts = {split: task.other_contexts(split) for split in splits.SPLITS}
+    assert contexts == {
+        "train": ["Note 0.", "Note 2.", "Note 4.", "Note 6."], "dev": ["Note 3."],
+        "test": ["Note 1.", "Note 5.", "Note 7."],
+    }  # fmt: skip
+    rows = task.rows("test") * 3
+    views = make_evaluation_views(task, rows, "test")
+    assert [row.id for row in views["other"]] == [row.id for row in rows]
+    assert {(row.context, row.question, row.reference) for row in views["other"]} == {
+        (f"Note {c}.", f"Under {c}: {q}?", f"{c} {q}") for c in (1, 5, 7) for q in range(3)
+    }
+    assert all(task.grade(row.reference, row.reference).correct and row.check is None for row in views["other"])
+
+
+def test_retention_draws_every_row_under_a_context_to_train_on(tmp_path):
+    tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+    rows = [{"q": f"#1:{'abcde'[:n]}", "a": "a", "context": f"{c}>b;"} for c in "abcdef" for n in (4, 5)]
+    path = written(tmp_path / "rows.jsonl", [{"q": f"#1:{a}{b}", "a": a} for a in "abcdef" for b in "abc"])
+    task = qa(path, other_rows=written(tmp_path / "others.jsonl", rows), context="f>a;")
+    encoded = encode_rows(tokenizer, task.rows("train"), PromptConfig())
+    retention = RetentionRows.build(tokenizer, task, encoded, PromptConfig())
+    wanted = [row for context in task.other_contexts("train") for row in task.rows_under(encoded.rows[0], context)]
+    assert len(wanted) == 6
+    drawn = {tuple(retention.draw(0, index)[0]) for index in range(200)}
+    assert drawn == {tuple(tokens) for tokens in prompts.encode(tokenizer, wanted, PromptConfig())}
+    assert retention.shape.longest == max(map(len, drawn)) > max(map(len, encoded.bare))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": ""}, "others.jsonl, line 2: no text in column 'context'; it is empty"),
+        ({"q": 7}, "others.jsonl, line 2: no text in column 'q', but int 7"),
+        ({"a": None}, "others.jsonl, line 2: no reference in column 'a'"),
+        ({"a": "  "}, "others.jsonl, line 2: no reference in column 'a'"),
+        ({"context": " Think. "}, "others.jsonl, line 2: this is the context to internalize; remove it"),
+        ({"q": "Under 0: 0?", "context": "Note 0."}, "others.jsonl, line 2: the same as line 1, with another answer"),
+    ],
+)
+def test_a_bad_row_under_another_context_is_named(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        qa_with_rows(tmp_path, [other_row(0, 0), other_row(1, 1) | change, *(other_row(c, 0) for c in range(2, 9))])
+
+
+def test_rows_under_too_few_contexts_or_beside_a_pool_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="others.jsonl has rows under 3 contexts: too few .* qa_jsonl.other_rows"):
+        qa_with_rows(tmp_path, [other_row(c, q) for c in range(3) for q in range(3)])
+    with pytest.raises(ValueError, match="qa_jsonl.other_rows and qa_jsonl.other_contexts_file are both set"):
+        qa_with_rows(tmp_path, [other_row(c, 0) for c in range(8)], other_contexts_file="mine.jsonl")
+    with pytest.raises(FileNotFoundError, match="data file 'none.jsonl' does not exist; set qa_jsonl.other_rows"):
+        qa(tmp_path / "rows.jsonl", other_rows="none.jsonl")

@@ -321,3 +321,32 @@ def test_every_gsm8k_reference_parses_to_itself():
     answers = [json.loads(line)["answer"] for line in GSM8K.read_text(encoding="utf-8").splitlines()]
     right = sum(graders.grade_math(text, math_answers.find_answers(text)[-1]).correct for text in answers)
     assert (right, len(answers)) == (1319, 1319)
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "right"),
+    [
+        ("Oakfield", "Oakfield", True), ("The capital is **Oakfield**.", "Oakfield", True),
+        ("oakfield's harbour", "Oakfield", True), ("Oakfields", "Oakfield", False), ("Oak field", "Oakfield", False),
+        ("It is a Red Fox!", "the red fox", True), ("red, and a fox", "red fox", False), ("fox red", "red fox", False),
+        ("on July 9th, I think", "July 9", True), ("on July 19", "July 9", False), ("July 9", "July 19", False),
+        ("1,840 metres", "1840", True), ("It was 1840.", "1,840", True), ("in 18400", "1840", False),
+        ("between 12 and 1840.0", "1840", True), ("no idea", "1840", False), ("-5", "5", False),
+        ("Yes, it has.", "yes", True), ("No. Yes.", "yes", False), ("nobody yesterday", "no", False),
+        ("<think>Oakfield</think>Ashton", "Oakfield", False), ("", "Oakfield", False), ("", "no", False),
+        ("", "7", False),
+    ],
+)  # fmt: skip
+def test_short_answers(response, reference, right):
+    grade = graders.grade_short(response, graders.read_short(reference))
+    assert grade.correct == right
+    if not response:
+        assert grade.parsed is None and grade.reason == graders.EMPTY
+
+
+def test_a_short_answer_that_is_not_there_has_its_reason():
+    for reference, reason in (("yes", graders.NO_YES_NO), ("12", graders.NO_NUMBER), ("fox", graders.NO_WORDS)):
+        assert graders.grade_short("...", reference) == graders.Grade(None, False, reason)
+    assert graders.read_short(True) == "yes" and graders.read_short(12) == "12"
+    with pytest.raises(ValueError, match="'the' cannot be a reference"):
+        graders.read_short("the")

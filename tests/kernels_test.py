@@ -1,6 +1,8 @@
 """Kernels of accelerators give what the reference path gives, in the interpreter or on XLA's own attention."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 
 from ctxjax.models import kernels
-from ctxjax.models.attention import attention, kernel_for
+from ctxjax.models.architecture import LayerKind, ModelConfig
+from ctxjax.models.attention import Window, attention, choose_kind, kernel_for
 from ctxjax.sharding import batch_spec, put_batch, weight_spec
 from ctxjax.types import PrefixKV
 
@@ -84,14 +87,73 @@ def test_cudnn_is_called_so_that_its_causal_mask_is_ours(mesh8, length, monkeypa
     assert set(seen) == {length + length % 2}
 
 
-def test_a_kernel_that_these_devices_cannot_run_is_an_error_and_auto_takes_none(mesh):
-    q = inputs(mesh, 2, 256, 0)[0].astype(jnp.bfloat16)
-    assert kernel_for("auto", q, None) is None and kernel_for("reference", q, None) is None
-    for name in ("splash", "cudnn"):
-        with pytest.raises(
-            ValueError, match=f"model.attention = '{name}' runs on .*, and the devices are cpu; use 'auto'"
-        ):
-            kernel_for(name, q, None)
+CPU, TPU = (SimpleNamespace(platform=name) for name in ("cpu", "tpu"))
+T4, H100, MI300 = (SimpleNamespace(platform="gpu", compute_capability=version) for version in ("7.5", "9.0", "gfx942"))
+LLAMA = ModelConfig(512, 256, 2, 4, 2, 64, 512, dtype="bfloat16")
+GEMMA = dataclasses.replace(LLAMA, layer_kinds=(LayerKind(window=4), LayerKind()))
+EXACT, WIDE, ODD = (
+    dataclasses.replace(LLAMA, **change) for change in ({"dtype": "float32"}, {"head_dim": 256}, {"head_dim": 36})
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "kind"),
+    [
+        (CPU, LLAMA, "reference"), (CPU, EXACT, "reference"), (TPU, LLAMA, "splash"), (TPU, WIDE, "splash"),
+        (TPU, ODD, "splash"), (TPU, EXACT, "reference"), (TPU, GEMMA, "reference"), (H100, LLAMA, "cudnn"),
+        (H100, EXACT, "reference"), (H100, GEMMA, "reference"), (H100, WIDE, "reference"), (H100, ODD, "reference"),
+        (T4, LLAMA, "reference"), (MI300, LLAMA, "reference"),
+    ],
+)  # fmt: skip
+def test_auto_takes_the_kernel_of_the_devices_if_it_can_run_the_model(device, model, kind):
+    assert choose_kind("auto", model, device) == kind
+    assert choose_kind("reference", model, device) == "reference"
+    if kind != "reference":
+        assert choose_kind(kind, model, device) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "model", "message"),
+    [
+        ("splash", CPU, LLAMA, "'splash' runs on tpu, and the devices are cpu; use 'auto'"),
+        ("cudnn", CPU, LLAMA, "'cudnn' runs on gpu, and the devices are cpu; use 'auto'"),
+        ("splash", TPU, GEMMA, "'splash' has no windows, and layers of the model have; use 'auto'"),
+        ("cudnn", H100, EXACT, "'cudnn' has no float32, and model.dtype is float32; use 'auto'"),
+        ("cudnn", H100, WIDE, "'cudnn' takes a head_dim of at most 128 that 8 divides, and the model's is 256; use"),
+        ("cudnn", H100, ODD, "that 8 divides, and the model's is 36; use 'auto'"),
+        ("cudnn", T4, LLAMA, "needs a compute capability of 8.0 or more, and the devices have 7.5; use 'auto'"),
+    ],
+)
+def test_a_kernel_that_cannot_run_the_model_on_the_devices_is_an_error(kind, device, model, message):
+    with pytest.raises(ValueError, match=f"model.attention = .*{message}"):
+        choose_kind(kind, model, device)
+    if (kind, model) != ("cudnn", EXACT):
+        return
+    assert choose_kind("splash", EXACT, TPU) == "splash"  # by name at any precision
+
+
+def test_passes_that_a_kernel_does_not_know_take_the_reference_path():
+    q, short = (jnp.zeros((1, 4, columns, 64), jnp.bfloat16) for columns in (128, 127))
+    prefix, window = PrefixKV(q[0], q[0]), Window(4, jnp.arange(128)[None])
+    assert kernel_for("splash", q, prefix) is kernels.splash and kernel_for("cudnn", q, None) is kernels.cudnn
+    for kind, shape, before, seen in [
+        ("splash", short, None, None), ("cudnn", short, None, None), ("splash", q, None, window),
+        ("cudnn", q, None, window), ("cudnn", q, prefix, None), ("reference", q, None, None),
+    ]:  # fmt: skip
+        assert kernel_for(kind, shape, before, seen) is None
+
+
+def test_the_library_takes_what_splash_gives_its_private_function(monkeypatch):
+    """Fails if a new JAX has another one: then read its backward pass again, and mend ``_run_backward``."""
+    kernels.check_splash()
+    monkeypatch.setattr(kernels.kernel_lib, "_splash_attention_bwd", lambda save_residuals, res, do: None)
+    for kind in ("auto", "splash"):
+        with pytest.raises(ValueError, match=f"JAX {jax.__version__}, .*model.attention=reference"):
+            choose_kind(kind, LLAMA, TPU)
+    monkeypatch.setattr(kernels, "kernel_lib", None)  # a JAX without splash: only who wants it needs it
+    with pytest.raises(ValueError, match=f"JAX {jax.__version__}, .*model.attention=reference"):
+        choose_kind("auto", LLAMA, TPU)
+    assert choose_kind("auto", LLAMA, H100) == "cudnn" and choose_kind("reference", LLAMA, TPU) == "reference"
 
 
 @pytest.mark.slow

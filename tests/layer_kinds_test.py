@@ -212,20 +212,13 @@ def test_layers_that_are_alike_carry_no_kinds(tiny_model, make_params, make_rows
     assert carried((LayerKind(window=4), GLOBAL))[1] > 0
 
 
-def test_layers_with_a_window_take_no_kernel(mesh, monkeypatch):
-    monkeypatch.setattr(attention, "platform", lambda: "gpu")
-    q, window = jnp.zeros((1, 4, 256, 8), jnp.bfloat16), attention.Window(4, jnp.arange(256)[None])
-    for kind in ("auto", "cudnn"):
-        assert attention.kernel_for(kind, q, None) is not None
-        assert attention.kernel_for(kind, q, None, window) is None
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"layer_kinds": (GLOBAL,)}, "layer_kinds has 1 entries for 2 layers; give one each"),
         ({"layer_kinds": (LayerKind(window=-1), GLOBAL)}, r"layer_kinds has the windows \[-1, 0\]; use tokens above 0"),
         ({"activation": "relu"}, "activation = 'relu' is not known; choose from silu, gelu_tanh"),
+        ({"attention": "auto"}, "attention = 'auto' is not known; choose from reference, splash, cudnn"),
     ],
 )
 def test_an_architecture_that_cannot_be_is_refused(change, message, tiny_model):

@@ -12,7 +12,7 @@ import pytest
 from configs import tiny
 from ctxjax import config as config_lib
 from ctxjax.inputs import base_model
-from ctxjax.models import params as params_lib, transformer
+from ctxjax.models import attention, params as params_lib, transformer
 from ctxjax.plan import architectures, chips, flops, hlo, run
 from ctxjax.plan.chips import Chip
 from ctxjax.plan.remedies import choose_remedies, estimate_remedies
@@ -221,7 +221,9 @@ def test_the_plan_of_a_world_for_local_devices(small):
     assert 2 * weights <= result["bytes"]["optimiser moments"] <= 2 * weights + 16
     assert result["bytes"]["temporaries"] > 0 and result["collectives"]["all-gather"]["sent_bytes"] > 0
     assert result["total_bytes"] == sum(result["bytes"].values())
-    assert "prompts of 10 and 18 tokens" in result["step"] and "verdict" not in result
+    assert "bare 10 after 0 shared tokens (longest 10); context 18 after 0" in result["batch"]
+    assert "float32, reference attention" in result["step"]
+    assert "verdict" not in result
     with pytest.raises(ValueError, match="--arm=nope is not known; choose from run_arms: opcd"):
         run.plan(small, None, 8, "nope")
 
@@ -250,3 +252,32 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there(small):
     assert quick["verdict"] == "fits" and quick["collectives"] is None
     full = run.plan(small, "v5e:2x4", None, effort="full")
     assert quick["bytes"]["temporaries"] == pytest.approx(full["bytes"]["temporaries"], rel=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not chips.has_libtpu(), reason="libtpu is not installed")
+def test_the_plan_of_a_tpu_has_its_attention_kernel_in_the_step(small, monkeypatch):
+    """Behind a shared prefix too. The kernels are those of the planned devices, not of the host."""
+    long, seen = small.copy_and_resolve_references(), []
+    long.prompt.max_bare_tokens, long.prompt.max_context_tokens = 140, 300
+    long.model.dtype = "bfloat16"
+    run_kernel = attention.KERNELS["splash"]
+    monkeypatch.setitem(
+        attention.KERNELS, "splash", lambda *arguments: seen.append(arguments[-1] is None) or run_kernel(*arguments)
+    )
+    result = run.plan(long, "v5e:2x4", None, effort="memory")
+    assert result["verdict"] == "fits" and "bfloat16, splash attention" in result["step"]
+    assert set(seen) == {True, False}
+    long.model.attention = "reference"
+    seen.clear()
+    plain = run.plan(long, "v5e:2x4", None, effort="memory")
+    assert "bfloat16, reference attention" in plain["step"] and not seen
+    long.model.attention = "cudnn"
+    with pytest.raises(ValueError, match="'cudnn' runs on gpu, and the devices are tpu; use 'auto'"):
+        run.plan(long, "v5e:2x4", None, effort="memory")
+
+
+@pytest.mark.skipif(not chips.has_libtpu(), reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:1x1", "v5e:2x4", "v5p:2x2x2", "v6e:1x1"])
+def test_a_slice_has_its_chips(topology):
+    assert len(chips.make_tpu_devices(topology)) == chips.count_chips(topology)

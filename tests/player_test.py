@@ -135,19 +135,20 @@ def test_the_clock_says_what_the_device_waits_for():
 # --- A training step ---
 
 
-def make_source(world, folder, sampling, mesh, retention=True):
+def make_source(world, folder, sampling, mesh, retention=True, notes=None):
     rows = world.rows("train")
     encoded = encode_rows(folder.tokenizer, rows, PROMPT, longest_turns(world, rows))
     others = RetentionRows.build(folder.tokenizer, world, encoded, PROMPT) if retention else None
     return GameEpisodes(
         player=Player(world, folder, PROMPT, 4, mesh), student=lambda state: state, folder=folder, rows=encoded,
         retention=others, prompt=PROMPT, sampling=sampling, boards=4, retained=2, max_turns=world.max_turns, seed=0,
-        mesh=mesh,
+        mesh=mesh, note=lambda number, drawn: None if notes is None else notes.append((number, drawn)),
     )  # fmt: skip
 
 
 def test_a_step_has_the_turns_of_whole_episodes_and_empty_places_after_them(world, folder, sampling, mesh, expert):
-    source = make_source(world, folder, sampling, mesh)
+    notes = []
+    source = make_source(world, folder, sampling, mesh, notes=notes)
     inputs = jax.device_get(source.next(None, 7))
     shapes = jax.tree.map(np.shape, inputs)
     (example,) = source.examples(7)
@@ -167,6 +168,9 @@ def test_a_step_has_the_turns_of_whole_episodes_and_empty_places_after_them(worl
             assert bare[place] == bare[place // 5 * 5] and not rollout.logprobs_BxT[place].any()
     said = rollout.tokens_BxT[1][rollout.mask_BxT[1]]
     assert said[-1] == folder.stop_ids[0] and rollout.logprobs_BxT[1][rollout.mask_BxT[1]].tolist() == [-0.5] * 7
+    ((number, drawn),) = notes
+    assert number == 8 and prompts.unpad(drawn.batch.bare) == prompts.unpad(batch.bare)[::5] and len(drawn.others) == 2
+    assert prompts.unpad(drawn.batch.other) == prompts.unpad(batch.other)[::5]
     # Retention: episodes under other legends, played with them.
     assert other.tokens_BxT.shape == (2 * 5, 8) and other.mask_BxT.any(axis=1).reshape(2, 5)[:, :2].all()
     texts = folder.tokenizer.batch_decode(prompts.unpad(batch.other))

@@ -213,10 +213,10 @@ def test_the_shared_prefix_is_the_longest_that_leaves_every_prompt_a_token(token
 
 
 def test_left_padding_behind_a_prefix_by_example():
-    padded = prompts_lib.left_pad([[17, 4, 9, 8], [17, 4, 5]], 5, pad_id=0, prefix=[17, 4])
+    padded = prompts_lib.left_pad([[17, 4, 9, 8], [17, 4, 5]], 3, pad_id=0, prefix=[17, 4])
     assert padded.tokens_BxP.tolist() == [[0, 9, 8], [0, 0, 5]]
     assert padded.mask_BxP.tolist() == [[False, True, True], [False, False, True]]
     assert padded.prefix_C.tolist() == [17, 4]
     assert prompts_lib.left_pad([[17]], 2, pad_id=0).prefix_C is None
     with pytest.raises(ValueError, match="prompt 1 does not start with the 2 tokens"):
-        prompts_lib.left_pad([[17, 4, 9], [17, 5, 9]], 5, pad_id=0, prefix=[17, 4])
+        prompts_lib.left_pad([[17, 4, 9], [17, 5, 9]], 3, pad_id=0, prefix=[17, 4])

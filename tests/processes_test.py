@@ -12,6 +12,7 @@ from forked import Command
 import jax
 import pytest
 
+from ctxjax.audit import audit
 from ctxjax.host import command, processes
 from ctxjax.training.checkpoint import saved_steps
 
@@ -96,7 +97,9 @@ def test_two_processes_have_the_same_metrics_as_one(runs):
         for name, value in row.items():
             if name not in ("tokens_per_second", "time"):
                 assert two[step][name] == pytest.approx(value, rel=1e-5, abs=1e-5), (step, name)
-    assert (folder / "one/opcd/items.jsonl").read_text() == (folder / "two/opcd/items.jsonl").read_text()
+    for name in ("opcd/items.jsonl", "opcd/rows.jsonl", "data.jsonl"):
+        assert (folder / "one" / name).read_text() == (folder / "two" / name).read_text()
+    assert [problem for check in audit.check_folder(folder / "two") for problem in check.wrong + check.unchecked] == []
     assert "Acc_x" in both.read_output(0) and "report:" in both.read_output(0)
     assert "Acc_x" not in both.read_output(1) and "step/s" not in both.read_output(1)
     assert (folder / "two" / "report.html").exists()

@@ -229,11 +229,11 @@ def test_padding_and_a_prefix_of_any_lists_can_be_undone(start, rests, more, pad
     prefix = prompts.find_common_prefix(lists)
     assert prefix[: len(start)] == start and all(ids[: len(prefix)] == prefix for ids in lists)
     assert len({tuple(ids[: len(prefix) + 1]) for ids in lists}) > 1 or prefix == min(lists, key=len)
-    length = max(map(len, lists)) + more
     for shared in ([], start):
-        padded = prompts.left_pad(lists, length, pad, shared)
+        columns = max(map(len, lists)) - len(shared) + more
+        padded = prompts.left_pad(lists, columns, pad, shared)
         assert prompts.unpad(padded) == lists
-        assert padded.tokens_BxP.shape == (len(lists), length - len(shared))
+        assert padded.tokens_BxP.shape == (len(lists), columns)
         assert padded.mask_BxP[:, -1].all() and (np.diff(padded.mask_BxP.astype(int), axis=1) >= 0).all()
         whole = prompts.expand_prefix(padded, pad)
         assert whole.prefix_C is None and prompts.unpad(whole) == lists

@@ -88,7 +88,7 @@ def test_the_built_in_pool_has_sixty_checkable_contexts_and_its_halves_are_disjo
     held_out = dev + test
     assert len(train) >= 30 and len(dev) >= 12 and len(test) >= 24 and len({*train, *held_out}) == 72
     row = Row("1", "?", "own", "No")
-    rows = [pool.swap_context(row, text) for text in train + held_out]
+    rows = [under for text in train + held_out for under in pool.rows_under(row, text)]
     assert all(under.check is not None and under.context != "own" for under in rows)
     demands = [{under.check for under in half} for half in (rows[: len(train)], rows[len(train) :])]
     # A demand that is trained on is not the one that is tested, but for those without an argument.
@@ -98,7 +98,12 @@ def test_the_built_in_pool_has_sixty_checkable_contexts_and_its_halves_are_disjo
 
 def test_no_answer_obeys_much_of_the_pool_by_chance(pool):
     row = Row("1", "?", "own", "No")
-    rows = [pool.swap_context(row, text) for split in ("train", "dev", "test") for text in pool.select(split)]
+    rows = [
+        under
+        for split in ("train", "dev", "test")
+        for text in pool.select(split)
+        for under in pool.rows_under(row, text)
+    ]
     for response in ("<answer>yes</answer>", "The answer is 42.", "I cannot help with that, since it is harmful."):
         assert sum(grade_check(under.check, response).correct for under in rows) < 0.25 * len(rows)
 
@@ -114,7 +119,7 @@ def test_a_pool_of_ones_own_may_be_of_strings_and_is_then_graded_by_the_task(tmp
     mine = other(tmp_path, '"Be brief."', '"Be kind."', '"Be precise."', '"Be calm."')
     assert mine.select("train") == ["Be brief.", "Be precise."]
     assert mine.select("test") == ["Be kind."] and mine.select("dev") == ["Be calm."]
-    assert mine.swap_context(Row("1", "?", None, "No"), "Be kind.") == Row("1", "?", "Be kind.", "No")
+    assert mine.rows_under(Row("1", "?", None, "No"), "Be kind.") == [Row("1", "?", "Be kind.", "No")]
 
 
 def test_where_some_held_out_contexts_have_a_check_only_those_measure_obedience(tmp_path):

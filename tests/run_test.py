@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from configs import tiny
 from ctxjax import config as config_lib, sharding
+from ctxjax.audit import audit
 from ctxjax.data import prompts
 from ctxjax.data.worlds import rules
 from ctxjax.distill.train_step import StepConfig, init_state, rollout_step
@@ -176,6 +177,9 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(rank, finished, cache, r
     after = [row["loss"] for row in read_rows(again / arm / "metrics.jsonl") if "loss" in row]
     assert len(before) == 4 and after == before
     assert results[arm]["view_kl"] == uninterrupted[arm]["view_kl"]
+    assert read_rows(again / arm / "rows.jsonl") == read_rows(workdir / arm / "rows.jsonl")
+    checks = list(audit.check_folder(again))
+    assert [problem for check in checks for problem in check.wrong + check.unchecked] == []
 
 
 def read_last_params(workdir: Path, arm: str, cache: Path) -> dict[str, np.ndarray]:
@@ -285,8 +289,12 @@ def test_the_sizes_of_parameters_and_optimiser_are_printed_once(cache, capsys):
     config.arms.twin = config.arms.opcd_retained.copy_and_resolve_references()
     config.run_arms, config.lora.rank, config.eval.every = ("opcd_retained", "twin"), 2, 0
     run_once(config, cache / "sizes")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters: ")]
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.startswith("parameters: ")]
     assert len(lines) == 1
+    (model,) = (line for line in printed if line.startswith("model: "))
+    assert model.endswith("; float32, reference attention")
+    assert json.loads((cache / "sizes" / "run.json").read_text())["arithmetic"] == "float32, reference attention"
     # Rank 2 on matrices of 32 x 32, 32 x 16 (twice), 32 x 32 and 32 x 48 (three times); Adam keeps two moments.
     assert lines[0].startswith("parameters: 928 trained (3.71 kB), ") and lines[0].endswith("optimiser: 7.43 kB")
 

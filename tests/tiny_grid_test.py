@@ -79,7 +79,7 @@ def test_the_environment_follows_the_legend_also_where_the_player_does_not_see_i
 
 
 def test_under_another_legend_the_same_board_looks_different(world, row):
-    other = world.swap_context(row, "".join(DEFAULT.pairs()))
+    (other,) = world.rows_under(row, "".join(DEFAULT.pairs()))
     assert (other.id, other.question) == (row.id, "acddddbdc|")
     assert world.play(other, ["lo", "lo"]).correct and not world.play(other, ["ka", "ka"]).correct
 

@@ -83,9 +83,9 @@ def test_the_reference_follows_the_context_in_all_its_wordings(world):
     for wording in range(len(tiny_safety.WORDINGS)):
         instruction = Instruction("a question", "right", "wrong", "in stars")
         assert tiny_safety.parse_instruction(instruction.text(wording)) == instruction
-        assert world.swap_context(row, instruction.text(wording)).reference == "*right*"
+        assert world.rows_under(row, instruction.text(wording))[0].reference == "*right*"
         other = instruction._replace(property="tagged", format="as a sentence")
-        assert world.swap_context(row, other.text(wording)).reference == "It is wrong."
+        assert world.rows_under(row, other.text(wording))[0].reference == "It is wrong."
     with pytest.raises(ValueError, match="has none of the wordings"):
         tiny_safety.parse_instruction("Be kind.")
 
@@ -95,7 +95,7 @@ def test_the_target_asks_for_the_label_and_a_paraphrase_asks_for_the_same(world)
     assert {row.reference for row in rows} == {"<answer>yes</answer>", "<answer>no</answer>"}
     for row in rows:
         text = world.paraphrase(row, np.random.default_rng(0))
-        assert text != row.context and world.swap_context(row, text).reference == row.reference
+        assert text != row.context and world.rows_under(row, text)[0].reference == row.reference
 
 
 def test_the_base_never_sees_the_target_a_held_out_context_or_a_text_of_dev_or_test(world, drawn):

@@ -56,6 +56,7 @@ def test_a_run_may_move_to_another_mesh_and_may_not_become_another(tmp_path, fac
     config = json.loads(json.dumps(facts["config"]))
     config["mesh"]["tensor"], config["train"]["keep"], config["cpu_devices"] = 2, 5, 1
     config["train"]["micro_batches"], config["model"]["remat"], config["rollout"]["weights"] = 2, "full", "stored"
+    config["model"]["attention"] = "cudnn"
     workdir.check_workdir(tmp_path, config)
     config["train"]["batch_size"] = 64
     with pytest.raises(ValueError, match=r"another configuration(.|\n)*  train.batch_size: 32 -> 64$"):

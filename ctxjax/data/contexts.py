@@ -8,11 +8,14 @@ without a check, obedience is the accuracy of the task.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+from ctxjax.data import splits
 from ctxjax.data.grading.response_checks import Check, parse_check
-from ctxjax.data.records import Reader, hash_text, read_context
+from ctxjax.data.records import Reader, Record, hash_text, read_context
 from ctxjax.data.task import Row
 from ctxjax.types import bounded
 
@@ -102,8 +105,7 @@ class OtherContexts:
             text = (reader.get_texts(record, "context") or [None])[0] if is_object else reader.get_text(record)
             if text is None:
                 continue
-            if text.strip() in own:
-                raise ValueError(f"{record.where}: this is the context to internalize; remove it from this file")
+            _refuse_internalized(record, text, own)
             check = parse_check(record.value, record.where) if is_object else None
             if reader.is_new(record, seen, text, check):
                 self._checks[text] = check
@@ -119,16 +121,73 @@ class OtherContexts:
                 f"{', two of rows 2, 4, 6, ... with a check' if with_check else ''}, or set "
                 f"{section}.other_contexts_file to builtin, or to nothing for no pool"
             )
-        dev = held_out[1::3]
-        self._splits = {"train": texts[::2], "dev": dev, "test": [text for text in held_out if text not in dev]}
+        self._splits = _split_contexts(texts[::2], held_out)
 
     def select(self, split: str) -> list[str]:
         """Return the contexts of "train", "dev" or "test". No two splits share one."""
         return self._splits[split]
 
-    def swap_context(self, row: Row, context: str) -> Row:
+    def rows_under(self, row: Row, context: str) -> list[Row]:
         """Return the question under a context of the pool, with the context's check."""
-        return row._replace(context=context, check=self._checks.get(context))
+        return [row._replace(context=context, check=self._checks.get(context))]
+
+
+class OtherRows:
+    """Other contexts that come with their own questions and references: a file of the user's rows.
+
+    The contexts are split, in the order of their first rows, as those of ``OtherContexts``; a context's questions go
+    with it. ``columns``: those of the question and the reference; the context is in "context". ``read``: a value ->
+    reference.
+
+    Raises ValueError if a row cannot be used, or if there are fewer than four contexts.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        field: str,
+        columns: tuple[str, str],
+        read: Callable[[Any], str],
+        reader: Reader,
+        internalized: list[str],
+    ):
+        self._rows: dict[str, list[Row]] = {}
+        own, seen = {text.strip() for text in internalized}, {}
+        for record in reader.read(path, field=field):
+            texts = reader.get_texts(record, columns[0], "context")
+            reference = texts and reader.get_reference(record, columns[1], read)
+            if not reference:
+                continue
+            question, context = texts
+            _refuse_internalized(record, context, own)
+            key = hash_text(f"{context}\n{splits.normalize(question)}")[:16]
+            if reader.is_new(record, seen, key, reference):
+                self._rows.setdefault(context, []).append(Row(key, question, context, reference))
+        if len(self._rows) < 4:
+            raise ValueError(
+                f"{path} has rows under {len(self._rows)} contexts: too few to hold out different ones for dev and for "
+                f"test; give at least four, or set {field} to nothing"
+            )
+        self._splits = _split_contexts(list(self._rows)[::2], list(self._rows)[1::2])
+
+    def select(self, split: str) -> list[str]:
+        """Return the contexts of "train", "dev" or "test". No two splits share one."""
+        return self._splits[split]
+
+    def rows_under(self, row: Row, context: str) -> list[Row]:
+        """Return the context's own questions."""
+        return self._rows[context]
+
+
+def _refuse_internalized(record: Record, context: str, internalized: set[str]) -> None:
+    if context.strip() in internalized:
+        raise ValueError(f"{record.where}: this is the context to internalize; remove it from this file")
+
+
+def _split_contexts(train: list[str], held_out: list[str]) -> dict[str, list[str]]:
+    """Return the contexts by split; every third of ``held_out`` is for dev, the others are for test."""
+    dev = held_out[1::3]
+    return {"train": train, "dev": dev, "test": [text for text in held_out if text not in dev]}
 
 
 def has_context_per_row(rows: list[Row]) -> bool:

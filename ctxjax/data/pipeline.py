@@ -8,31 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
 from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.shapes import ViewShape
 from ctxjax.data.task import Row, Task, longest_turns
 from ctxjax.types import Batch
+
+# Pairs of question and other context that are drawn for one retention row before it is an error.
+DRAWS = 1000
+MOST_QUESTIONS = 2**20  # numbers that choose a question under a context
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
     """The rows of a split that fit the length limits, tokenized in both views.
 
-    ``bare``, ``context``: token ids of every row's prompt, without and with the context. ``lengths``: the prompt length
-    of each view, in tokens. ``prefixes``: the shared prefix of each view's prompts, or []
-    (prompts.choose_shared_prefix). ``dropped``: how many rows were too long.
+    ``bare``, ``context``: token ids of every row's prompt, without and with the context. ``prefixes``: the shared
+    prefix of each view's prompts, or [] (prompts.choose_shared_prefix). ``dropped``: how many rows were too long.
+    ``longest``: by view, the token ids of every episode's longest turn; the prompts themselves if it has one turn.
     """
 
     rows: list[Row]
     bare: list[list[int]]
     context: list[list[int]]
-    lengths: dict[str, int]
     prefixes: dict[str, list[int]]
     dropped: int
+    longest: dict[str, list[list[int]]]
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, ViewShape]:
+        """The shape of each view's prompts in a batch."""
+        return shapes_lib.find_shapes(self.longest, self.prefixes)
+
+    def describe_outliers(self) -> str:
+        """Return a warning if a few long rows pad all others (shapes.describe_outliers)."""
+        return shapes_lib.describe_outliers(self.longest, self.prefixes)
 
 
 def encode_rows(tokenizer, rows: list[Row], config: PromptConfig, longest: list[Row] | None = None) -> EncodedRows:
@@ -46,27 +62,37 @@ def encode_rows(tokenizer, rows: list[Row], config: PromptConfig, longest: list[
         bare = prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config)
         return {"bare": bare, "context": prompts_lib.encode(tokenizer, rows, config)}
 
-    views = encode_views(rows)
-    further = {view: [] for view in views} if longest in (None, rows) else encode_views(longest)
-    kept, lengths = prompts_lib.keep_fitting_rows(rows, {v: further[v] or views[v] for v in views}, config)
-    chosen = {view: [tokens[index] for index in kept] for view, tokens in views.items()}
-    prefixes = {view: prompts_lib.choose_shared_prefix(tokens + further[view]) for view, tokens in chosen.items()}
-    return EncodedRows(
-        [rows[index] for index in kept],
-        **chosen,
-        lengths=lengths,
-        prefixes=prefixes,
-        dropped=len(rows) - len(kept),
-    )
+    def choose(views: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        return {view: [tokens[index] for index in kept] for view, tokens in views.items()}
+
+    first = encode_views(rows)
+    whole = first if longest in (None, rows) else encode_views(longest)
+    kept = prompts_lib.keep_fitting_rows(rows, whole, config)
+    chosen = choose(first)
+    ends = chosen if whole is first else choose(whole)
+    alike = chosen if whole is first else {view: chosen[view] + ends[view] for view in chosen}
+    prefixes = {view: prompts_lib.choose_shared_prefix(tokens) for view, tokens in alike.items()}
+    dropped = len(rows) - len(kept)
+    return EncodedRows([rows[index] for index in kept], **chosen, prefixes=prefixes, dropped=dropped, longest=ends)
+
+
+class OtherRow(NamedTuple):
+    """A retention row: the places of a training row and of another context, and a number that chooses among the
+    questions that may be asked under this context (modulo their count)."""
+
+    row: int
+    context: int
+    question: int
 
 
 @dataclasses.dataclass(frozen=True)
 class RetentionRows:
     """Questions under other contexts, (c', x'): a new pair is drawn from the task's pool for every row of every step.
 
-    ``length``: the length of all prompts, prompt.max_context_tokens or else that of the longest question under the
-    longest context, in tokens. ``prefix``: the shared prefix of all prompts, or [] (prompts.choose_shared_prefix). A
-    pair that is longer or does not start with ``prefix`` is rare; it is drawn again.
+    ``longest``: the prompts of the longest question under every context that fits, or of the context's own questions if
+    it has some. No prompt is longer than the longest of them. ``prefix``: the shared prefix of all prompts, or []
+    (prompts.choose_shared_prefix). A pair that is longer or does not start with ``prefix`` is rare; another one is
+    drawn. ``left_out``: contexts that are too long for prompt.max_context_tokens.
     """
 
     tokenizer: object
@@ -74,8 +100,9 @@ class RetentionRows:
     rows: list[Row]
     contexts: list[str]
     prompt: PromptConfig
-    length: int
+    longest: list[list[int]]
     prefix: list[int]
+    left_out: int
 
     @classmethod
     def build(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
@@ -84,42 +111,65 @@ class RetentionRows:
         if not contexts:
             raise ValueError(
                 "loss.mu > 0 needs other contexts to retain, and this task has none; give a file of them "
-                "(qa_jsonl.other_contexts_file), or leave out the arms with retention (run_arms)"
+                "(qa_jsonl.other_contexts_file or other_rows), or leave out the arms with retention (run_arms)"
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
-        trials = longest_turns(task, [longest._replace(context=c) for c in contexts])
-        trials = prompts_lib.encode(tokenizer, trials, config)
-        length = config.max_context_tokens or max(len(tokens) for tokens in trials)
-        fitting = [context for context, tokens in zip(contexts, trials) if len(tokens) <= length]
+        asked = [row for context in contexts for row in task.rows_under(longest, context)]
+        asked = longest_turns(task, asked)
+        prompts = zip(asked, prompts_lib.encode(tokenizer, asked, config))
+        limit = config.max_context_tokens or np.inf
+        trials = [(row.context, tokens) for row, tokens in prompts if len(tokens) <= limit]
+        fitting = list(dict.fromkeys(context for context, _ in trials))
         if not fitting:
             raise ValueError(
-                f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {length} together "
+                f"none of the {len(contexts)} other contexts fits into prompt.max_context_tokens = {limit} together "
                 "with the longest question; raise the limit"
             )
+        trials = [tokens for _, tokens in trials]
         prefix = prompts_lib.choose_shared_prefix(trials)
         if prefix:  # encoding all questions is slow, so do it only if there is a prefix to confirm
-            rows = [row._replace(context=fitting[0]) for row in encoded.rows]
+            rows = list(dict.fromkeys(under for row in encoded.rows for under in task.rows_under(row, fitting[0])))
             prefix = prompts_lib.choose_shared_prefix(trials + prompts_lib.encode(tokenizer, rows, config))
-        return cls(tokenizer, task, encoded.rows, fitting, config, length, prefix)
+        return cls(tokenizer, task, encoded.rows, fitting, config, trials, prefix, len(contexts) - len(fitting))
 
-    def draw(self, seed: int, index: int) -> list[int]:
-        """Return the tokens of retention row ``index`` of the run."""
-        return self._draw(seed, index)[1]
+    @functools.cached_property
+    def shape(self) -> ViewShape:
+        """The shape of the prompts in a batch."""
+        return shapes_lib.find_shapes({"other": self.longest}, {"other": self.prefix})["other"]
 
-    def draw_row(self, seed: int, index: int) -> Row:
-        """Return retention row ``index`` of the run itself: the first turn of an episode under another context."""
-        return self._draw(seed, index)[0]
+    def describe_outliers(self) -> str:
+        """Return a warning if a few long contexts pad all rows (shapes.describe_outliers)."""
+        return shapes_lib.describe_outliers({"other": self.longest}, {"other": self.prefix})
 
-    def _draw(self, seed: int, index: int) -> tuple[Row, list[int]]:
-        rng = np.random.default_rng([seed, index])
-        while True:
-            row, context = self.rows[rng.integers(len(self.rows))], self.contexts[rng.integers(len(self.contexts))]
-            row = self.task.swap_context(row, context)
-            (longest,) = longest_turns(self.task, [row])
-            tokens = prompts_lib.encode(self.tokenizer, [longest], self.prompt)[0]
-            own = len(tokens) - len(self.prefix)
-            if 0 < own <= self.length - len(self.prefix) and tokens[: len(self.prefix)] == self.prefix:
-                return row, tokens
+    def find_row(self, drawn: OtherRow) -> Row:
+        """Return what was drawn: a question under another context."""
+        asked = self.task.rows_under(self.rows[drawn.row], self.contexts[drawn.context])
+        return asked[drawn.question % len(asked)]
+
+    def draw(self, seed: int, index: int) -> tuple[list[int], OtherRow]:
+        """Return the tokens of retention row ``index`` of the run, and what was drawn.
+
+        Raises ValueError if DRAWS pairs do not fit.
+        """
+        rng, shared = np.random.default_rng([seed, index]), len(self.prefix)
+        for _ in range(DRAWS):
+            drawn = draw_other(rng, len(self.rows), len(self.contexts))
+            rows = [self.find_row(drawn)]
+            longest = longest_turns(self.task, rows)
+            read = prompts_lib.encode(self.tokenizer, rows if longest is rows else rows + longest, self.prompt)
+            if all(shared < len(ids) <= self.shape.longest and ids[:shared] == self.prefix for ids in read):
+                return read[0], drawn
+        raise ValueError(
+            f"retention row {index}: {DRAWS} pairs of {len(self.rows)} questions and {len(self.contexts)} other "
+            f"contexts were drawn, and no prompt has at most {self.shape.longest} tokens, those of the longest "
+            f"question under the longest context, and starts with the {shared} tokens that all share; leave out long "
+            "questions (prompt.max_bare_tokens with prompt.overlong=drop) or unusual contexts (other_contexts_file)"
+        )
+
+
+def draw_other(rng: np.random.Generator, rows: int, contexts: int) -> OtherRow:
+    """Draw a retention row among ``rows`` training rows and ``contexts`` other contexts."""
+    return OtherRow(int(rng.integers(rows)), int(rng.integers(contexts)), int(rng.integers(MOST_QUESTIONS)))
 
 
 def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
@@ -127,7 +177,20 @@ def shuffle_questions(count: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
 
-def training_batches(
+class Drawn(NamedTuple):
+    """What is drawn for a step: its batch on the host (numpy), and what was drawn for each row of
+    ``batch.other``."""
+
+    batch: Batch
+    others: list[OtherRow]
+
+
+def training_batches(*inputs, **options) -> Iterator[Batch]:
+    """Return the batches of ``draw_steps``, which has the same arguments."""
+    return (drawn.batch for drawn in draw_steps(*inputs, **options))
+
+
+def draw_steps(
     encoded: EncodedRows,
     retention: RetentionRows | None,
     *,
@@ -136,8 +199,8 @@ def training_batches(
     retention_rows: int,
     pad_id: int,
     first_step: int = 0,
-) -> Iterator[Batch]:
-    """Return an endless iterator of host batches (numpy), starting at ``first_step``; a thread prefetches."""
+) -> Iterator[Drawn]:
+    """Return an endless iterator over the steps, starting at ``first_step``; a thread prefetches."""
 
     def take_row(row_number: int, question: int):
         other = None
@@ -146,17 +209,19 @@ def training_batches(
         return encoded.bare[question], encoded.context[question], other, row_number
 
     def pad(tokens, view: str):
-        return prompts_lib.left_pad(tokens, encoded.lengths[view], pad_id, encoded.prefixes[view])
+        return prompts_lib.left_pad(tokens, encoded.shapes[view].columns, pad_id, encoded.prefixes[view])
 
-    def collate(rows) -> Batch:
+    def collate(rows) -> Drawn:
         bare, context, other, row_numbers = zip(*rows)
-        others = [tokens for tokens in other if tokens is not None]
-        return Batch(
+        drawn = [row for row in other if row is not None]
+        others = [tokens for tokens, _ in drawn]
+        batch = Batch(
             bare=pad(bare, "bare"),
             context=pad(context, "context"),
-            other=prompts_lib.left_pad(others, retention.length, pad_id, retention.prefix) if others else None,
+            other=prompts_lib.left_pad(others, retention.shape.columns, pad_id, retention.prefix) if others else None,
             row_number_B=np.asarray([number % 2**31 for number in row_numbers], np.int32),
         )
+        return Drawn(batch, [other for _, other in drawn])
 
     batches = shuffle_questions(len(encoded.rows), seed).map_with_index(take_row).batch(batch_size, batch_fn=collate)
     batches = batches.slice(slice(first_step, None))

@@ -35,7 +35,7 @@ class PromptConfig:
     ``date``: the date that the template writes as today's. ``thinking``: the template's switch ``enable_thinking``;
     None does not set it, so the template's default applies. Templates that have no date or no switch ignore these.
     ``max_bare_tokens``, ``max_context_tokens``: the longest allowed prompt of each view, template tokens included; 0:
-    the longest row. ``overlong``: "error" refuses a longer row, "drop" leaves it out and counts it.
+    no limit. ``overlong``: "error" refuses a longer row, "drop" leaves it out and counts it.
     """
 
     placement: str = "system"
@@ -235,22 +235,21 @@ def choose_shared_prefix(token_lists: list[list[int]]) -> list[int]:
     return prefix if len(prefix) >= SHORTEST_PREFIX else []
 
 
-def left_pad(token_lists: list[list[int]], length: int, pad_id: int, prefix: Sequence[int] = ()) -> Prompts:
-    """Left-pad prompts to ``length`` tokens, as numpy arrays; every row ends in the last column.
+def left_pad(token_lists: list[list[int]], columns: int, pad_id: int, prefix: Sequence[int] = ()) -> Prompts:
+    """Left-pad prompts to ``columns`` columns, as numpy arrays; every row ends in the last column.
 
     ``prefix``, which all rows start with, is stored once as ``prefix_C``; the columns hold the rest of each row.
-    Raises ValueError if a row is longer than ``length`` or does not start with ``prefix``.
+    Raises ValueError if a row's rest is longer than ``columns``, or if the row does not start with ``prefix``.
     """
     prefix = list(prefix)
-    columns = length - len(prefix)
     tokens = np.full((len(token_lists), columns), pad_id, np.int32)
     mask = np.zeros((len(token_lists), columns), bool)
     for row, ids in enumerate(token_lists):
-        if len(ids) > length:
-            raise ValueError(f"a prompt of {len(ids)} tokens does not fit into {length} columns")
         if ids[: len(prefix)] != prefix:
             raise ValueError(f"prompt {row} does not start with the {len(prefix)} tokens of the shared prefix")
         own = ids[len(prefix) :]
+        if len(own) > columns:
+            raise ValueError(f"a prompt with {len(own)} tokens of its own does not fit into {columns} columns")
         if own:
             tokens[row, columns - len(own) :] = own
             mask[row, columns - len(own) :] = True
@@ -269,10 +268,8 @@ def expand_prefix(prompts: Prompts, pad_id: int) -> Prompts:
     return left_pad(unpad(prompts), shared + prompts.tokens_BxP.shape[1], pad_id)
 
 
-def keep_fitting_rows(
-    rows: list[Row], views: dict[str, list[list[int]]], config: PromptConfig
-) -> tuple[list[int], dict[str, int]]:
-    """Return the indices of the rows that fit in both views, and the prompt length of each view in tokens.
+def keep_fitting_rows(rows: list[Row], views: dict[str, list[list[int]]], config: PromptConfig) -> list[int]:
+    """Return the indices of the rows that fit in both views.
 
     ``views``: "bare" and "context" token lists, parallel to ``rows``. Raises ValueError, which names the first row that
     is too long, if ``overlong`` is "error"; and ValueError if no row is left.
@@ -293,5 +290,4 @@ def keep_fitting_rows(
             )
     if not kept:
         raise ValueError(f"none of {len(rows)} rows fits into prompt.max_bare_tokens and prompt.max_context_tokens")
-    longest = {view: max(len(views[view][index]) for index in kept) for view in limits}
-    return kept, {view: limits[view] or longest[view] for view in limits}
+    return kept

@@ -42,11 +42,17 @@ class Task(Protocol):
         The context to internalize is not among them. No two splits share one.
         """
 
-    def swap_context(self, row: Row, context: str) -> Row:
-        """Return the same question under another context, with the reference or check that is right for it."""
+    def rows_under(self, row: Row, context: str) -> list[Row]:
+        """Return what may be asked under another context, in place of ``row``, with what is right there.
+
+        It is the row's own question, or the questions that the data have for this context.
+        """
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str | None:
         """Return the row's context in other words, or None if the task has no paraphrase."""
+
+    def unrelated(self) -> str | None:
+        """Return a context that bears on no question of the task, or None if the task has none."""
 
 
 @runtime_checkable
@@ -106,6 +112,13 @@ class World(Protocol):
         """Return everything that determines the tokenizer and the rows, as JSON. A change trains a new base."""
 
 
+def _choose_under(task: Task, row: Row, others: list[str], index: int) -> Row:
+    """Return the question of the view "other" in place of row ``index``: contexts in rotation, and their questions."""
+    number, place = divmod(index, len(others))
+    asked = task.rows_under(row, others[place])
+    return asked[number % len(asked)]._replace(id=row.id)
+
+
 def make_evaluation_views(task: Task, rows: list[Row], split: str) -> dict[str, list[Row]]:
     """Build the views in which a split is evaluated, each a list parallel to ``rows``.
 
@@ -115,6 +128,7 @@ def make_evaluation_views(task: Task, rows: list[Row], split: str) -> dict[str, 
     - other: another context of this split, with the reference or check that is right for it (obedience); left out if
       the task has no other contexts.
     - paraphrase: the context in other words; left out if the task has no paraphrases.
+    - unrelated: a context that bears on no question; left out if the task has none.
 
     The other context of a row depends only on its index, so all arms and all steps see the same prompts.
     """
@@ -124,8 +138,10 @@ def make_evaluation_views(task: Task, rows: list[Row], split: str) -> dict[str, 
     views["empty"] = [row._replace(context="") for row in rows]
     others = task.other_contexts(split)
     if others:
-        views["other"] = [task.swap_context(row, others[index % len(others)]) for index, row in enumerate(rows)]
+        views["other"] = [_choose_under(task, row, others, index) for index, row in enumerate(rows)]
     paraphrases = [task.paraphrase(row, np.random.default_rng(index)) for index, row in enumerate(rows)]
     if rows and all(text is not None for text in paraphrases):
         views["paraphrase"] = [row._replace(context=text) for row, text in zip(rows, paraphrases)]
+    if (unrelated := task.unrelated()) is not None:
+        views["unrelated"] = [row._replace(context=unrelated) for row in rows]
     return views

@@ -44,7 +44,7 @@ class Questions:
     def __init__(self, split: Split, folder: ModelFolder, mesh: Mesh):
         self._split, self._folder, self._mesh = split, folder, mesh
         self._prompts = {
-            v: prompts_lib.left_pad(lists, split.lengths[v], folder.pad_id, split.prefixes[v])
+            v: prompts_lib.left_pad(lists, split.columns[v], folder.pad_id, split.prefixes[v])
             for v, lists in split.tokens.items()
         }
 
@@ -56,8 +56,11 @@ class Questions:
         return Answers(episodes, first, list(enumerate(split.rows[view])))
 
     def prompts(self, answers: Answers) -> tuple[Prompts, Prompts, Prompts]:
-        control = self._prompts.get("other", self._prompts["empty"])
-        return self._prompts["bare"], self._prompts["context"], control
+        return self._prompts["bare"], self._prompts["context"], self._prompts[_control_view(self._split)]
+
+
+def _control_view(split: Split) -> str:
+    return next(view for view in ("unrelated", "other", "empty") if view in split.rows)
 
 
 class Games:
@@ -80,8 +83,7 @@ class Games:
         return Answers(episodes, pad_responses([turn for _, turn in first], one), [(i, t.row) for i, t in first])
 
     def prompts(self, answers: Answers) -> tuple[Prompts, Prompts, Prompts]:
-        control = "other" if "other" in self._split.rows else "empty"
-        return self._read(answers, "bare"), self._read(answers, "context"), self._read(answers, control)
+        return tuple(self._read(answers, view) for view in ("bare", "context", _control_view(self._split)))
 
     def _read(self, answers: Answers, view: str) -> Prompts:
         """Return what the bare view's players read, with the contexts of ``view``.
@@ -90,6 +92,7 @@ class Games:
         """
         rows = [row._replace(context=self._split.rows[view][i].context) for i, row in answers.turns]
         tokens = prompts_lib.encode(self._folder.tokenizer, rows, self._prompt)
-        prefix = self._split.prefixes[view]
-        prefix = prefix if all(ids[: len(prefix)] == prefix for ids in tokens) else []
-        return prompts_lib.left_pad(tokens, self._split.lengths[view], self._folder.pad_id, prefix)
+        prefix, columns = self._split.prefixes[view], self._split.columns[view]
+        if any(ids[: len(prefix)] != prefix for ids in tokens):
+            prefix, columns = [], len(prefix) + columns
+        return prompts_lib.left_pad(tokens, columns, self._folder.pad_id, prefix)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ctxjax.data import responses
+from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import OPEN_REASONING
 from ctxjax.data.task import GameTask, Row, Task, grade_response
 from ctxjax.types import Rollout
@@ -49,7 +50,7 @@ def grade_episodes(task: Task, tokenizer, stop_ids: tuple[int, ...], episodes: l
     for row, sample, turns, opened in episodes:
         said = [f"{OPEN_REASONING * opened}{next(texts)}" for _ in turns]
         text = TURN_BREAK.join(said)
-        grade = task.play(row, said) if isinstance(task, GameTask) else grade_response(task, text, row)
+        grade = grade_turns(task, said, row)
         items.append({
             "id": row.id, "view": view, "sample": sample, "question": row.question, "context": row.context,
             "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
@@ -57,3 +58,10 @@ def grade_episodes(task: Task, tokenizer, stop_ids: tuple[int, ...], episodes: l
             "truncated": any(int(ids[-1]) not in stop_ids for ids in turns),
         })  # fmt: skip
     return items
+
+
+def grade_turns(task: Task, said: list[str], row: Row) -> Grade:
+    """Grade the responses of an episode: a game by playing them, any other task by their text."""
+    if isinstance(task, GameTask):
+        return task.play(row, said)
+    return grade_response(task, TURN_BREAK.join(said), row)

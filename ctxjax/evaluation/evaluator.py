@@ -14,6 +14,8 @@ import numpy as np
 
 from ctxjax import rng
 from ctxjax.config import Experiment
+from ctxjax.data import shapes as shapes_lib
+from ctxjax.data.digests import digest_tokens
 from ctxjax.data.task import GameTask, Row, Task
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
@@ -22,6 +24,7 @@ from ctxjax.evaluation.answers import Answers, Asker, Games, Questions
 from ctxjax.evaluation.episodes import grade_episodes
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
 from ctxjax.evaluation.split import Split, share_shapes
+from ctxjax.host.checksum import compute_checksums, compute_digest
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
@@ -30,17 +33,25 @@ from ctxjax.types import Params
 
 class Evaluation(NamedTuple):
     """One model on one split: ``metrics`` as in results.json, ``items`` with a dict for each response, and the outcomes
-    by view."""
+    by view.
+
+    ``decoding``: how the responses of each view, and those of ``distill``, were decoded. ``weights``: the checksum of
+    each array of the parameters. Both are {} if an older version made the evaluation.
+    """
 
     metrics: dict
     items: list[dict]
     outcomes: dict[str, Outcomes]
+    decoding: dict[str, dict]
+    weights: dict[str, int]
 
     def save(self, folder: Path, identity: dict) -> None:
         """Write items.jsonl and evaluation.json. ``identity``: what was evaluated, and by what code."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "items.jsonl", "".join(json.dumps(item) + "\n" for item in self.items))
-        write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics})
+        lines = "".join(json.dumps(item) + "\n" for item in self.items)
+        write_text(folder / "items.jsonl", lines)
+        record = {"decoding": self.decoding, "weights": self.weights, "items": compute_digest(lines)}
+        write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics} | record)
 
     @classmethod
     def load(cls, folder: Path, identity: dict) -> Evaluation | None:
@@ -51,7 +62,10 @@ class Evaluation(NamedTuple):
                 items = [json.loads(line) for line in lines]
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return cls(stored["metrics"], items, _collect_outcomes(items)) if stored["of"] == identity else None
+        if stored["of"] != identity:
+            return None
+        record = (stored.get(name, {}) for name in ("decoding", "weights"))
+        return cls(stored["metrics"], items, _collect_outcomes(items), *record)
 
 
 class Evaluator:
@@ -68,7 +82,9 @@ class Evaluator:
         self._rows, self._batch, self.dropped = split.rows, split.batch, split.dropped
         is_game = isinstance(split.task, GameTask)
         self._asker: Asker = Games(split, folder, config.prompt, mesh) if is_game else Questions(split, folder, mesh)
-        self._root, self._resamples = jax.random.key(config.seed), config.eval.bootstrap
+        # Of the first turns: what else is read follows from them and the responses.
+        self._digests = {view: [digest_tokens(ids) for ids in lists] for view, lists in split.tokens.items()}
+        self._seed, self._resamples = config.seed, config.eval.bootstrap
 
     @classmethod
     def of_splits(
@@ -79,33 +95,44 @@ class Evaluator:
         Raises ValueError if a prompt and its response exceed the positions of ``folder``'s or ``teacher``'s model.
         """
         splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
-        for split in splits:
+        for name, split in zip(names, splits):
+            outliers = shapes_lib.describe_outliers(split.longest, split.prefixes)
+            if outliers:
+                print(f"warning: {name} questions: {outliers}")
             folder.check_prompts([ids for lists in split.longest.values() for ids in lists], config.rollout.max_tokens)
             teacher.check_prompts(split.longest.get("context", []), config.rollout.max_tokens)
         return [cls(config, split, folder, teacher, mesh) for split in splits]
 
     def __call__(self, params: Params) -> Evaluation:
         """Answer and grade every view, and compare bare and context view along the bare view's first responses."""
-        answers = {v: self._answer(params, v, self._judged) for v in self._rows}
-        tokenizer, stop_ids = self._folder.tokenizer, self._folder.stop_ids
-        items = [
-            item
-            for view, own in answers.items()
-            for item in grade_episodes(self._task, tokenizer, stop_ids, own.episodes, view)
-        ]
+        sampling = dict.fromkeys(self._rows, self._judged)
+        answers = {v: self._answer(params, v, own) for v, own in sampling.items()}
+        items = [item for view, own in answers.items() for item in self._grade(view, own)]
         outcomes = _collect_outcomes(items)
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
         if "context" in outcomes:
             first, prompts = answers["bare"].rollout, self._asker.prompts(answers["bare"])
             compared = views_lib.compare(params, self._folder.config, *prompts, first, self._batch, self._mesh)
             measured["comparison"] = Comparison(*compared, first.mask_BxT)
-            measured["distill"] = self._distillation(params)
-        return Evaluation(metrics_lib.compute_metrics(measured, self._resamples), items, outcomes)
+            sampling["distill"] = self._rollout
+            measured["distill"] = self._distillation(params, sampling["distill"])
+        decoding = {view: self._describe(own) for view, own in sampling.items()}
+        metrics = metrics_lib.compute_metrics(measured, self._resamples)
+        return Evaluation(metrics, items, outcomes, decoding, compute_checksums(params))
+
+    def _describe(self, sampling: SamplingConfig) -> dict:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "samples")
+        return {name: getattr(sampling, name) for name in names} | {"seed": self._seed}
 
     def _answer(self, params: Params, view: str, sampling: SamplingConfig) -> Answers:
         """Answer one view. Each view has a key of its own: samples of different views are independent."""
-        key = rng.key_for(self._root, list(self._rows).index(view), "evaluation")
+        key = rng.key_for(jax.random.key(self._seed), list(self._rows).index(view), "evaluation")
         return self._asker.answer(params, view, sampling, key)
+
+    def _grade(self, view: str, answers: Answers) -> list[dict]:
+        tokenizer, stop_ids = self._folder.tokenizer, self._folder.stop_ids
+        items = grade_episodes(self._task, tokenizer, stop_ids, answers.episodes, view)
+        return [item | {"prompt": self._digests[view][i // self._judged.samples]} for i, item in enumerate(items)]
 
     def _grade_against_defaults(self, items: list[dict], bare: Outcomes) -> dict[str, Outcomes]:
         """Return {"default": the bare responses graded against the base's default answers}; {} if the task has none."""
@@ -116,11 +143,11 @@ class Evaluator:
         same = [self._task.grade(text, rows[i // bare.samples].default).correct for i, text in enumerate(texts)]
         return {"default": dataclasses.replace(bare, correct=np.array(same))}
 
-    def _distillation(self, params: Params) -> float:
+    def _distillation(self, params: Params, sampling: SamplingConfig) -> float:
         """Return the held-out KL(q_x || f) in nats per token on the student's own samples, as in training."""
-        answers = self._answer(params, "bare", self._rollout)
+        answers = self._answer(params, "bare", sampling)
         bare, context, _ = self._asker.prompts(answers)
-        loss = LossConfig(temperature=self._rollout.temperature)
+        loss = LossConfig(temperature=sampling.temperature)
         return views_lib.distillation_kl(
             params,
             self._teacher.params,
@@ -146,7 +173,7 @@ def _collect_outcomes(items: list[dict]) -> dict[str, Outcomes]:
             parsed=np.array([item["parsed"] is not None for item in own]),
             truncated=np.array([item["truncated"] for item in own]),
             length=np.array([item["length"] for item in own]),
-            turns=np.array([item["turns"] for item in own]),
+            turns=np.array([item.get("turns", 1) for item in own]),
             lenient=_collect_lenient(own),
             reasons=[item["reason"] for item in own],
             samples=1 + max(item["sample"] for item in own),

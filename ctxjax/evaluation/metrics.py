@@ -171,6 +171,11 @@ METRICS = (
         ("paraphrase",), outcomes.accuracy, better="higher", table="checks",
     ),
     Metric(
+        "acc_unrelated", "unrelated context", "share",
+        "Accuracy under a context that bears on no question: what is internalized should stay.",
+        ("unrelated",), outcomes.accuracy, better="higher", table="checks",
+    ),
+    Metric(
         "acc_default", "default answers", "share",
         "Share of the answers without the context that are what the base answers by default.",
         ("default",), outcomes.accuracy, better="lower", table="checks",
@@ -231,10 +236,10 @@ METRICS = (
 def compute_metrics(measured: Mapping[str, Any], resamples: int) -> dict[str, Any]:
     """Return the metrics of one model on one split, as in results.json.
 
-    ``measured`` holds what was measured, by name; any of it may be missing. "bare", "context", "empty", "other" and
-    "paraphrase" are the Outcomes of the views; "default" those of the bare responses, graded against the default
-    answers; "comparison" is the Comparison of the bare and the context view; "distill" the held-out distillation loss
-    in nats per token; "learning" an arm's Learning. ``resamples``: of bootstrap intervals.
+    ``measured`` holds what was measured, by name; any of it may be missing. "bare", "context", "empty", "other",
+    "paraphrase" and "unrelated" are the Outcomes of the views; "default" those of the bare responses, graded against
+    the default answers; "comparison" is the Comparison of the bare and the context view; "distill" the held-out
+    distillation loss in nats per token; "learning" an arm's Learning. ``resamples``: of bootstrap intervals.
     """
     result, measured = {}, {**measured, "resamples": resamples}
     for metric in METRICS:

@@ -112,7 +112,7 @@ class Player:
         prompts = prompts_lib.encode(folder.tokenizer, rows, self._prompt)
         opened = [prompts_lib.opens_reasoning(folder.tokenizer, row, self._prompt) for row in rows]
         own = max(len(ids) for ids in prompts) - len(prefix)
-        padded = prompts_lib.left_pad(prompts, len(prefix) + -(-own // COLUMNS) * COLUMNS, folder.pad_id, prefix)
+        padded = prompts_lib.left_pad(prompts, -(-own // COLUMNS) * COLUMNS, folder.pad_id, prefix)
         size = next((size for size in self._sizes if size >= len(rows)), self._sizes[-1])
         started = time.monotonic()
         rollout = views.decode(params, folder.config, sampling, padded, key, size, self._mesh, keys)

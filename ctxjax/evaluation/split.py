@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from ctxjax.config import Experiment
-from ctxjax.data import prompts as prompts_lib
+from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.task import GameTask, Row, Task, longest_turns, make_evaluation_views
 from ctxjax.evaluation import views as views_lib
@@ -21,17 +21,17 @@ SLACK = 1.25
 class Split(NamedTuple):
     """A split's questions in all views.
 
-    By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with; and
-    ``lengths``, the columns P that its prompts are padded to; ``opened``, whether its prompts end inside <think>.
-    ``batch``: rows in a batch. ``dropped``: over-long rows that were left out. ``longest``: the tokens of the longest
-    turn of every row's episode; ``tokens`` itself if episodes have one turn.
+    By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with;
+    ``columns``, the columns P that hold the rest of its prompts; ``opened``, whether its prompts end inside <think>.
+    ``batch``: rows in a batch. ``dropped``: over-long rows that were left out. ``longest``: the tokens of every
+    episode's longest turn; ``tokens`` itself if episodes have one turn.
     """
 
     task: Task
     rows: dict[str, list[Row]]
     tokens: dict[str, list[list[int]]]
     prefixes: dict[str, list[int]]
-    lengths: dict[str, int]
+    columns: dict[str, int]
     opened: dict[str, list[bool]]
     batch: int
     dropped: int
@@ -57,22 +57,22 @@ class Split(NamedTuple):
         }
         further = {} if longest is tokens else longest
         prefixes = {v: prompts_lib.choose_shared_prefix(lists + further.get(v, [])) for v, lists in tokens.items()}
-        lengths = {v: max(len(ids) for ids in lists) for v, lists in longest.items()} | encoded.lengths
+        columns = {view: shape.columns for view, shape in shapes_lib.find_shapes(longest, prefixes).items()}
         # Views with a context block and no shared prefix get one length: one compiled program decodes them all.
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
-        lengths |= dict.fromkeys(blocks, max((lengths[view] for view in blocks), default=0))
+        columns |= dict.fromkeys(blocks, max((columns[view] for view in blocks), default=0))
         batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
-        return cls(task, rows, tokens, prefixes, lengths, opened, batch, encoded.dropped, longest)
+        return cls(task, rows, tokens, prefixes, columns, opened, batch, encoded.dropped, longest)
 
 
 def share_shapes(splits: list[Split]) -> list[Split]:
     """Raise the columns of each view and the rows of a batch to the largest split's if they are near it (``SLACK``)."""
     most_rows = max(split.batch for split in splits)
-    most = {view: max(split.lengths[view] for split in splits if view in split.lengths) for view in splits[0].lengths}
+    most = {view: max(split.columns[view] for split in splits if view in split.columns) for view in splits[0].columns}
     return [
         split._replace(
             batch=_raise_if_near(split.batch, most_rows),
-            lengths={view: _raise_if_near(length, most.get(view, length)) for view, length in split.lengths.items()},
+            columns={view: _raise_if_near(size, most.get(view, size)) for view, size in split.columns.items()},
         )
         for split in splits
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import jax
 from jax import lax
@@ -30,6 +31,12 @@ def compute_fingerprint(tree) -> str:
 def compute_digest(value) -> str:
     """Return a digest of a value that JSON can represent: 64 bits as hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @jax.jit

@@ -20,21 +20,23 @@ from huggingface_hub.errors import (
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?")
 # Weights in safetensors, configurations, tokenizers, chat templates: no pickles, no code, no copies in subfolders.
-WANTED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+SMALL = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+WANTED = ["model*.safetensors", *SMALL]
 UNWANTED = ["*/*"]
 
 
-def find_folder(path: str | Path) -> Path:
+def find_folder(path: str | Path, weights: bool = True) -> Path:
     """Return the folder that ``path`` names: a local one, else a Hub id ``org/name`` or ``org/name@revision``.
 
-    Raises FileNotFoundError, or PermissionError for a model whose terms must be accepted first.
+    ``weights``: False if a folder without the weights will do. Raises FileNotFoundError, or PermissionError for a model
+    whose terms must be accepted first.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(str(path)):
         raise FileNotFoundError(f"model folder {path} does not exist; give a folder, or a Hub id such as org/name")
-    return _fetch(str(path), "model", allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    return _fetch(str(path), "model", allow_patterns=WANTED if weights else SMALL, ignore_patterns=UNWANTED)
 
 
 def find_data_files(path: str, field: str) -> list[Path]:

@@ -21,11 +21,11 @@ from ctxjax.host import processes, redact
 from ctxjax.host.checksum import compute_digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# Fields that may change when a run is resumed: where it computes, in how much memory, and how often it saves, not what
-# it computes.
+# Fields that may change when a run is resumed: where it computes, with which kernels, in how much memory, and how often
+# it saves, not what it computes.
 CHANGEABLE = (
-    "mesh", "cpu_devices", "compile_cache", "model.remat", "rollout.weights", "train.micro_batches", "train.save_every",
-    "train.keep",
+    "mesh", "cpu_devices", "compile_cache", "model.remat", "model.attention", "rollout.weights", "train.micro_batches",
+    "train.save_every", "train.keep",
 )  # fmt: skip
 FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
 
@@ -118,7 +118,8 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
                 f"the run in {workdir} began with other inputs; bring them back, or choose another --workdir. Digests "
                 "then, and now:\n  " + "\n  ".join(different)
             )
-        start = {name: before.get(name) for name in ("started", "command", "device", "commit", "versions", "resumed")}
+        kept = ("started", "command", "device", "commit", "versions", "resumed", "record")
+        start = {name: before.get(name) for name in kept}
         manifest["earlier_starts"] = [*before.get("earlier_starts", []), start]
     workdir.mkdir(parents=True, exist_ok=True)
     processes.wait("workdir read")

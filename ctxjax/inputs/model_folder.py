@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import tokenizer_match
-from ctxjax.models import attention as attention_lib, mesh_check
+from ctxjax.models import mesh_check
+from ctxjax.models.attention import choose_kind
 from ctxjax.models.hf import load as hf_load
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
@@ -148,23 +149,26 @@ def open_folder(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
-    attention: str = "reference",
+    attention: str = "auto",
     student: ModelFolder | None = None,
+    tokenizer=None,
 ) -> ModelFolder:
     """Load a Hugging Face folder onto ``mesh``. ``path``: a local folder or a Hub id (host.hub.find_folder).
 
     ``dtype``: of the model's arithmetic. "auto": bfloat16 on accelerators, float32 on CPUs, where bfloat16 is slow.
+    ``attention``: see models.attention.choose_kind.
     ``student``: given if the folder is the student's teacher; a different tokenizer is then refused before any weights
-    are read. Raises FileNotFoundError or ValueError, which names the folder, the problem and the remedy.
+    are read. ``tokenizer``: the folder's, if it is loaded already. Raises FileNotFoundError or ValueError, which names
+    the folder, the problem and the remedy.
     """
     path = find_folder(path)
-    platform = mesh.devices.flat[0].platform
-    attention_lib.check_attention_kind(attention, platform)
+    device = mesh.devices.flat[0]
     if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
-    config = dataclasses.replace(hf_load.read_config(path, dtype, remat), attention=attention)
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    config = hf_load.read_config(path, dtype, remat)
+    config = dataclasses.replace(config, attention=choose_kind(attention, config, device))
     mesh_check.check_model_fits_mesh(config, mesh, str(path))
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
     if student is not None:
         tokenizer_match.check_same_tokenizer(student.tokenizer, tokenizer)
     # Fine-tunes add a pad token without a row. Padding is never read, so another id serves.

@@ -13,13 +13,14 @@ from ctxjax import sharding
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
-from ctxjax.data.task import GameTask, Task, longest_turns
+from ctxjax.data.task import GameTask, Row, Task, longest_turns
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host.checksum import compute_digest, compute_fingerprint
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
-from ctxjax.inputs.model_folder import ModelFolder, open_folder
+from ctxjax.inputs.batch_shapes import find_batch_shapes
+from ctxjax.inputs.model_folder import ModelFolder, load_tokenizer, open_folder
 from ctxjax.models import transformer
 from ctxjax.types import PrefixKV
 
@@ -47,28 +48,18 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     if config.teacher.path:
         find_folder(config.teacher.path)  # refuse a missing folder before the student is loaded or even trained
     teacher_path = _prepare_teacher_path(config, task, mesh, seconds)
-    student = _open_model(config, task, mesh, seconds)
+    path = _prepare_student_path(config, task, mesh, seconds)
+    tokenizer = load_tokenizer(find_folder(path))  # prompts that cannot be are refused before any weights are read
+    rows, retention = _encode(config, task, tokenizer)
+    student = _open_student(config, path, tokenizer, mesh, seconds)
     folder, teacher = open_teacher(config, teacher_path, student, mesh, seconds)
     if config.teacher.offload:
         is_one = teacher is folder
         teacher = dataclasses.replace(teacher, params=sharding.offload_to_host(teacher.params))
         folder = teacher if is_one else folder
-    if prompts_lib.is_thinking_ignored(folder.tokenizer, config.prompt):
-        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
-    quoted = prompts_lib.describe_quoted_control_tokens(
-        folder.tokenizer, [row for split in ("train", "dev", "test") for row in task.rows(split)]
-    )
-    if quoted:
-        print(f"warning: {quoted}")
-    questions = task.rows("train")
-    rows = encode_rows(folder.tokenizer, questions, config.prompt, longest_turns(task, questions))
-    retention = None
-    if any(loss.mu > 0 for loss in config.arms.values()):
-        retention = RetentionRows.build(folder.tokenizer, task, rows, config.prompt)
-    prompts = [*rows.bare, *rows.context, *_longest_retention_prompts(rows, retention)]
     if isinstance(task, GameTask):
         _check_arms_play(config)
-        prompts += prompts_lib.encode(folder.tokenizer, longest_turns(task, rows.rows), config.prompt)
+    prompts = [*rows.longest["bare"], *rows.longest["context"], *(retention.longest if retention else [])]
     for model in (folder,) if teacher is folder else (folder, teacher):
         model.check_prompts(prompts, config.rollout.max_tokens)
     return Inputs(task, folder, teacher, rows, retention)
@@ -85,14 +76,42 @@ def _check_arms_play(config: Experiment) -> None:
             )
 
 
-def _longest_retention_prompts(rows: EncodedRows, retention: RetentionRows | None) -> list[list[int]]:
-    """Return the longest question under every other context that fits; [] without retention."""
-    if retention is None:
-        return []
-    longest = rows.rows[int(np.argmax([len(ids) for ids in rows.bare]))]
-    longest = longest_turns(retention.task, [longest._replace(context=context) for context in retention.contexts])
-    prompts = prompts_lib.encode(retention.tokenizer, longest, retention.prompt)
-    return [ids for ids in prompts if len(ids) <= retention.length]
+def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
+    """Encode the training rows; print the batch's shapes, and warnings."""
+    if prompts_lib.is_thinking_ignored(tokenizer, config.prompt):
+        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    quoted = prompts_lib.describe_quoted_control_tokens(
+        tokenizer, [row for split in ("train", "dev", "test") for row in task.rows(split)]
+    )
+    if quoted:
+        print(f"warning: {quoted}")
+    rows, retention = encode_training_rows(config, task, tokenizer)
+    if retention and retention.left_out:
+        print(
+            f"warning: retention leaves out {retention.left_out} other contexts and keeps {len(retention.contexts)}: "
+            f"with the longest question they exceed prompt.max_context_tokens = {config.prompt.max_context_tokens}"
+        )
+    outliers = describe_outliers(rows, retention)
+    if outliers:
+        print(f"warning: {outliers}")
+    turns = task.max_turns if isinstance(task, GameTask) else 1
+    print(f"batch: {find_batch_shapes(config, rows, retention, turns).describe()}", flush=True)
+    return rows, retention
+
+
+def describe_outliers(rows: EncodedRows, retention: RetentionRows | None) -> str:
+    """Return a warning if a few long prompts pad all training rows; "" if not."""
+    outliers = rows.describe_outliers() or (retention.describe_outliers() if retention else "")
+    return outliers and f"training questions: {outliers}"
+
+
+def encode_training_rows(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
+    """Encode the training rows and, if an arm needs them, prepare those under other contexts."""
+    questions = task.rows("train")
+    rows = encode_rows(tokenizer, questions, config.prompt, longest_turns(task, questions))
+    if not any(loss.mu > 0 for loss in config.arms.values()):
+        return rows, None
+    return rows, RetentionRows.build(tokenizer, task, rows, config.prompt)
 
 
 def _prepare_teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
@@ -121,22 +140,27 @@ def open_teacher(
         path, mesh, model.dtype, config.teacher.param_dtype, attention=model.attention, student=student
     )
     seconds["load teacher"] = time.monotonic() - clock
-    print(f"teacher: {path}", flush=True)
+    print(f"teacher: {path}; {loaded.config.arithmetic}", flush=True)
     student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
     return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
 
 
-def _open_model(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> ModelFolder:
+def _prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
+    """Return the student's folder or Hub id. Train a base first if there is none."""
+    if config.model.path:
+        return config.model.path
     clock = time.monotonic()
-    path = config.model.path
-    if not path:
-        path = base_model.ensure_base(config.base, config.task, task, mesh)
-        seconds["base from scratch"] = time.monotonic() - clock
-        clock = time.monotonic()
+    path = base_model.ensure_base(config.base, config.task, task, mesh)
+    seconds["base from scratch"] = time.monotonic() - clock
+    return str(path)
+
+
+def _open_student(config: Experiment, path: str, tokenizer, mesh, seconds: dict[str, float]) -> ModelFolder:
+    clock = time.monotonic()
     model = config.model
-    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention)
+    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention, tokenizer=tokenizer)
     seconds["load"] = time.monotonic() - clock
-    print(f"model: {path}", flush=True)
+    print(f"model: {path}; {folder.config.arithmetic}", flush=True)
     return folder
 
 
@@ -155,6 +179,11 @@ def compute_teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV 
     )
 
 
+def _list_other_rows(task: Task, split: str) -> list[Row]:
+    """Return what is asked under every other context of a split, in place of its first row."""
+    return [row for context in task.other_contexts(split) for row in task.rows_under(task.rows(split)[0], context)]
+
+
 def compute_digests(inputs: Inputs) -> dict:
     """Return digests of all inputs by name; a run is resumed only with the same inputs.
 
@@ -167,7 +196,7 @@ def compute_digests(inputs: Inputs) -> dict:
         **{name: compute_fingerprint(sharding.bring_to_device(folder.params)) for name, folder in models.items()},
         "rows": {split: compute_digest(task.rows(split)) for split in ("train", "dev", "test")},
         "contexts": compute_digest(sorted({row.context or "" for row in rows.rows})),
-        "other_contexts": compute_digest([task.other_contexts(split) for split in ("train", "dev", "test")]),
+        "other_contexts": compute_digest([_list_other_rows(task, split) for split in ("train", "dev", "test")]),
         "prompts": compute_digest([rows.bare, rows.context]),
         "stop_ids": list(inputs.student.stop_ids),
     }

@@ -12,6 +12,8 @@ from ctxjax.models.rope import RopeScaling, frequencies
 
 # The gated MLP computes down(activation(gate(x)) * up(x)).
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+# What computes attention: plain products, or a kernel (models/kernels.py).
+ATTENTION = ("reference", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +51,10 @@ class ModelConfig:
     ``tokens``: how many of the ``vocab_size`` rows are tokens of the tokenizer, 0: all. The others pad the head and are
     never predicted.
     ``dtype`` is that of activations and matrix products; norms, softmax and logits are always float32. ``remat`` names
-    what a layer keeps for its backward pass (models/remat.py), ``attention`` what computes attention
-    (models/attention.py, ``KINDS``).
+    what a layer keeps for its backward pass (models/remat.py), ``attention``, one of ATTENTION, what computes attention
+    (models/attention.py).
 
-    Raises ValueError if ``layer_kinds`` does not fit ``layers``, a window is negative, or the activation is unknown.
+    Raises ValueError if ``layer_kinds`` does not fit ``layers``, a window is negative, or a name is unknown.
     """
 
     vocab_size: int
@@ -92,6 +94,13 @@ class ModelConfig:
             raise ValueError(f"layer_kinds has the windows {windows}; use tokens above 0, or 0 for no window")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation = {self.activation!r} is not known; choose from {', '.join(ACTIVATIONS)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention = {self.attention!r} is not known; choose from {', '.join(ATTENTION)}")
+
+    @property
+    def arithmetic(self) -> str:
+        """How it computes, for people."""
+        return f"{self.dtype}, {self.attention} attention"
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from ctxjax import masks
 from ctxjax.models import kernels
+from ctxjax.models.architecture import ModelConfig
 from ctxjax.sharding import batch_spec, platform
 from ctxjax.types import PrefixKV
 
@@ -31,9 +32,7 @@ from ctxjax.types import PrefixKV
 CHUNK_SCORES = {"cpu": 2**21}
 CHUNK_SCORES_ELSEWHERE = 2**25
 
-# Name -> (the platform it runs on, the kernel). "reference" is this module, on any platform.
-KERNELS = {"splash": ("tpu", kernels.splash), "cudnn": ("gpu", kernels.cudnn)}
-KINDS = ("auto", "reference", *KERNELS)
+KERNELS = {"splash": kernels.splash, "cudnn": kernels.cudnn}
 
 
 class Window(NamedTuple):
@@ -69,7 +68,7 @@ def self_attention(
     window: Window | None = None,
 ) -> jax.Array:
     """Attention of whole sequences, in training, scoring and reading prompts: every column reads its row's columns up
-    to itself and ``prefix``. ``kind`` is one of ``KINDS``."""
+    to itself and ``prefix``. ``kind`` is one of ATTENTION."""
     kernel = kernel_for(kind, q_BxHxLxDh, prefix, window)
     if kernel is not None:
         return kernel(q_BxHxLxDh, k_BxKxLxDh, v_BxKxLxDh, real_BxL, prefix)
@@ -77,33 +76,34 @@ def self_attention(
     return attention(q_BxHxLxDh, k_BxKxLxDh, v_BxKxLxDh, real_BxL, columns_1xL, prefix, window)
 
 
-def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None, window: Window | None = None):
-    """Return the kernel for such queries on the current mesh's devices, or None: the reference path.
+def choose_kind(kind: str, config: ModelConfig, device: jax.Device) -> str:
+    """Return ``ModelConfig.attention`` of a model that runs on such devices, which may be compile-only.
 
-    "auto" takes a kernel only in half precision, in which the reference path is no more exact, and only for a block of
-    columns or more; a kernel's name takes it at any precision and length that it can. No kernel has windows: layers
-    with one take the reference path, and so do all layers of a model if windows differ between its layers.
-    Raises ValueError if ``kind`` names a kernel that the devices cannot run.
+    ``kind``: one of ATTENTION, or "auto": the kernel of the platform if it can run this model and the model computes in
+    half precision, in which the reference path is no more exact; otherwise "reference". Raises ValueError, with the
+    remedy, if ``kind`` names a kernel that cannot run this model there, or splash is chosen and the installed JAX has
+    another one than the known.
     """
-    here = platform()
-    check_attention_kind(kind, here)
-    if window is not None:
-        return None
-    if kind == "auto" and (q_BxHxLxDh.dtype == jnp.float32 or q_BxHxLxDh.shape[2] < kernels.LEAST_BLOCK):
-        return None
-    for name, (there, kernel) in KERNELS.items():
-        if kind in (name, "auto") and there == here and kernels.CONDITIONS[name](q_BxHxLxDh, prefix):
-            return kernel
-    return None
+    obstacles = {name: kernels.find_obstacle(name, config, device) for name in KERNELS}
+    if kind == "auto":
+        able = [name for name in KERNELS if not obstacles[name] and config.dtype != "float32"]
+        kind = able[0] if able else "reference"
+    if obstacles.get(kind):
+        raise ValueError(f"model.attention = {kind!r} {obstacles[kind]}; use 'auto'")
+    if kind == "splash":
+        kernels.check_splash()
+    return kind
 
 
-def check_attention_kind(kind: str, platform: str) -> None:
-    """Raise ValueError if ``kind`` is not one of KINDS, or is a kernel that devices of this platform cannot run."""
-    if kind not in KINDS:
-        raise ValueError(f"model.attention = {kind!r} is not known; choose from {', '.join(sorted(KINDS))}")
-    if kind in KERNELS and KERNELS[kind][0] != platform:
-        there = KERNELS[kind][0]
-        raise ValueError(f"model.attention = {kind!r} runs on {there}, and the devices are {platform}; use 'auto'")
+def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None, window: Window | None = None):
+    """Return the kernel for such queries, or None: the reference path.
+
+    No kernel has windows: layers with one take the reference path, and so do all layers of a model if windows differ
+    between its layers. cudnn knows no prefix, and fewer columns than a block of splash are not worth a kernel.
+    """
+    if window is not None or q_BxHxLxDh.shape[2] < kernels.LEAST_BLOCK or (kind == "cudnn" and prefix is not None):
+        return None
+    return KERNELS.get(kind)
 
 
 def attention(

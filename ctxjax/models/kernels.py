@@ -14,26 +14,47 @@ Splash was compiled ahead of time for TPU v5e and never timed; its block sizes a
 from __future__ import annotations
 
 import functools
+import inspect
+import typing
 
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as kernel_lib,
-    splash_attention_mask as mask_lib,
-)
 import jax.numpy as jnp
 import numpy as np
 
+from ctxjax.models.architecture import ModelConfig
 from ctxjax.sharding import batch_spec, platform, weight_spec
 from ctxjax.types import PrefixKV
+
+try:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel_lib,
+        splash_attention_mask as mask_lib,
+    )
+except ImportError:  # it may leave jax.experimental; ``check_splash`` then says so
+    kernel_lib = mask_lib = None
 
 BLOCKS = (512, 256, 128)  # columns of a block of splash; its products need multiples of 128
 LEAST_BLOCK = BLOCKS[-1]
 
-# Whether a kernel can run: (q_BxHxLxDh, prefix) -> bool.
-CONDITIONS = {
-    "splash": lambda q, prefix: True,
-    "cudnn": lambda q, prefix: prefix is None and q.dtype != jnp.float32 and q.shape[3] % 8 == 0 and q.shape[3] <= 128,
-}
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+
+
+def find_obstacle(kernel: str, config: ModelConfig, device: jax.Device) -> str:
+    """Return why a kernel cannot compute this model's attention on such devices, or ""."""
+    if device.platform != PLATFORMS[kernel]:
+        return f"runs on {PLATFORMS[kernel]}, and the devices are {device.platform}"
+    if any(kind.window for kind in config.kinds):
+        return "has no windows, and layers of the model have"
+    if kernel == "splash":
+        return ""
+    if config.dtype == "float32":
+        return "has no float32, and model.dtype is float32"
+    if config.head_dim % 8 or config.head_dim > 128:
+        return f"takes a head_dim of at most 128 that 8 divides, and the model's is {config.head_dim}"
+    version = getattr(device, "compute_capability", "unknown")  # such as "8.0"; on AMD's "gfx942"
+    if not version.split(".")[0].isdecimal() or float(version) < 8:
+        return f"needs a compute capability of 8.0 or more, and the devices have {version}"
+    return ""
 
 
 def _run_per_device(function, q, k, v, real_BxL, prefix: PrefixKV | None):
@@ -49,6 +70,17 @@ def _run_per_device(function, q, k, v, real_BxL, prefix: PrefixKV | None):
 
 
 # --- Splash ---
+
+
+def check_splash() -> None:
+    """Raise ValueError if the installed JAX has not the function of its splash that ``_run_backward`` calls."""
+    backward, kept = (getattr(kernel_lib, name, None) for name in ("_splash_attention_bwd", "SplashResidualsType"))
+    known = ("save_residuals", *_BACKWARD, "res", "do")
+    if backward is None or tuple(inspect.signature(backward).parameters) != known or len(typing.get_args(kept)) != 9:
+        raise ValueError(
+            f"splash attention of JAX {jax.__version__}, which is installed, is not the one that ctxjax knows; use "
+            "model.attention=reference, or install JAX 0.10.2"
+        )
 
 
 def splash(q, k, v, real_BxL, prefix: PrefixKV | None) -> jax.Array:

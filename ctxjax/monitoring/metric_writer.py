@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 import shutil
-import sys
 import time
 
 import jax
@@ -17,8 +14,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from ctxjax.host import processes
-from ctxjax.host.workdir import write_text
 from ctxjax.monitoring.alarms import Alarms
+from ctxjax.monitoring.step_rows import StepRows
 
 
 class Writer:
@@ -30,12 +27,9 @@ class Writer:
     """
 
     def __init__(self, folder: Path, name: str, steps: int, from_step: int, log_every: int, alarms: Alarms):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        self.kept = [row for row in _read_rows(path) if row["step"] <= from_step] if from_step else []
-        write_text(path, "".join(_format(row) for row in self.kept))
+        self._rows = StepRows(folder / "metrics.jsonl", from_step)
+        self.kept = self._rows.kept
         is_first = processes.is_first()  # the other processes only watch for alarms
-        self._file = path.open("a", encoding="utf-8") if is_first else None
         self._events = _Events(folder / "events") if is_first else None
         for row in self.kept:
             if is_first:
@@ -75,18 +69,17 @@ class Writer:
         self._alarms.stop_if_due(step, numbers)
 
     def _append(self, step: int, numbers: dict) -> None:
-        if self._file is None:
+        if self._events is None:
             return
         row = {"step": step, "time": round(time.time(), 3)} | numbers
-        self._file.write(_format(row))
-        self._file.flush()
+        self._rows.append(row)
         self._events.add(row)
 
     def sync(self) -> None:
         """Write everything up to the last step to the disk, since a checkpoint of that step may follow."""
         self.flush()
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        self._rows.sync()
+        if self._events is not None:
             self._events.flush()
 
     def pause(self) -> None:
@@ -100,8 +93,8 @@ class Writer:
     def close(self) -> None:
         self.flush()
         self.end_bar()
-        if self._file is not None:
-            self._file.close()
+        self._rows.close()
+        if self._events is not None:
             self._events.close()
 
 
@@ -127,18 +120,3 @@ class _Events:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _read_rows(path: Path) -> list[dict]:
-    """Read the rows of a metrics.jsonl. A line that a killed run did not finish is left out, with a warning."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            print(f"warning: {path}, line {number} was not finished and is left out", file=sys.stderr)
-    return rows
-
-
-def _format(row: dict) -> str:
-    return json.dumps(row) + "\n"

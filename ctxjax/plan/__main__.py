@@ -2,7 +2,8 @@
 
 Compiles the whole training step for a TPU slice, which need not exist here (libtpu's compiler does it), or with
 ``--devices=N`` for local devices. Prints the memory of a chip by item, arithmetic, traffic and lower bounds of a step's
-time. Reads only architectures: no weights, no data.
+time. Weights are not read. The lengths of prompts come from the task's data, which is encoded with the tokenizer of
+``model.path`` as in a run, or, without data, from ``--prefix`` and ``--question``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from ctxjax.host import command
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/llama3.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v4, v5e, v5p or v6e and its chips, such as v5e:4x4.")
 _DEVICES = flags.DEFINE_integer("devices", None, "Plan for this number of local devices instead.")
+_PREFIX = flags.DEFINE_integer(
+    "prefix",
+    None,
+    "Without data: tokens that prompts with the context start with; read once for all rows if these share the context.",
+)
+_QUESTION = flags.DEFINE_integer("question", None, "Without data: tokens of the longest prompt without the context.")
 _ARM = flags.DEFINE_string("arm", None, "Arm of the run; default: the one with the most passes.")
 _EFFORT = flags.DEFINE_enum(
     "effort",
@@ -38,11 +45,14 @@ def main(_) -> int:
         raise ValueError("give either --topology, such as v5e:4x4, or --devices=N for local devices")
     if _EFFORT.present and not topology:
         raise ValueError(f"--effort={_EFFORT.value} is for TPU slices; local devices compile as a run does")
+    if (_PREFIX.value is None) != (_QUESTION.value is None):
+        raise ValueError("give --prefix and --question together, or neither of them to read the lengths from the data")
     if _DEVICES.value and _DEVICES.value > 0:
         jax.config.update("jax_num_cpu_devices", _DEVICES.value)
     from ctxjax.plan import run  # after the number of devices is set
 
-    result = run.plan(config, topology, _DEVICES.value, _ARM.value, _EFFORT.value)
+    lengths = None if _PREFIX.value is None else run.Lengths(_PREFIX.value, _QUESTION.value)
+    result = run.plan(config, topology, _DEVICES.value, _ARM.value, _EFFORT.value, lengths)
     if _JSON.value:
         print(json.dumps(result))
     else:

@@ -80,6 +80,8 @@ def make_tpu_devices(topology: str) -> list:
     from jax.experimental import topologies  # slow to import, needed only here
 
     options = {"chip_config_name": "megacore"} if name == "v4" else {}  # one device per chip, as on later generations
+    if count_chips(topology) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # the default is a host of four chips
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (ImportError, RuntimeError, NotImplementedError, FileNotFoundError) as error:

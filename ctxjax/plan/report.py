@@ -48,7 +48,7 @@ def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Reme
 
 def as_text(result: dict) -> str:
     """Format the result of ``as_json`` for a terminal."""
-    shown = ("model", "teacher", "task", "arm", "devices", "mesh", "step", "notes")
+    shown = ("model", "teacher", "task", "arm", "devices", "mesh", "batch", "step", "notes")
     lines = [f"{name}: {result[name]}" for name in shown if result.get(name)]
     lines += ["", "memory of a chip"]
     lines += [f"  {_size(size)}  {name}" for name, size in result["bytes"].items()]

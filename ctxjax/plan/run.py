@@ -3,36 +3,70 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from ctxjax import config as config_lib
 from ctxjax.config import Experiment
-from ctxjax.data import prompts as prompts_lib
-from ctxjax.data.task import Row
+from ctxjax.data import splits
+from ctxjax.data.prompts import SHORTEST_PREFIX
+from ctxjax.data.shapes import ViewShape, make_shape
+from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import needs_ema
+from ctxjax.host.hub import find_folder
 from ctxjax.inputs.base_model import make_model_config
+from ctxjax.inputs.batch_shapes import BatchShapes, make_batch_shapes
+from ctxjax.inputs.model_folder import load_tokenizer
+from ctxjax.inputs.run_inputs import describe_outliers, encode_training_rows
+from ctxjax.models.attention import choose_kind
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips
 from ctxjax.plan.architectures import find_architecture
 from ctxjax.plan.remedies import choose_remedies, estimate_remedies
 from ctxjax.plan.report import as_json, judge
-from ctxjax.plan.step import Plan, Shapes, make_plan
+from ctxjax.plan.step import Plan, make_plan
+
+
+class Lengths(NamedTuple):
+    """Lengths of prompts that are given in place of data, in tokens.
+
+    ``prefix``: what prompts with a context start with, up to its end; read once for all rows if they have the same
+    context. ``question``: the longest prompt without a context.
+    """
+
+    prefix: int
+    question: int
+
+
+class Views(NamedTuple):
+    """The shapes of a run's prompts, as in BatchShapes. ``note``: what a reader should know of them; may be empty."""
+
+    bare: ViewShape
+    context: ViewShape
+    other: ViewShape | None
+    note: str
 
 
 def plan(
-    config: ConfigDict, topology: str | None, devices: int | None, arm: str | None = None, effort: str = "least"
+    config: ConfigDict,
+    topology: str | None,
+    devices: int | None,
+    arm: str | None = None,
+    effort: str = "least",
+    lengths: Lengths | None = None,
 ) -> dict:
     """Plan the step of a configuration; return plain values (report.as_json).
 
     Give exactly one of ``topology`` and ``devices``. ``effort``: how far to compile for a ``topology``, a key of
-    step.EFFORTS. Raises ValueError or FileNotFoundError with the remedy.
+    step.EFFORTS. ``lengths``: None to read them from the data. Raises ValueError or FileNotFoundError with the remedy.
     """
     generation = chips.parse_generation(topology) if topology else None
     chosen = chips.make_tpu_devices(topology) if topology else chips.get_local_devices(devices)
-    made, facts = _plan_step(config, chosen, arm, effort if topology else "full")
+    views = find_views(_make_experiment(config, len(chosen)), config.task, lengths)
+    made, facts = _plan_step(config, chosen, arm, effort if topology else "full", views)
     facts["devices"] = topology or f"{devices} x {chosen[0].device_kind} ({chosen[0].platform})"
     suggested = []
     if generation and judge(made, chips.CHIPS[generation].hbm_gib) != "fits":
@@ -42,12 +76,14 @@ def plan(
         )
         limit = int(chips.USABLE * chips.CHIPS[generation].hbm_gib * 2**30)
         suggested = choose_remedies(
-            made, estimates, limit, lambda flag: _plan_with_flag(config, topology, flag, arm, effort)
+            made, estimates, limit, lambda flag: _plan_with_flag(config, topology, flag, arm, effort, views)
         )
     return as_json(made, facts, generation, suggested)
 
 
-def _plan_with_flag(config: ConfigDict, topology: str, flag: str, arm: str | None, effort: str) -> Plan | None:
+def _plan_with_flag(
+    config: ConfigDict, topology: str, flag: str, arm: str | None, effort: str, views: Views
+) -> Plan | None:
     """Plan with one more flag; None if the configuration does not allow it."""
     name, _, value = flag.removeprefix("--").partition("=")
     changed = config.copy_and_resolve_references()
@@ -60,28 +96,30 @@ def _plan_with_flag(config: ConfigDict, topology: str, flag: str, arm: str | Non
         field = name.split(".")[-1]
         section[field] = type(section[field])(value)
     try:
-        return _plan_step(changed, chips.make_tpu_devices(topology), arm, effort)[0]
+        return _plan_step(changed, chips.make_tpu_devices(topology), arm, effort, views)[0]
     except ValueError:
         return None
 
 
-def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str) -> tuple[Plan, dict]:
-    notes = []
+def _make_experiment(config: ConfigDict, devices: int) -> Experiment:
+    """Check the configuration. A task that is not part of this version gets another one's rules."""
     config = config.copy_and_resolve_references()
-    task = config.task
-    if task not in TASKS:  # its shapes are enough for a plan
-        notes.append(f"task {task!r} is not part of this version; only its shapes are planned")
-        config.task = "qa_jsonl"
-    experiment = config_lib.experiment(config, len(devices))
+    config.task = config.task if config.task in TASKS else "qa_jsonl"
+    return config_lib.experiment(config, devices)
+
+
+def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, views: Views) -> tuple[Plan, dict]:
+    experiment = _make_experiment(config, len(devices))
     loss_name = arm or max(experiment.arms, key=lambda name: _count_passes(experiment.arms[name]))
     if loss_name not in experiment.arms:
         raise ValueError(f"--arm={arm} is not known; choose from run_arms: {', '.join(experiment.arms)}")
     dtype = experiment.model.dtype
     if dtype == "auto":
         dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
-    model, source, shapes = _read_student(experiment, dtype, _is_context_shared(experiment))
-    _check_positions(model, shapes, experiment)
-    facts = {"model": f"{source}; {_format_size(model)}", "task": task, "arm": loss_name}
+    shapes = make_batch_shapes(experiment, views.bare, views.context, views.other)
+    model, source = _find_student(experiment, dtype)
+    _check_positions(model, shapes)
+    facts = {"model": f"{source}; {_format_size(model)}", "task": config.task, "arm": loss_name}
     teacher = None
     if experiment.teacher.path:
         teacher, where = find_architecture(experiment.teacher.path, dtype, experiment.model.remat)
@@ -91,20 +129,60 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str) 
             make_model_config(experiment.teacher_base, model.vocab_size), dtype=dtype, remat=experiment.model.remat
         )
         facts["teacher"] = f"a base trained from scratch; {_format_size(teacher)}"
-    _check_positions(teacher or model, shapes, experiment)
-    kind = experiment.model.attention
-    model, teacher = (one and dataclasses.replace(one, attention=kind) for one in (model, teacher))
+    _check_positions(teacher or model, shapes)
+    model, teacher = (
+        one and dataclasses.replace(one, attention=choose_kind(experiment.model.attention, one, devices[0]))
+        for one in (model, teacher)
+    )
     facts["mesh"] = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(experiment.mesh).items() if size)
     facts["rows_over"] = experiment.mesh.data * experiment.mesh.fsdp
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"
-    train, shared = experiment.train, " (shared context)" if shapes.shared else ""
-    facts["step"] = (
-        f"{train.batch_size} rows in {train.micro_batches} micro-batches, prompts of {shapes.bare} and "
-        f"{shapes.context} tokens{shared}, responses of {experiment.rollout.max_tokens}, {dtype}, {trained}, "
-        f"remat {experiment.model.remat}"
-    )
-    facts["notes"] = "; ".join(notes)
+    facts["batch"] = shapes.describe()
+    facts["step"] = f"{model.arithmetic}, {trained}, remat {experiment.model.remat}"
+    facts["notes"] = views.note
     return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, effort), facts
+
+
+def find_views(config: Experiment, task: str, lengths: Lengths | None) -> Views:
+    """Return the shapes of the prompts: those of ``lengths``, or else of the task's rows, encoded as a run does.
+
+    Raises ValueError if the rows or the tokenizer are not on this machine.
+    """
+    if lengths is not None:
+        return _make_views(config, lengths)
+    try:
+        opened, tokenizer = _open_task(config, task)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        raise ValueError(
+            f"the lengths of prompts cannot be read: {error}. Or give them in tokens: --prefix=N, what all prompts "
+            "with the context start with, and --question=N, the longest prompt without it"
+        ) from None
+    encoded, retention = encode_training_rows(config, opened, tokenizer)
+    other = retention.shape if retention else None
+    return Views(**encoded.shapes, other=other, note=describe_outliers(encoded, retention))
+
+
+def _open_task(config: Experiment, task: str) -> tuple[Task, object]:
+    """Return the task with its rows, and the student's tokenizer."""
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is not part of this version")
+    opened, path = TASKS[task][1](config.task_config), config.model.path
+    splits.check_splits(opened)
+    return opened, load_tokenizer(find_folder(path, weights=False)) if path else opened.tokenizer()
+
+
+def _make_views(config: Experiment, lengths: Lengths) -> Views:
+    prefix, question = lengths
+    if prefix < 0 or question < 1:
+        raise ValueError(f"--prefix={prefix} --question={question}: give 0 or more and 1 or more tokens")
+    shared = prefix if _is_context_shared(config) and prefix >= SHORTEST_PREFIX else 0
+    has_other = any(loss.mu > 0 for loss in config.arms.values())
+    return Views(
+        make_shape(question, 0),
+        make_shape(prefix + question, shared),
+        make_shape(prefix + question, 0) if has_other else None,
+        "prompts have the lengths of --prefix and --question; no data was read",
+    )
 
 
 def _is_context_shared(config: Experiment) -> bool:
@@ -113,14 +191,13 @@ def _is_context_shared(config: Experiment) -> bool:
     return not any(getattr(config.task_config, field, None) for field in own)
 
 
-def _check_positions(model: ModelConfig, shapes: Shapes, config: Experiment) -> None:
+def _check_positions(model: ModelConfig, shapes: BatchShapes) -> None:
     """Raise ValueError if the planned prompts and responses exceed the model's positions; a run refuses them too."""
-    tokens = config.rollout.max_tokens
-    if max(shapes.bare, shapes.context) + tokens > model.max_positions:
+    if shapes.longest + shapes.responses > model.max_positions:
         raise ValueError(
-            f"prompts of {shapes.bare} and {shapes.context} tokens and rollout.max_tokens = {tokens} are together more "
-            f"than a model's {model.max_positions} positions (max_position_embeddings in its config.json); lower them, "
-            "or take a model for longer texts"
+            f"a prompt of {shapes.longest} tokens and rollout.max_tokens = {shapes.responses} are together more than a "
+            f"model's {model.max_positions} positions (max_position_embeddings in its config.json); lower them, or "
+            "take a model for longer texts"
         )
 
 
@@ -133,24 +210,13 @@ def _format_size(model: ModelConfig) -> str:
     return f"{model.layers} layers of width {model.width}, vocabulary {model.vocab_size}"
 
 
-def _read_student(config: Experiment, dtype: str, shared: bool) -> tuple[ModelConfig, str, Shapes]:
-    """Return (architecture, its source, lengths)."""
-    bare, context = config.prompt.max_bare_tokens, config.prompt.max_context_tokens
+def _find_student(config: Experiment, dtype: str) -> tuple[ModelConfig, str]:
+    """Return the student's architecture and its source."""
     if config.model.path:
         model, where = find_architecture(config.model.path, dtype, config.model.remat)
-        for name, length in (("max_bare_tokens", bare), ("max_context_tokens", context)):
-            if not length:
-                raise ValueError(f"prompt.{name} = 0, but a plan reads no data to find the length; set it, in tokens")
-        if context < bare:
-            raise ValueError(f"prompt.max_context_tokens = {context} is less than prompt.max_bare_tokens = {bare}")
-        return model, f"{config.model.path}, read from {where}", Shapes(bare, context, shared)
+        return model, f"{config.model.path}, read from {where}"
     assert config.task in WORLDS  # config.experiment has checked it
-    world = TASKS[config.task][1](config.task_config)
-    tokenizer, row = world.tokenizer(), world.longest_pretraining_row()
-    model = dataclasses.replace(make_model_config(config.base, len(tokenizer)), dtype=dtype, remat=config.model.remat)
-    lengths = [
-        len(prompts_lib.encode(tokenizer, [Row("", row.question, text, "")], config.prompt)[0])
-        for text in (None, row.context)
-    ]
-    shapes = Shapes(bare or lengths[0], context or lengths[1], shared)
-    return model, f"a base trained from scratch (task {config.task})", shapes
+    model = make_model_config(config.base, len(TASKS[config.task][1](config.task_config).tokenizer()))
+    return dataclasses.replace(model, dtype=dtype, remat=config.model.remat), (
+        f"a base trained from scratch (task {config.task})"
+    )

@@ -13,12 +13,13 @@ import numpy as np
 
 from ctxjax import sharding
 from ctxjax.config import Experiment
-from ctxjax.data.prompts import SHORTEST_PREFIX
+from ctxjax.data.shapes import ViewShape
 from ctxjax.distill import optim
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import needs_ema
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.distill.train_step import StepConfig, train_step
+from ctxjax.inputs.batch_shapes import BatchShapes
 from ctxjax.models import lora, mesh_check, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import flops, hlo
@@ -33,15 +34,6 @@ EFFORTS: dict[str, dict | None] = {
     "least": {"exec_time_optimization_effort": -1.0},
     "full": None,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Prompt lengths in tokens, without and with the context. ``shared``: whether all rows have the same context."""
-
-    bare: int
-    context: int
-    shared: bool
 
 
 @dataclasses.dataclass
@@ -83,7 +75,7 @@ def make_plan(
     loss: LossConfig,
     model: ModelConfig,
     teacher: ModelConfig | None,
-    shapes: Shapes,
+    shapes: BatchShapes,
     devices: list,
     effort: str = "full",
 ) -> Plan:
@@ -102,8 +94,8 @@ def make_plan(
         traced = train_step.trace(state, frozen, batch, config=step)
         arithmetic = flops.count_matmul_flops(traced.jaxpr.jaxpr, _Trips(step))
         lowered = traced.lower(lowering_platforms=(devices[0].platform,))
-        parts = _compute_temporary_parts(config, step, shapes, mesh)
-        floor = _compute_hbm_floor(config, step, buffers, shapes, mesh)
+        parts = _compute_temporary_parts(step, shapes, mesh)
+        floor = _compute_hbm_floor(step, buffers, shapes, mesh)
         refused, used, sent = "", 0, None
         try:
             compiled = lowered.compile(compiler_options=EFFORTS[effort])
@@ -124,7 +116,7 @@ def make_step_config(config: Experiment, loss: LossConfig, model: ModelConfig, t
     return StepConfig(model, teacher, sampling, loss, config.optim, config.lora, config.train.micro_batches)
 
 
-def make_arguments(config: Experiment, step: StepConfig, own_teacher: bool, shapes: Shapes, mesh: Mesh):
+def make_arguments(config: Experiment, step: StepConfig, own_teacher: bool, shapes: BatchShapes, mesh: Mesh):
     """Return (state, frozen, batch, buffers): abstract arrays on ``mesh``, and their bytes per chip by item."""
 
     def model_params(model, dtype):
@@ -137,7 +129,7 @@ def make_arguments(config: Experiment, step: StepConfig, own_teacher: bool, shap
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, key, ema)
     teacher = model_params(step.teacher_model, config.teacher.param_dtype) if own_teacher else initial
-    batch = make_abstract_batch(config, step, shapes, mesh)
+    batch = make_abstract_batch(step, shapes, mesh)
     prefix = None
     if batch.context.prefix_C is not None:
         prefix = jax.eval_shape(
@@ -152,20 +144,18 @@ def make_arguments(config: Experiment, step: StepConfig, own_teacher: bool, shap
     return state, frozen, batch, {name: size for name, tree in items.items() if (size := count_chip_bytes(tree))}
 
 
-def make_abstract_batch(config: Experiment, step: StepConfig, shapes: Shapes, mesh: Mesh) -> Batch:
-    """Return a batch of prompts of full length. A shared context is a prefix, followed by a bare prompt in each row."""
-    prefix = shapes.context - shapes.bare if shapes.shared else 0
-    prefix = prefix if prefix >= SHORTEST_PREFIX else 0
+def make_abstract_batch(step: StepConfig, shapes: BatchShapes, mesh: Mesh) -> Batch:
+    """Return a batch of these shapes, as a run's pipeline puts it on ``mesh`` for an arm with this step."""
     rows, replicated = NamedSharding(mesh, P(sharding.BATCH)), NamedSharding(mesh, P())
 
-    def prompts(count, length, shared=0):
-        arrays = [jax.ShapeDtypeStruct((count, length - shared), kind, sharding=rows) for kind in (jnp.int32, bool)]
-        return Prompts(*arrays, jax.ShapeDtypeStruct((shared,), jnp.int32, sharding=replicated) if shared else None)
+    def prompts(count: int, view: ViewShape) -> Prompts:
+        own = [jax.ShapeDtypeStruct((count, view.columns), kind, sharding=rows) for kind in (jnp.int32, bool)]
+        shared = jax.ShapeDtypeStruct((view.prefix,), jnp.int32, sharding=replicated) if view.prefix else None
+        return Prompts(*own, shared)
 
-    count = config.train.batch_size
-    other = prompts(config.train.retention_rows, shapes.context) if step.loss.mu > 0 else None
-    ids = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
-    return Batch(prompts(count, shapes.bare), prompts(count, shapes.context, prefix), other, ids)
+    other = prompts(shapes.retention_rows, shapes.other) if step.loss.mu > 0 else None
+    ids = jax.ShapeDtypeStruct((shapes.rows,), jnp.int32, sharding=rows)
+    return Batch(prompts(shapes.rows, shapes.bare), prompts(shapes.rows, shapes.context), other, ids)
 
 
 def count_chip_bytes(tree) -> int:
@@ -208,11 +198,11 @@ def _count_devices(mesh: Mesh, *axes: str) -> int:
     return int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
-def _compute_temporary_parts(config: Experiment, step: StepConfig, shapes: Shapes, mesh: Mesh) -> dict[str, int]:
+def _compute_temporary_parts(step: StepConfig, shapes: BatchShapes, mesh: Mesh) -> dict[str, int]:
     """Return the parts of the temporaries that follow from shapes, in bytes per chip."""
     model, kind = step.model, jnp.dtype(step.model.dtype).itemsize
-    rows = config.train.batch_size // _count_devices(mesh, "data", "fsdp")
-    slots = shapes.bare + step.sampling.max_tokens
+    rows = shapes.rows // _count_devices(mesh, "data", "fsdp")
+    slots = shapes.bare.columns + step.sampling.max_tokens
     cache = 2 * rows * slots * model.layers * model.kv_heads * model.head_dim * kind // _count_devices(mesh, "tensor")
     trained = transformer.param_specs(model) if step.lora is None else lora.specs(model, step.lora)
     gradients = count_chip_bytes(params_lib.abstract(trained, mesh)) * (2 if step.micro_batches > 1 else 1)
@@ -234,9 +224,7 @@ def _compute_decoding_bytes(step: StepConfig, mesh: Mesh) -> int:
     )
 
 
-def _compute_hbm_floor(
-    config: Experiment, step: StepConfig, buffers: dict[str, int], shapes: Shapes, mesh: Mesh
-) -> int:
+def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchShapes, mesh: Mesh) -> int:
     """Return the least number of bytes that a chip reads and writes in a step.
 
     Every decoded token reads the weights and the filled cache. Every forward pass and every backward pass reads the
@@ -247,9 +235,10 @@ def _compute_hbm_floor(
     head = model.vocab_size * model.width * kind // tensor
     layers = params_lib.count(transformer.param_specs(model)["layers"]) * kind // tensor
     tokens = step.sampling.max_tokens
-    rows = config.train.batch_size // _count_devices(mesh, "data", "fsdp")
+    rows = shapes.rows // _count_devices(mesh, "data", "fsdp")
     column = 2 * model.layers * model.kv_heads * model.head_dim * kind // tensor
-    decode = (tokens - 1) * (layers + head + rows * column * (shapes.bare + tokens // 2))
+    cache = column * (shapes.bare.prefix + rows * (shapes.bare.columns + tokens // 2))
+    decode = (tokens - 1) * (layers + head + cache)
     student = 2 * (1 + (step.loss.beta > 0) + (step.loss.mu > 0))
     teacher = 1 + (step.loss.mu > 0)
     theirs = params_lib.count(transformer.param_specs(step.teacher_model)["layers"]) * kind // tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from ctxjax.config import Experiment
-from ctxjax.data.pipeline import training_batches
+from ctxjax.data.pipeline import Drawn, draw_steps
 from ctxjax.data.task import GameTask
 from ctxjax.distill.anchors import loss_at
 from ctxjax.distill.losses import LossConfig
@@ -22,13 +22,16 @@ from ctxjax.distill.train_step import StepConfig, init_state, student_params, tr
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host import preemption
+from ctxjax.inputs.data_record import ROWS_FILE
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.inputs.teacher_samples import steps_with_samples
 from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.monitoring.alarms import Alarms, StopRun
 from ctxjax.monitoring.metric_writer import Writer
+from ctxjax.monitoring.step_rows import StepRows
 from ctxjax.training import nonfinite
 from ctxjax.training.checkpoint import Checkpoints, best_step, read_params, saved_steps
+from ctxjax.training.fed_rows import FedRows
 from ctxjax.training.game_episodes import GameEpisodes
 from ctxjax.types import Batch, Frozen, Params, PrefixKV, Rollout, TrainState
 
@@ -39,7 +42,8 @@ class Shared:
 
     ``teacher_prefix``: the teacher's keys and values of the shared context prefix; None if there is none.
     ``teacher_samples``: the teacher's responses, on the host, by step; they cover the off-policy steps of all arms.
-    ``record``: configuration and manifest of the run, which every checkpoint carries.
+    ``record``: configuration and manifest of the run, which every checkpoint carries. ``fed_rows``: describes what the
+    steps are given; None in a process that writes no files.
     """
 
     config: Experiment
@@ -48,6 +52,7 @@ class Shared:
     teacher_samples: dict[int, Rollout]
     mesh: Mesh
     record: dict
+    fed_rows: FedRows | None
 
 
 class StepKind(NamedTuple):
@@ -96,8 +101,9 @@ class Arm:
         if not first:
             writer.write(0, _make_dev_row(base_on_dev))
         source, programs = None, {}
+        fed = StepRows(self._folder / ROWS_FILE, first)
         if first < train.steps:
-            source = self._make_source(first)
+            source = self._make_source(first, fed)
             clock = time.monotonic()
             programs = self._compile_programs(state, source, range(first, train.steps))
             seconds[f"{self._name} compile"] = time.monotonic() - clock
@@ -125,10 +131,12 @@ class Arm:
                     preempted = preemption.reached(taken)
                     if preempted or self._is_save_due(taken):
                         writer.sync()
+                        fed.sync()
                         checkpoints.save(state, taken, self._shared.record | {"data_position": taken})
                     if preempted:
                         raise preemption.Preempted
                 writer.close()
+                fed.close()
                 if isinstance(source, GameEpisodes):
                     print(f"{self._name}: {source.player.clock}", flush=True)
             except StopRun as stop:
@@ -173,18 +181,23 @@ class Arm:
         print(f"{self._name}: continues from the checkpoint of step {first}", flush=True)
         return state, first
 
-    def _make_source(self, first: int) -> RolloutSource:
-        """Return the source of this arm's responses, from step ``first`` on."""
-        if isinstance(self._shared.inputs.task, GameTask):
-            retains, mesh = self._step_config.loss.mu > 0, self._shared.mesh
-            return GameEpisodes.of_run(self._config, self._shared.inputs, retains, self._join_student, mesh)
+    def _make_source(self, first: int, fed: StepRows) -> RolloutSource:
+        """Return the source of this arm's responses, from step ``first`` on. ``fed`` gets what it gives to each."""
         mesh, samples = self._shared.mesh, self._shared.teacher_samples
-        own = {step: samples[step] for step in steps_with_samples(self._config, self._name)}
-        return TeacherSamples(Questions(self._make_batches(first), mesh), own, mesh)
 
-    def _make_batches(self, first: int) -> Iterator[Batch]:
+        def note(number: int, drawn: Drawn) -> None:
+            if self._shared.fed_rows is not None:
+                fed.append(self._shared.fed_rows.describe(number, drawn))
+
+        if isinstance(self._shared.inputs.task, GameTask):
+            retains = self._step_config.loss.mu > 0
+            return GameEpisodes.of_run(self._config, self._shared.inputs, retains, self._join_student, mesh, note)
+        own = {step: samples[step] for step in steps_with_samples(self._config, self._name)}
+        return TeacherSamples(Questions(self._make_batches(first, note), mesh), own, mesh)
+
+    def _make_batches(self, first: int, note: Callable[[int, Drawn], None]) -> Iterator[Batch]:
         inputs, train = self._shared.inputs, self._config.train
-        return training_batches(
+        steps = draw_steps(
             inputs.rows,
             inputs.retention if self._step_config.loss.mu > 0 else None,
             seed=self._config.seed,
@@ -193,6 +206,9 @@ class Arm:
             pad_id=self._student.pad_id,
             first_step=first,
         )
+        for number, drawn in enumerate(steps, first + 1):
+            note(number, drawn)
+            yield drawn.batch
 
     def _compile_programs(self, state: TrainState, source: RolloutSource, steps: range) -> dict[StepKind, Any]:
         """Compile every kind of step among ``steps`` before the first one runs: once training has begun, no

@@ -13,8 +13,9 @@ import numpy as np
 from ctxjax import rng
 from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib
-from ctxjax.data.pipeline import EncodedRows, RetentionRows, shuffle_questions
+from ctxjax.data.pipeline import Drawn, EncodedRows, RetentionRows, shuffle_questions
 from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.shapes import ViewShape
 from ctxjax.data.task import Row
 from ctxjax.distill.rollouts import StepInputs
 from ctxjax.distill.sampling import SamplingConfig
@@ -31,6 +32,7 @@ class GameEpisodes:
 
     An episode that ends early leaves rows without a response, which count nowhere. ``retained``: episodes played under
     other contexts, whose turns are the retention rows. ``student``: state -> the student's whole parameters.
+    ``note`` gets the number of each step, the first is 1, and the first turns that it begins with.
     """
 
     player: Player
@@ -45,10 +47,17 @@ class GameEpisodes:
     max_turns: int
     seed: int
     mesh: Mesh
+    note: Callable[[int, Drawn], None]
 
     @classmethod
     def of_run(
-        cls, config: Experiment, inputs: Inputs, retains: bool, student: Callable[[Any], Params], mesh: Mesh
+        cls,
+        config: Experiment,
+        inputs: Inputs,
+        retains: bool,
+        student: Callable[[Any], Params],
+        mesh: Mesh,
+        note: Callable[[int, Drawn], None] = lambda number, drawn: None,
     ) -> GameEpisodes:
         """Return the source of an arm; ``retains``: whether its loss has retention rows."""
         train, folder = config.train, inputs.student
@@ -66,10 +75,12 @@ class GameEpisodes:
             max_turns=inputs.task.max_turns,
             seed=config.seed,
             mesh=mesh,
+            note=note,
         )
 
     def next(self, state: TrainState, step: int) -> StepInputs:
-        boards, others = self._draw(step)
+        boards, others, drawn = self._draw(step)
+        self.note(step + 1, drawn)
         params = self.student(state)
         bare = [row._replace(context=None) for row in boards]
         played = self._play(params, bare, step, "rollout", self.rows.prefixes["bare"])
@@ -77,30 +88,30 @@ class GameEpisodes:
         return self._assemble(step, boards, played, others, other)
 
     def examples(self, step: int) -> list[StepInputs]:
-        boards, others = self._draw(step)
+        boards, others, _ = self._draw(step)
         return [self._assemble(step, boards, [[] for _ in boards], others, [[] for _ in others])]
 
-    def _draw(self, step: int) -> tuple[list[Row], list[Row]]:
-        """Return the boards of a step, and those under other contexts."""
+    def _draw(self, step: int) -> tuple[list[Row], list[Row], Drawn]:
+        """Return the boards of a step, those under other contexts, and the first turns of all."""
         order, first = shuffle_questions(len(self.rows.rows), self.seed), step * self.boards
         boards = [self.rows.rows[order[first + i]] for i in range(self.boards)]
-        if self.retention is None:
-            return boards, []
-        return boards, [self.retention.draw_row(self.seed, first + i) for i in range(self.retained)]
+        places = range(self.retained) if self.retention else ()
+        pairs = [self.retention.draw(self.seed, first + i)[1] for i in places]
+        others = [self.retention.find_row(pair) for pair in pairs]
+        batch = Batch(*self._pad_views(boards), self._pad_others(others) if others else None, np.arange(self.boards))
+        return boards, others, Drawn(batch, pairs)
 
     def _play(self, params: Params, rows: list[Row], step: int, stream: str, prefix: list[int]) -> list[list[Turn]]:
         key = rng.key_for(jax.random.key(self.seed), step, stream)
         return self.player.play(params, self.sampling, rows, key, step * self.boards, prefix)
 
     def _assemble(self, step: int, boards, played, others, other) -> StepInputs:
-        lengths, prefixes = self.rows.lengths, self.rows.prefixes
         turns, rows = self._fill(boards, played)
-        bare = self._pad([row._replace(context=None) for row in rows], lengths["bare"], prefixes["bare"])
-        context = self._pad(rows, lengths["context"], prefixes["context"])
+        bare, context = self._pad_views(rows)
         first = step * self.boards * self.max_turns
         numbers = np.asarray([(first + i) % 2**31 for i in range(len(rows))], np.int32)
         other_turns, other_rows = self._fill(others, other) if others else ([], [])
-        other_prompts = self._pad(other_rows, self.retention.length, self.retention.prefix) if others else None
+        other_prompts = self._pad_others(other_rows) if others else None
         batch = Batch(bare, context, other_prompts, numbers)
         rollouts: tuple[Rollout | None, ...] = (pad_responses(turns, self.sampling),)
         rollouts += (pad_responses(other_turns, self.sampling) if others else None,)
@@ -117,7 +128,13 @@ class GameEpisodes:
         ]
         return [turn for turns in places for turn in turns], read
 
-    def _pad(self, rows: list[Row], length: int, prefix: list[int]) -> Prompts:
-        return prompts_lib.left_pad(
-            prompts_lib.encode(self.folder.tokenizer, rows, self.prompt), length, self.folder.pad_id, prefix
-        )
+    def _pad_views(self, rows: list[Row]) -> tuple[Prompts, Prompts]:
+        views = {"bare": [row._replace(context=None) for row in rows], "context": rows}
+        return tuple(self._pad(own, self.rows.shapes[v], self.rows.prefixes[v]) for v, own in views.items())
+
+    def _pad_others(self, rows: list[Row]) -> Prompts:
+        return self._pad(rows, self.retention.shape, self.retention.prefix)
+
+    def _pad(self, rows: list[Row], shape: ViewShape, prefix: list[int]) -> Prompts:
+        tokens = prompts_lib.encode(self.folder.tokenizer, rows, self.prompt)
+        return prompts_lib.left_pad(tokens, shape.columns, self.folder.pad_id, prefix)

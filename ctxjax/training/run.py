@@ -19,12 +19,14 @@ from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.outcomes import Learning
 from ctxjax.host import processes, retry, workdir as workdir_lib
+from ctxjax.inputs.data_record import FILE as DATA_FILE, DataRecord
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import Inputs, compute_digests, compute_teacher_prefix, open_inputs
 from ctxjax.inputs.teacher_samples import open_teacher_samples
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
 from ctxjax.training.arm import Arm, Shared
+from ctxjax.training.fed_rows import FedRows
 from ctxjax.types import Params, PrefixKV
 
 
@@ -51,8 +53,8 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
 class _OpenRun:
     """A run whose inputs are open and whose workdir is claimed.
 
-    ``manifest``: what run.json holds. ``started``: time.monotonic() at the start. ``seconds``: part of the run -> its
-    time in seconds, which each phase adds to.
+    ``manifest``: what run.json holds. ``data``: what data.jsonl does. ``started``: time.monotonic() at the start.
+    ``seconds``: part of the run -> its time in seconds, which each phase adds to.
     """
 
     config: Experiment
@@ -63,6 +65,7 @@ class _OpenRun:
     dev: Evaluator
     test: Evaluator
     manifest: dict
+    data: DataRecord
     started: float
     seconds: dict[str, float]
 
@@ -110,9 +113,11 @@ def _open(
         flush=True,
     )
     lock.take()
-    facts = facts | {"rows_left_out": dict(task.skipped), "task": task.facts}
-    manifest = workdir_lib.claim(workdir, facts, compute_digests(inputs))
-    return _OpenRun(config, workdir, mesh, inputs, prefix, dev, test, manifest, started, seconds)
+    data = DataRecord(task, rows, inputs.retention)
+    facts = facts | {"rows_left_out": dict(task.skipped), "task": task.facts, "arithmetic": student.config.arithmetic}
+    manifest = workdir_lib.claim(workdir, facts | data.facts, compute_digests(inputs))
+    workdir_lib.write_text(workdir / DATA_FILE, data.text)
+    return _OpenRun(config, workdir, mesh, inputs, prefix, dev, test, manifest, data, started, seconds)
 
 
 def _evaluate_untrained(run: _OpenRun) -> tuple[dict[str, Evaluation], Evaluation]:
@@ -140,7 +145,8 @@ def _train_arms(run: _OpenRun, base_on_dev: Evaluation) -> dict[str, _TrainedArm
         run.seconds["teacher's samples"] = time.monotonic() - clock
     config = run.manifest["config"]
     record = {"config": config, "manifest": {name: run.manifest[name] for name in run.manifest.keys() - {"config"}}}
-    shared = Shared(run.config, run.inputs, run.teacher_prefix, samples, run.mesh, record)
+    fed_rows = FedRows(run.inputs, run.data) if processes.is_first() else None
+    shared = Shared(run.config, run.inputs, run.teacher_prefix, samples, run.mesh, record, fed_rows)
     trained = {}
     for name in run.config.arms:
         clock = time.monotonic()

@@ -19,6 +19,7 @@ from ctxjax.data.grading.grade import Grade
 
 EMPTY, NO_TAGS, NOT_CLOSED, TWO = "empty", "no <answer> tags", "<answer> is not closed", "two different answers"
 ONLY_REASONING, ENDLESS_REASONING = "answer only in the reasoning", "reasoning is not closed"
+NO_YES_NO, NO_WORDS = "neither yes nor no", "no words"
 NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a number or an expression"
 NUMBER = re.compile(r"(?<![\w.)\]}])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|\d[\d,]*(?:\.\d+)?")
 OPEN_REASONING, CLOSE_REASONING = "<think>", "</think>"
@@ -119,8 +120,13 @@ def find_last_number(text: str) -> str | None:
     In GSM8K solutions ("#### 72") and in most chat answers the last number is the answer. A hyphen after a letter, a
     digit or a bracket is no sign: the last number of "10-12" is 12.
     """
+    found = _find_numbers(text)
+    return found[-1] if found else None
+
+
+def _find_numbers(text: str) -> list[str]:
     found = NUMBER.findall(normalize_width(text))
-    return format_number(Decimal(found[-1].replace(",", ""))) if found else None
+    return [format_number(Decimal(number.replace(",", ""))) for number in found]
 
 
 def format_number(number: Decimal) -> str:
@@ -147,6 +153,31 @@ def grade_exact(response: str, reference: str) -> Grade:
     said, reason = strip_reasoning(response)
     parsed = " ".join(said.split()).casefold() or None
     return Grade(parsed, parsed == " ".join(reference.split()).casefold(), reason)
+
+
+def grade_short(response: str, reference: str) -> Grade:
+    """Grade an answer of a few words, alone or in a sentence: "It is the Blue Heron." against "blue heron".
+
+    A reference "yes" or "no" is compared with the first of these two words. A number must occur, in any notation, and
+    the words of any other reference one after the other; case, punctuation and articles do not count.
+    """
+    said, reason = strip_reasoning(normalize_width(response))
+    words, wanted = _find_answer_words(said), _find_answer_words(reference)
+    if wanted in (["yes"], ["no"]):
+        parsed = next((word for word in words if word in ("yes", "no")), None)
+        return Grade(parsed, [parsed] == wanted, reason or (None if parsed else NO_YES_NO))
+    if NUMBER.fullmatch(normalize_width(reference).strip()):
+        numbers = _find_numbers(said)
+        found = find_last_number(reference) in numbers
+        return Grade(", ".join(numbers) or None, found, reason or (None if numbers else NO_NUMBER))
+    parsed = said.strip() if words else None
+    found = f" {' '.join(wanted)} " in f" {' '.join(words)} "
+    return Grade(parsed, bool(wanted) and found, reason or (None if parsed else NO_WORDS))
+
+
+def _find_answer_words(text: str) -> list[str]:
+    words = re.findall(r"[^\W_]+", re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", normalize_width(text).casefold()))
+    return [word for word in words if word not in ("a", "an", "the")]
 
 
 def grade_math(response: str, reference: str) -> Grade:
@@ -211,6 +242,14 @@ def read_exact(value) -> str:
     return str(value)
 
 
+def read_short(value) -> str:
+    """Return the value as text, True and False as "yes" and "no". Raises ValueError if no word of it is compared."""
+    text = read_yes_no(value) if isinstance(value, bool) else str(value)
+    if not _find_answer_words(text):
+        raise _refuse(value, "a text of a few words, a number, True or False")
+    return text
+
+
 def read_yes_no(value) -> str:
     """Return "yes" or "no" from such a word, with or without tags, or from True or False; else raise ValueError."""
     if isinstance(value, bool):
@@ -262,6 +301,7 @@ TEN = "ABCDEFGHIJ"
 GRADERS = {
     "numeric": Grader(grade_number, read_number),
     "exact": Grader(grade_exact, read_exact),
+    "short": Grader(grade_short, read_short),
     "yes_no": Grader(grade_yes_no, read_yes_no),
     "letter": Grader(grade_letter, read_letter),
     "letter_of_ten": Grader(functools.partial(grade_letter, letters=TEN), functools.partial(read_letter, letters=TEN)),

@@ -13,9 +13,7 @@ from typing import NamedTuple
 import unicodedata
 
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.grading.graders import strip_reasoning
-
-NO_WORDS = "no words"
+from ctxjax.data.grading.graders import NO_WORDS, strip_reasoning
 
 
 class Check(NamedTuple):

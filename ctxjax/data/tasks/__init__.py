@@ -6,11 +6,13 @@ section with the dataclass's fields to configs/base.py, and add one line to TASK
 """
 
 from ctxjax.data.task import World
+from ctxjax.data.tasks.handbook import Handbook, HandbookConfig
 from ctxjax.data.tasks.hints import Hints, HintsConfig
 from ctxjax.data.tasks.math import Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
+from ctxjax.data.tasks.style import Style, StyleConfig
 from ctxjax.data.worlds.rules import Rules, RulesConfig
 from ctxjax.data.worlds.tiny_grid import TinyGrid, TinyGridConfig
 from ctxjax.data.worlds.tiny_safety import TinySafety, TinySafetyConfig
@@ -22,6 +24,8 @@ TASKS = {
     "safety": (SafetyConfig, Safety),
     "math": (MathConfig, Math),
     "hints": (HintsConfig, Hints),
+    "handbook": (HandbookConfig, Handbook),
+    "style": (StyleConfig, Style),
     "tiny_safety": (TinySafetyConfig, TinySafety),
     "tiny_grid": (TinyGridConfig, TinyGrid),
 }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ctxjax.data import splits
-from ctxjax.data.contexts import Contexts, OtherContexts, OtherContextsConfig
+from ctxjax.data.contexts import Contexts, OtherContexts, OtherContextsConfig, OtherRows
 from ctxjax.data.records import Reader, Record, RecordsConfig, hash_text
 from ctxjax.data.task import Row
 from ctxjax.host.hub import find_data_files
@@ -54,7 +54,7 @@ class FileTask:
         self.columns = contexts.columns if contexts else ()
         reader = Reader(config.records)
         internalized = list(contexts.texts.values()) if contexts else []
-        self.pool = OtherContexts(config, section, reader, internalized)
+        self.pool = self.open_pool(reader, internalized)
         self.contexts = contexts
         self.splits, left_out = self.read_splits(reader)
         self.skipped = reader.skipped + left_out
@@ -63,6 +63,10 @@ class FileTask:
             "rows": {split: len(rows) for split, rows in self.splits.items()},
             "contexts": contexts.describe() if contexts else "each row's own",
         }
+
+    def open_pool(self, reader: Reader, internalized: list[str]) -> OtherContexts | OtherRows:
+        """Return the other contexts, without those to internalize."""
+        return OtherContexts(self.config, self.section, reader, internalized)
 
     def read_splits(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
         """Return the rows by split, without repeats and within the limits, and the counts of left-out repeats."""
@@ -109,10 +113,13 @@ class FileTask:
     def other_contexts(self, split: str) -> list[str]:
         return self.pool.select(split)
 
-    def swap_context(self, row: Row, context: str) -> Row:
-        return self.pool.swap_context(row, context)
+    def rows_under(self, row: Row, context: str) -> list[Row]:
+        return self.pool.rows_under(row, context)
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> None:
+        return None
+
+    def unrelated(self) -> None:
         return None
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import dataclasses
 
 from ctxjax.data import splits
-from ctxjax.data.contexts import ContextConfig, Contexts
+from ctxjax.data.contexts import BUILT_IN, ContextConfig, Contexts, OtherContexts, OtherRows
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.records import Reader, RecordsConfig, hash_text
@@ -26,6 +26,7 @@ class QaConfig(ContextConfig):
     limit: int = bounded(zero=True)
     dev_questions: int
     test_questions: int
+    other_rows: str = ""
     records: RecordsConfig = RecordsConfig()
 
 
@@ -36,6 +37,18 @@ class QaJsonl(FileTask):
 
     def __init__(self, config: QaConfig):
         super().__init__(config, "qa_jsonl", Contexts(config, "qa_jsonl"))
+
+    def open_pool(self, reader: Reader, internalized: list[str]) -> OtherContexts | OtherRows:
+        config = self.config
+        if not config.other_rows:
+            return super().open_pool(reader, internalized)
+        if config.other_contexts_file not in ("", BUILT_IN):
+            raise ValueError(
+                "qa_jsonl.other_rows and qa_jsonl.other_contexts_file are both set; set only one of them, since "
+                "a check and the accuracy of the task are different measures"
+            )
+        columns, read = (config.question, config.reference), GRADERS[config.grading].read_reference
+        return OtherRows(config.other_rows, "qa_jsonl.other_rows", columns, read, reader, internalized)
 
     def read_splits(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
         config, rows, seen = self.config, {}, {}

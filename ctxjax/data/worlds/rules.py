@@ -149,12 +149,15 @@ class Rules:
         rng = np.random.default_rng([self.config.seed, 11])
         return [format_table(t, rng.permutation(len(LETTERS))) for t in self.tables[split]]
 
-    def swap_context(self, row: Row, context: str) -> Row:
-        return row._replace(context=context, reference=answer(row.question, parse_table(context)))
+    def rows_under(self, row: Row, context: str) -> list[Row]:
+        return [row._replace(context=context, reference=answer(row.question, parse_table(context)))]
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
         pairs = row.context.split(";")[:-1]
         return "".join(f"{pairs[i]};" for i in rng.permutation(len(pairs)))
+
+    def unrelated(self) -> None:
+        return None
 
     def tokenizer(self):
         return word_tokenizer.build(vocabulary(), TOKEN_PATTERN)

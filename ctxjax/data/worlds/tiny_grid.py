@@ -182,13 +182,16 @@ class TinyGrid:
         rng = np.random.default_rng([self.config.seed, 23])
         return [self._write_context(legend, rng) for legend in self.legends[split]]
 
-    def swap_context(self, row: Row, context: str) -> Row:
+    def rows_under(self, row: Row, context: str) -> list[Row]:
         """The same board under another legend, which also changes how it is shown."""
         board = self._read_board(row.question, parse_legend(row.reference))
-        return self._make_row(board, parse_legend(context), context)
+        return [self._make_row(board, parse_legend(context), context)]
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
         return self._write_context(parse_legend(row.context), rng)
+
+    def unrelated(self) -> None:
+        return None
 
     def _show(self, episode: Episode, legend: Legend) -> str:
         turn = look(self.game, episode)

@@ -150,7 +150,7 @@ class TinySafety:
         fitting = [row for row, length in zip(rows, lengths) if length <= self.config.longest]
         self.skipped["long"] += len(rows) - len(fitting)
         fitting = splits.shuffle(fitting)[: getattr(self.config, f"{split}_questions") or None]
-        return [self.swap_context(row, TARGET.text(0)) for row in fitting]
+        return [under for row in fitting for under in self.rows_under(row, TARGET.text(0))]
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -185,11 +185,14 @@ class TinySafety:
         rng = np.random.default_rng([self.config.seed, 17])
         return [instruction.text(int(rng.integers(len(WORDINGS)))) for instruction in self._instructions[split]]
 
-    def swap_context(self, row: Row, context: str) -> Row:
-        return row._replace(context=context, reference=self._answer(row.question, parse_instruction(context)))
+    def rows_under(self, row: Row, context: str) -> list[Row]:
+        return [row._replace(context=context, reference=self._answer(row.question, parse_instruction(context)))]
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
         return parse_instruction(row.context).text(int(rng.integers(1, len(WORDINGS))))
+
+    def unrelated(self) -> None:
+        return None
 
     def tokenizer(self):
         return self._tokenizer

@@ -1,0 +1,387 @@
+"""The audit: a finished run passes, a copy in which one thing was changed does not, and the audit names it."""
+
+import json
+from pathlib import Path
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ctxjax.audit import audit, evaluations, numbers
+from ctxjax.audit.__main__ import main
+from ctxjax.audit.check import Check, list_numbers
+from ctxjax.audit.folder import Folder
+from ctxjax.audit.weights import compute_checksum
+from ctxjax.evaluation import evaluator, metrics
+from ctxjax.evaluation.outcomes import Outcomes, harm_difference
+from ctxjax.host.checksum import compute_checksums, compute_digest
+
+ARM, FIRST = "off_policy", "opcd_retained"
+
+
+def find_wrong(run: Path, *exports: Path) -> list[str]:
+    """The contradictions that the audit finds."""
+    return [f"{check.name}: {problem}" for check in audit.check_folder(run, exports) for problem in check.wrong]
+
+
+@pytest.fixture
+def copied(debug_run, tmp_path) -> Path:
+    """A copy of the run, in ``run``, and of the exported model, beside it in ``model``."""
+    shutil.copytree(debug_run[1], tmp_path / "model")
+    return shutil.copytree(debug_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("events", "report.html"))
+
+
+def edit(path: Path, change) -> None:
+    """Change a JSON file: ``change`` gets its value."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_line(path: Path, change, where=lambda row: True) -> None:
+    """Change the first line of a JSONL file of which ``where`` holds."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(next(row for row in rows if where(row)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_finished_run_and_its_export_pass(debug_run, capsys):
+    assert main([str(debug_run[0]), str(debug_run[1])]) == 0
+    printed = capsys.readouterr().out
+    assert "WRONG" not in printed and "not checked" not in printed
+    for words in (
+        "OK    splits: 64 train, 8 dev, 8 test rows, no question in two splits",
+        "OK    training rows of opcd_retained: steps 1-3: rows of train only, in the order of (seed, step); 8 ret",
+        "the tokens are those of these rows",
+        "OK    decoding of base: all views at temperature 1, as configured",
+        "OK    grades of off_policy, selected: 40 responses graded again",
+        "opcd_retained: the checkpoint of step 3",
+        "OK    export model: ",
+        "no contradiction found",
+    ):
+        assert words in printed
+
+
+def move_a_row(run: Path) -> None:
+    edit_line(run / "data.jsonl", lambda row: row.update(split="train"), lambda row: row["split"] == "test")
+    edit(run / "run.json", lambda facts: facts["record"].update({"data.jsonl": digest_of(run / "data.jsonl")}))
+
+
+def digest_of(path: Path) -> str:
+    return compute_digest(path.read_text())
+
+
+def repeat_a_question(run: Path) -> None:
+    test = next(row for row in map(json.loads, (run / "data.jsonl").read_text().splitlines()) if row["split"] == "test")
+    edit_line(run / "data.jsonl", lambda row: row.update(question=test["question"]))
+
+
+def train_on_a_test_row(run: Path) -> None:
+    edit_line(run / ARM / "rows.jsonl", lambda row: row["bare"].__setitem__(2, 75), lambda row: row["step"] == 2)
+
+
+def train_on_other_rows(run: Path) -> None:
+    edit_line(run / ARM / "rows.jsonl", lambda row: (row["bare"].reverse(), row["context"].reverse()))
+
+
+def train_under_a_held_out_context(run: Path) -> None:
+    edit_line(run / FIRST / "rows.jsonl", lambda row: row["other"][1].__setitem__(1, 600))
+
+
+def draw_another_pair(run: Path) -> None:
+    edit_line(run / FIRST / "rows.jsonl", lambda row: row["other"].reverse())
+
+
+def read_other_tokens(run: Path) -> None:
+    edit_line(run / FIRST / "rows.jsonl", lambda row: row.update(tokens="0" * 16))
+
+
+def change_a_grade(run: Path) -> None:
+    edit_line(run / ARM / "items.jsonl", lambda item: item.update(correct=not item["correct"]))
+
+
+def change_a_response(run: Path) -> None:
+    edit_line(run / ARM / "items.jsonl", lambda item: item.update(text=item["reference"]))
+
+
+def swap_views(run: Path) -> None:
+    path = run / ARM / "items.jsonl"
+    names = {"bare": "context", "context": "bare"}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | {"view": names.get(row["view"], row["view"])} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def swap_prompts(run: Path) -> None:
+    def swap(item):
+        item["prompt"] = "f" * 16
+
+    edit_line(run / ARM / "items.jsonl", swap, lambda item: item["view"] == "empty")
+
+
+def decode_otherwise(run: Path) -> None:
+    edit(run / ARM / "evaluation.json", lambda stored: stored["decoding"]["context"].update(temperature=0.0))
+
+
+def evaluate_another_step(run: Path) -> None:
+    weights = json.loads((run / ARM / "selected" / "evaluation.json").read_text())["weights"]
+    edit(run / ARM / "evaluation.json", lambda stored: stored.update(weights=weights))
+
+
+def change_a_number(run: Path) -> None:
+    edit(run / "results.json", lambda results: results[ARM].update(dlen=results[ARM]["dlen"] + 0.01))
+
+
+def change_a_number_that_needs_the_model(run: Path) -> None:
+    edit(run / "results.json", lambda results: results[ARM]["cosine_by_layer"].reverse())
+
+
+def change_an_interval(run: Path) -> None:
+    edit(run / "results.json", lambda results: results["base"]["acc_xc_ci"].__setitem__(1, 0.2))
+
+
+def swap_the_curves(run: Path) -> None:
+    edit(run / "results.json", lambda results: results[ARM]["view_kl_by_position"].reverse())
+
+
+def select_another_step(run: Path) -> None:
+    edit(run / "results.json", lambda results: results[ARM].pop("selected"))
+
+
+def use_another_checkpoint(run: Path) -> None:
+    place = run / ARM / "checkpoints"
+    shutil.rmtree(place / "3" / "state")
+    shutil.copytree(place / "2" / "state", place / "3" / "state")
+
+
+def damage_a_checkpoint(run: Path) -> None:
+    path = max((run / ARM / "checkpoints" / "3" / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def damage_an_export(run: Path) -> None:
+    path = run.parent / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+def change_a_card(run: Path) -> None:
+    path = run.parent / "model" / "README.md"
+    path.write_text(path.read_text().replace("| off_policy", "| 0ff_policy"))
+
+
+def export_another_step(run: Path) -> None:
+    edit(run.parent / "model" / "export.json", lambda manifest: manifest.update(step=2))
+
+
+def lose_items(run: Path) -> None:
+    (run / ARM / "items.jsonl").unlink()
+
+
+def lose_results(run: Path) -> None:
+    (run / "results.json").unlink()
+
+
+def lose_rows(run: Path) -> None:
+    (run / ARM / "rows.jsonl").unlink()
+
+
+def lose_a_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / ARM / "checkpoints" / "3")
+
+
+def repeat_a_step(run: Path) -> None:
+    path = run / ARM / "metrics.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
+
+
+def lose_a_step(run: Path) -> None:
+    path = run / ARM / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"step": 1,' not in line))
+
+
+def change_the_base_on_dev(run: Path) -> None:
+    edit_line(run / ARM / "metrics.jsonl", lambda row: row.update({"dev/dlen": 9.0}))
+
+
+def ask_the_teacher_another_question(run: Path) -> None:
+    edit_line(run / "teacher_samples.jsonl", lambda row: row.update(id="#1:ceb"), lambda row: row["step"] == 2)
+
+
+def change_the_configuration(run: Path) -> None:
+    edit(run / "config.json", lambda config: config.update(seed=1))
+
+
+def cut_a_file(run: Path) -> None:
+    path = run / ARM / "items.jsonl"
+    path.write_text(path.read_text()[:500])
+
+
+TAMPERED = {
+    move_a_row: [
+        "splits: data.jsonl, row 72 is .*'train'",
+        "items of base: base/items.jsonl, line 1, row '#1:dab' .* this is no test row",
+    ],
+    repeat_a_question: ["splits: data.jsonl: the question .* is in two places", "splits: data.jsonl: digest"],
+    train_on_a_test_row: [
+        "training rows of off_policy: off_policy/rows.jsonl, line 2, step 2: the bare prompts are of row .* of test, n"
+    ],
+    train_on_other_rows: ["off_policy/rows.jsonl, line 1, step 1: rows in the view bare is .*, expected"],
+    train_under_a_held_out_context: [
+        "opcd_retained/rows.jsonl, line 1, step 1, retention row 1 has the context 600: one of dev, which is held out"
+    ],
+    draw_another_pair: ["opcd_retained/rows.jsonl, line 1, step 1, retention row 0 is .* does not draw"],
+    read_other_tokens: ["opcd_retained/rows.jsonl, line 1, step 1: digest of the tokens is '0+', expected"],
+    change_a_grade: [
+        "grades of off_policy: off_policy/items.jsonl, line 1, row .* in the view bare: grade is .*True",
+        "results.json, off_policy: acc_x is 0.0, expected 0.125",
+    ],
+    change_a_response: ["off_policy/items.jsonl, line 1, row .*: grade", "off_policy/items.jsonl: digest"],
+    swap_views: ["off_policy/items.jsonl, line 1, row .* in the view context: digest of the context"],
+    swap_prompts: ["off_policy/items.jsonl, line 17, .* in the view empty: digest of the prompt's tokens"],
+    decode_otherwise: ["off_policy/evaluation.json: decoding of the view context is .*'temperature': 0.0"],
+    evaluate_another_step: ["evaluated weights: off_policy/evaluation.json: checksum of embedding"],
+    change_a_number: ["numbers of off_policy: results.json, off_policy: dlen is .*, expected"],
+    change_a_number_that_needs_the_model: ["numbers of off_policy: results.json, off_policy: cosine_by_layer"],
+    change_an_interval: ["numbers of base: results.json, base: acc_xc_ci is .0.0, 0.2., expected"],
+    swap_the_curves: ["results.json, off_policy: (view_kl is|positions with a view KL)"],
+    select_another_step: ["results.json, off_policy: step of the selected checkpoint is None, expected 2"],
+    use_another_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3: checksum of params/embedding is"],
+    damage_a_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3"],
+    damage_an_export: ["export model: .*/model/model.safetensors: sha256 is"],
+    change_a_card: ["model/README.md: line 5 of the table of results is '. 0ff_policy", "README.md: sha256"],
+    export_another_step: ["export model: .*/model/export.json: checksum of embedding"],
+    lose_items: ["items of off_policy: off_policy/items.jsonl is missing"],
+    lose_results: ["results: results.json is missing"],
+    lose_rows: ["training rows of off_policy: off_policy/rows.jsonl is missing"],
+    lose_a_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3 is missing"],
+    repeat_a_step: ["metrics of off_policy: off_policy/metrics.jsonl: step 3 occurs more than once"],
+    lose_a_step: ["metrics of off_policy: off_policy/metrics.jsonl: step 1 is missing"],
+    change_the_base_on_dev: ["metrics of off_policy: off_policy/metrics.jsonl, step 0: dev/dlen is 9.0, expected"],
+    ask_the_teacher_another_question: ["teacher's samples: teacher_samples.jsonl, step 2: rows that"],
+    change_the_configuration: ["folder: run.json: configuration"],
+    cut_a_file: ["off_policy/items.jsonl, line 2 is not valid JSON"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", TAMPERED, ids=lambda change: change.__name__)
+def test_a_changed_copy_is_named(change, copied):
+    change(copied)
+    wrong = find_wrong(copied, copied.parent / "model")
+    for pattern in TAMPERED[change]:
+        assert any(re.search(pattern, problem) for problem in wrong), "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_a_run_of_an_older_version_passes_and_the_audit_says_what_it_lacks(copied, capsys):
+    edit(copied / "run.json", lambda facts: facts.pop("record"))
+    for path in [copied / "data.jsonl", *copied.rglob("rows.jsonl")]:
+        path.unlink()
+    for path in copied.rglob("evaluation.json"):
+        edit(path, lambda stored: [stored.pop(name) for name in ("decoding", "weights", "items")])
+    for path in copied.rglob("items.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(
+            "".join(json.dumps(row | {"prompt": None}) + "\n" for row in rows).replace(', "prompt": null', "")
+        )
+    assert main([str(copied)]) == 0
+    printed = capsys.readouterr().out
+    assert "splits: not checked" in printed and "decoding of base: not checked" in printed
+    assert "training rows of off_policy: not checked: off_policy/rows.jsonl was not written" in printed
+    assert "OK    grades of base" in printed and "OK    numbers of off_policy" in printed
+
+
+@pytest.mark.slow
+def test_a_run_that_has_not_ended_passes(copied, capsys):
+    edit(copied / "run.json", lambda facts: facts.pop("seconds"))
+    edit(copied / "run.json", lambda facts: facts["config"]["train"].update(steps=9))
+    edit(copied / "config.json", lambda config: config["train"].update(steps=9))
+    for name in ("results.json", "off_policy/items.jsonl", "off_policy/evaluation.json"):
+        (copied / name).unlink()
+    with (copied / "off_policy" / "rows.jsonl").open("a") as file:
+        file.write('{"step": 4, "ba')
+    assert main([str(copied)]) == 0, capsys.readouterr().out
+    assert "this one has not ended" in capsys.readouterr().out
+
+
+def test_a_path_that_is_no_run_ends_with_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none")]) == 2
+    assert main([str(tmp_path)]) == 2
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text("[]")
+    assert main([str(tmp_path)]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 3 and all(line.startswith("ctxjax.audit: ") for line in printed)
+    assert "is not the folder of a run or of an evaluation" in printed[0] and "no configuration" in printed[2]
+
+
+def make_items(seed: int, samples: int, contexts: int = 3) -> list[dict]:
+    """Random items of 12 questions in the views of an evaluation."""
+    rng, items = np.random.default_rng(seed), []
+    for view in ("bare", "context", "empty", "other", "paraphrase", "unrelated"):
+        for number in range(12 * samples):
+            parsed = "a" if rng.random() < 0.8 else None
+            items.append({
+                "id": f"q{number // samples}", "view": view, "sample": number % samples,
+                "context": f"c{rng.integers(contexts)}" if view == "other" else None, "parsed": parsed,
+                "correct": bool(parsed and rng.random() < 0.6), "reason": None if parsed else "no answer",
+                "lenient": bool(rng.random() < 0.7), "length": int(rng.integers(1, 9)),
+                "truncated": bool(rng.random() < 0.3),
+            })  # fmt: skip
+    return items
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_second_implementation_computes_the_same_numbers(seed, samples):
+    items = make_items(seed, samples)
+    outcomes: dict[str, Outcomes] = evaluator._collect_outcomes(items)
+    found = numbers.recompute(items, None, resamples=50)
+    check = Check("numbers")
+    check.expect("all", found, json.loads(json.dumps(metrics.compute_metrics(outcomes, 50))))
+    assert not check.wrong
+    first = make_items(seed + 10, samples)
+    expected = harm_difference(outcomes, evaluator._collect_outcomes(first), 50)
+    assert numbers.harm_difference(items, first, 50) == pytest.approx(expected)
+
+
+def test_without_right_answers_there_is_no_harm_in_either_implementation():
+    items = [item | {"correct": False, "lenient": None} for item in make_items(0, 1)]
+    found = numbers.recompute(items, [False] * 12, resamples=50)
+    assert found["harm"] is None and found["harm_ci"] is None and "acc_x_lenient" not in found
+    assert found["acc_default"] == 0.0 and numbers.harm_difference(items, items, 50) is None
+
+
+def test_a_difference_of_two_arms_with_the_wrong_sign_is_found(copied):
+    """Grades are drawn anew, since no answer of this run is right, and results.json is written by the library."""
+    outcomes, results = {}, json.loads((copied / "results.json").read_text())
+    for seed, arm in enumerate((FIRST, ARM)):
+        path, rng = copied / arm / "items.jsonl", np.random.default_rng(seed)
+        items = [json.loads(line) | {"correct": bool(rng.random() < 0.5)} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+        outcomes[arm] = evaluator._collect_outcomes(items)
+        results[arm] |= metrics.compute_metrics(outcomes[arm], 20)
+    results[ARM] |= metrics.compare_arms(outcomes[ARM], outcomes[FIRST], FIRST, 20)
+    (copied / "results.json").write_text(json.dumps(results))
+    check = Check.run("results", lambda check: evaluations.check_results(Folder.open(copied), check))
+    assert not check.wrong and results[ARM][f"harm_minus_{FIRST}"][0] != 0
+
+    results[ARM][f"harm_minus_{FIRST}"] = [-value for value in results[ARM][f"harm_minus_{FIRST}"]]
+    (copied / "results.json").write_text(json.dumps(results))
+    check = Check.run("results", lambda check: evaluations.check_results(Folder.open(copied), check))
+    assert [f"results.json, {ARM}: harm_minus_{FIRST} is" in problem for problem in check.wrong] == [True]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint32", "bool"])
+def test_checksums_in_numpy_are_those_of_the_checkpoints(dtype):
+    array = (np.random.default_rng(0).normal(size=(3, 5, 7)) * 100).astype(jax.numpy.dtype(dtype))
+    assert compute_checksum(array) == compute_checksums({"a": array})["a"]
+
+
+def test_numbers_are_listed_in_short():
+    assert list_numbers([3, 1, 2, 7]) == "1-3, 7" and list_numbers([]) == ""
+    assert list_numbers(range(0, 40, 2)) == "0, 2, 4, 6, 8, ..."
