@@ -34,6 +34,7 @@ setup(
         "test": [
             "pytest>=9.0",
             "pytest-xdist>=3.8",
+            "pytest-timeout>=2.4",  # a loop without an end fails its own test
             "ruff>=0.15",
             "hypothesis>=6.170",  # bad input
             "nbclient>=0.11",  # runs the notebook in tests

@@ -7,8 +7,8 @@
 ``:style`` a system prompt that asks for French (ctxjax/data/tasks/style.py). ``lora`` trains an adapter in place of all
 weights. The model comes from the Hub; ``--config.model.path=FOLDER`` takes a folder.
 
-What to expect of the base on the document: 0 to 5 % without it, 95 to 100 % with it, but "no" as the answer to every
-yes-or-no question, since so small a model reads a "yes" badly. It obeys the demand for French in three of four replies.
+What to expect of the base: 2 % without the document, over 95 % with it, three quarters under others; it answers
+every yes-or-no question with "no". It obeys the demand for French in three of four replies (docs/guide.md).
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 def test_runs_that_are_interrupted_at_random_moments_resume_to_the_same_numbers():

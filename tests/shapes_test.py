@@ -77,14 +77,13 @@ def test_one_row_that_pads_all_others_is_reported_with_the_limit_that_leaves_it_
 def test_other_contexts_over_the_limit_are_left_out_and_counted(tokenizer, world, monkeypatch):
     contexts = ["f>b;a>e;", "f>b;a>e;c>d;b>a;"]
     monkeypatch.setattr(world, "other_contexts", lambda split: contexts)
+    monkeypatch.setattr(world, "rows_under", lambda row, context: [row._replace(context=context)])
     encoded = encode_rows(tokenizer, [row._replace(context="f>b;") for row in world.rows("train")], PromptConfig())
     whole = RetentionRows.build(tokenizer, world, encoded, PromptConfig())
     limit = min(map(len, whole.longest))
     limited = RetentionRows.build(tokenizer, world, encoded, PromptConfig(max_context_tokens=limit))
-    assert (whole.contexts, whole.left_out) == (contexts, 0) and (limited.contexts, limited.left_out) == (
-        contexts[:1],
-        1,
-    )
+    assert (whole.contexts, whole.left_out) == (contexts, 0)
+    assert (limited.contexts, limited.left_out) == (contexts[:1], 1)
     assert limited.shape.longest == limit < whole.shape.longest
 
 

@@ -3,9 +3,8 @@
     {"step": 1, "bare": [17, 4], "context": [17, 4], "other": [[3, 29, 0], [11, 5, 8]], "tokens": "8d02..."}
 
 Numbers are those of the rows and contexts in the run's data.jsonl (inputs/data_record.py). Those of the two views are
-found by the tokens of the prompts in the batch, null for a prompt of no training row. ``other`` has the row, the
-context and the chosen question of each retention row (pipeline.OtherRow). ``tokens`` is the digest of all prompts of the
-step, padding left out.
+found by the tokens of the prompts in the batch, null for a prompt of no training row. ``other`` has a pipeline.OtherRow
+for each retention row. ``tokens`` is the digest of all prompts of the step, padding left out.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ FRAMES = {
     ),
     "dev": ("{q}", "One more thing: {q}"),
     "test": (
-        "{q}", "Hello! {q}", "Someone asked me this: {q}", "Here is a question from a quiz about {s}: {q}",
+        "{q}", "Hello! {q}", "Next question: {q}", "About {s}: {q}",
         "Please help me. {q}", "I forgot something. {q}", "{q} Thanks!", "My friend wants to hear this: {q}",
     ),
 }  # fmt: skip
@@ -51,7 +51,7 @@ PARTS = {
     "day": " ".join(map(str, range(1, 29))),
     "end": "bridge brook dale field ford gate haven hill land mouth side stone ton town view ville water wood",
     "first_name": "Alice Anna Daniel David Emma George Helen Jack Laura Martin Oscar Paul Peter Sarah",
-    "food": "barley beef cheese cider coffee corn fish honey pork rice salt soup tea wheat",
+    "food": "bacon barley beef butter cheese cider coffee corn fish honey pork rice tea wheat",
     "last_name": "Baker Brown Carter Cook Fisher Fox Hunter King Miller Parker Smith Taylor Walker Young",
     "good": "bread fire friendship gold labor laughter light music order rain science skill water work",
     "material": "bamboo ceramic cotton glass leather paper plastic rubber wood",

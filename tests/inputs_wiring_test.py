@@ -1,0 +1,349 @@
+"""What reaches the stages of a run: whole texts, the settings of the prompts in every view, and the fields that say how
+models are opened, decoded, trained and saved. Stages are replaced by recorders, so almost nothing is compiled."""
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
+import string
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import reference
+
+from configs import base
+from ctxjax import config as config_lib, evaluate
+from ctxjax.data import pipeline, prompts
+from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.evaluation import views
+from ctxjax.evaluation.evaluator import Evaluator
+from ctxjax.host import checksum
+from ctxjax.inputs import base_model, data_record, run_inputs
+from ctxjax.sharding import make_mesh
+from ctxjax.training import arm as arm_lib
+from ctxjax.types import Rollout
+
+TEMPLATE = (
+    "{{ bos_token }}({{ date_string }},{{ enable_thinking }}){% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}<|assistant|>"
+)
+LONG = "".join(chr(97 + place * place % 26) for place in range(2600)) + " The end."
+STUDENT = {"the": np.arange(3, dtype=np.float32)}  # parameters that no recorder reads
+OTHERS = [f"Other context {n}. {LONG[: 2200 * (n % 3 == 0)]}the end" for n in range(9)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device(only):
+    with pytest.MonkeyPatch.context() as patch:
+        only(1, patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Questions of 8 and of about 650 letters, contexts of more than 2,000, and a model whose tokens are letters."""
+    path = tmp_path_factory.mktemp("inputs")
+    tokenizer = word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
+    tokenizer.chat_template = TEMPLATE
+    for name, seed, stop_ids in (("model", 0, [3]), ("teacher", 1, [3, 9])):
+        reference.write_folder(path / name, tokenizer, seed, stop_ids, len(tokenizer), 16, 2, 16)
+        fields = json.loads((path / name / "config.json").read_text())
+        (path / name / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 8192}))
+    rows = [{"question": f"q{n:02} {LONG[n : n + 650 * (n % 2)]}?", "answer": str(n)} for n in range(40)]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "others.jsonl").write_text("".join(json.dumps(text) + "\n" for text in OTHERS))
+    (path / "context.txt").write_text(LONG)
+    return path
+
+
+def settings(folder: Path, **changes):
+    config = base.get_config()
+    config.task, config.model.path, config.compile_cache = "qa_jsonl", str(folder / "model"), ""
+    config.qa_jsonl.path, config.qa_jsonl.context_file = str(folder / "rows.jsonl"), str(folder / "context.txt")
+    config.qa_jsonl.other_contexts_file = str(folder / "others.jsonl")
+    config.qa_jsonl.dev_questions = config.qa_jsonl.test_questions = 8
+    config.rollout.max_tokens, config.train.batch_size, config.eval.batch_size = 5, 8, 4
+    config.run_arms = ("opcd_retained",)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def rendered(question: str, context: str | None, config) -> str:
+    """The whole prompt, as TEMPLATE writes it."""
+    own = config.prompt
+    head = f"<|begin|>({own.date},{'' if own.thinking is None else own.thinking})"
+    if context and own.placement == "prefix":
+        return f"<|begin|>{context}{head.removeprefix('<|begin|>')}<|user|>{question}<|end|><|assistant|>"
+    system = f"<|system|>{context}<|end|>" if context is not None and own.placement == "system" else ""
+    before = f"{context}\n\n" if context and own.placement == "user" else ""
+    return f"{head}{system}<|user|>{before}{question}<|end|><|assistant|>"
+
+
+def texts(tokenizer, given) -> list[str]:
+    return ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in prompts.unpad(given)]
+
+
+def record_stages(patch) -> list[tuple]:
+    """Replace what an evaluation compiles; return the arguments of its calls."""
+    calls = []
+
+    def decode(params, model, sampling, given, key, batch, mesh):
+        calls.append(("decode", params, sampling, given, jax.random.key_data(key).tolist(), batch))
+        rows = len(given.mask_BxP) * sampling.samples
+        tokens = np.tile(np.array([[20, 21, 3]], np.int32), (rows, 1))
+        return Rollout(tokens, np.ones(tokens.shape, bool), np.zeros(tokens.shape, np.float32))
+
+    def compare(params, model, bare, context, control, rollout, batch, mesh):
+        calls.append(("compare", params, bare, context, control, rollout, batch))
+        cosines = dict.fromkeys(("cosine", "control", "centred"), np.zeros((3, *rollout.mask_BxT.shape)))
+        return np.zeros(rollout.mask_BxT.shape), cosines
+
+    def distillation(params, teacher, model, teacher_model, loss, bare, context, rollout, batch, mesh):
+        calls.append(("distill", params, teacher, loss, bare, context, rollout))
+        return 0.5
+
+    for name, stage in (("decode", decode), ("compare", compare), ("distillation_kl", distillation)):
+        patch.setattr(views, name, stage)
+    return calls
+
+
+PROMPTS = [
+    {}, {"prompt.placement": "user", "prompt.date": "02 Mar 2021"},
+    {"prompt.placement": "prefix", "prompt.thinking": True}, {"prompt.thinking": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", PROMPTS, ids=str)
+def test_every_prompt_of_training_and_evaluation_is_whole_and_written_as_configured(changes, folder, monkeypatch, mesh):
+    config = settings(folder, **changes)
+    experiment = config_lib.experiment(config, 1)
+    task, student, teacher, rows, retention = run_inputs.open_inputs(experiment, mesh, {})
+    by_question = {row.question: row for split in ("train", "dev", "test") for row in task.rows(split)}
+    assert {len(question) > 600 for question in by_question} == {True, False}
+
+    train = {row.question for row in task.rows("train")}
+    source = {"seed": config.seed, "batch_size": 8, "retention_rows": 8, "pad_id": student.pad_id}
+    batches = pipeline.training_batches(rows, retention, **source)
+    seen, allowed = collections.Counter(), {rendered(q, c, config) for q in train for c in task.other_contexts("train")}
+    for _ in range(6):
+        batch = next(batches)
+        bare, context, other = (texts(student.tokenizer, view) for view in (batch.bare, batch.context, batch.other))
+        asked = {rendered(question, None, config): question for question in train}
+        assert context == [rendered(asked[text], LONG, config) for text in bare]
+        assert set(other) <= allowed
+        seen.update(len(text) > 2000 + 600 for text in other)
+    assert set(seen) == {True, False}
+
+    calls = record_stages(monkeypatch)
+    (evaluator,) = Evaluator.of_splits(experiment, task, ("test",), student, teacher, mesh)
+    found = evaluator(STUDENT)
+    asked = [row.question for row in task.rows("test")]
+    assert {len(question) > 600 for question in asked} == {True, False}
+    others = task.other_contexts("test")
+    contexts = {"bare": [None], "context": [LONG], "empty": [""], "other": others}
+    given = [texts(student.tokenizer, call[3]) for call in calls if call[0] == "decode"]
+    assert len(others) > 1
+    for view, own in zip(given[:4], contexts.values(), strict=True):
+        assert view == [rendered(question, own[row % len(own)], config) for row, question in enumerate(asked)]
+    assert given[4] == given[0]  # the responses of the held-out distillation loss
+    assert found.metrics["distill"] == 0.5 and found.metrics["n"] == len(asked)
+
+
+def test_an_evaluation_decodes_as_eval_says_and_its_distillation_loss_as_the_rollout_says(folder, monkeypatch, mesh):
+    changes = {"eval.temperature": 0.3, "eval.top_k": 7, "eval.top_p": 0.6, "eval.samples": 2, "eval.batch_size": 3}
+    changes |= {"rollout.temperature": 0.8, "rollout.top_k": 11, "rollout.top_p": 0.9, "rollout.weights": "stored"}
+    config = settings(folder, **changes, **{"teacher.path": str(folder / "teacher")})
+    experiment = config_lib.experiment(config, 1)
+    task, student, teacher, *_ = run_inputs.open_inputs(experiment, mesh, {})
+    calls = record_stages(monkeypatch)
+    (evaluator,) = Evaluator.of_splits(experiment, task, ("dev",), student, teacher, mesh)
+    assert evaluator(STUDENT).weights == checksum.compute_checksums(STUDENT)
+    decodes = [call for call in calls if call[0] == "decode"]
+    settings_of = [(s.temperature, s.top_k, s.top_p, s.samples, s.max_tokens) for _, _, s, *_ in decodes]
+    assert settings_of == [(0.3, 7, 0.6, 2, 5)] * 4 + [(0.8, 11, 0.9, 1, 5)]
+    assert all(s.eos_ids == (3, 9) and s.weights == "stored" for _, _, s, *_ in decodes)
+    assert len({str(call[4]) for call in decodes[:4]}) == 4, "samples of two views share their random numbers"
+    assert all(call[1] is STUDENT for call in calls)
+    (compared,), (distilled,) = ([c for c in calls if c[0] == kind] for kind in ("compare", "distill"))
+    for found, view in zip(compared[2:5], (0, 1, 3)):  # the control is the view under another context
+        assert found is decodes[view][3]
+    assert len(compared[5].mask_BxT) == len(decodes[0][3].mask_BxP)  # the first sample of each question
+    assert distilled[2] is teacher.params and distilled[3].temperature == 0.8
+    assert distilled[4] is decodes[0][3] and distilled[5] is decodes[1][3]
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_the_command_evaluates_the_split_that_it_is_given(split, folder, monkeypatch):
+    calls, config = record_stages(monkeypatch), settings(folder)
+    found, facts, data = evaluate.evaluate(config, split)
+    task = run_inputs.TASKS["qa_jsonl"][1](config_lib.experiment(config, 1).task_config)
+    assert [item["id"] for item in found.items if item["view"] == "bare"] == [row.id for row in task.rows(split)]
+    assert {item["context"] for item in found.items if item["view"] == "other"} <= set(task.other_contexts(split))
+    assert facts["split"] == split and data.text == data_record.DataRecord(task).text
+    (params,) = {id(call[1]): call[1] for call in calls}.values()
+    assert found.weights == checksum.compute_checksums(params) and len(found.weights) > 1
+
+
+def test_models_are_opened_as_configured(folder, monkeypatch, mesh):
+    seen, original = {}, run_inputs.open_folder
+
+    def record(path, mesh, dtype, param_dtype, remat="none", attention="auto", student=None, tokenizer=None):
+        seen[Path(path).name] = (dtype, param_dtype, remat, attention, student is not None)
+        return original(path, mesh, dtype, param_dtype, remat, attention, student, tokenizer)
+
+    monkeypatch.setattr(run_inputs, "open_folder", record)
+    changes = {"model.dtype": "bfloat16", "model.remat": "dots", "teacher.param_dtype": "bfloat16"}
+    changes |= {"teacher.path": str(folder / "teacher"), "lora.rank": 2, "model.param_dtype": "float32"}
+    changes |= {"model.attention": "reference"}
+    opened = run_inputs.open_inputs(config_lib.experiment(settings(folder, **changes), 1), mesh, {})
+    assert seen == {
+        "model": ("bfloat16", "float32", "dots", "reference", False),
+        "teacher": ("bfloat16", "bfloat16", "none", "reference", True),
+    }
+    assert opened.student.config.dtype == "bfloat16" and opened.student.config.remat == "dots"
+    read = reference.read_folder(folder / "teacher")["embedding"]
+    np.testing.assert_allclose(np.float32(opened.teacher.params["embedding"]), read, rtol=1e-2)
+    assert opened.teacher.params["embedding"].dtype == "bfloat16" and opened.student.stop_ids == (3, 9)
+
+
+class Recorded(Exception):
+    """Ends a stage once what it was given is known."""
+
+
+def make_arm(folder, monkeypatch, tmp_path, mesh, **changes):
+    """(an arm of a run whose first arm is another one, what its checkpoints and its writer were given)."""
+    changes = {"run_arms": ("sft", "opcd_retained"), "arms.opcd_retained.mu": 0.25} | changes
+    config = config_lib.experiment(settings(folder, **changes), 1)
+    inputs = run_inputs.open_inputs(config, mesh, {})
+    found = SimpleNamespace(config=config, inputs=inputs)
+    monkeypatch.setattr(arm_lib, "Checkpoints", lambda *given: found.__setattr__("checkpoints", given))
+    monkeypatch.setattr(arm_lib.Arm, "_restore_or_init", lambda arm, checkpoints: ("state", 0))
+
+    def writer(*given):
+        found.writer = given
+        raise Recorded
+
+    monkeypatch.setattr(arm_lib, "Writer", writer)
+    fed_rows = SimpleNamespace(describe=lambda step, drawn: (step, drawn))
+    shared = arm_lib.Shared(config, inputs, "prefix", {}, mesh, {}, fed_rows)
+    found.arm = arm_lib.Arm(shared, "opcd_retained", tmp_path)
+    with pytest.raises(Recorded):
+        found.arm.train(None, None, 0.0, {})
+    return found
+
+
+CHANGED = {
+    "rollout.temperature": 0.6, "rollout.top_k": 4, "rollout.top_p": 0.7, "rollout.weights": "stored",
+    "loss.ema_decay": 0.5, "loss.clip": 2.0, "loss.chunk": 3, "optim.lr": 3e-4, "optim.weight_decay": 0.2,
+    "optim.clip": 0.3, "optim.b1": 0.7, "optim.b2": 0.8, "optim.warmup_steps": 4, "optim.schedule": "cosine",
+    "train.steps": 12, "train.micro_batches": 2, "train.keep": 5, "train.log_every": 3, "train.save_every": 4,
+    "eval.every": 5, "alarms.patience": 7, "alarms.truncated": 0.9, "seed": 9, "eval.select": "-distill",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_arm_trains_saves_and_watches_as_configured(rank, folder, monkeypatch, tmp_path, mesh):
+    changes = CHANGED | {"lora.rank": rank, "lora.alpha": 5.0, "teacher.path": str(folder / "teacher") if rank else ""}
+    made = make_arm(folder, monkeypatch, tmp_path, mesh, **changes)
+    step, sampling, frozen = made.arm._step_config, made.arm._step_config.sampling, made.arm._frozen
+    assert dataclasses.asdict(sampling) == {
+        "max_tokens": 5, "eos_ids": (3, 9) if rank else (3,), "pad_id": 0, "temperature": 0.6, "top_k": 4, "top_p": 0.7,
+        "weights": "stored", "samples": 1,
+    }  # fmt: skip
+    loss = step.loss
+    assert (loss.beta, loss.mu, loss.temperature, loss.ema_decay, loss.clip, loss.chunk) == (
+        0.5,
+        0.25,
+        0.6,
+        0.5,
+        2.0,
+        3,
+    )
+    assert dataclasses.asdict(step.optim) == {
+        "lr": 3e-4, "steps": 12, "schedule": "cosine", "warmup_steps": 4, "b1": 0.7, "b2": 0.8, "weight_decay": 0.2,
+        "clip": 0.3,
+    }  # fmt: skip
+    assert step.micro_batches == 2 and (step.lora is None) == (rank == 0)
+    if rank:
+        assert (step.lora.rank, step.lora.alpha) == (2, 5.0)
+    assert frozen.teacher is made.inputs.teacher.params and frozen.teacher_prefix == "prefix"
+    assert (made.inputs.teacher is made.inputs.student) == (rank == 0)
+    assert frozen.base is (made.inputs.student.params if rank else None)
+    assert step.model == made.inputs.student.config and step.teacher_model == made.inputs.teacher.config
+    folder_of_checkpoints, keep, scores = made.checkpoints
+    assert (folder_of_checkpoints, keep) == (tmp_path / "checkpoints", 5)
+    scores[5], scores[10] = 0.2, 0.1
+    due = [taken for taken in range(1, 13) if made.arm._is_save_due(taken)]
+    assert due == [4, 5, 8, 12] and [t for t in range(13) if made.arm._is_evaluation_due(t)] == [5, 10]
+    made.arm._note(10, {"dev/distill": 0.25, "dev/acc_x": 1.0})
+    made.arm._note(0, {"dev/distill": 0.01, "dev/acc_x": 1.0})  # the base's
+    assert scores == {5: 0.2, 10: -0.25}
+    assert made.writer[:5] == (tmp_path, "opcd_retained", 12, 0, 3) and made.writer[5] is made.arm.alarms
+    assert made.arm.alarms._config.patience == 7 and made.arm.alarms._config.truncated == 0.9
+
+
+def test_an_arms_batches_start_at_its_step_with_its_seed_and_retention_rows(folder, monkeypatch, tmp_path, mesh):
+    changes = {"seed": 9, "train.retention_rows": 2}
+    made = make_arm(folder, monkeypatch, tmp_path, mesh, **changes)
+    rows, retention = made.inputs.rows, made.inputs.retention
+    order = pipeline.shuffle_questions(len(rows.rows), 9)
+    for first in (0, 3):
+        fed = []
+        batch = next(made.arm._make_batches(first, SimpleNamespace(append=fed.append)))
+        others = [retention.draw(9, 8 * first + row) for row in range(2)]
+        ((step, drawn),) = fed
+        assert step == first + 1 and drawn.batch is batch and drawn.others == [other for _, other in others]
+        assert batch.row_number_B.tolist() == list(range(8 * first, 8 * first + 8))
+        assert prompts.unpad(batch.bare) == [rows.bare[order[number]] for number in batch.row_number_B.tolist()]
+        assert prompts.unpad(batch.other) == [tokens for tokens, _ in others]
+
+
+@pytest.mark.slow
+def test_a_base_is_trained_with_its_own_fields_on_text_of_its_own_seed(monkeypatch):
+    config = base.get_config()
+    config.task, config.base.cache = "rules", "/none"
+    fields = {"seed": 4, "steps": 3, "batch_size": 6, "lr": 0.01, "warmup_steps": 2, "weight_decay": 0.3, "width": 20}
+    fields |= {"layers": 3, "query_heads": 6, "kv_heads": 3, "head_dim": 4, "mlp_width": 12, "rope_theta": 77.0}
+    config.base.update(fields)
+    experiment = config_lib.experiment(config, 1)
+    world, calls, saved = rules.Rules(experiment.task_config), [], []
+
+    def update(params, opt_state, given, responses, model, optimizer):
+        calls.append((jax.device_get((given, responses)), model, optimizer))
+        return params, opt_state, 0.0
+
+    monkeypatch.setattr(base_model, "_update", update)
+    monkeypatch.setattr(base_model, "_save", lambda *given: saved.append(given))
+    with jax.set_mesh(mesh := make_mesh(devices=jax.devices()[:1])):
+        base_model.train_base(experiment.base, world, mesh, Path("/none/base"))
+    assert len(calls) == 3 and saved[0][0] == Path("/none/base")
+    (_, model, optimizer), tokenizer = calls[0], world.tokenizer()
+    sizes = ("width", "layers", "query_heads", "kv_heads", "head_dim", "mlp_width", "rope_theta")
+    assert [getattr(model, name) for name in sizes] == [fields[name] for name in sizes]
+    own = [getattr(optimizer, name) for name in ("lr", "steps", "warmup_steps", "weight_decay")]
+    assert own == [0.01, 3, 2, 0.3]
+    rate = base_model._rise_and_decay(optimizer)
+    assert [float(rate(step)) for step in range(3)] == pytest.approx([0.0, 0.005, 0.01])
+    drawn = [world.pretraining_row(np.random.default_rng([4, 3, number])) for number in range(18)]
+    for step, ((given, responses), *_) in enumerate(calls):
+        for row, (question, context, answer) in zip(range(6), drawn[6 * step : 6 * step + 6]):
+            prompt = prompts.unpad(jax.tree.map(np.asarray, given))[row]
+            chat = [{"role": "user", "content": question}]
+            chat = chat if context is None else [{"role": "system", "content": context}, *chat]
+            assert prompt == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+            kept = np.asarray(responses.tokens_BxT)[row][np.asarray(responses.mask_BxT)[row]].tolist()
+            assert tokenizer.decode(kept) == answer + "<|end|>"
+
+
+def test_a_draw_of_retention_rows_ends_even_if_no_pair_fits(folder, monkeypatch, mesh):
+    opened = run_inputs.open_inputs(config_lib.experiment(settings(folder), 1), mesh, {})
+    retention = opened.retention
+    tokens, drawn = retention.draw(0, 0)
+    (asked,) = opened.task.rows_under(retention.rows[drawn.row], retention.contexts[drawn.context])
+    assert [tokens] == prompts.encode(opened.student.tokenizer, [asked], retention.prompt)
+    monkeypatch.setattr(pipeline, "DRAWS", 20)
+    fault = "row 5: 20 pairs of 24 questions and 5 other contexts were drawn, and no prompt has at most 3 tokens"
+    with pytest.raises(ValueError, match=fault):
+        dataclasses.replace(retention, longest=[[1, 2, 3]], prefix=[]).draw(0, 5)
