@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.task = "tiny_grid"
     config.base.steps = 1500
     config.base.batch_size = 128
-    config.base.lr = 3e-3
+    config.base.lr = 2e-3
     config.base.width, config.base.head_dim, config.base.mlp_width = 64, 16, 176
 
     config.rollout.max_tokens = 8  # four cells, direction, word and end token, and one more for wrong answers

@@ -8,6 +8,7 @@ import pytest
 
 from configs import tiny_grid
 from ctxjax import config as config_lib
+from ctxjax.audit import audit
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.training import preview, run
 
@@ -81,6 +82,13 @@ def test_a_run_that_stops_and_goes_on_is_the_same(finished, cache, tmp_path, cap
         for rows in map(read_rows, paths)
     )
     assert ours == theirs
+
+
+def test_the_audit_plays_the_episodes_again(finished):
+    checks = list(audit.check_folder(finished[0]))
+    assert not [wrong for check in checks for wrong in check.wrong]
+    seen = [seen for check in checks for seen in check.seen]
+    assert "50 responses graded again" in seen and "4 retention rows a step, under contexts to train on" in seen
 
 
 def test_the_preview_shows_turns(finished, cache):
