@@ -151,9 +151,10 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 50  # optimiser steps, each on one rollout batch
-    config.train.batch_size = 128  # questions in a global batch, with one response each
+    config.train.batch_size = 128  # questions in a global batch, with one response each; in a game, episodes of a step
     config.train.micro_batches = 1  # micro-batches of a batch; their gradients are accumulated, which saves memory
-    config.train.retention_rows = 0  # rows with other contexts in a batch, if mu > 0; 0: batch_size
+    # Rows with other contexts in a batch (in a game, episodes), if mu > 0; 0: batch_size.
+    config.train.retention_rows = 0
     config.train.save_every = 50  # steps between checkpoints; the last step and the best step so far are always saved
     config.train.keep = 2  # number of latest checkpoints to keep, in addition to the best one
     config.train.log_every = 1  # steps between rows of metrics.jsonl
@@ -269,6 +270,17 @@ def get_config() -> ConfigDict:
     config.tiny_safety.train_questions = 0  # at most; 0: all
     config.tiny_safety.dev_questions = 256
     config.tiny_safety.test_questions = 0
+
+    config.tiny_grid = ConfigDict()  # task tiny_grid: a game of several turns, with a base of its own
+    config.tiny_grid.seed = config.get_oneway_ref("seed")  # of the legends and of the order of boards
+    config.tiny_grid.context_index = 0  # the legend to internalize, 0 to 7
+    config.tiny_grid.size = 3  # rows and columns of the grid
+    config.tiny_grid.holes = 2
+    config.tiny_grid.turns = 5  # most responses in an episode
+    config.tiny_grid.train_questions = 0  # boards; 0: all
+    config.tiny_grid.dev_questions = 0
+    config.tiny_grid.test_questions = 0
+    config.tiny_grid.empty_share = 0.0  # of the base's rows without a legend, the share with an empty context block
 
     for section in (config.medical, config.math, config.hints):
         # A JSONL, Parquet or CSV file, a pattern of files, or files of a Hub data set: "org/name:PATTERN" or

@@ -16,7 +16,8 @@ from ctxjax.audit import audit
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.evaluation import views
-from ctxjax.evaluation.evaluator import Evaluator, Split, share_shapes
+from ctxjax.evaluation.evaluator import Evaluator
+from ctxjax.evaluation.split import Split, share_shapes
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.inputs.model_folder import open_folder
 from ctxjax.models import params as params_lib
@@ -121,7 +122,7 @@ def test_the_command_says_in_one_line_what_is_missing(folder, questions):
 
 
 def split(batch: int, **columns: int) -> Split:
-    return Split(None, {}, {}, {}, columns, {}, batch, 0)
+    return Split(None, {}, {}, {}, columns, {}, batch, 0, {})
 
 
 def test_splits_that_are_near_in_size_are_brought_to_one_and_others_stay():

@@ -9,7 +9,8 @@ from ctxjax.audit.check import Check
 from ctxjax.audit.folder import Evaluated, Folder
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.digests import digest_context, digest_question, digest_tokens
-from ctxjax.data.task import Row, grade_response
+from ctxjax.data.task import GameTask, Row
+from ctxjax.evaluation.episodes import TURN_BREAK, grade_turns
 from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host.checksum import compute_digest
 from ctxjax.training.checkpoint import best_step, saved_steps
@@ -69,7 +70,8 @@ def _check_views(folder: Folder, one: Evaluated, items: list[dict], check: Check
         if row is None:
             check.wrong.append(f"{where}: this is no {one.split} row")
             continue
-        check.expect(f"{where}: digest of the question", digest_question(item["question"]), row["question"])
+        if item["view"] != "other":  # under another context a row may ask another question: check_grades
+            check.expect(f"{where}: digest of the question", digest_question(item["question"]), row["question"])
         digest = None if context is None else digest_context(context)
         if item["view"] in ("bare", "context"):
             expected = None if item["view"] == "bare" else row["context"]
@@ -142,7 +144,11 @@ def check_grades(folder: Folder, one: Evaluated, check: Check) -> None:
             check.wrong.append(f"{where}: its question is none that may be asked there")
             continue
         check.expect(f"{where}: reference", item["reference"], str(row.check or row.reference))
-        grade = grade_response(task, item["text"], row)._asdict()
+        said = item["text"].split(TURN_BREAK) if isinstance(task, GameTask) else [item["text"]]
+        if len(said) != item.get("turns", 1):
+            check.unchecked.append(f"{where}: its turns cannot be told apart, since a response has an empty line")
+            continue
+        grade = grade_turns(task, said, row)._asdict()
         check.expect(f"{where}: grade", {key: item[key] for key in GRADE}, {key: grade[key] for key in GRADE})
     check.seen.append(f"{len(items)} responses graded again")
 
@@ -182,7 +188,11 @@ def _check_view_kl(check: Check, where: str, found: dict, items: list[dict]) -> 
     """The view KL is the mean of that by position, weighted with the responses that reach it."""
     if "view_kl" not in found:
         return
-    lengths = [item["length"] for item in items if item["view"] == "bare" and item["sample"] == 0]
+    first = [item for item in items if item["view"] == "bare" and item["sample"] == 0]
+    if any(item.get("turns", 1) > 1 for item in first):
+        check.unchecked.append(f"{where}: the view KL by position, since items have the length of all turns together")
+        return
+    lengths = [item["length"] for item in first]
     by_position = found["view_kl_by_position"]
     reached = [sum(length > place for length in lengths) for place in range(len(by_position))]
     check.expect(f"{where}: positions with a view KL", [v is not None for v in by_position], [n > 0 for n in reached])

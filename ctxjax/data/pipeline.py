@@ -17,7 +17,7 @@ import numpy as np
 from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.shapes import ViewShape
-from ctxjax.data.task import Row, Task
+from ctxjax.data.task import Row, Task, longest_turns
 from ctxjax.types import Batch
 
 # Pairs of question and other context that are drawn for one retention row before it is an error.
@@ -31,6 +31,7 @@ class EncodedRows:
 
     ``bare``, ``context``: token ids of every row's prompt, without and with the context. ``prefixes``: the shared
     prefix of each view's prompts, or [] (prompts.choose_shared_prefix). ``dropped``: how many rows were too long.
+    ``longest``: by view, the token ids of every episode's longest turn; the prompts themselves if it has one turn.
     """
 
     rows: list[Row]
@@ -38,27 +39,41 @@ class EncodedRows:
     context: list[list[int]]
     prefixes: dict[str, list[int]]
     dropped: int
+    longest: dict[str, list[list[int]]]
 
     @functools.cached_property
     def shapes(self) -> dict[str, ViewShape]:
         """The shape of each view's prompts in a batch."""
-        return shapes_lib.find_shapes({"bare": self.bare, "context": self.context}, self.prefixes)
+        return shapes_lib.find_shapes(self.longest, self.prefixes)
 
     def describe_outliers(self) -> str:
         """Return a warning if a few long rows pad all others (shapes.describe_outliers)."""
-        return shapes_lib.describe_outliers({"bare": self.bare, "context": self.context}, self.prefixes)
+        return shapes_lib.describe_outliers(self.longest, self.prefixes)
 
 
-def encode_rows(tokenizer, rows: list[Row], config: PromptConfig) -> EncodedRows:
-    """Render and tokenize both views of every row. Too long rows are an error or are dropped, as configured."""
-    views = {
-        "bare": prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config),
-        "context": prompts_lib.encode(tokenizer, rows, config),
-    }
-    kept = prompts_lib.keep_fitting_rows(rows, views, config)
-    chosen = {view: [tokens[index] for index in kept] for view, tokens in views.items()}
-    prefixes = {view: prompts_lib.choose_shared_prefix(tokens) for view, tokens in chosen.items()}
-    return EncodedRows([rows[index] for index in kept], **chosen, prefixes=prefixes, dropped=len(rows) - len(kept))
+def encode_rows(tokenizer, rows: list[Row], config: PromptConfig, longest: list[Row] | None = None) -> EncodedRows:
+    """Render and tokenize both views of every row. Too long rows are an error or are dropped, as configured.
+
+    ``longest``: the longest turn of every row's episode (task.longest_turns), by default the row itself. A row is as
+    long as that, and both start with the shared prefix.
+    """
+
+    def encode_views(rows: list[Row]) -> dict[str, list[list[int]]]:
+        bare = prompts_lib.encode(tokenizer, [row._replace(context=None) for row in rows], config)
+        return {"bare": bare, "context": prompts_lib.encode(tokenizer, rows, config)}
+
+    def choose(views: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        return {view: [tokens[index] for index in kept] for view, tokens in views.items()}
+
+    first = encode_views(rows)
+    whole = first if longest in (None, rows) else encode_views(longest)
+    kept = prompts_lib.keep_fitting_rows(rows, whole, config)
+    chosen = choose(first)
+    ends = chosen if whole is first else choose(whole)
+    alike = chosen if whole is first else {view: chosen[view] + ends[view] for view in chosen}
+    prefixes = {view: prompts_lib.choose_shared_prefix(tokens) for view, tokens in alike.items()}
+    dropped = len(rows) - len(kept)
+    return EncodedRows([rows[index] for index in kept], **chosen, prefixes=prefixes, dropped=dropped, longest=ends)
 
 
 class OtherRow(NamedTuple):
@@ -100,6 +115,7 @@ class RetentionRows:
             )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
         asked = [row for context in contexts for row in task.rows_under(longest, context)]
+        asked = longest_turns(task, asked)
         prompts = zip(asked, prompts_lib.encode(tokenizer, asked, config))
         limit = config.max_context_tokens or np.inf
         trials = [(row.context, tokens) for row, tokens in prompts if len(tokens) <= limit]
@@ -125,6 +141,11 @@ class RetentionRows:
         """Return a warning if a few long contexts pad all rows (shapes.describe_outliers)."""
         return shapes_lib.describe_outliers({"other": self.longest}, {"other": self.prefix})
 
+    def find_row(self, drawn: OtherRow) -> Row:
+        """Return what was drawn: a question under another context."""
+        asked = self.task.rows_under(self.rows[drawn.row], self.contexts[drawn.context])
+        return asked[drawn.question % len(asked)]
+
     def draw(self, seed: int, index: int) -> tuple[list[int], OtherRow]:
         """Return the tokens of retention row ``index`` of the run, and what was drawn.
 
@@ -133,10 +154,11 @@ class RetentionRows:
         rng, shared = np.random.default_rng([seed, index]), len(self.prefix)
         for _ in range(DRAWS):
             drawn = draw_other(rng, len(self.rows), len(self.contexts))
-            asked = self.task.rows_under(self.rows[drawn.row], self.contexts[drawn.context])
-            tokens = prompts_lib.encode(self.tokenizer, [asked[drawn.question % len(asked)]], self.prompt)[0]
-            if shared < len(tokens) <= self.shape.longest and tokens[:shared] == self.prefix:
-                return tokens, drawn
+            rows = [self.find_row(drawn)]
+            longest = longest_turns(self.task, rows)
+            read = prompts_lib.encode(self.tokenizer, rows if longest is rows else rows + longest, self.prompt)
+            if all(shared < len(ids) <= self.shape.longest and ids[:shared] == self.prefix for ids in read):
+                return read[0], drawn
         raise ValueError(
             f"retention row {index}: {DRAWS} pairs of {len(self.rows)} questions and {len(self.contexts)} other "
             f"contexts were drawn, and no prompt has at most {self.shape.longest} tokens, those of the longest "

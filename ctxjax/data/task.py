@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -52,6 +53,30 @@ class Task(Protocol):
 
     def unrelated(self) -> str | None:
         """Return a context that bears on no question of the task, or None if the task has none."""
+
+
+@runtime_checkable
+class GameTask(Protocol):
+    """A task whose rows are episodes of several turns: a row is the first turn of its episode.
+
+    An episode is a function of its row and of the responses; nothing else is kept.
+    """
+
+    max_turns: int  # most responses of an episode
+
+    def play(self, row: Row, responses: Sequence[str]) -> Row | Grade:
+        """Return what the player reads after these responses, or the episode's grade if it has ended.
+
+        The returned row differs from ``row`` in its question only. No response follows the end.
+        """
+
+    def longest_turn(self, row: Row) -> Row:
+        """Return a row with at least as many tokens as any turn of the episode, which begins as the turns do."""
+
+
+def longest_turns(task: Task, rows: list[Row]) -> list[Row]:
+    """Return the longest turn of every row; ``rows`` themselves if the task's episodes have one turn."""
+    return [task.longest_turn(row) for row in rows] if isinstance(task, GameTask) else rows
 
 
 def grade_response(task: Task, response: str, row: Row) -> Grade:

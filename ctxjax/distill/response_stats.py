@@ -15,14 +15,17 @@ _MIX = 0x9E3779B1  # an odd multiplier with mixed bits, so that distinct n-grams
 
 def response_metrics(rollout: Rollout, sampling: SamplingConfig) -> dict[str, jax.Array]:
     """Return float32 scalars: mean length in tokens (end token included), tokens of the batch, the share of responses
-    cut at the length limit, and ``repetition``."""
+    cut at the length limit, and ``repetition``.
+
+    A row without tokens is no response and does not count: a game's batch has such rows after an episode's end.
+    """
     from_end = jnp.any(rollout.mask_BxT & masks.is_any(rollout.tokens_BxT, sampling.eos_ids), axis=1)
     length_B = jnp.sum(rollout.mask_BxT, axis=1)
-    everything = jnp.ones_like(from_end)
+    is_response = length_B > 0
     return {
-        "response_length": Mean.of(length_B, everything).value,
+        "response_length": Mean.of(length_B, is_response).value,
         "response_tokens": jnp.sum(rollout.mask_BxT, dtype=jnp.float32),
-        "truncated": Mean.of(~from_end, everything).value,
+        "truncated": Mean.of(~from_end, is_response).value,
         "repetition": repetition(rollout).value,
     }
 

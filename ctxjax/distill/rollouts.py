@@ -3,8 +3,8 @@
     Questions        single-turn questions: the step's own program samples y, and y' under the other contexts
     TeacherSamples   the same questions; off-policy steps get the frozen teacher's responses, sampled before the run
 
-A game is a third source: it plays episodes on the host with the student's parameters, and returns the turns as rows of
-batches together with their responses. ``train_step.update_step`` serves all of them.
+A game is a third source (training/game_episodes.py): it plays episodes on the host with the student's parameters, and
+returns the turns as rows of batches together with their responses. ``train_step.update_step`` serves all of them.
 """
 
 from __future__ import annotations

@@ -135,13 +135,13 @@ def update_step(
     metrics = {name: mean.value for name, mean in parts.items()} | response_metrics(rollout, config.sampling)
     grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    has_tokens_B = jnp.any(rows.weight_BxT > 0, axis=1)
+    is_response_B, has_tokens_B = jnp.any(rollout.mask_BxT, axis=1), jnp.any(rows.weight_BxT > 0, axis=1)
     metrics |= {
         "loss": loss,
         "grad_norm": grad_norm,
         "lr": jnp.float32(optim.schedule(config.optim)(state.step)),
         "skipped": 1.0 - is_finite.astype(jnp.float32),
-        "untrained": Mean.of(~has_tokens_B, jnp.ones_like(has_tokens_B)).value,
+        "untrained": Mean.of(~has_tokens_B, is_response_B).value,
     }
     params = optax.apply_updates(state.params, updates)
     ema = state.ema

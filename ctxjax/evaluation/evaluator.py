@@ -14,24 +14,21 @@ import numpy as np
 
 from ctxjax import rng
 from ctxjax.config import Experiment
-from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
-from ctxjax.data.digests import digest_rows
-from ctxjax.data.pipeline import encode_rows
-from ctxjax.data.task import Row, Task, make_evaluation_views
+from ctxjax.data import shapes as shapes_lib
+from ctxjax.data.digests import digest_tokens
+from ctxjax.data.task import GameTask, Row, Task
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
-from ctxjax.evaluation.episodes import grade_episodes, single_turn_episodes
+from ctxjax.evaluation.answers import Answers, Asker, Games, Questions
+from ctxjax.evaluation.episodes import grade_episodes
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
+from ctxjax.evaluation.split import Split, share_shapes
 from ctxjax.host.checksum import compute_checksums, compute_digest
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
-from ctxjax.types import Params, Rollout
-
-# Two splits are padded to the same shapes if that costs the smaller at most 25 %: one compiled program serves both,
-# and compiling takes longer than reading a few more columns or rows.
-SLACK = 1.25
+from ctxjax.types import Params
 
 
 class Evaluation(NamedTuple):
@@ -71,59 +68,6 @@ class Evaluation(NamedTuple):
         return cls(stored["metrics"], items, _collect_outcomes(items), *record)
 
 
-class Split(NamedTuple):
-    """A split's questions in all views.
-
-    By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with;
-    ``columns``, the columns P that hold the rest of its prompts; ``opened``, whether its prompts end inside <think>.
-    ``batch``: rows in a batch. ``dropped``: over-long rows that were left out.
-    """
-
-    task: Task
-    rows: dict[str, list[Row]]
-    tokens: dict[str, list[list[int]]]
-    prefixes: dict[str, list[int]]
-    columns: dict[str, int]
-    opened: dict[str, list[bool]]
-    batch: int
-    dropped: int
-
-    @classmethod
-    def of(cls, config: Experiment, task: Task, name: str, folder: ModelFolder, mesh: Mesh) -> Split:
-        """Tokenize the questions of the split called ``name``."""
-        encoded = encode_rows(folder.tokenizer, task.rows(name), config.prompt)
-        rows = make_evaluation_views(task, encoded.rows, name)
-        tokens = {v: prompts_lib.encode(folder.tokenizer, own, config.prompt) for v, own in rows.items()}
-        opened = {
-            v: [prompts_lib.opens_reasoning(folder.tokenizer, row, config.prompt) for row in own]
-            for v, own in rows.items()
-        }
-        prefixes = {v: prompts_lib.choose_shared_prefix(lists) for v, lists in tokens.items()}
-        columns = {view: shape.columns for view, shape in shapes_lib.find_shapes(tokens, prefixes).items()}
-        # Views with a context block and no shared prefix get one length: one compiled program decodes them all.
-        blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
-        columns |= dict.fromkeys(blocks, max((columns[view] for view in blocks), default=0))
-        batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
-        return cls(task, rows, tokens, prefixes, columns, opened, batch, encoded.dropped)
-
-
-def share_shapes(splits: list[Split]) -> list[Split]:
-    """Raise the columns of each view and the rows of a batch to the largest split's if they are near it (``SLACK``)."""
-    most_rows = max(split.batch for split in splits)
-    most = {view: max(split.columns[view] for split in splits if view in split.columns) for view in splits[0].columns}
-    return [
-        split._replace(
-            batch=_raise_if_near(split.batch, most_rows),
-            columns={view: _raise_if_near(size, most.get(view, size)) for view, size in split.columns.items()},
-        )
-        for split in splits
-    ]
-
-
-def _raise_if_near(size: int, largest: int) -> int:
-    return largest if largest <= SLACK * size else size
-
-
 class Evaluator:
     """A split in all its views, tokenized once. Call it with parameters of ``folder``'s architecture.
 
@@ -135,12 +79,11 @@ class Evaluator:
         self._task, self._folder, self._teacher, self._mesh = split.task, folder, teacher, mesh
         self._judged = make_sampling_config(config.eval.decode, folder, config.eval.samples)
         self._rollout = make_sampling_config(config.rollout, folder)
-        self._rows, self._opened, self._batch, self.dropped = split.rows, split.opened, split.batch, split.dropped
-        self._prompts = {
-            v: prompts_lib.left_pad(lists, split.columns[v], folder.pad_id, split.prefixes[v])
-            for v, lists in split.tokens.items()
-        }
-        self._digests = {view: digest_rows(prompts) for view, prompts in self._prompts.items()}
+        self._rows, self._batch, self.dropped = split.rows, split.batch, split.dropped
+        is_game = isinstance(split.task, GameTask)
+        self._asker: Asker = Games(split, folder, config.prompt, mesh) if is_game else Questions(split, folder, mesh)
+        # Of the first turns: what else is read follows from them and the responses.
+        self._digests = {view: [digest_tokens(ids) for ids in lists] for view, lists in split.tokens.items()}
         self._seed, self._resamples = config.seed, config.eval.bootstrap
 
     @classmethod
@@ -153,27 +96,23 @@ class Evaluator:
         """
         splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
         for name, split in zip(names, splits):
-            outliers = shapes_lib.describe_outliers(split.tokens, split.prefixes)
+            outliers = shapes_lib.describe_outliers(split.longest, split.prefixes)
             if outliers:
                 print(f"warning: {name} questions: {outliers}")
-            folder.check_prompts([ids for lists in split.tokens.values() for ids in lists], config.rollout.max_tokens)
-            teacher.check_prompts(split.tokens.get("context", []), config.rollout.max_tokens)
+            folder.check_prompts([ids for lists in split.longest.values() for ids in lists], config.rollout.max_tokens)
+            teacher.check_prompts(split.longest.get("context", []), config.rollout.max_tokens)
         return [cls(config, split, folder, teacher, mesh) for split in splits]
 
     def __call__(self, params: Params) -> Evaluation:
-        """Decode and grade every view, and compare bare and context view along the bare view's first responses."""
-        model = self._folder.config
-        sampling = dict.fromkeys(self._prompts, self._judged)
-        rollouts = {v: self._decode(params, v, own) for v, own in sampling.items()}
-        items = [item for view, rollout in rollouts.items() for item in self._grade(view, rollout)]
+        """Answer and grade every view, and compare bare and context view along the bare view's first responses."""
+        sampling = dict.fromkeys(self._rows, self._judged)
+        answers = {v: self._answer(params, v, own) for v, own in sampling.items()}
+        items = [item for view, own in answers.items() for item in self._grade(view, own)]
         outcomes = _collect_outcomes(items)
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
         if "context" in outcomes:
-            bare, context = self._prompts["bare"], self._prompts["context"]
-            view = next(view for view in ("unrelated", "other", "empty") if view in self._prompts)
-            control = self._prompts[view]
-            first = jax.tree.map(lambda array: array[:: self._judged.samples], rollouts["bare"])
-            compared = views_lib.compare(params, model, bare, context, control, first, self._batch, self._mesh)
+            first, prompts = answers["bare"].rollout, self._asker.prompts(answers["bare"])
+            compared = views_lib.compare(params, self._folder.config, *prompts, first, self._batch, self._mesh)
             measured["comparison"] = Comparison(*compared, first.mask_BxT)
             sampling["distill"] = self._rollout
             measured["distill"] = self._distillation(params, sampling["distill"])
@@ -185,15 +124,14 @@ class Evaluator:
         names = ("max_tokens", "temperature", "top_k", "top_p", "samples")
         return {name: getattr(sampling, name) for name in names} | {"seed": self._seed}
 
-    def _decode(self, params: Params, view: str, sampling: SamplingConfig) -> Rollout:
-        """Decode one view. Each view has a key of its own: samples of different views are independent."""
-        root, index = jax.random.key(self._seed), list(self._prompts).index(view)
-        model, key = self._folder.config, rng.key_for(root, index, "evaluation")
-        return views_lib.decode(params, model, sampling, self._prompts[view], key, self._batch, self._mesh)
+    def _answer(self, params: Params, view: str, sampling: SamplingConfig) -> Answers:
+        """Answer one view. Each view has a key of its own: samples of different views are independent."""
+        key = rng.key_for(jax.random.key(self._seed), list(self._rows).index(view), "evaluation")
+        return self._asker.answer(params, view, sampling, key)
 
-    def _grade(self, view: str, rollout: Rollout) -> list[dict]:
-        episodes = single_turn_episodes(self._rows[view], rollout, self._judged.samples, self._opened[view])
-        items = grade_episodes(self._task, self._folder.tokenizer, self._folder.stop_ids, episodes, view)
+    def _grade(self, view: str, answers: Answers) -> list[dict]:
+        tokenizer, stop_ids = self._folder.tokenizer, self._folder.stop_ids
+        items = grade_episodes(self._task, tokenizer, stop_ids, answers.episodes, view)
         return [item | {"prompt": self._digests[view][i // self._judged.samples]} for i, item in enumerate(items)]
 
     def _grade_against_defaults(self, items: list[dict], bare: Outcomes) -> dict[str, Outcomes]:
@@ -207,18 +145,18 @@ class Evaluator:
 
     def _distillation(self, params: Params, sampling: SamplingConfig) -> float:
         """Return the held-out KL(q_x || f) in nats per token on the student's own samples, as in training."""
-        model, bare = self._folder.config, self._prompts["bare"]
-        rollout = self._decode(params, "bare", sampling)
+        answers = self._answer(params, "bare", sampling)
+        bare, context, _ = self._asker.prompts(answers)
         loss = LossConfig(temperature=sampling.temperature)
         return views_lib.distillation_kl(
             params,
             self._teacher.params,
-            model,
+            self._folder.config,
             self._teacher.config,
             loss,
             bare,
-            self._prompts["context"],
-            rollout,
+            context,
+            answers.rollout,
             self._batch,
             self._mesh,
         )
@@ -235,6 +173,7 @@ def _collect_outcomes(items: list[dict]) -> dict[str, Outcomes]:
             parsed=np.array([item["parsed"] is not None for item in own]),
             truncated=np.array([item["truncated"] for item in own]),
             length=np.array([item["length"] for item in own]),
+            turns=np.array([item.get("turns", 1) for item in own]),
             lenient=_collect_lenient(own),
             reasons=[item["reason"] for item in own],
             samples=1 + max(item["sample"] for item in own),

@@ -48,7 +48,7 @@ class Metric:
     @property
     def is_selectable(self) -> bool:
         """Whether ``eval.select`` can name it: its value is one number of one model."""
-        one_number = self.unit in ("share", "points", "change", "nats", "tokens", "p-value")
+        one_number = self.unit in ("share", "points", "change", "nats", "tokens", "turns", "p-value")
         return self.compute is not None and one_number and "learning" not in self.needs
 
 
@@ -68,6 +68,11 @@ def _metrics_of_view(suffix: str, view: str, condition: str) -> tuple[Metric, ..
             f"length_{suffix}", "length x / xc", "tokens",
             "Mean response length in tokens without and with the context, end token included.",
             (view,), outcomes.mean_length, table="checks",
+        ),
+        Metric(
+            f"turns_{suffix}", "turns x / xc", "turns",
+            "Mean turns of an episode without and with the context, if a task's episodes have several.",
+            (view,), outcomes.mean_turns, table="checks",
         ),
         Metric(
             f"truncated_{suffix}", "truncated x / xc", "share",

@@ -25,10 +25,11 @@ from ctxjax.evaluation.statistics import (
 class Outcomes:
     """What happened to n questions in one view: arrays [n * samples], all samples of a question in a row.
 
-    ``length`` is in tokens, end token included. ``lenient``: whether the answer is right if the required format is not
-    demanded; None if the task has no such reader. ``reasons``: why no answer could be read from a response, None if one
-    could. ``contexts``: the context of each response, if the contexts were drawn from a pool and questions share them;
-    then the outcomes of a context, and not only those of a question, are not independent.
+    ``length`` is in tokens, end token included, of all ``turns`` (None: one each). ``lenient``: whether the answer is
+    right if the required format is not demanded; None if the task has no such reader. ``reasons``: why no answer could
+    be read from a response, None if one could. ``contexts``: the context of each response, if the contexts were drawn
+    from a pool and questions share them; then the outcomes of a context, and not only those of a question, are not
+    independent.
     """
 
     correct: np.ndarray
@@ -39,6 +40,7 @@ class Outcomes:
     reasons: list[str | None] = dataclasses.field(default_factory=list)
     samples: int = 1
     contexts: list[str] | None = None
+    turns: np.ndarray | None = None
 
     @property
     def clusters(self) -> np.ndarray:
@@ -92,6 +94,11 @@ def lenient_accuracy(view: Outcomes) -> Rate | None:
 
 def mean_length(view: Outcomes) -> float:
     return float(np.mean(view.length))
+
+
+def mean_turns(view: Outcomes) -> float | None:
+    """None if every episode has one turn."""
+    return None if view.turns is None or np.all(view.turns == 1) else float(np.mean(view.turns))
 
 
 def truncated_share(view: Outcomes) -> float:

@@ -126,12 +126,14 @@ def decode(
     key: jax.Array,
     batch_size: int,
     mesh: Mesh,
+    numbers: np.ndarray | None = None,
 ) -> Rollout:
     """Return responses to n prompts (host arrays [n, P]) as host arrays [n * samples, T], all of a prompt in a row.
 
-    The randomness of prompt i is (key, i). ``batch_size``: responses decoded at a time.
+    The randomness of prompt i is (key, numbers[i]), by default (key, i). ``batch_size``: responses decoded at a time.
     """
-    rows = np.arange(prompts.tokens_BxP.shape[0], dtype=np.int32)
+    rows = np.arange(prompts.tokens_BxP.shape[0]) if numbers is None else numbers
+    rows = rows.astype(np.int32)
     ways, parts, running = sharding.batch_ways(mesh), [], None
     batch_size = max(batch_size // sampling.samples // ways, 1) * ways
     for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):

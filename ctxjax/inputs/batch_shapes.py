@@ -43,14 +43,17 @@ class BatchShapes(NamedTuple):
         )
 
 
-def make_batch_shapes(config: Experiment, bare: ViewShape, context: ViewShape, other: ViewShape | None) -> BatchShapes:
-    """Return the shapes of a run's batches, given those of its prompts."""
+def make_batch_shapes(
+    config: Experiment, bare: ViewShape, context: ViewShape, other: ViewShape | None, turns: int = 1
+) -> BatchShapes:
+    """Return the shapes of a run's batches, given those of its prompts. ``turns``: most turns of a question."""
     train = config.train
-    return BatchShapes(
-        train.batch_size, train.micro_batches, config.rollout.max_tokens, train.retention_rows, bare, context, other
-    )
+    rows, retained = turns * train.batch_size, turns * train.retention_rows
+    return BatchShapes(rows, train.micro_batches, config.rollout.max_tokens, retained, bare, context, other)
 
 
-def find_batch_shapes(config: Experiment, rows: EncodedRows, retention: RetentionRows | None) -> BatchShapes:
+def find_batch_shapes(
+    config: Experiment, rows: EncodedRows, retention: RetentionRows | None, turns: int = 1
+) -> BatchShapes:
     """Return the shapes of a run's batches, given its encoded rows."""
-    return make_batch_shapes(config, **rows.shapes, other=retention.shape if retention else None)
+    return make_batch_shapes(config, **rows.shapes, other=retention.shape if retention else None, turns=turns)

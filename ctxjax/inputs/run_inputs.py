@@ -13,7 +13,7 @@ from ctxjax import sharding
 from ctxjax.config import DecodeConfig, Experiment
 from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
-from ctxjax.data.task import Row, Task
+from ctxjax.data.task import GameTask, Row, Task, longest_turns
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host.checksum import compute_digest, compute_fingerprint
@@ -57,10 +57,23 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
         is_one = teacher is folder
         teacher = dataclasses.replace(teacher, params=sharding.offload_to_host(teacher.params))
         folder = teacher if is_one else folder
-    prompts = [*rows.bare, *rows.context, *(retention.longest if retention else [])]
+    if isinstance(task, GameTask):
+        _check_arms_play(config)
+    prompts = [*rows.longest["bare"], *rows.longest["context"], *(retention.longest if retention else [])]
     for model in (folder,) if teacher is folder else (folder, teacher):
         model.check_prompts(prompts, config.rollout.max_tokens)
     return Inputs(task, folder, teacher, rows, retention)
+
+
+def _check_arms_play(config: Experiment) -> None:
+    """Raise ValueError for an arm that learns from the teacher's samples: in a game only the student plays."""
+    for name, loss in config.arms.items():
+        if not loss.is_on_policy:
+            raise ValueError(
+                f"arm {name!r} learns from the teacher's samples (loss.on_policy_fraction = {loss.on_policy_fraction}, "
+                f"loss.off_policy_steps = {loss.off_policy_steps}), and in task {config.task!r} only the student "
+                "plays; leave the arm out (run_arms)"
+            )
 
 
 def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
@@ -81,7 +94,8 @@ def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, Ret
     outliers = describe_outliers(rows, retention)
     if outliers:
         print(f"warning: {outliers}")
-    print(f"batch: {find_batch_shapes(config, rows, retention).describe()}", flush=True)
+    turns = task.max_turns if isinstance(task, GameTask) else 1
+    print(f"batch: {find_batch_shapes(config, rows, retention, turns).describe()}", flush=True)
     return rows, retention
 
 
@@ -93,7 +107,8 @@ def describe_outliers(rows: EncodedRows, retention: RetentionRows | None) -> str
 
 def encode_training_rows(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
     """Encode the training rows and, if an arm needs them, prepare those under other contexts."""
-    rows = encode_rows(tokenizer, task.rows("train"), config.prompt)
+    questions = task.rows("train")
+    rows = encode_rows(tokenizer, questions, config.prompt, longest_turns(task, questions))
     if not any(loss.mu > 0 for loss in config.arms.values()):
         return rows, None
     return rows, RetentionRows.build(tokenizer, task, rows, config.prompt)

@@ -97,6 +97,7 @@ UNITS = {
     "change": Unit(" %", signed_percent, "percent"),
     "nats": Unit("", decimals, "nats per token"),
     "tokens": Unit("", lambda value: decimals(value, 1), "tokens"),
+    "turns": Unit("", lambda value: decimals(value, 2), "turns"),
     "cosine": Unit("", lambda values: decimals(mean_over_layers(values)), "mean over layers"),
     "p-value": Unit("", p_value, "probability"),
     "word": Unit("", lambda value: str(value or DASH), "a word"),

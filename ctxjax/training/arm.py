@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 from pathlib import Path
@@ -13,7 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from ctxjax.config import Experiment
-from ctxjax.data.pipeline import draw_steps
+from ctxjax.data.pipeline import Drawn, draw_steps
+from ctxjax.data.task import GameTask
 from ctxjax.distill.anchors import loss_at
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.rollouts import Questions, RolloutSource, StepInputs, TeacherSamples
@@ -31,6 +32,7 @@ from ctxjax.monitoring.step_rows import StepRows
 from ctxjax.training import nonfinite
 from ctxjax.training.checkpoint import Checkpoints, best_step, read_params, saved_steps
 from ctxjax.training.fed_rows import FedRows
+from ctxjax.training.game_episodes import GameEpisodes
 from ctxjax.types import Batch, Frozen, Params, PrefixKV, Rollout, TrainState
 
 
@@ -135,6 +137,8 @@ class Arm:
                         raise preemption.Preempted
                 writer.close()
                 fed.close()
+                if isinstance(source, GameEpisodes):
+                    print(f"{self._name}: {source.player.clock}", flush=True)
             except StopRun as stop:
                 if stop.alarm != "not_finite":
                     raise
@@ -180,10 +184,18 @@ class Arm:
     def _make_source(self, first: int, fed: StepRows) -> RolloutSource:
         """Return the source of this arm's responses, from step ``first`` on. ``fed`` gets what it gives to each."""
         mesh, samples = self._shared.mesh, self._shared.teacher_samples
-        own = {step: samples[step] for step in steps_with_samples(self._config, self._name)}
-        return TeacherSamples(Questions(self._make_batches(first, fed), mesh), own, mesh)
 
-    def _make_batches(self, first: int, fed: StepRows) -> Iterator[Batch]:
+        def note(number: int, drawn: Drawn) -> None:
+            if self._shared.fed_rows is not None:
+                fed.append(self._shared.fed_rows.describe(number, drawn))
+
+        if isinstance(self._shared.inputs.task, GameTask):
+            retains = self._step_config.loss.mu > 0
+            return GameEpisodes.of_run(self._config, self._shared.inputs, retains, self._join_student, mesh, note)
+        own = {step: samples[step] for step in steps_with_samples(self._config, self._name)}
+        return TeacherSamples(Questions(self._make_batches(first, note), mesh), own, mesh)
+
+    def _make_batches(self, first: int, note: Callable[[int, Drawn], None]) -> Iterator[Batch]:
         inputs, train = self._shared.inputs, self._config.train
         steps = draw_steps(
             inputs.rows,
@@ -195,8 +207,7 @@ class Arm:
             first_step=first,
         )
         for number, drawn in enumerate(steps, first + 1):
-            if self._shared.fed_rows is not None:
-                fed.append(self._shared.fed_rows.describe(number, drawn))
+            note(number, drawn)
             yield drawn.batch
 
     def _compile_programs(self, state: TrainState, source: RolloutSource, steps: range) -> dict[StepKind, Any]:

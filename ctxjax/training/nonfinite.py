@@ -59,6 +59,8 @@ def _make_rows(
     rows = []
     for row, (prompt, teacher_prompt) in enumerate(zip(*texts)):
         tokens = rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()
+        if not tokens:  # no response: the place of a turn that a game's episode did not have
+            continue
         logprobs = rollout.logprobs_BxT[row][rollout.mask_BxT[row]].tolist()
         rows.append({
             "loss": _finite_or_none(loss_B[row]), "view": view, "row_number": int(ids[row]), "prompt": prompt,

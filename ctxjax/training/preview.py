@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+from jax.sharding import Mesh
+import numpy as np
 
 from ctxjax import rng, sharding
 from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import training_batches
+from ctxjax.data.task import GameTask
 from ctxjax.evaluation.views import decode
-from ctxjax.inputs.run_inputs import make_sampling_config, open_inputs
+from ctxjax.inputs.model_folder import ModelFolder
+from ctxjax.inputs.run_inputs import Inputs, make_sampling_config, open_inputs
 from ctxjax.training import batch_text
-from ctxjax.types import Prompts, Rollout, map_rows
+from ctxjax.training.game_episodes import GameEpisodes
+from ctxjax.types import Batch, Prompts, Rollout, map_rows
 
 ROWS = 2  # rows whose prompts and responses are shown
 
@@ -27,6 +32,8 @@ def format_first_batch(config: Experiment, width: int, colour: bool) -> str:
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, mesh, {})
         student = inputs.student
+        if isinstance(inputs.task, GameTask):
+            return _format(student, *_play_first_step(config, inputs, mesh), width, colour)
         batch = next(
             training_batches(
                 inputs.rows,
@@ -48,9 +55,41 @@ def format_first_batch(config: Experiment, width: int, colour: bool) -> str:
 
         other = None if batch.other is None else sample_first_rows(batch.other, "retention")
         rollout = sample_first_rows(batch.bare, "rollout")
-        views = {"bare": batch.bare, "context": batch.context, "other": batch.other}
-        expanded = {
-            name: prompts_lib.expand_prefix(view, student.pad_id) for name, view in views.items() if view is not None
-        }
-        formatter = batch_text.Formatter(student.tokenizer, width, colour)
-        return batch_text.format_batch(formatter, batch.replace(**expanded), student.stop_ids, rollout, other)
+        return _format(student, batch, rollout, other, width, colour)
+
+
+def _play_first_step(config: Experiment, inputs: Inputs, mesh: Mesh) -> tuple[Batch, Rollout, Rollout | None]:
+    """Play the first step's episodes. Return its batch and the first responses; places without one come last."""
+    retains = any(loss.mu > 0 for loss in config.arms.values())
+    source = GameEpisodes.of_run(config, inputs, retains, lambda params: params, mesh)
+    batch, rollout, other = sharding.to_host(source.next(inputs.student.params, 0))
+
+    def order(tree, responses: Rollout | None):
+        if responses is None:
+            return None
+        places = np.argsort(~responses.mask_BxT.any(axis=1), kind="stable")
+        return map_rows(lambda rows: rows[places], tree)
+
+    batch = batch.replace(
+        bare=order(batch.bare, rollout), context=order(batch.context, rollout), other=order(batch.other, other)
+    )
+    first = (
+        None if rows is None else map_rows(lambda array: array[:ROWS], order(rows, rows)) for rows in (rollout, other)
+    )
+    return batch, *first
+
+
+def _format(
+    student: ModelFolder,
+    batch: Batch,
+    rollout: Rollout,
+    other: Rollout | None,
+    width: int,
+    colour: bool,
+) -> str:
+    views = {"bare": batch.bare, "context": batch.context, "other": batch.other}
+    expanded = {
+        name: prompts_lib.expand_prefix(view, student.pad_id) for name, view in views.items() if view is not None
+    }
+    formatter = batch_text.Formatter(student.tokenizer, width, colour)
+    return batch_text.format_batch(formatter, batch.replace(**expanded), student.stop_ids, rollout, other)

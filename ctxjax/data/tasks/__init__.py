@@ -14,6 +14,7 @@ from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
 from ctxjax.data.tasks.style import Style, StyleConfig
 from ctxjax.data.worlds.rules import Rules, RulesConfig
+from ctxjax.data.worlds.tiny_grid import TinyGrid, TinyGridConfig
 from ctxjax.data.worlds.tiny_safety import TinySafety, TinySafetyConfig
 
 TASKS = {
@@ -26,6 +27,7 @@ TASKS = {
     "handbook": (HandbookConfig, Handbook),
     "style": (StyleConfig, Style),
     "tiny_safety": (TinySafetyConfig, TinySafety),
+    "tiny_grid": (TinyGridConfig, TinyGrid),
 }
 # Tasks that can train their own base.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))

@@ -1,0 +1,68 @@
+"""Grid walk: Frozen Lake with its player and its goal anywhere: who does not know the symbols cannot read a board."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from ctxjax.games.game import MOVES, solve
+
+
+class Field(NamedTuple):
+    """All cells are (row, column)."""
+
+    holes: frozenset[tuple[int, int]]
+    goal: tuple[int, int]
+    player: tuple[int, int]
+
+
+class GridWalk:
+    """``size``: rows and columns. ``holes``: how many. ``solution``: (fewest, most) moves of a solution."""
+
+    def __init__(self, size: int = 3, holes: int = 2, solution: tuple[int, int] = (2, 4)):
+        self.size, self.holes, self.solution = size, holes, solution
+        self._cells = list(itertools.product(range(size), repeat=2))
+        if next(self.every_board(), None) is None:
+            raise ValueError(
+                f"no grid of {size} x {size} cells with {holes} holes is solved in {solution[0]} to {solution[1]} "
+                "moves; change the size, the holes or the moves"
+            )
+
+    def draw(self, rng: np.random.Generator) -> Field:
+        while True:  # ends: __init__ has checked that some board can be won, and every board may be drawn
+            chosen = rng.choice(len(self._cells), self.holes + 2, replace=False)
+            goal, player, *holes = (self._cells[index] for index in chosen)
+            board = Field(frozenset(holes), goal, player)
+            if self._is_allowed(board):
+                return board
+
+    def every_board(self) -> Iterator[Field]:
+        for holes in itertools.combinations(self._cells, self.holes):
+            for goal, player in itertools.permutations([cell for cell in self._cells if cell not in holes], 2):
+                board = Field(frozenset(holes), goal, player)
+                if self._is_allowed(board):
+                    yield board
+
+    def move(self, board: Field, direction: str) -> Field | None:
+        row, column = (at + step for at, step in zip(board.player, MOVES[direction]))
+        return board._replace(player=(row, column)) if 0 <= row < self.size and 0 <= column < self.size else None
+
+    def is_won(self, board: Field) -> bool:
+        return board.player == board.goal
+
+    def is_lost(self, board: Field) -> bool:
+        return board.player in board.holes
+
+    def render(self, board: Field) -> str:
+        symbols = dict.fromkeys(board.holes, "H") | {board.goal: "G"} | {board.player: "P"}
+        return "\n".join(
+            " ".join(symbols.get((row, column), "_") for column in range(self.size)) for row in range(self.size)
+        )
+
+    def _is_allowed(self, board: Field) -> bool:
+        fewest, most = self.solution
+        moves = solve(self, board, most)
+        return moves is not None and len(moves) >= fewest
