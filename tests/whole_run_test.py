@@ -7,6 +7,7 @@ views, splits, steps and arms all differ, and whatever feeds a stage or lands in
 
 import collections
 import functools
+import hashlib
 import json
 from pathlib import Path
 import zlib
@@ -256,6 +257,10 @@ def answers(done: Done, weights: dict, split: str) -> dict[str, list[list[int]]]
     return found
 
 
+def digest(prompt: list[int]) -> str:
+    return hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in prompt)).hexdigest()[:16]
+
+
 def expected_items(done: Done, responses: dict[str, list[list[int]]], split: str) -> list[dict]:
     items = []
     for view, rows in expected_rows(done, split).items():
@@ -266,7 +271,7 @@ def expected_items(done: Done, responses: dict[str, list[list[int]]], split: str
                 "id": question, "view": view, "sample": index % done.config.eval.samples, "question": question,
                 "context": context, "reference": right, "text": done.text(response), "parsed": grade.parsed,
                 "correct": grade.correct, "reason": grade.reason, "lenient": grade.lenient, "length": len(response),
-                "truncated": response[-1] not in done.stops,
+                "truncated": response[-1] not in done.stops, "prompt": digest(done.prompt(question, context)),
             })  # fmt: skip
     return items
 
@@ -416,6 +421,9 @@ def test_dev_rows_choose_the_checkpoint_that_is_evaluated_again_on_test(name, do
         assert list(rows) == [taken for taken in range(made.config.train.steps + 1) if taken % 2 == 0]
         of_base = json.loads((made.workdir / "base" / "dev" / "evaluation.json").read_text())["metrics"]
         assert of_dev(rows[0]) == {key: value for key, value in of_base.items() if isinstance(value, float)}
+        for fall, metrics in (("parse_fall", ("parse_x", "parse_xc")), ("acc_xc_fall", ("acc_xc",))):
+            expected = below_best(list(rows.values()), *(f"dev/{metric}" for metric in metrics))
+            assert [row[f"dev/{fall}"] for row in rows.values()] == pytest.approx(expected), f"{name}, {arm}: {fall}"
         for taken in (taken for taken in rows if taken):
             where = f"{name}, {arm}, dev at step {taken}"
             check_evaluation(made, weights_of(made, arm, taken), "dev", None, of_dev(rows[taken]), where)
@@ -433,8 +441,14 @@ def test_dev_rows_choose_the_checkpoint_that_is_evaluated_again_on_test(name, do
 
 
 def of_dev(row: dict) -> dict:
-    """A row's metrics of dev, without what an alarm keeps."""
-    return {key: value for key, value in cut(row, "dev/").items() if key != "parse_fall"}
+    """A row's metrics of dev, without what alarms keep."""
+    return {key: value for key, value in cut(row, "dev/").items() if key not in ("parse_fall", "acc_xc_fall")}
+
+
+def below_best(rows: list[dict], *names: str) -> list[float]:
+    """How far each row's value is below the highest so far; of several metrics, the furthest."""
+    falls = [np.maximum.accumulate(own) - own for own in np.array([[row[name] for row in rows] for name in names])]
+    return np.max(falls, axis=0).tolist()
 
 
 def read_metrics(done: Done, arm: str) -> list[dict]:
