@@ -291,7 +291,7 @@ def test_an_arms_batches_start_at_its_step_with_its_seed_and_retention_rows(fold
     order = pipeline.shuffle_questions(len(rows.rows), 9)
     for first in (0, 3):
         fed = []
-        batch = next(made.arm._make_batches(first, lambda *pair: fed.append(pair)))
+        batch = next(made.arm._make_batches(first, lambda *pair, fed=fed: fed.append(pair)))
         others = [retention.draw(9, 8 * first + row) for row in range(2)]
         ((step, drawn),) = fed
         assert step == first + 1 and drawn.batch is batch and drawn.others == [other for _, other in others]
