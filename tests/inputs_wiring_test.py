@@ -343,7 +343,10 @@ def test_a_draw_of_retention_rows_ends_even_if_no_pair_fits(folder, monkeypatch,
     tokens, drawn = retention.draw(0, 0)
     (asked,) = opened.task.rows_under(retention.rows[drawn.row], retention.contexts[drawn.context])
     assert [tokens] == prompts.encode(opened.student.tokenizer, [asked], retention.prompt)
+    draws, original = [], pipeline.draw_other
     monkeypatch.setattr(pipeline, "DRAWS", 20)
+    monkeypatch.setattr(pipeline, "draw_other", lambda *given: draws.append(given) or original(*given))
     fault = "row 5: 20 pairs of 24 questions and 5 other contexts were drawn, and no prompt has at most 3 tokens"
     with pytest.raises(ValueError, match=fault):
         dataclasses.replace(retention, longest=[[1, 2, 3]], prefix=[]).draw(0, 5)
+    assert [given[1:] for given in draws] == [(24, 5)] * 20
