@@ -17,7 +17,7 @@ from configs import base
 from ctxjax import config as config_lib, evaluate
 from ctxjax.data import pipeline, prompts
 from ctxjax.data.worlds import rules, word_tokenizer
-from ctxjax.evaluation import views
+from ctxjax.evaluation import metrics as metrics_lib, views
 from ctxjax.evaluation.evaluator import Evaluator
 from ctxjax.host import checksum
 from ctxjax.inputs import base_model, data_record, run_inputs
@@ -153,13 +153,21 @@ def test_every_prompt_of_training_and_evaluation_is_whole_and_written_as_configu
 
 def test_an_evaluation_decodes_as_eval_says_and_its_distillation_loss_as_the_rollout_says(folder, monkeypatch, mesh):
     changes = {"eval.temperature": 0.3, "eval.top_k": 7, "eval.top_p": 0.6, "eval.samples": 2, "eval.batch_size": 3}
+    changes["eval.bootstrap"] = 77
     changes |= {"rollout.temperature": 0.8, "rollout.top_k": 11, "rollout.top_p": 0.9, "rollout.weights": "stored"}
     config = settings(folder, **changes, **{"teacher.path": str(folder / "teacher")})
     experiment = config_lib.experiment(config, 1)
     task, student, teacher, *_ = run_inputs.open_inputs(experiment, mesh, {})
     calls = record_stages(monkeypatch)
     (evaluator,) = Evaluator.of_splits(experiment, task, ("dev",), student, teacher, mesh)
-    assert evaluator(STUDENT).weights == checksum.compute_checksums(STUDENT)
+    computed = []
+    monkeypatch.setattr(metrics_lib, "compute_metrics", lambda *given: computed.append(given) or {"n": 8})
+    found = evaluator(STUDENT)
+    assert found.weights == checksum.compute_checksums(STUDENT)
+    ((measured, resamples),) = computed
+    assert resamples == 77 and found.metrics == {"n": 8}
+    assert measured.keys() == {"bare", "context", "empty", "other", "comparison", "distill"}
+    assert all(measured[view] is found.outcomes[view] for view in found.outcomes)
     decodes = [call for call in calls if call[0] == "decode"]
     settings_of = [(s.temperature, s.top_k, s.top_p, s.samples, s.max_tokens) for _, _, s, *_ in decodes]
     assert settings_of == [(0.3, 7, 0.6, 2, 5)] * 4 + [(0.8, 11, 0.9, 1, 5)]
@@ -282,6 +290,27 @@ def test_an_arm_trains_saves_and_watches_as_configured(rank, folder, monkeypatch
     assert scores == {5: 0.2, 10: -0.25}
     assert made.writer[:5] == (tmp_path, "opcd_retained", 12, 0, 3) and made.writer[5] is made.arm.alarms
     assert made.arm.alarms._config.patience == 7 and made.arm.alarms._config.truncated == 0.9
+
+
+def test_a_resumed_arm_remembers_every_evaluation_before_its_checkpoint(folder, monkeypatch, tmp_path, mesh):
+    made = make_arm(folder, monkeypatch, tmp_path, mesh, **{"eval.every": 5, "eval.select": "acc_x"})
+    rows = [{"step": 0, "dev/acc_x": 0.1, "dev/acc_xc": 0.95}, {"step": 4, "loss": 1.0}]
+    rows += [{"step": 5, "loss": 0.5}, {"step": 5, "dev/acc_x": 0.7, "dev/acc_xc": 0.6}]
+    rows += [{"step": 10, "dev/acc_x": 0.4, "dev/acc_xc": 0.9}, {"step": 11, "loss": 0.3}]
+    monkeypatch.setattr(arm_lib, "Writer", lambda *_: SimpleNamespace(kept=rows))
+    monkeypatch.setattr(arm_lib.Arm, "_restore_or_init", lambda *_: ("state", 11))
+
+    def fed_rows(*given):
+        raise Recorded(given)
+
+    monkeypatch.setattr(arm_lib, "StepRows", fed_rows)  # the next that is opened
+    with pytest.raises(Recorded) as opened:
+        made.arm.train(None, None, 0.0, {})
+    assert opened.value.args == ((tmp_path / data_record.ROWS_FILE, 11),)
+    assert made.checkpoints[2] == made.arm._scores == {5: 0.7, 10: 0.4}
+    assert made.arm.accuracies_with_context == (0.6, 0.9)
+    monkeypatch.setattr(arm_lib, "saved_steps", lambda folder: [5, 8, 10])
+    assert made.arm.selected_step == 5 and made.arm._is_save_due(5)
 
 
 def test_an_arms_batches_start_at_its_step_with_its_seed_and_retention_rows(folder, monkeypatch, tmp_path, mesh):
