@@ -14,7 +14,7 @@ import pytest
 import reference
 
 from configs import base
-from ctxjax import config as config_lib, evaluate
+from ctxjax import config as config_lib, evaluate, rng
 from ctxjax.data import pipeline, prompts
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation import metrics as metrics_lib, views
@@ -153,7 +153,7 @@ def test_every_prompt_of_training_and_evaluation_is_whole_and_written_as_configu
 
 def test_an_evaluation_decodes_as_eval_says_and_its_distillation_loss_as_the_rollout_says(folder, monkeypatch, mesh):
     changes = {"eval.temperature": 0.3, "eval.top_k": 7, "eval.top_p": 0.6, "eval.samples": 2, "eval.batch_size": 3}
-    changes["eval.bootstrap"] = 77
+    changes |= {"eval.bootstrap": 77, "seed": 6}
     changes |= {"rollout.temperature": 0.8, "rollout.top_k": 11, "rollout.top_p": 0.9, "rollout.weights": "stored"}
     config = settings(folder, **changes, **{"teacher.path": str(folder / "teacher")})
     experiment = config_lib.experiment(config, 1)
@@ -172,7 +172,10 @@ def test_an_evaluation_decodes_as_eval_says_and_its_distillation_loss_as_the_rol
     settings_of = [(s.temperature, s.top_k, s.top_p, s.samples, s.max_tokens) for _, _, s, *_ in decodes]
     assert settings_of == [(0.3, 7, 0.6, 2, 5)] * 4 + [(0.8, 11, 0.9, 1, 5)]
     assert all(s.eos_ids == (3, 9) and s.weights == "stored" for _, _, s, *_ in decodes)
+    keys = [rng.key_for(jax.random.key(6), view, "evaluation") for view in (0, 1, 2, 3, 0)]
+    assert [call[4] for call in decodes] == [jax.random.key_data(key).tolist() for key in keys]
     assert len({str(call[4]) for call in decodes[:4]}) == 4, "samples of two views share their random numbers"
+    assert {made["seed"] for made in found.decoding.values()} == {6}
     assert all(call[1] is STUDENT for call in calls)
     (compared,), (distilled,) = ([c for c in calls if c[0] == kind] for kind in ("compare", "distill"))
     for found, view in zip(compared[2:5], (0, 1, 3)):  # the control is the view under another context
