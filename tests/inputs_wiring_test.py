@@ -18,11 +18,11 @@ from ctxjax import config as config_lib, evaluate, rng
 from ctxjax.data import pipeline, prompts
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation import metrics as metrics_lib, views
-from ctxjax.evaluation.evaluator import Evaluator
+from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import checksum
 from ctxjax.inputs import base_model, data_record, run_inputs
 from ctxjax.sharding import make_mesh
-from ctxjax.training import arm as arm_lib
+from ctxjax.training import arm as arm_lib, run as run_lib
 from ctxjax.types import Rollout
 
 TEMPLATE = (
@@ -330,6 +330,59 @@ def test_an_arms_batches_start_at_its_step_with_its_seed_and_retention_rows(fold
         assert batch.row_number_B.tolist() == list(range(8 * first, 8 * first + 8))
         assert prompts.unpad(batch.bare) == [rows.bare[order[number]] for number in batch.row_number_B.tolist()]
         assert prompts.unpad(batch.other) == [tokens for tokens, _ in others]
+
+
+@pytest.mark.parametrize(("selected", "taken"), [(5, [12, 5]), (12, [12]), (None, [12])])
+def test_an_arm_is_evaluated_after_its_last_step_and_at_the_one_that_is_selected(selected, taken, tmp_path):
+    evaluated = []
+
+    def evaluate_one(folder, split, params, step):
+        evaluated.append((folder, split, params, step))
+        return f"evaluation of {step}"
+
+    arm = SimpleNamespace(
+        train=lambda *given: "params of 12" if given == ("dev", on_dev, 2.0, {}) else None,
+        selected_step=selected, read_student=lambda step: f"params of {step}", accuracies_with_context=(0.6, 0.9),
+        alarms=SimpleNamespace(record={"skipped_steps": 3}),
+    )  # fmt: skip
+    on_dev = Evaluation({"acc_x": 0.2, "acc_xc": 0.95}, [], {}, {}, {})
+    opened = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(steps=12)), evaluate=evaluate_one, dev="dev", test="test",
+        started=2.0, seconds={},
+    )  # fmt: skip
+    found = run_lib._train_arm(opened, arm, tmp_path, on_dev)
+    folders = [tmp_path, tmp_path / "selected"]
+    assert evaluated == [(folder, "test", f"params of {step}", step) for folder, step in zip(folders, taken)]
+    assert found.evaluation == "evaluation of 12" and found.learning == (0.95, (0.6, 0.9))
+    assert found.selected == ((5, "evaluation of 5") if selected == 5 else None) and found.alarms == {
+        "skipped_steps": 3
+    }
+
+
+def test_results_compare_every_arm_with_the_first_and_resample_as_configured(folder, monkeypatch):
+    config = config_lib.experiment(settings(folder, **{"eval.bootstrap": 77, "train.steps": 12}), 1)
+    made = {
+        name: Evaluation({"acc_x": number / 8}, [], {"of": name}, {}, {})
+        for number, name in enumerate(("base", "one", "two", "three", "best"))
+    }
+    arms = {
+        name: run_lib._TrainedArm(made[name], None, f"learning of {name}", {"skipped_steps": number})
+        for number, name in enumerate(("one", "two", "three"))
+    }
+    arms["two"] = arms["two"]._replace(selected=(5, made["best"]))
+    compared, computed = [], []
+    monkeypatch.setattr(metrics_lib, "compare_arms", lambda *given: compared.append(given) or {"harm_diff_one": 0.1})
+    monkeypatch.setattr(metrics_lib, "compute_metrics", lambda *given: computed.append(given) or {"lowest": 0.3})
+    results = run_lib._collect_results({"base": made["base"]}, arms, config)
+    assert compared == [({"of": name}, {"of": "one"}, "one", 77) for name in ("two", "three")]
+    assert computed == [({"learning": f"learning of {name}"}, 77) for name in arms]
+    own = {"step": 12, "lowest": 0.3}
+    assert results == {
+        "base": {"acc_x": 0.0},
+        "one": own | {"acc_x": 0.125, "skipped_steps": 0},
+        "two": own | {"acc_x": 0.25, "skipped_steps": 1, "harm_diff_one": 0.1, "selected": {"step": 5, "acc_x": 0.5}},
+        "three": own | {"acc_x": 0.375, "skipped_steps": 2, "harm_diff_one": 0.1},
+    }
 
 
 @pytest.mark.slow
