@@ -74,6 +74,23 @@ def test_two_bad_rows_are_no_reason_to_stop_but_three_in_a_row_are(name):
     observed(story(wrong), stop=tuple(ALARMS.keys() - {name, "truncated"}))
 
 
+@pytest.mark.parametrize("patience", [1, 5])
+@pytest.mark.parametrize("name", ALARMS)
+def test_patience_is_how_many_rows_in_a_row_warn_and_stop(name, patience):
+    rows = story(WRONG[name][0])
+    first_bad = 4
+    if name == "agreement":  # which is smoothed
+        first_bad = observed(rows, stop=(), patience=1).raised[name]
+        assert first_bad >= 4
+    alarms = observed(rows, stop=(), patience=patience)
+    last = first_bad + patience - 1
+    assert alarms.raised[name] == (first_bad if name in AT_ONCE else last)
+    assert alarms.held[name] == len(rows) + 1 - alarms.raised[name]
+    with pytest.raises(StopRun, match=f"alarms.patience = {patience} in a row") as stop:
+        observed(rows, stop=(name,), patience=patience)
+    assert stop.value.step == last
+
+
 @pytest.mark.parametrize("name", [name for name, alarm in ALARMS.items() if alarm.fixed is None])
 def test_a_threshold_of_zero_turns_an_alarm_off(name):
     assert observed(story(WRONG[name][0]), **{name: 0.0}).raised.keys() <= {"no_end"}

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 import ctxjax
+from ctxjax import rng
+from ctxjax.data import prompts
+from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.task import Row
 from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.evaluation import views
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig
@@ -46,6 +51,44 @@ def greedy(model, question: str, context: str | None, tokens: int) -> str:
 def test_generation_is_the_argmax_of_the_logits(model, context):
     answers = ctxjax.generate(model, QUESTIONS, context, max_tokens=4)
     assert answers == [greedy(model, question, context, 4) for question in QUESTIONS]
+
+
+class Recorded(Exception):
+    """Ends a call of generate once what it decodes is known."""
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+@pytest.mark.parametrize("placement", ["system", "user", "prefix"])
+def test_prompts_and_sampling_are_those_of_the_arguments(model, placement, thinking, monkeypatch):
+    encoded, decoded, encode = [], [], prompts.encode
+
+    def record(tokenizer, rows, config):
+        encoded.append((tokenizer, rows, config))
+        return encode(tokenizer, rows, config)
+
+    def decode(*given):
+        decoded.append(given)
+        raise Recorded
+
+    monkeypatch.setattr(prompts, "encode", record)
+    monkeypatch.setattr(views, "decode", decode)
+    sampling = {"max_tokens": 9, "temperature": 0.7, "top_k": 5, "top_p": 0.8}
+    with pytest.raises(Recorded):
+        ctxjax.generate(
+            model, QUESTIONS, CONTEXT, **sampling, seed=3, placement=placement, thinking=thinking, batch_size=2
+        )
+    ((tokenizer, rows, config),) = encoded
+    assert tokenizer is model.tokenizer and config == PromptConfig(placement=placement, thinking=thinking)
+    assert rows == [Row(str(number), question, CONTEXT, "") for number, question in enumerate(QUESTIONS)]
+    ((params, own, used, given, key, batch_size, mesh),) = decoded
+    assert params is model.params and own is model.config and batch_size == 2 and mesh == ctxjax.api.get_mesh(params)
+    assert {name: getattr(used, name) for name in sampling} == sampling
+    assert (used.eos_ids, used.pad_id) == (model.stop_ids, model.pad_id)
+    assert prompts.unpad(given) == encode(model.tokenizer, rows, config)
+    assert (
+        jax.random.key_data(key).tolist()
+        == jax.random.key_data(rng.key_for(jax.random.key(3), 0, "evaluation")).tolist()
+    )
 
 
 @pytest.mark.slow

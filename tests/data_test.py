@@ -84,6 +84,8 @@ def test_every_view_keeps_its_reference(world):
     rows = world.rows("test")
     views = make_evaluation_views(world, rows, "test")
     assert list(views) == ["bare", "context", "empty", "other", "paraphrase"]
+    wordings = [world.paraphrase(row, np.random.default_rng(number)) for number, row in enumerate(rows)]
+    assert views["paraphrase"] == [row._replace(context=wording) for row, wording in zip(rows, wordings)]
     for row, other, paraphrase in zip(rows, views["other"], views["paraphrase"]):
         assert other.reference == rules.answer(row.question, rules.parse_table(other.context))
         assert rules.parse_table(paraphrase.context) == rules.parse_table(row.context)

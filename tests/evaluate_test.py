@@ -179,6 +179,34 @@ def test_the_context_of_the_command_takes_the_place_of_the_configurations(folder
     assert (config.math.context_column, config.math.context_file, config.task) == ("", "c.txt", "math")
 
 
+SOURCES = {"context": "inline", "context_files": ("a.txt", "b.txt"), "context_column": "hint"}
+TAKE_A_CONTEXT = [name for name, section in base.get_config().items() if hasattr(section, "context_file")]
+
+
+@pytest.mark.parametrize("task", TAKE_A_CONTEXT)
+def test_the_context_of_the_command_is_the_only_source_of_contexts(task):
+    config = base.get_config()
+    section = config[task]
+    given = {field: value for field, value in SOURCES.items() if field in section}
+    assert given
+    section.update(given | {"context_file": "own.txt"})
+    evaluate.apply_flags(config, "folder", None if task == config.task else task, None)
+    assert {field: section[field] for field in given} == given and section.context_file == "own.txt"
+    evaluate.apply_flags(config, "folder", task, "c.txt")
+    assert section.context_file == "c.txt" and not any(section[field] for field in given)
+
+
+def test_the_printed_shares_are_those_of_their_own_view():
+    view_x = {"acc_x": 0.11, "acc_x_lenient": 0.22, "parse_x": 0.33, "unparsed_x": {"no letter": 4, "cut": 2}}
+    view_xc = {"acc_xc": 0.44, "acc_xc_lenient": 0.55, "parse_xc": 0.66, "unparsed_xc": {}}
+    bare = "without context: 33.0 % of the responses are readable"
+    context = "with context: 66.0 % of the responses are readable; read leniently, 55.0 % are right"
+    lenient = f"{bare}; read leniently, 22.0 % are right (no letter: 4; cut: 2)"
+    assert evaluate._format_readable(view_x | view_xc) == f"{lenient}\n{context}"
+    assert evaluate._format_readable(view_x | {"acc_x_lenient": None}) == f"{bare} (no letter: 4; cut: 2)"
+    assert evaluate._format_readable(view_xc) == context
+
+
 def start(config, workdir: Path) -> dict:
     return run.run(config_lib.experiment(config, jax.device_count()), workdir, workdir_lib.collect_facts(config))
 

@@ -13,7 +13,7 @@ from ctxjax import sharding
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics, outcomes as outcomes_lib, statistics, views
-from ctxjax.evaluation.outcomes import Comparison, Outcomes
+from ctxjax.evaluation.outcomes import Comparison, Learning, Outcomes
 from ctxjax.types import Prompts, Rollout
 
 
@@ -56,6 +56,21 @@ def test_metrics_of_ten_questions_by_hand():
     assert result["regime"] == "agreement"
     assert result["harm_ci"] == pytest.approx((0.0764, 0.8107), abs=1e-4)  # of 2 in 5
     assert result["acc_x_ci"] == pytest.approx((0.2224, 0.7776), abs=1e-4)  # of 5 in 10
+
+
+@pytest.mark.parametrize(
+    ("base", "accuracies", "lowest", "lost"),
+    [
+        (0.9, (0.8, 0.2, 0.6), 0.2, 0.7), (0.9, (0.3, 0.8), 0.3, 0.6), (0.9, (0.8, 0.3), 0.3, 0.6),
+        (0.5, (0.7, 0.6, 0.8), 0.6, 0.0), (0.9, (), None, None),
+    ],
+)  # fmt: skip
+def test_context_use_is_lost_from_the_base_to_the_lowest_evaluation(base, accuracies, lowest, lost):
+    learning = Learning(base, accuracies)
+    assert outcomes_lib.lowest_accuracy(learning) == lowest
+    assert outcomes_lib.context_loss(learning) == (None if lost is None else pytest.approx(lost))
+    found = metrics.compute_metrics({"learning": learning}, 10)
+    assert (found.get("lowest_acc_xc"), found.get("context_loss")) == (lowest, outcomes_lib.context_loss(learning))
 
 
 def test_a_share_of_nothing_is_none():

@@ -99,8 +99,13 @@ def test_oracles_are_graded_by_the_document_that_they_read(task):
 
 
 def test_an_unrelated_document_has_nothing_to_do_with_the_questions(task):
-    (unrelated,) = {row.context for row in make_evaluation_views(task, task.rows("dev"), "dev")["unrelated"]}
-    assert task.subject not in unrelated
+    rows, unrelated = task.rows("dev"), task.unrelated()
+    views = make_evaluation_views(task, rows, "dev")
+    assert views["unrelated"] == [row._replace(context=unrelated) for row in rows]
+    assert views["empty"] == [row._replace(context="") for row in rows]
+    assert views["bare"] == [row._replace(context=None) for row in rows]
+    assert views["context"] == rows and {row.context for row in rows} == {task.context}
+    assert "\n" in unrelated and len(unrelated) > 100 and task.subject not in unrelated
     assert not any(value in unrelated for value in task.document.values().values() if value not in YES_NO)
 
 

@@ -14,15 +14,15 @@ import pytest
 import reference
 
 from configs import base
-from ctxjax import config as config_lib, evaluate
+from ctxjax import config as config_lib, evaluate, rng
 from ctxjax.data import pipeline, prompts
 from ctxjax.data.worlds import rules, word_tokenizer
-from ctxjax.evaluation import views
-from ctxjax.evaluation.evaluator import Evaluator
+from ctxjax.evaluation import metrics as metrics_lib, views
+from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import checksum
 from ctxjax.inputs import base_model, data_record, run_inputs
 from ctxjax.sharding import make_mesh
-from ctxjax.training import arm as arm_lib
+from ctxjax.training import arm as arm_lib, run as run_lib
 from ctxjax.types import Rollout
 
 TEMPLATE = (
@@ -153,18 +153,29 @@ def test_every_prompt_of_training_and_evaluation_is_whole_and_written_as_configu
 
 def test_an_evaluation_decodes_as_eval_says_and_its_distillation_loss_as_the_rollout_says(folder, monkeypatch, mesh):
     changes = {"eval.temperature": 0.3, "eval.top_k": 7, "eval.top_p": 0.6, "eval.samples": 2, "eval.batch_size": 3}
+    changes |= {"eval.bootstrap": 77, "seed": 6}
     changes |= {"rollout.temperature": 0.8, "rollout.top_k": 11, "rollout.top_p": 0.9, "rollout.weights": "stored"}
     config = settings(folder, **changes, **{"teacher.path": str(folder / "teacher")})
     experiment = config_lib.experiment(config, 1)
     task, student, teacher, *_ = run_inputs.open_inputs(experiment, mesh, {})
     calls = record_stages(monkeypatch)
     (evaluator,) = Evaluator.of_splits(experiment, task, ("dev",), student, teacher, mesh)
-    assert evaluator(STUDENT).weights == checksum.compute_checksums(STUDENT)
+    computed = []
+    monkeypatch.setattr(metrics_lib, "compute_metrics", lambda *given: computed.append(given) or {"n": 8})
+    found = evaluator(STUDENT)
+    assert found.weights == checksum.compute_checksums(STUDENT)
+    ((measured, resamples),) = computed
+    assert resamples == 77 and found.metrics == {"n": 8}
+    assert measured.keys() == {"bare", "context", "empty", "other", "comparison", "distill"}
+    assert all(measured[view] is found.outcomes[view] for view in found.outcomes)
     decodes = [call for call in calls if call[0] == "decode"]
     settings_of = [(s.temperature, s.top_k, s.top_p, s.samples, s.max_tokens) for _, _, s, *_ in decodes]
     assert settings_of == [(0.3, 7, 0.6, 2, 5)] * 4 + [(0.8, 11, 0.9, 1, 5)]
     assert all(s.eos_ids == (3, 9) and s.weights == "stored" for _, _, s, *_ in decodes)
+    keys = [rng.key_for(jax.random.key(6), view, "evaluation") for view in (0, 1, 2, 3, 0)]
+    assert [call[4] for call in decodes] == [jax.random.key_data(key).tolist() for key in keys]
     assert len({str(call[4]) for call in decodes[:4]}) == 4, "samples of two views share their random numbers"
+    assert {made["seed"] for made in found.decoding.values()} == {6}
     assert all(call[1] is STUDENT for call in calls)
     (compared,), (distilled,) = ([c for c in calls if c[0] == kind] for kind in ("compare", "distill"))
     for found, view in zip(compared[2:5], (0, 1, 3)):  # the control is the view under another context
@@ -284,6 +295,27 @@ def test_an_arm_trains_saves_and_watches_as_configured(rank, folder, monkeypatch
     assert made.arm.alarms._config.patience == 7 and made.arm.alarms._config.truncated == 0.9
 
 
+def test_a_resumed_arm_remembers_every_evaluation_before_its_checkpoint(folder, monkeypatch, tmp_path, mesh):
+    made = make_arm(folder, monkeypatch, tmp_path, mesh, **{"eval.every": 5, "eval.select": "acc_x"})
+    rows = [{"step": 0, "dev/acc_x": 0.1, "dev/acc_xc": 0.95}, {"step": 4, "loss": 1.0}]
+    rows += [{"step": 5, "loss": 0.5}, {"step": 5, "dev/acc_x": 0.7, "dev/acc_xc": 0.6}]
+    rows += [{"step": 10, "dev/acc_x": 0.4, "dev/acc_xc": 0.9}, {"step": 11, "loss": 0.3}]
+    monkeypatch.setattr(arm_lib, "Writer", lambda *_: SimpleNamespace(kept=rows))
+    monkeypatch.setattr(arm_lib.Arm, "_restore_or_init", lambda *_: ("state", 11))
+
+    def fed_rows(*given):
+        raise Recorded(given)
+
+    monkeypatch.setattr(arm_lib, "StepRows", fed_rows)  # the next that is opened
+    with pytest.raises(Recorded) as opened:
+        made.arm.train(None, None, 0.0, {})
+    assert opened.value.args == ((tmp_path / data_record.ROWS_FILE, 11),)
+    assert made.checkpoints[2] == made.arm._scores == {5: 0.7, 10: 0.4}
+    assert made.arm.accuracies_with_context == (0.6, 0.9)
+    monkeypatch.setattr(arm_lib, "saved_steps", lambda folder: [5, 8, 10])
+    assert made.arm.selected_step == 5 and made.arm._is_save_due(5)
+
+
 def test_an_arms_batches_start_at_its_step_with_its_seed_and_retention_rows(folder, monkeypatch, tmp_path, mesh):
     changes = {"seed": 9, "train.retention_rows": 2}
     made = make_arm(folder, monkeypatch, tmp_path, mesh, **changes)
@@ -298,6 +330,59 @@ def test_an_arms_batches_start_at_its_step_with_its_seed_and_retention_rows(fold
         assert batch.row_number_B.tolist() == list(range(8 * first, 8 * first + 8))
         assert prompts.unpad(batch.bare) == [rows.bare[order[number]] for number in batch.row_number_B.tolist()]
         assert prompts.unpad(batch.other) == [tokens for tokens, _ in others]
+
+
+@pytest.mark.parametrize(("selected", "taken"), [(5, [12, 5]), (12, [12]), (None, [12])])
+def test_an_arm_is_evaluated_after_its_last_step_and_at_the_one_that_is_selected(selected, taken, tmp_path):
+    evaluated = []
+
+    def evaluate_one(folder, split, params, step):
+        evaluated.append((folder, split, params, step))
+        return f"evaluation of {step}"
+
+    arm = SimpleNamespace(
+        train=lambda *given: "params of 12" if given == ("dev", on_dev, 2.0, {}) else None,
+        selected_step=selected, read_student=lambda step: f"params of {step}", accuracies_with_context=(0.6, 0.9),
+        alarms=SimpleNamespace(record={"skipped_steps": 3}),
+    )  # fmt: skip
+    on_dev = Evaluation({"acc_x": 0.2, "acc_xc": 0.95}, [], {}, {}, {})
+    opened = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(steps=12)), evaluate=evaluate_one, dev="dev", test="test",
+        started=2.0, seconds={},
+    )  # fmt: skip
+    found = run_lib._train_arm(opened, arm, tmp_path, on_dev)
+    folders = [tmp_path, tmp_path / "selected"]
+    assert evaluated == [(folder, "test", f"params of {step}", step) for folder, step in zip(folders, taken)]
+    assert found.evaluation == "evaluation of 12" and found.learning == (0.95, (0.6, 0.9))
+    assert found.selected == ((5, "evaluation of 5") if selected == 5 else None) and found.alarms == {
+        "skipped_steps": 3
+    }
+
+
+def test_results_compare_every_arm_with_the_first_and_resample_as_configured(folder, monkeypatch):
+    config = config_lib.experiment(settings(folder, **{"eval.bootstrap": 77, "train.steps": 12}), 1)
+    made = {
+        name: Evaluation({"acc_x": number / 8}, [], {"of": name}, {}, {})
+        for number, name in enumerate(("base", "one", "two", "three", "best"))
+    }
+    arms = {
+        name: run_lib._TrainedArm(made[name], None, f"learning of {name}", {"skipped_steps": number})
+        for number, name in enumerate(("one", "two", "three"))
+    }
+    arms["two"] = arms["two"]._replace(selected=(5, made["best"]))
+    compared, computed = [], []
+    monkeypatch.setattr(metrics_lib, "compare_arms", lambda *given: compared.append(given) or {"harm_diff_one": 0.1})
+    monkeypatch.setattr(metrics_lib, "compute_metrics", lambda *given: computed.append(given) or {"lowest": 0.3})
+    results = run_lib._collect_results({"base": made["base"]}, arms, config)
+    assert compared == [({"of": name}, {"of": "one"}, "one", 77) for name in ("two", "three")]
+    assert computed == [({"learning": f"learning of {name}"}, 77) for name in arms]
+    own = {"step": 12, "lowest": 0.3}
+    assert results == {
+        "base": {"acc_x": 0.0},
+        "one": own | {"acc_x": 0.125, "skipped_steps": 0},
+        "two": own | {"acc_x": 0.25, "skipped_steps": 1, "harm_diff_one": 0.1, "selected": {"step": 5, "acc_x": 0.5}},
+        "three": own | {"acc_x": 0.375, "skipped_steps": 2, "harm_diff_one": 0.1},
+    }
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Curves go on without gap or overlap, whatever an earlier process left behind."""
 
 import json
+from types import SimpleNamespace
 
 import chaos
 import numpy as np
 
+from ctxjax.monitoring import metric_writer
 from ctxjax.monitoring.alarms import Alarms, AlarmsConfig
 from ctxjax.monitoring.metric_writer import Writer
 
@@ -55,3 +57,29 @@ def test_what_was_synced_is_on_the_disk_with_the_last_step(tmp_path):
     assert [row["step"] for row in read(tmp_path)] == [1, 2, 2, 3]
     assert max(step for _, step, _ in chaos.read_scalars(tmp_path / "events")) == 3
     running.close()
+
+
+def test_tokens_per_second_are_those_of_the_time_since_the_step_before_or_the_last_pause(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    fake = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 5000.0 + clock.now)
+    monkeypatch.setattr(metric_writer, "time", fake)
+    running = writer(tmp_path, 0)
+
+    def take(step, seconds, tokens):
+        clock.now += seconds
+        running.step(step, {"loss": np.float32(1), "response_tokens": np.float32(tokens)})
+
+    take(1, 2, 40)
+    take(2, 2, 60)  # 4 s after the start, step 1 is done
+    take(3, 5, 10)
+    clock.now += 2
+    running.flush()
+    clock.now += 50  # an evaluation
+    running.write(3, {"dev/acc_x": 0.5})
+    running.pause()
+    take(4, 1, 90)
+    clock.now += 2
+    running.close()
+    rows = [row for row in read(tmp_path) if "loss" in row]
+    assert [(row["step"], row["tokens_per_second"]) for row in rows] == [(1, 10), (2, 12), (3, 5), (4, 30)]
+    assert [row["time"] for row in rows] == [5104, 5109, 5111, 5164]

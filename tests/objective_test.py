@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ctxjax.distill import divergences, losses, objective, terms
-from ctxjax.distill.anchors import ANCHORS, Anchor
+from ctxjax.distill.anchors import ANCHORS, Anchor, anchor_term
 from ctxjax.distill.divergences import kl
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import Networks, WeightedBatch
@@ -252,6 +252,25 @@ def test_a_gate_by_response_anchors_those_that_mostly_agree_with_the_teacher(eve
     assert loss - parts["distill"].value == pytest.approx(by_hand, rel=1e-4)
     assert parts["anchor"].value == pytest.approx(gated[mask].mean(), rel=1e-4)
     assert parts["gate"].value == pytest.approx((mask & gate_Bx1).sum() / mask.sum())
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [(0.25, [1, 1, 1, 1, 0]), (0.3, [0, 1, 1, 1, 0]), (0.5, [0, 1, 1, 1, 0]), (0.8, [0, 0, 0, 1, 0])],
+)
+def test_a_gate_by_response_opens_at_its_own_threshold(threshold, expected):
+    mask = np.arange(4) < np.array([4, 4, 3, 1, 0])[:, None]
+    agrees = jnp.asarray(np.arange(4) < np.array([1, 2, 2, 1, 0])[:, None], jnp.float32)
+    asked = []
+
+    def measure(passes, function):
+        asked.append(passes)
+        return {"agrees": agrees}
+
+    gate = anchor_term(LossConfig(beta=0.5, gate="response", gate_threshold=threshold)).row_gate
+    assert gate(measure, jnp.asarray(mask)).tolist() == [[value] for value in expected]
+    assert asked == [("q_x", "f")]
+    assert all(anchor_term(LossConfig(beta=0.5, gate=other)).row_gate is None for other in ("none", "token"))
 
 
 # --- What an addition touches (docs/extending.md) ---

@@ -193,6 +193,14 @@ def test_a_context_file_may_begin_with_a_byte_order_mark(tmp_path):
         read_context(str(tmp_path / "c.txt"))
 
 
+@pytest.mark.parametrize(
+    "text", ["First.\n\nSecond.", "a\n \n\n\n# b\n\n    indented\n\nc", "one line", "x" * 70_000 + "\n\ny"]
+)
+def test_a_context_file_is_read_whole(tmp_path, text):
+    (tmp_path / "c.txt").write_text(f"\n\n{text}\n\n")
+    assert read_context(str(tmp_path / "c.txt")) == text
+
+
 def test_every_kind_has_a_case():
     assert BROKEN.keys() == records.KINDS.keys() - {"label"}  # what a label may be is for the tasks to say
 

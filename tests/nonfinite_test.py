@@ -1,0 +1,63 @@
+"""The file of a skipped step's rows: every prompt beside its own teacher's prompt, with its own response and loss."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from ctxjax.data import prompts as prompts_lib
+from ctxjax.distill.rollouts import StepInputs
+from ctxjax.training import nonfinite
+from ctxjax.types import Batch, TrainState
+
+LOSSES = {"bare": [0.5, np.nan, 1.5, np.inf], "other": [np.nan, 2.5]}
+
+
+@pytest.fixture
+def tokenizer():
+    """Text of tokens: their numbers."""
+    decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
+    return SimpleNamespace(decode=decode, batch_decode=lambda lists: [decode(ids) for ids in lists])
+
+
+@pytest.mark.parametrize("retains", [True, False])
+def test_each_view_is_written_with_its_own_prompts_responses_and_losses(
+    retains, make_prompts, make_rollout, tokenizer, tmp_path, monkeypatch
+):
+    bare, context, other = make_prompts(0, 4, 5), make_prompts(1, 4, 8), make_prompts(2, 2, 6)
+    rollout, other_rollout = make_rollout(3, 4, 7), make_rollout(4, 2, 7) if retains else None
+    batch = Batch(bare, context, other if retains else None, np.arange(40, 44, dtype=np.int32))
+    state = TrainState(np.int32(9), {"w": np.ones(2)}, (), jax.random.key(0))
+    sampled, measured = [], []
+
+    def sample(state, frozen, batch, config, rollout, other_rollout):
+        sampled.append((config, frozen))
+        return jax.tree.map(lambda x: x + 0 * state.step if x.dtype != bool else x, (rollout, other_rollout))
+
+    def losses(state, frozen, student, teacher, rollout, config):
+        measured.append((student, teacher, int(state.step)))
+        return np.array(LOSSES["bare" if len(rollout.mask_BxT) == 4 else "other"])
+
+    monkeypatch.setattr(nonfinite, "rollout_step", sample)
+    monkeypatch.setattr(nonfinite, "_compute_row_losses", losses)
+    inputs = StepInputs(batch, rollout, other_rollout)
+    path = nonfinite.save_rows(tmp_path, state, None, inputs, "config", 7, tokenizer)
+    assert path == tmp_path / "not_finite_step_8.jsonl" and sampled == [("config", None)]
+    views = [("bare", bare, context, rollout)] + [("other", other, other, other_rollout)] * retains
+    assert len(measured) == len(views)
+    for found, (_, student, teacher, _) in zip(measured, views):
+        assert found[0] is student and found[1] is teacher and found[2] == 7
+    expected = []
+    for view, student, teacher, given in views:
+        texts = [tokenizer.batch_decode(prompts_lib.unpad(prompts)) for prompts in (student, teacher)]
+        for row, (loss, prompt, teacher_prompt) in enumerate(zip(LOSSES[view], *texts)):
+            tokens = given.tokens_BxT[row][given.mask_BxT[row]].tolist()
+            expected.append({
+                "loss": loss if np.isfinite(loss) else None, "view": view, "row_number": 40 + row, "prompt": prompt,
+                "teacher_prompt": teacher_prompt, "response": tokenizer.decode(tokens), "tokens": tokens,
+                "logprobs": [-1.0] * len(tokens),
+            })  # fmt: skip
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert written == sorted(expected, key=lambda row: row["loss"] is not None)
