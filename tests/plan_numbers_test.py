@@ -10,17 +10,14 @@ import jax.numpy as jnp
 import pytest
 
 from configs import tiny
-from ctxjax import config as config_lib, rng, sharding
+from ctxjax import config as config_lib
 from ctxjax.data.shapes import ViewShape
 from ctxjax.distill.losses import LossConfig
-from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.inputs.batch_shapes import BatchShapes
-from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips, flops, hlo, remedies, report, run, step as plan_step
 from ctxjax.plan.remedies import Remedy
 from ctxjax.plan.step import Plan
-from ctxjax.types import Prompts
 
 GIB = 2**30
 STUDENT = ModelConfig(
@@ -74,6 +71,9 @@ def test_the_memory_floor_is_what_is_read_and_written(mesh8):
     assert floor(LossConfig(beta=0.5)) == decode + 2 * (4 * own + theirs) + optimiser
     assert floor(LossConfig(mu=0.5)) == decode + 2 * (4 * own + 2 * theirs) + optimiser
     assert floor(LossConfig()) == decode + 2 * (2 * own + theirs) + optimiser
+    assert floor(LossConfig(reference=0.5)) == decode + 2 * (2 * own + 2 * theirs) + optimiser
+    assert floor(LossConfig(beta=0.5, anchor="ema")) == decode + 2 * (5 * own + theirs) + optimiser
+    assert floor(LossConfig(divergence="cross_entropy")) == decode + 2 * 2 * own + optimiser  # runs no teacher
     assert floor(micro_batches=1) == decode + 6 * own + 2 * theirs + optimiser
     assert floor(shapes=SHAPES._replace(rows=32)) - floor() == 20 * 64 * 4 * 20
 
@@ -248,30 +248,36 @@ def test_the_bound_of_a_loop_is_the_largest_constant_that_it_compares_with():
     assert flops.find_loop_bound(loop) == 30
 
 
-def test_the_arithmetic_of_a_rollout(mesh):
-    """Three loops, each with a longer cache: 32, 64 and 80 columns of responses."""
-    B, P, T, model = 3, 10, 80, dataclasses.replace(STUDENT, dtype="float32", attention="reference")
-    params = params_lib.abstract(transformer.param_specs(model), mesh)
-    rows = jax.NamedSharding(mesh, sharding.batch_spec(None))
-    prompts = Prompts(*(jax.ShapeDtypeStruct((B, P), kind, sharding=rows) for kind in (jnp.int32, bool)))
-    step = make_step(rollout__max_tokens=T)[1]
-    config = SamplingConfig(max_tokens=T, eos_ids=(0,), pad_id=0)
-    row_number_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.batch_spec()))
-
-    def rollout(params, prompts, row_number_B):
-        return sample(params, model, config, prompts, rng.row_keys(jax.random.key(0), row_number_B))
-
-    jaxpr = jax.make_jaxpr(rollout)(params, prompts, row_number_B).jaxpr
-
-    def attend(rows, columns):  # of two layers: a product with the keys, one with the values
-        return 2 * 2 * 4 * 8 * rows * columns
-
-    prompt = P * (STUDENT_MATRICES + attend(1, P)) + 32 * 40
-    decoded = sum(
-        (stop - start) * (STUDENT_MATRICES + 32 * 40 + attend(1, P + stop - 1))
-        for start, stop in ((1, 32), (32, 64), (64, 80))
+@pytest.mark.slow
+def test_the_arithmetic_of_a_whole_step(mesh):
+    """Responses of 40 tokens: decode loops with 32 and 40 of their columns in the cache, two chunks of the head."""
+    loss = dataclasses.replace(ALL_TERMS, chunk=32)
+    student, teacher = (
+        dataclasses.replace(model, dtype="float32", attention="reference") for model in (STUDENT, TEACHER)
     )
-    assert flops.count_matmul_flops(jaxpr, plan_step._Trips(step)) == 2 * B * (prompt + decoded)
+    experiment, step = make_step(loss, teacher, rollout__max_tokens=40)
+    step = dataclasses.replace(step, model=student)
+    shapes = BatchShapes(4, 2, 40, 2, ViewShape(0, 10, 10), ViewShape(0, 30, 30), ViewShape(0, 50, 50))
+    state, frozen, batch, _ = plan_step.make_arguments(experiment, step, True, shapes, mesh)
+    jaxpr = plan_step.train_step.trace(state, frozen, batch, config=step).jaxpr.jaxpr
+
+    def read(tokens, columns):  # multiply-adds of the student's layers; a product with the keys, one with the values
+        return tokens * (STUDENT_MATRICES + 2 * 2 * 32 * columns)
+
+    def roll_out(prompt):
+        loops = ((1, 32), (32, 40))
+        decoded = sum((stop - start) * (read(1, prompt + stop - 1) + 32 * 40) for start, stop in loops)
+        return read(prompt, prompt) + 32 * 40 + decoded
+
+    def learn(prompt):  # forward, and twice as much backward; the last token of a response is not read
+        return 3 * (read(prompt + 39, prompt + 39) + 2 * 32 * 32 * 40)
+
+    def teach(prompt):
+        length = prompt + 39
+        return length * (TEACHER_MATRICES + 2 * 3 * 32 * length) + 2 * 32 * 64 * 40
+
+    expected = 4 * (roll_out(10) + learn(10) + teach(30) + learn(30)) + 2 * (roll_out(50) + learn(50) + teach(50))
+    assert flops.count_matmul_flops(jaxpr, plan_step._Trips(step)) == 2 * expected
 
 
 def test_products_of_batches_gradients_and_kernels():

@@ -16,7 +16,7 @@ from ctxjax.config import Experiment
 from ctxjax.data.shapes import ViewShape
 from ctxjax.distill import optim
 from ctxjax.distill.losses import LossConfig
-from ctxjax.distill.objective import needs_ema
+from ctxjax.distill.objective import count_passes, needs_ema
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.distill.train_step import StepConfig, train_step
 from ctxjax.inputs.batch_shapes import BatchShapes
@@ -242,9 +242,8 @@ def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchS
     column = 2 * model.layers * model.kv_heads * model.head_dim * kind // tensor
     cache = column * (shapes.bare.prefix + rows * (shapes.bare.columns + tokens // 2))
     decode = (tokens - 1) * (own + cache)
-    student = 2 * (1 + (step.loss.beta > 0) + (step.loss.mu > 0))
-    teacher = 1 + (step.loss.mu > 0)
-    passes = step.micro_batches * (student * own + teacher * theirs)
+    count = count_passes(step.loss)
+    passes = step.micro_batches * ((2 * count["student"] + count["ema"]) * own + count["teacher"] * theirs)
     weights, moments = buffers["trained weights"], buffers["optimiser moments"]
     return decode + passes + 2 * (weights + moments) + weights
 
