@@ -525,7 +525,9 @@ def planned(monkeypatch):
                                           devices=len(devices), effort=effort))  # fmt: skip
         parts = {name: size * 2**20 for name, size in PARTS.items()}
         buffers = {name: size * 2**20 for name, size in BUFFERS.items()}
-        temporaries = 16000 if len(made) == 1 else len(made) * 1000
+        temporaries = (14000, 13000, 13500, 4000, 5000, None)[len(made) - 1]
+        if temporaries is None:
+            raise ValueError("the configuration does not allow it")
         return make_plan(temporaries * 2**20, parts, 1.0, buffers=buffers)
 
     monkeypatch.setattr(run, "make_plan", make)
@@ -551,11 +553,12 @@ def test_the_arm_with_the_most_passes_is_planned(arms, chosen, planned):
     assert planned.plan(config, None, 8, arms[0], lengths=SHORT)["arm"] == arms[0]
 
 
-def test_a_step_that_does_not_fit_is_planned_again_with_one_change_each(planned):
+def test_a_step_without_a_reserve_is_planned_again_with_one_change_each(planned):
     config = tiny.get_config()
-    config.train.batch_size = 32
+    config.train.batch_size, config.mesh.fsdp, config.model.dtype = 32, 2, "auto"
     result = planned.plan(config, "v5e:2x2", None, None, "memory", SHORT)
-    assert result["verdict"] == "does not fit" and result["rows_over"] == 4
+    assert result["verdict"] == "tight" and result["rows_over"] == 4
+    assert result["step"].startswith("float32")  # the devices are processors here
     first, parts, remat, stored, lora, larger = planned.made
     assert [one.devices for one in planned.made] == [4, 4, 4, 4, 4, 8]
     assert {one.effort for one in planned.made} == {"memory"}
@@ -564,10 +567,29 @@ def test_a_step_that_does_not_fit_is_planned_again_with_one_change_each(planned)
     assert (first.model.remat, remat.model.remat) == ("dots", "full")
     assert (first.config.rollout.weights, stored.config.rollout.weights) == ("gathered", "stored")
     assert first.config.lora is None and lora.config.lora.rank == 16
-    assert larger.config.mesh.data == 8 and larger.config.train == first.config.train
+    assert larger.config.mesh.data == 4 and larger.config.train == first.config.train
+    # In MiB. 92 % of 16 GiB are 15,073: remat, with 15,239, does not help. The larger slice is an estimate, a half.
     held = sum(BUFFERS.values())
-    assert [one["total_bytes"] // 2**20 - held for one in result["remedies"]] == [2000, 3000, 4000, 5000, 6000]
-    assert all(one["compiled"] for one in result["remedies"])
+    found = [(one["total_bytes"] / 2**20, one["compiled"]) for one in result["remedies"]]
+    assert found == [(13000 + held, True), (4000 + held, True), (5000 + held, True), ((14000 + held) / 2, False)]
+
+
+@pytest.mark.parametrize(("own", "theirs"), [(28, 29), (29, 28)])
+def test_both_models_need_the_positions(own, theirs, planned, monkeypatch):
+    models = {"org/student": (STUDENT, own), "org/teacher": (TEACHER, theirs)}
+
+    def find(path, dtype, remat):
+        model, positions = models[path]
+        return dataclasses.replace(model, dtype=dtype, max_positions=positions), "a table"
+
+    monkeypatch.setattr(run, "find_architecture", find)
+    config = tiny.get_config()
+    config.model.path, config.teacher.path = "org/student", "org/teacher"
+    with pytest.raises(ValueError, match="a prompt of 10 tokens and rollout.max_tokens = 19 .* 28 positions"):
+        run.plan(config, None, 8, lengths=SHORT)
+    models |= {"org/student": (STUDENT, 29), "org/teacher": (TEACHER, 29)}
+    run.plan(config, None, 8, lengths=SHORT)
+    assert (planned.made[0].model.width, planned.made[0].teacher.width) == (32, 64)
 
 
 def test_a_step_may_fill_all_positions_of_a_model():
