@@ -8,6 +8,7 @@ parts add up to the loss of the batch, and chunked_head can compute the gradient
 
 from __future__ import annotations
 
+from collections import Counter
 import functools
 from typing import NamedTuple
 
@@ -33,10 +34,14 @@ def terms(config: LossConfig) -> tuple[Term, ...]:
     return tuple(term for term in found if term is not None)
 
 
+def count_passes(config: LossConfig) -> Counter[str]:
+    """Return the number of forward passes by the weights that they run, "student", "teacher" or "ema"."""
+    return Counter(PASSES[name].weights for name in {name for term in terms(config) for name in term.passes})
+
+
 def needs_ema(config: LossConfig) -> bool:
     """Whether a run keeps a moving average of the student: as its teacher, or since a term compares with it."""
-    passes = {name for term in terms(config) for name in term.passes}
-    return config.teacher == "ema" or any(PASSES[name].weights == "ema" for name in passes)
+    return config.teacher == "ema" or count_passes(config)["ema"] > 0
 
 
 @struct.dataclass

@@ -16,7 +16,7 @@ from ctxjax.config import Experiment
 from ctxjax.data.shapes import ViewShape
 from ctxjax.distill import optim
 from ctxjax.distill.losses import LossConfig
-from ctxjax.distill.objective import needs_ema
+from ctxjax.distill.objective import count_passes, needs_ema
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.distill.train_step import StepConfig, train_step
 from ctxjax.inputs.batch_shapes import BatchShapes
@@ -230,19 +230,20 @@ def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchS
     Every decoded token reads the weights and the filled cache. Every forward pass and every backward pass reads the
     weights once. The optimiser reads and writes its state.
     """
-    model, kind = step.model, jnp.dtype(step.model.dtype).itemsize
     tensor = _count_devices(mesh, "tensor")
-    head = model.vocab_size * model.width * kind // tensor
-    layers = params_lib.count(transformer.param_specs(model)["layers"]) * kind // tensor
+
+    def count_scalars(model: ModelConfig) -> int:  # that one pass reads
+        return params_lib.count(transformer.param_specs(model)["layers"]) + model.vocab_size * model.width
+
+    model, kind = step.model, jnp.dtype(step.model.dtype).itemsize
+    own, theirs = (count_scalars(one) * kind // tensor for one in (model, step.teacher_model))
     tokens = step.sampling.max_tokens
     rows = shapes.rows // _count_devices(mesh, "data", "fsdp")
     column = 2 * model.layers * model.kv_heads * model.head_dim * kind // tensor
     cache = column * (shapes.bare.prefix + rows * (shapes.bare.columns + tokens // 2))
-    decode = (tokens - 1) * (layers + head + cache)
-    student = 2 * (1 + (step.loss.beta > 0) + (step.loss.mu > 0))
-    teacher = 1 + (step.loss.mu > 0)
-    theirs = params_lib.count(transformer.param_specs(step.teacher_model)["layers"]) * kind // tensor
-    passes = step.micro_batches * (student * (layers + head) + teacher * (theirs + head))
+    decode = (tokens - 1) * (own + cache)
+    count = count_passes(step.loss)
+    passes = step.micro_batches * ((2 * count["student"] + count["ema"]) * own + count["teacher"] * theirs)
     weights, moments = buffers["trained weights"], buffers["optimiser moments"]
     return decode + passes + 2 * (weights + moments) + weights
 
