@@ -47,6 +47,7 @@ def edit_line(path: Path, change, where=lambda row: True) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_its_export_pass(debug_run, capsys):
     assert main([str(debug_run[0]), str(debug_run[1])]) == 0
     printed = capsys.readouterr().out
@@ -356,6 +357,7 @@ def test_without_right_answers_there_is_no_harm_in_either_implementation():
     assert found["acc_default"] == 0.0 and numbers.harm_difference(items, items, 50) is None
 
 
+@pytest.mark.slow
 def test_a_difference_of_two_arms_with_the_wrong_sign_is_found(copied):
     """Grades are drawn anew, since no answer of this run is right, and results.json is written by the library."""
     outcomes, results = {}, json.loads((copied / "results.json").read_text())

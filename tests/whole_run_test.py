@@ -272,6 +272,7 @@ def expected_items(done: Done, responses: dict[str, list[list[int]]], split: str
                 "context": context, "reference": right, "text": done.text(response), "parsed": grade.parsed,
                 "correct": grade.correct, "reason": grade.reason, "lenient": grade.lenient, "length": len(response),
                 "truncated": response[-1] not in done.stops, "prompt": digest(done.prompt(question, context)),
+                "turns": 1,
             })  # fmt: skip
     return items
 
