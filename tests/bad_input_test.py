@@ -49,6 +49,7 @@ def test_the_command_ends_with_one_message_and_leaves_nothing(arguments, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     result = command("--config=configs/tiny.py", f"--workdir={tmp_path}")

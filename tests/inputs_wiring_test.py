@@ -25,6 +25,8 @@ from ctxjax.sharding import make_mesh
 from ctxjax.training import arm as arm_lib, run as run_lib
 from ctxjax.types import Rollout
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{{ bos_token }}({{ date_string }},{{ enable_thinking }}){% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}<|assistant|>"

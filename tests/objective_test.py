@@ -95,6 +95,7 @@ def close(one, two, **tolerance):
     return True
 
 
+@pytest.mark.slow
 def test_value_and_gradient_are_those_of_the_equations(params, frozen, tiny_model, batch, rollouts, dense):
     """Chunks, heads, temperature, shift, denominators, and which path of which term carries gradient, all at once."""
     (loss, parts), (student, *_) = gradient(params, frozen, tiny_model, batch, rollouts)

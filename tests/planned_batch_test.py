@@ -22,7 +22,7 @@ from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig, param_specs
 from ctxjax.plan import run, step as plan_step
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_devices")]
 TASK = {
     "rules": "rules", "file": "qa_jsonl", "limits": "qa_jsonl", "prefix": "qa_jsonl", "hints": "hints",
     "recipe": "medical",

@@ -187,6 +187,7 @@ def test_a_step_is_a_function_of_its_number(world, folder, sampling, mesh, exper
     assert later.other_rollout is None and later.batch.other is None
 
 
+@pytest.mark.slow
 def test_places_without_a_response_count_nowhere(make_rollout):
     real = make_rollout(0, 6, 12)
     absent = Rollout(np.zeros((4, 12), np.int32), np.zeros((4, 12), bool), np.zeros((4, 12), np.float32))

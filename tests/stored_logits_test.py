@@ -72,6 +72,7 @@ def test_a_folder_has_the_logits_of_transformers_and_is_written_with_the_same_te
 
 
 @pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.slow
 def test_an_adapter_has_the_logits_of_peft_and_is_written_as_peft_reads_it(name, folders, tmp_path, mesh):
     config, params = load(folders / name, mesh)
     tree, family = jax.device_put(adapter(name)), hf_load.FAMILIES["llama"]
