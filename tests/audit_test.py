@@ -28,7 +28,7 @@ def find_wrong(run: Path, *exports: Path) -> list[str]:
 
 @pytest.fixture
 def copied(debug_run, tmp_path) -> Path:
-    """A copy of the run, in ``run``, and of the exported model, beside it in ``model``."""
+    """A copy of the run, in ``run``, and of the exported model, in ``model`` of the same folder."""
     shutil.copytree(debug_run[1], tmp_path / "model")
     return shutil.copytree(debug_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("events", "report.html"))
 

@@ -162,7 +162,7 @@ def make_rollout():
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
-    """The folder of a real tokenizer, where the folder of public data lies beside the project."""
+    """The folder of a real tokenizer; the test is skipped if the public data are not there."""
     folder = Path(__file__).parents[2] / "shared" / "data" / "smollm2_tokenizer"
     if not folder.exists():
         pytest.skip(f"{folder} is not here")

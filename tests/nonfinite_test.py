@@ -1,4 +1,4 @@
-"""The file of a skipped step's rows: every prompt beside its own teacher's prompt, with its own response and loss."""
+"""The file of a skipped step's rows: every prompt with its own teacher's prompt, response and loss."""
 
 import json
 from types import SimpleNamespace

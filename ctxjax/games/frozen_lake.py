@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOVES, solve
+from ctxjax.games.game import is_inside, render_grid, solve, step
 
 
 class Lake(NamedTuple):
@@ -51,8 +51,8 @@ class FrozenLake:
         return (board for board in boards if self._has_path(board))
 
     def move(self, board: Lake, direction: str) -> Lake | None:
-        row, column = (at + step for at, step in zip(board.player, MOVES[direction]))
-        return board._replace(player=(row, column)) if 0 <= row < self.size and 0 <= column < self.size else None
+        there = step(board.player, direction)
+        return board._replace(player=there) if is_inside(there, self.size) else None
 
     def is_won(self, board: Lake) -> bool:
         return board.player == self.goal
@@ -62,9 +62,7 @@ class FrozenLake:
 
     def render(self, board: Lake) -> str:
         symbols = dict.fromkeys(board.holes, "H") | {self.goal: "G"} | {board.player: "P"}
-        return "\n".join(
-            " ".join(symbols.get((row, column), "_") for column in range(self.size)) for row in range(self.size)
-        )
+        return render_grid(self.size, symbols)
 
     def _has_path(self, board: Lake) -> bool:
         return solve(self, board, self.size**2) is not None

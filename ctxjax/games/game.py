@@ -6,12 +6,13 @@ Nothing here has a random number of its own or a clock: an episode is a function
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 import re
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+Cell = tuple[int, int]  # (row, column)
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # (rows, columns)
 FORGIVEN = 1  # invalid responses in a row that do not end the episode; as TextArena counts them
 _BRACKETS = re.compile(r"\[\s*(\w+)\s*\]")
@@ -59,6 +60,21 @@ class Episode(NamedTuple):
     won: bool | None = None
 
 
+def step(cell: Cell, direction: str) -> Cell:
+    """Return the neighbour of a cell in a direction, a key of MOVES; it may be outside of the grid."""
+    return cell[0] + MOVES[direction][0], cell[1] + MOVES[direction][1]
+
+
+def is_inside(cell: Cell, size: int) -> bool:
+    """Whether a cell is one of a grid of ``size`` rows and columns."""
+    return 0 <= cell[0] < size and 0 <= cell[1] < size
+
+
+def render_grid(size: int, symbols: Mapping[Cell, str]) -> str:
+    """Write a grid of ``size`` rows and columns: the symbol of each cell, "_" for those without."""
+    return "\n".join(" ".join(symbols.get((row, column), "_") for column in range(size)) for row in range(size))
+
+
 def read_action(response: str) -> str | None:
     """Return the last bracketed direction of a response, "[right]" for example; None if there is none."""
     found = [word.lower() for word in _BRACKETS.findall(response)]
@@ -102,3 +118,9 @@ def solve(game: Game, board: Hashable, most: int) -> tuple[str, ...] | None:
                 seen.add(there)
                 queue.append((there, (*path, direction)))
     return None
+
+
+def is_solved_in(game: Game, board: Hashable, solution: tuple[int, int]) -> bool:
+    """Whether the shortest solution of a board has the first to the second of these numbers of moves."""
+    moves = solve(game, board, solution[1])
+    return moves is not None and len(moves) >= solution[0]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOVES, solve
+from ctxjax.games.game import is_inside, is_solved_in, render_grid, step
 
 
 class Field(NamedTuple):
@@ -36,19 +36,19 @@ class GridWalk:
             chosen = rng.choice(len(self._cells), self.holes + 2, replace=False)
             goal, player, *holes = (self._cells[index] for index in chosen)
             board = Field(frozenset(holes), goal, player)
-            if self._is_allowed(board):
+            if is_solved_in(self, board, self.solution):
                 return board
 
     def every_board(self) -> Iterator[Field]:
         for holes in itertools.combinations(self._cells, self.holes):
             for goal, player in itertools.permutations([cell for cell in self._cells if cell not in holes], 2):
                 board = Field(frozenset(holes), goal, player)
-                if self._is_allowed(board):
+                if is_solved_in(self, board, self.solution):
                     yield board
 
     def move(self, board: Field, direction: str) -> Field | None:
-        row, column = (at + step for at, step in zip(board.player, MOVES[direction]))
-        return board._replace(player=(row, column)) if 0 <= row < self.size and 0 <= column < self.size else None
+        there = step(board.player, direction)
+        return board._replace(player=there) if is_inside(there, self.size) else None
 
     def is_won(self, board: Field) -> bool:
         return board.player == board.goal
@@ -58,11 +58,4 @@ class GridWalk:
 
     def render(self, board: Field) -> str:
         symbols = dict.fromkeys(board.holes, "H") | {board.goal: "G"} | {board.player: "P"}
-        return "\n".join(
-            " ".join(symbols.get((row, column), "_") for column in range(self.size)) for row in range(self.size)
-        )
-
-    def _is_allowed(self, board: Field) -> bool:
-        fewest, most = self.solution
-        moves = solve(self, board, most)
-        return moves is not None and len(moves) >= fewest
+        return render_grid(self.size, symbols)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOVES, solve
+from ctxjax.games.game import is_inside, is_solved_in, render_grid, step
 
 DRAWS = 10_000  # boards that are tried before the settings are called impossible
 
@@ -29,14 +29,13 @@ class IceSlide:
         self.size, self.rocks, self.solution = size, rocks, solution
 
     def draw(self, rng: np.random.Generator) -> Rink:
-        fewest, most = self.solution
         for _ in range(DRAWS):
             chosen = rng.choice(self.size**2, self.rocks + 2, replace=False).tolist()
             goal, player, *rocks = (divmod(cell, self.size) for cell in chosen)
             board = Rink(frozenset(rocks), goal, player)
-            moves = solve(self, board, most)
-            if moves is not None and len(moves) >= fewest:
+            if is_solved_in(self, board, self.solution):
                 return board
+        fewest, most = self.solution
         raise ValueError(
             f"none of {DRAWS} rinks of {self.size} x {self.size} cells with {self.rocks} rocks is solved in {fewest} "
             f"to {most} moves; change the size, the rocks or the moves"
@@ -46,10 +45,10 @@ class IceSlide:
         return None
 
     def move(self, board: Rink, direction: str) -> Rink | None:
-        (down, right), (row, column) = MOVES[direction], board.player
-        while self._is_free(board, (row + down, column + right)):
-            row, column = row + down, column + right
-        return board._replace(player=(row, column)) if (row, column) != board.player else None
+        at = board.player
+        while is_inside(step(at, direction), self.size) and step(at, direction) not in board.rocks:
+            at = step(at, direction)
+        return board._replace(player=at) if at != board.player else None
 
     def is_won(self, board: Rink) -> bool:
         return board.player == board.goal
@@ -59,9 +58,4 @@ class IceSlide:
 
     def render(self, board: Rink) -> str:
         symbols = dict.fromkeys(board.rocks, "R") | {board.goal: "G"} | {board.player: "P"}
-        return "\n".join(
-            " ".join(symbols.get((row, column), "_") for column in range(self.size)) for row in range(self.size)
-        )
-
-    def _is_free(self, board: Rink, cell: tuple[int, int]) -> bool:
-        return 0 <= cell[0] < self.size and 0 <= cell[1] < self.size and cell not in board.rocks
+        return render_grid(self.size, symbols)

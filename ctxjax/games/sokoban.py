@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOVES, solve
+from ctxjax.games.game import MOVES, is_solved_in, render_grid, step
 
 DRAWS = 10_000  # boards that are tried before the settings are called impossible
 
@@ -37,12 +37,11 @@ class Sokoban:
         self.size, self.boxes, self.solution = size, boxes, solution
 
     def draw(self, rng: np.random.Generator) -> Room:
-        fewest, most = self.solution
         for _ in range(DRAWS):
             board = self._draw_any(rng)
-            moves = board and solve(self, board, most)
-            if moves is not None and len(moves) >= fewest:
+            if board is not None and is_solved_in(self, board, self.solution):
                 return board
+        fewest, most = self.solution
         raise ValueError(
             f"none of {DRAWS} rooms of {self.size} x {self.size} cells with {self.boxes} boxes is solved in {fewest} "
             f"to {most} moves; allow more moves, or give a larger room or fewer boxes"
@@ -52,13 +51,12 @@ class Sokoban:
         return None
 
     def move(self, board: Room, direction: str) -> Room | None:
-        step = MOVES[direction]
-        there = _add(board.player, step)
+        there = step(board.player, direction)
         if there in board.walls:
             return None
         if there not in board.boxes:
             return board._replace(player=there)
-        behind = _add(there, step)
+        behind = step(there, direction)
         if behind in board.walls or behind in board.boxes:
             return None
         return board._replace(player=there, boxes=board.boxes - {there} | {behind})
@@ -72,17 +70,15 @@ class Sokoban:
     def render(self, board: Room) -> str:
         symbols = dict.fromkeys(board.walls, "#") | dict.fromkeys(board.targets, "O") | dict.fromkeys(board.boxes, "X")
         symbols |= dict.fromkeys(board.boxes & board.targets, "√") | {board.player: "P"}
-        return "\n".join(
-            " ".join(symbols.get((row, column), "_") for column in range(self.size)) for row in range(self.size)
-        )
+        return render_grid(self.size, symbols)
 
     def _draw_any(self, rng: np.random.Generator) -> Room | None:
         """Draw a board, which may have no solution; None if the room is too small for boxes, targets and player."""
         inside = range(1, self.size - 1)
         at = tuple(rng.integers(1, self.size - 1, 2).tolist())
         floor = {at}
-        for direction in rng.integers(0, 4, 3 * self.size).tolist():
-            there = _add(at, list(MOVES.values())[direction])
+        for number in rng.integers(0, 4, 3 * self.size).tolist():
+            there = step(at, list(MOVES)[number])
             if there[0] in inside and there[1] in inside:
                 at = there
                 floor.add(at)
@@ -94,7 +90,3 @@ class Sokoban:
         walls = {(row, column) for row in range(self.size) for column in range(self.size)} - floor
         boxes, targets = chosen[: self.boxes], chosen[self.boxes : -1]
         return Room(frozenset(walls), frozenset(targets), frozenset(boxes), chosen[-1])
-
-
-def _add(cell: tuple[int, int], step: tuple[int, int]) -> tuple[int, int]:
-    return cell[0] + step[0], cell[1] + step[1]

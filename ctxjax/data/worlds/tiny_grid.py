@@ -12,8 +12,8 @@ Without a legend the default is the first one, DEFAULT. The legends to internali
 every word.
 
 Of the 576 legends, TARGETS are reserved to be internalized. Two disjoint pools are reserved to measure obedience on dev
-and test. The base and the retention rows see only the rest. Grids are split by what lies in them without the player, so
-no state of a dev or test episode is one that the base has seen.
+and test. The base and the retention rows see only the rest. A grid's split depends on its
+holes and its goal, not on the player, so no state of a dev or test episode is one that the base has seen.
 """
 
 from __future__ import annotations
