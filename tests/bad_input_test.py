@@ -285,16 +285,6 @@ def test_parquet_and_jsonl_give_the_same_rows(questions, tmp_path):
     assert qa(tmp_path / "questions.parquet").splits == qa(questions).splits
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
-
-
-@pytest.fixture(scope="module")
-def world():
-    return rules.Rules(rules.RulesConfig(0, 0, 64, 16, 16, 0.0))
-
-
 def test_a_prompt_over_the_limit_is_an_error_that_names_the_row(tokenizer, world):
     rows = world.rows("train")
     with pytest.raises(ValueError, match=r"row '#1:\w{5}': its bare prompt has 10 tokens, .*max_bare_tokens = 9"):

@@ -160,6 +160,22 @@ def make_rollout():
     return make
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The tokenizer of the world rules; a file may have a fixture of its own."""
+    from ctxjax.data.worlds import rules, word_tokenizer
+
+    return word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A small world of tables: 64 training, 16 dev and 16 test questions; a file may have a fixture of its own."""
+    from ctxjax.data.worlds import rules
+
+    return rules.Rules(rules.RulesConfig(0, 0, 64, 16, 16, 0.0))
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The folder of a real tokenizer; the test is skipped if the public data are not there."""

@@ -1,8 +1,9 @@
 """Control tokens: user text never becomes one, and a response is read without them and without losing anything else."""
 
+import llama2_tokenizer
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ctxjax.data import prompts
@@ -33,18 +34,10 @@ def make_tokenizer(kind: str = "bytes", template: str = CHATML) -> PreTrainedTok
         made = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
+        made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     else:
         tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *SPECIAL]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        if kind == "prepend":
-            made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        else:
-            made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        made.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+        made = llama2_tokenizer.build(tokens, [], SPECIAL, kind)
     made.add_tokens([AddedToken(token, normalized=False) for token in PLAIN])
     fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|pad|>", eos_token="<|im_end|>")
     fast.chat_template = template

@@ -9,14 +9,9 @@ from ctxjax.data import prompts
 from ctxjax.data.pipeline import RetentionRows, encode_rows, training_batches
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row, make_evaluation_views
-from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.data.worlds import rules
 
 CONTEXT = "f>b;a>e;c>d;b>a;e>f;d>c;"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
 
 
 @pytest.fixture(scope="module")

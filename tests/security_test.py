@@ -68,11 +68,6 @@ def test_the_search_finds_what_it_is_for(source):
     assert offences(ast.parse(source))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
-
-
 def test_code_beside_a_tokenizer_is_not_run(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")

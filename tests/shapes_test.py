@@ -12,20 +12,9 @@ from ctxjax import config as config_lib
 from ctxjax.data import prompts, shapes
 from ctxjax.data.pipeline import RetentionRows, encode_rows, training_batches
 from ctxjax.data.prompts import PromptConfig
-from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation.evaluator import Split
 
 LIMITS = PromptConfig(max_bare_tokens=1024, max_context_tokens=4096, overlong="drop")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
-
-
-@pytest.fixture(scope="module")
-def world():
-    return rules.Rules(rules.RulesConfig(0, 0, 64, 16, 16, 0.0))
 
 
 def first_batch(tokenizer, task, config):

@@ -2,8 +2,9 @@
 
 import json
 
+import llama2_tokenizer
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from ctxjax.inputs import model_folder
@@ -13,23 +14,11 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + 
 
 
 def write_sentencepiece(folder, kind: str, **settings) -> Tokenizer:
-    """Write a folder like Llama 2's: byte pairs over "▁", which is put before the text. Return the tokenizer itself.
-
-    ``kind``: "prepend" puts it after every special token too, "metaspace" before the first word only.
-    """
+    """Write a folder like Llama 2's, ``kind`` as in llama2_tokenizer. Return the tokenizer itself."""
     pieces = ["▁", "a", "b", ".", "▁a", "ab", "▁ab"]
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
-    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if kind == "prepend":
-        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    made = llama2_tokenizer.build(tokens, merges, SPECIAL, kind)
     made.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
     fields = named | {"chat_template": TEMPLATE} | settings
