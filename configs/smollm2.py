@@ -8,7 +8,7 @@
 weights. The model comes from the Hub; ``--config.model.path=FOLDER`` takes a folder.
 
 What to expect of the base: 2 % without the document, over 95 % with it, three quarters under others; it answers
-every yes-or-no question with "no". It obeys the demand for French in three of four replies (docs/guide.md).
+every yes-or-no question with "no". It obeys the demand for French in three of four replies (docs/real_model.md).
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""IF-Eval by lm-evaluation-harness on a folder of ours, by the command of docs/guide.md, with a local copy of the
+"""IF-Eval by lm-evaluation-harness on a folder of ours, by the command of docs/serving.md, with a local copy of the
 task's file. Skips unless the extra "ifeval" is installed."""
 
 import json

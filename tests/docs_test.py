@@ -1,0 +1,120 @@
+"""The documentation: it builds without a broken link, names what exists, and its commands are accepted."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+import multiprocessing
+from pathlib import Path
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+from absl import app
+import pytest
+
+from configs import base
+from ctxjax.monitoring.alarms import ALARMS
+from docs import write_configuration
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "tpu" / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+# In a forked process: the commands of this project read their command line, and end.
+_FORK = multiprocessing.get_context("forkserver")
+
+
+def list_commands(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of every ``python -m ctxjax...`` in a fenced block."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("python -m ctxjax"):
+                yield shlex.split(line, comments=True)[2:]
+
+
+COMMANDS = [(path.relative_to(ROOT), words) for path in TEXTS for words in list_commands(path.read_text())]
+
+
+def _parse(words: list[str]) -> None:
+    """End with exit code 0 if the command accepts its arguments."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_end(self, *given):
+        parse_args(self, *given)
+        sys.exit(0)
+
+    argparse.ArgumentParser.parse_args = parse_and_end
+    app.run = lambda main, flags_parser: flags_parser(sys.argv)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 15 and {words[0] for _, words in COMMANDS} >= {"ctxjax.main", "ctxjax.evaluate"}
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: str(value) if isinstance(value, Path) else "")
+def test_a_documented_command_is_accepted(page, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    process = _FORK.Process(target=_parse, args=(words,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0, shlex.join(words)
+
+
+def test_a_misspelt_flag_would_be_noticed():
+    process = _FORK.Process(target=_parse, args=(["ctxjax.main", "--config=configs/tiny.py", "--config.train.stps=3"],))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 2
+
+
+def test_the_pages_build_and_every_link_has_a_target(tmp_path):
+    pytest.importorskip("mkdocs")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", f"--site-dir={tmp_path}"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(path):
+    text = re.sub(r"^```\w*\n.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(r"`((?:ctxjax|configs|tests|tpu|docs|notebooks|benchmarks|examples)/[\w./]+)`", text)
+    missing = [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_fields_that_are_named_exist():
+    config = base.get_config()
+    sections = "|".join(name for name in config if name not in ("seed", "task", "slice"))
+    for path in PAGES:
+        for name in re.findall(rf"`((?:{sections})\.[a-z_]+)\b", path.read_text()):
+            section, field = name.split(".")
+            assert field in config[section] or (ROOT / name).exists() or field in ("md", "py"), (path.name, name)
+
+
+def test_the_reference_of_fields_is_that_of_the_configuration():
+    page = write_configuration.write_page(Path(base.__file__).read_text(), base.get_config())
+    assert page == write_configuration.PAGE.read_text(), "run: python docs/write_configuration.py"
+    for name, value in base.get_config().items():
+        fields = [f"{name}.{field}" for field in value] if hasattr(value, "items") else [name]
+        assert all(f"| `{field}` |" in page for field in fields)
+
+
+def test_a_field_without_a_comment_is_refused():
+    source = Path(base.__file__).read_text().replace("  # the arms to run, in this order", "")
+    with pytest.raises(ValueError, match="run_arms"):
+        write_configuration.write_page(source, base.get_config())
+
+
+def test_troubleshooting_has_every_alarm_and_quotes_real_messages():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(ALARMS)
+    source = "".join(path.read_text() for path in (ROOT / "ctxjax").rglob("*.py"))
+    spoken = re.sub(r"\{[^{}]*\}", "...", re.sub(r'"\n\s+f?"', "", source))
+    for quoted in re.findall(r'\*\*"(.+?)"\*\*', page):
+        for piece in quoted.split("..."):
+            assert piece.strip() in spoken, quoted
