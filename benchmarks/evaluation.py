@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.sampler import best_of
 from ctxjax import rng, sharding
 from ctxjax.distill.sampling import SamplingConfig, sample
-from ctxjax.evaluation import views
+from ctxjax.inputs import decoding
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Prompts, map_rows
@@ -40,7 +40,7 @@ def measure(questions: int, runs: int) -> dict:
     unshared = np.concatenate([np.tile(context, (questions, 1)), tokens], axis=1)
     prompts["context_in_every_row"] = Prompts(unshared, np.ones(unshared.shape, bool))
     greedy, sampled = (SamplingConfig(RESPONSE, (), 0, temperature) for temperature in (0.0, 1.0))
-    key, size = jax.random.key(0), views.batch_size(questions, BATCH, mesh)
+    key, size = jax.random.key(0), decoding.batch_size(questions, BATCH, mesh)
 
     @jax.jit
     def rollout(params, prompts, ids):
@@ -53,7 +53,9 @@ def measure(questions: int, runs: int) -> dict:
 
     with jax.set_mesh(mesh):
         evaluated = {
-            f"{view}_evaluation": lambda view=view: views.decode(params, MODEL, greedy, prompts[view], key, size, mesh)
+            f"{view}_evaluation": lambda view=view: decoding.decode(
+                params, MODEL, greedy, prompts[view], key, size, mesh
+            )
             for view in ("bare", "context")
         }
         seconds = best_of(runs, evaluated | {f"{view}_rollout": make_rollout(view) for view in prompts})

@@ -218,8 +218,8 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
-    # "numeric" compares the last number; or "exact", "math", "letter", "yes_no", or "short": the reference in a few
-    # words or a sentence.
+    # "numeric" compares the last number; or "exact", "math", "letter", "yes_no"; "short": the reference in a few
+    # words or a sentence; "overlap": half of the words of a reply (F1).
     config.qa_jsonl.grading = "numeric"
     # A file of the same columns and a column "context": questions under other contexts, with what is right there. Used
     # for retention and obedience in place of the built-in other contexts. Every second context is held out.
@@ -261,6 +261,20 @@ def get_config() -> ConfigDict:
     config.style = ConfigDict()  # task style: a system prompt that demands a way to reply, with questions of its own
     config.style.demand = "pirate"  # or "french", "json", "exclaim", "short", "sign": ctxjax/data/styles.jsonl
 
+    config.self_study = ConfigDict()  # task self_study: a context and no questions; a model writes them
+    # The file of the questions; "": a run writes one into the cache, which can be edited and given here.
+    config.self_study.path = ""
+    config.self_study.cache = config.base.get_oneway_ref("cache")  # folder of the written questions
+    # The model that writes the questions and answers them with the context: a folder or a Hub id. With another teacher
+    # than the student, name the teacher.
+    config.self_study.writer = config.model.get_oneway_ref("path")
+    config.self_study.questions = 256  # to write, of all splits
+    config.self_study.unrelated_share = 0.1  # share of the requests for questions about anything else
+    config.self_study.temperature = 0.8  # of the questions; replies are greedy
+    config.self_study.longest_question = 48  # tokens; longer drafts are thrown away
+    config.self_study.longest_reference = config.rollout.get_oneway_ref("max_tokens")  # tokens; as for questions
+    config.self_study.seed = config.get_oneway_ref("seed")  # of the requests and of the drafts
+
     config.tiny_safety = ConfigDict()  # task tiny_safety: the texts of safety as a world with its own base
     config.tiny_safety.path = config.safety.get_oneway_ref("path")  # as safety.path
     config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts and of which ones are held out
@@ -287,20 +301,28 @@ def get_config() -> ConfigDict:
         section.path = ""
         section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
         section.limit = 0  # number of first rows to read of each file; 0: all
-    for section in (config.medical, config.safety, config.math, config.hints, config.style):
+    for section in (config.medical, config.safety, config.math, config.hints, config.style, config.self_study):
         section.train_questions = 0  # at most; 0: all
         section.dev_questions = 128  # at most, of the tenth that is held out by a hash of the question; 0: all
         section.test_questions = 500  # at most; 0: all
 
     # The context to internalize: set one of context, context_file, context_files and context_column.
-    for section in (config.qa_jsonl, config.medical, config.safety, config.math):
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.self_study):
         section.context = ""  # the text itself
         section.context_file = ""  # a text file
         section.context_files = ()  # several text files; context_seed and a row's id decide which one the row gets
         section.context_seed = config.get_oneway_ref("seed")  # of the choice among context_files
     for section in (config.qa_jsonl, config.medical, config.math):
         section.context_column = ""  # a column of the data with each row's own context
-    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.hints, config.style):
+    for section in (
+        config.qa_jsonl,
+        config.medical,
+        config.safety,
+        config.math,
+        config.hints,
+        config.style,
+        config.self_study,
+    ):
         # Other contexts, for retention and to measure obedience: "builtin", the 72 contexts of
         # ctxjax/data/other_contexts.jsonl, or a file of the same form; "": none. Every second one is held out from
         # training.

@@ -16,7 +16,7 @@ from ctxjax.data import prompts as prompts_lib, responses, shapes as shapes_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.distill.sampling import SamplingConfig
-from ctxjax.evaluation import views
+from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
@@ -95,6 +95,6 @@ def generate(
     batch_size = -(-min(batch_size, len(rows)) // ways) * ways
     with jax.set_mesh(mesh):
         key = rng.key_for(jax.random.key(seed), 0, "evaluation")
-        rollout = views.decode(params, model.config, sampling, prompts, key, batch_size, mesh)
+        rollout = decoding.decode(params, model.config, sampling, prompts, key, batch_size, mesh)
     kept = [ids[mask] for ids, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
     return responses.decode(model.tokenizer, kept, model.stop_ids)

@@ -32,7 +32,7 @@ VALUES = {
     "arms.off_policy.divergence": "jsd", "arms.sft.divergence": "reverse_kl", "hints.template": "Use {hint}.",
 }  # fmt: skip
 GRADED = {f"{task}.grading": "letter" for task in ("qa_jsonl", "hints")}
-LISTS = {f"{task}.context_files": ("/a", "/b") for task in ("qa_jsonl", "medical", "safety", "math")}
+LISTS = {f"{task}.context_files": ("/a", "/b") for task in ("qa_jsonl", "medical", "safety", "math", "self_study")}
 VALUES |= GRADED | LISTS
 # What a field needs besides, to be legal or to have an effect.
 NEEDED = {
@@ -110,6 +110,9 @@ def expected_paths(field: str, value, task: str, before: dict) -> dict[str, obje
         "seed": {path: value for path in ("base.seed", "teacher_base.seed", "task_config.seed") if path in before}
         | {path: value for path in ("task_config.context_seed",) if path in before},
         "model.param_dtype": {"teacher.param_dtype": value},
+        "model.path": {"task_config.writer": value} if task == "self_study" else {},
+        "base.cache": {"task_config.cache": value} if task == "self_study" else {},
+        "rollout.max_tokens": {"task_config.longest_reference": value} if task == "self_study" else {},
         "train.steps": {"optim.steps": value},
         "train.batch_size": {"train.retention_rows": value},
         "mesh.data": {"mesh.fsdp": 4}, "mesh.tensor": {"mesh.fsdp": 4},
@@ -165,8 +168,9 @@ def test_every_field_of_the_dataclasses_is_reached_by_a_field_of_the_configurati
                 reached |= {(task, path) if path.startswith("task_") else path for path in changes_of(field, task)[0]}
         paths = leaves(start(task, **{"lora.rank": 4}))
         present |= {(task, path) if path.startswith("task_") else path for path in paths}
-    # The command that evaluates sets whether a context is required; safety's files have no column with contexts.
-    made = {(task, "task_config.required") for task in TASKS} | {("safety", "task_config.context_column")}
+    # The command that evaluates sets whether a context is required; two tasks have no files with a column of contexts.
+    made = {(task, "task_config.required") for task in TASKS}
+    made |= {(task, "task_config.context_column") for task in ("safety", "self_study")}
     assert present - made == reached
 
 

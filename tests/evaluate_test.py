@@ -19,6 +19,7 @@ from ctxjax.evaluation import views
 from ctxjax.evaluation.evaluator import Evaluator
 from ctxjax.evaluation.split import Split, share_shapes
 from ctxjax.host import workdir as workdir_lib
+from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import open_folder
 from ctxjax.models import params as params_lib
 from ctxjax.models.hf import save as hf_save
@@ -145,7 +146,7 @@ def test_a_second_split_that_is_a_little_larger_is_evaluated_by_the_first_ones_p
     with jax.set_mesh(mesh):
         model = open_folder(str(folder), mesh, "float32", "float32")
         dev, test = Evaluator.of_splits(experiment, task, ("dev", "test"), model, model, mesh)
-        programs = (views._decode, views._compare, views._distillation)
+        programs = (decoding._decode, views._compare, views._distillation)
         assert dev(model.params).metrics["n"] == 8
         compiled = [program._cache_size() for program in programs]
         assert test(model.params).metrics["n"] == 10

@@ -14,6 +14,7 @@ from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics, outcomes as outcomes_lib, statistics, views
 from ctxjax.evaluation.outcomes import Comparison, Learning, Outcomes
+from ctxjax.inputs import decoding
 from ctxjax.types import Prompts, Rollout
 
 
@@ -318,12 +319,12 @@ def rollout(make_rollout) -> Rollout:
 @pytest.mark.slow
 def test_decoding_does_not_depend_on_the_batch_size(params, tiny_model, make_prompts, mesh):
     prompts, key = make_prompts(0, 5, 7), jax.random.key(0)
-    whole, parts = (views.decode(params, tiny_model, SAMPLING, prompts, key, size, mesh) for size in (5, 2))
+    whole, parts = (decoding.decode(params, tiny_model, SAMPLING, prompts, key, size, mesh) for size in (5, 2))
     assert whole.tokens_BxT.shape == (5, 6)
     np.testing.assert_array_equal(parts.mask_BxT, whole.mask_BxT)
     np.testing.assert_array_equal(parts.tokens_BxT, whole.tokens_BxT)
     np.testing.assert_allclose(parts.logprobs_BxT, whole.logprobs_BxT, atol=1e-5)
-    again = views.decode(params, tiny_model, SAMPLING, prompts, jax.random.key(1), 2, mesh)
+    again = decoding.decode(params, tiny_model, SAMPLING, prompts, jax.random.key(1), 2, mesh)
     assert (again.tokens_BxT != whole.tokens_BxT).any()
 
 
@@ -332,7 +333,7 @@ def test_decoding_does_not_depend_on_the_batch_size(params, tiny_model, make_pro
 )
 def test_batches_are_as_few_and_as_even_as_they_can_be(rows, most, expected):
     mesh = sharding.make_mesh(data=2, devices=jax.devices()[:2])
-    size = views.batch_size(rows, most, mesh)
+    size = decoding.batch_size(rows, most, mesh)
     assert size == expected and -(-rows // size) == -(-rows // most)
 
 

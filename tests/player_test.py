@@ -17,11 +17,12 @@ from ctxjax.data.worlds.tiny_grid import TinyGrid, TinyGridConfig, parse_legend
 from ctxjax.distill import losses, response_stats
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
-from ctxjax.evaluation import player as player_lib, views
+from ctxjax.evaluation import player as player_lib
 from ctxjax.evaluation.answers import Games
 from ctxjax.evaluation.episodes import grade_episodes
 from ctxjax.evaluation.player import Clock, Player, pad_responses
 from ctxjax.evaluation.split import Split
+from ctxjax.inputs import decoding
 from ctxjax.training.game_episodes import GameEpisodes
 from ctxjax.types import Rollout
 
@@ -80,7 +81,7 @@ def expert(world, folder, monkeypatch):
         turns = [player_lib.Turn(None, [], np.array(row), np.full(len(row), -0.5), False) for row in ids]
         return pad_responses(turns, sampling)
 
-    monkeypatch.setattr(player_lib.views, "decode", decode)
+    monkeypatch.setattr(player_lib.decoding, "decode", decode)
     return state
 
 
@@ -92,9 +93,9 @@ def test_episodes_played_at_once_are_those_played_one_at_a_time(folder, make_par
     params = make_params(folder.config, 0, mesh)
     rows = [Row(str(i), "abcd|"[i % 3 :], None, "") for i in range(8)]
     at_once = Player(Chance(), folder, PROMPT, 8, mesh)
-    programs = views._decode._cache_size()
+    programs = decoding._decode._cache_size()
     together = at_once.play(params, sampling, rows, KEY)
-    assert views._decode._cache_size() - programs == 2  # 8 rows and 2 rows, in one bucket of columns
+    assert decoding._decode._cache_size() - programs == 2  # 8 rows and 2 rows, in one bucket of columns
     turns = [len(episode) for episode in together]
     assert len(set(turns)) > 2 and (at_once.clock.episodes, at_once.clock.turns) == (8, sum(turns))
     alone = Player(Chance(), folder, PROMPT, 2, mesh)
@@ -104,7 +105,7 @@ def test_episodes_played_at_once_are_those_played_one_at_a_time(folder, make_par
         assert [t.prompt for t in episode] == [t.prompt for t in expected]
         for ours, theirs in zip(episode, expected):
             np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
-    assert views._decode._cache_size() - programs == 3  # the smallest size of ``alone`` is one row
+    assert decoding._decode._cache_size() - programs == 3  # the smallest size of ``alone`` is one row
 
 
 def test_a_player_who_knows_the_legend_wins_and_ended_episodes_leave_the_batch(world, folder, sampling, mesh, expert):

@@ -16,6 +16,7 @@ from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import Networks, WeightedBatch, objective
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.evaluation import views
+from ctxjax.inputs import decoding
 from ctxjax.models import attention, transformer
 from ctxjax.models.architecture import LayerKind
 from ctxjax.sharding import put_batch
@@ -143,7 +144,7 @@ def test_evaluation_takes_batches_of_rows_and_the_prefix_whole(params, tiny_mode
     shared, per_row = make_view(1, 13, 6)
     control, config = make_view(3, 5, 4)[0], SamplingConfig(max_tokens=4, eos_ids=(2, 5, 11), pad_id=0)
     one, two = (
-        views.decode(params, tiny_model, config, view, jax.random.key(0), size, mesh)
+        decoding.decode(params, tiny_model, config, view, jax.random.key(0), size, mesh)
         for view, size in ((shared, 3), (per_row, ROWS))
     )
     np.testing.assert_array_equal(one.tokens_BxT, two.tokens_BxT)

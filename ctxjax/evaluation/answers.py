@@ -12,10 +12,10 @@ from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.distill.sampling import SamplingConfig
-from ctxjax.evaluation import views as views_lib
 from ctxjax.evaluation.episodes import Episode, single_turn_episodes
 from ctxjax.evaluation.player import Player, pad_responses
 from ctxjax.evaluation.split import Split
+from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.types import Params, Prompts, Rollout
 
@@ -50,7 +50,7 @@ class Questions:
 
     def answer(self, params: Params, view: str, sampling: SamplingConfig, key: jax.Array) -> Answers:
         model, split = self._folder.config, self._split
-        rollout = views_lib.decode(params, model, sampling, self._prompts[view], key, split.batch, self._mesh)
+        rollout = decoding.decode(params, model, sampling, self._prompts[view], key, split.batch, self._mesh)
         episodes = single_turn_episodes(split.rows[view], rollout, sampling.samples, split.opened[view])
         first = jax.tree.map(lambda array: array[:: sampling.samples], rollout)
         return Answers(episodes, first, list(enumerate(split.rows[view])))

@@ -21,7 +21,7 @@ from ctxjax.data.grading.graders import OPEN_REASONING
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import GameTask, Row
 from ctxjax.distill.sampling import SamplingConfig
-from ctxjax.evaluation import views
+from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.types import Params, Rollout
 
@@ -115,7 +115,7 @@ class Player:
         padded = prompts_lib.left_pad(prompts, -(-own // COLUMNS) * COLUMNS, folder.pad_id, prefix)
         size = next((size for size in self._sizes if size >= len(rows)), self._sizes[-1])
         started = time.monotonic()
-        rollout = views.decode(params, folder.config, sampling, padded, key, size, self._mesh, keys)
+        rollout = decoding.decode(params, folder.config, sampling, padded, key, size, self._mesh, keys)
         self.clock.sampler += time.monotonic() - started
         kept = zip(rollout.tokens_BxT, rollout.logprobs_BxT, rollout.mask_BxT)
         return [

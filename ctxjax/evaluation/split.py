@@ -10,7 +10,7 @@ from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.task import GameTask, Row, Task, longest_turns, make_evaluation_views
-from ctxjax.evaluation import views as views_lib
+from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder
 
 # Two splits are padded to the same shapes if that costs the smaller at most 25 %: one compiled program serves both,
@@ -61,7 +61,7 @@ class Split(NamedTuple):
         # Views with a context block and no shared prefix get one length: one compiled program decodes them all.
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
         columns |= dict.fromkeys(blocks, max((columns[view] for view in blocks), default=0))
-        batch = views_lib.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
+        batch = decoding.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
         return cls(task, rows, tokens, prefixes, columns, opened, batch, encoded.dropped, longest)
 
 

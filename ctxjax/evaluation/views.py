@@ -9,20 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from ctxjax import masks, rng, sharding
+from ctxjax import masks, sharding
 from ctxjax.distill import chunked_head, divergences, losses, objective
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import Networks, WeightedBatch
-from ctxjax.distill.sampling import SamplingConfig, sample
-from ctxjax.host import preemption
+from ctxjax.inputs import decoding
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig, finish_logits, head_weights
-from ctxjax.types import Batch, Params, Prompts, Rollout, map_rows
-
-
-@functools.partial(jax.jit, static_argnames=("model", "sampling"))
-def _decode(params, model: ModelConfig, sampling: SamplingConfig, prompts: Prompts, key, row_number_B) -> Rollout:
-    return sharding.replicate(sample(params, model, sampling, prompts, rng.row_keys(key, row_number_B)))
+from ctxjax.types import Batch, Params, Prompts, Rollout
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -82,71 +76,10 @@ def _cosine(a, b):
     return product / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12)
 
 
-def batch_size(rows: int, most: int, mesh: Mesh) -> int:
-    """Return the size of each of the fewest batches of at most ``most`` rows that hold ``rows``.
-
-    Batches are as even as the mesh allows: few copies fill the last one.
-    """
-    ways = sharding.batch_ways(mesh)
-    return -(-rows // -(-rows // most) // ways) * ways
-
-
-def _in_batches(tree, batch_size: int, mesh: Mesh):
-    """Yield (number of rows that count, device batch) along the leading axis of a tree of host arrays.
-
-    Copies of the last row fill the last batch, so that one compiled program serves all batches.
-    """
-    count = jax.tree.leaves(tree)[0].shape[0]
-    for start in range(0, count, batch_size):
-        preemption.raise_if_requested()
-        places = np.minimum(np.arange(start, start + batch_size), count - 1)
-        real = min(batch_size, count - start)
-        yield real, sharding.put_batch(_take_rows(tree, places), mesh)
-
-
-def _take_rows(tree, index):
-    return map_rows(lambda array: np.asarray(array)[index], tree)
-
-
 def _mask_rows_from(rollout: Rollout, real: int) -> Rollout:
     """Clear the masks of the rows from number ``real`` on: copies that fill a batch do not count."""
     keep = jnp.arange(rollout.mask_BxT.shape[0])[:, None] < real
     return rollout.replace(mask_BxT=rollout.mask_BxT & jax.reshard(keep, sharding.batch_spec(None)))
-
-
-def _concatenate(parts: list, axis: int = 0):
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=axis), *parts)
-
-
-def decode(
-    params: Params,
-    model: ModelConfig,
-    sampling: SamplingConfig,
-    prompts: Prompts,
-    key: jax.Array,
-    batch_size: int,
-    mesh: Mesh,
-    numbers: np.ndarray | None = None,
-) -> Rollout:
-    """Return responses to n prompts (host arrays [n, P]) as host arrays [n * samples, T], all of a prompt in a row.
-
-    The randomness of prompt i is (key, numbers[i]), by default (key, i). ``batch_size``: responses decoded at a time.
-    """
-    rows = np.arange(prompts.tokens_BxP.shape[0]) if numbers is None else numbers
-    rows = rows.astype(np.int32)
-    ways, parts, running = sharding.batch_ways(mesh), [], None
-    batch_size = max(batch_size // sampling.samples // ways, 1) * ways
-    for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):
-        rollout = _decode(params, model, sampling, batch, key, ids)
-        # The previous batch is copied to the host while this one is decoded.
-        parts += _copy_to_host(running)
-        running = rollout, real * sampling.samples
-    return _concatenate(parts + _copy_to_host(running))
-
-
-def _copy_to_host(running: tuple[Rollout, int] | None) -> list[Rollout]:
-    """Wait for (rollout, number of rows that count) and return these rows; nothing if there is none."""
-    return [] if running is None else [_take_rows(jax.device_get(running[0]), slice(running[1]))]
 
 
 def compare(
@@ -167,7 +100,7 @@ def compare(
     """
 
     def run_batches(mean_Nx2xD):
-        for real, batch in _in_batches((bare, context, control, rollout), batch_size, mesh):
+        for real, batch in decoding.in_batches((bare, context, control, rollout), batch_size, mesh):
             *prompts, rollout_b = batch
             yield real, _compare(params, model, *prompts, _mask_rows_from(rollout_b, real), mean_Nx2xD)
 
@@ -179,7 +112,7 @@ def compare(
         kl, cosines = jax.device_get((kl, cosines))
         kls.append(kl[:real])
         all_cosines.append({name: values[:, :real] for name, values in cosines.items()})
-    return np.concatenate(kls), _concatenate(all_cosines, axis=1)
+    return np.concatenate(kls), decoding.concatenate(all_cosines, axis=1)
 
 
 def distillation_kl(
@@ -197,7 +130,9 @@ def distillation_kl(
     """Return L_distill in nats per token on given responses."""
     rows = np.arange(bare.tokens_BxP.shape[0], dtype=np.int32)
     total, count = 0.0, 0.0
-    for real, (bare_b, context_b, rollout_b, ids) in _in_batches((bare, context, rollout, rows), batch_size, mesh):
+    for real, (bare_b, context_b, rollout_b, ids) in decoding.in_batches(
+        (bare, context, rollout, rows), batch_size, mesh
+    ):
         rollout_b = _mask_rows_from(rollout_b, real)
         batch = Batch(bare=bare_b, context=context_b, other=None, row_number_B=ids)
         mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))

@@ -18,7 +18,7 @@ from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host.checksum import compute_digest, compute_fingerprint
 from ctxjax.host.hub import find_folder
-from ctxjax.inputs import base_model
+from ctxjax.inputs import base_model, question_writer
 from ctxjax.inputs.batch_shapes import find_batch_shapes
 from ctxjax.inputs.model_folder import ModelFolder, load_tokenizer, open_folder
 from ctxjax.models import transformer
@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
 
 def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     """Open a run's task and models and encode the training rows. ``seconds``: gets the time of each part."""
+    question_writer.ensure_questions(config, mesh)
     task = TASKS[config.task][1](config.task_config)
     splits.check_splits(task)
     if contexts_lib.has_context_per_row(task.rows("train")):

@@ -7,6 +7,7 @@ found. Both are reported, to separate a loss of format from a loss of knowledge.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 import functools
@@ -24,6 +25,7 @@ NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a
 NUMBER = re.compile(r"(?<![\w.)\]}])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|\d[\d,]*(?:\.\d+)?")
 OPEN_REASONING, CLOSE_REASONING = "<think>", "</think>"
 READ_TAGS = (OPEN_REASONING, CLOSE_REASONING, "<answer>", "</answer>")
+LEAST_F1 = 0.5  # of a response that agrees with a reply
 LONGEST_EXPONENT = 1000  # of numbers that are written out
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
 
@@ -175,6 +177,19 @@ def grade_short(response: str, reference: str) -> Grade:
     return Grade(parsed, bool(wanted) and found, reason or (None if parsed else NO_WORDS))
 
 
+def grade_overlap(response: str, reference: str) -> Grade:
+    """Grade the words of a response against those of a reference reply: correct if their F1, as in SQuAD, is at least
+    a half. Case, punctuation and articles do not count, nor does the order of words.
+
+    F1 is 2 * shared / (words of the response + words of the reference), repeated words counted as often as they occur.
+    """
+    said, reason = strip_reasoning(normalize_width(response))
+    words, wanted = (Counter(_find_answer_words(text)) for text in (said, reference))
+    shared = (words & wanted).total()
+    f1 = 2 * shared / max(words.total() + wanted.total(), 1)
+    return Grade(said.strip() if words else None, f1 >= LEAST_F1, reason or (None if words else NO_WORDS))
+
+
 def _find_answer_words(text: str) -> list[str]:
     words = re.findall(r"[^\W_]+", re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", normalize_width(text).casefold()))
     return [word for word in words if word not in ("a", "an", "the")]
@@ -302,6 +317,7 @@ GRADERS = {
     "numeric": Grader(grade_number, read_number),
     "exact": Grader(grade_exact, read_exact),
     "short": Grader(grade_short, read_short),
+    "overlap": Grader(grade_overlap, read_short),
     "yes_no": Grader(grade_yes_no, read_yes_no),
     "letter": Grader(grade_letter, read_letter),
     "letter_of_ten": Grader(functools.partial(grade_letter, letters=TEN), functools.partial(read_letter, letters=TEN)),

@@ -12,6 +12,7 @@ from ctxjax.data.tasks.math import Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
+from ctxjax.data.tasks.self_study import SelfStudy, SelfStudyConfig
 from ctxjax.data.tasks.style import Style, StyleConfig
 from ctxjax.data.worlds.rules import Rules, RulesConfig
 from ctxjax.data.worlds.tiny_grid import TinyGrid, TinyGridConfig
@@ -26,6 +27,7 @@ TASKS = {
     "hints": (HintsConfig, Hints),
     "handbook": (HandbookConfig, Handbook),
     "style": (StyleConfig, Style),
+    "self_study": (SelfStudyConfig, SelfStudy),
     "tiny_safety": (TinySafetyConfig, TinySafety),
     "tiny_grid": (TinyGridConfig, TinyGrid),
 }

@@ -1,0 +1,80 @@
+"""A context and no questions: a model has written the questions itself, and answered them with the context.
+
+The questions are in a file of JSON lines, which a run writes if it does not exist (inputs/question_writer.py). It may
+be edited, and given again with ``self_study.path``::
+
+    {"id": "...", "question": "What is the capital?", "reference": "It is Ironstone.", "about": "The capital is ..."}
+
+The reference is the writer's own reply with the context. A response agrees with it if they share enough words
+(graders.grade_overlap); accuracy is agreement with the teacher, not truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import json
+from pathlib import Path
+
+from ctxjax.data import splits
+from ctxjax.data.contexts import ContextConfig, Contexts
+from ctxjax.data.grading import graders
+from ctxjax.data.grading.grade import Grade
+from ctxjax.data.records import Reader, hash_text
+from ctxjax.data.tasks.file_task import FileTask, FileTaskConfig, Question
+from ctxjax.types import bounded
+
+# Part of a file's name: increase it when the requests or the filter change.
+RECIPE = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfStudyConfig(ContextConfig, FileTaskConfig):
+    """See configs/base.py, ``config.self_study``."""
+
+    writer: str
+    questions: int = bounded(at_most=1_000_000)
+    unrelated_share: float = bounded(zero=True, at_most=1.0)
+    temperature: float = bounded(at_most=100.0)
+    longest_question: int = bounded(at_most=10_000)
+    longest_reference: int = bounded(at_most=100_000)
+    seed: int = bounded(zero=True)
+    cache: str
+
+
+class SelfStudy(FileTask):
+    """The task over the written questions. Splits follow from the hash of a question."""
+
+    def __init__(self, config: SelfStudyConfig):
+        super().__init__(config, "self_study", Contexts(config, "self_study"))
+
+    def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
+        path = find_questions_file(self.config)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: no questions have been written for this context and self_study.writer = "
+                f"{self.config.writer!r} yet. Training writes them; or give a file as self_study.path"
+            )
+        for record in reader.read(path, 0, "self_study.path"):
+            texts = reader.get_texts(record, "question")
+            reference = texts and reader.get_reference(record, "reference", graders.read_short)
+            if reference:
+                key = splits.normalize(texts[0])
+                yield splits.assign_split(key), hash_text(key)[:16], Question(texts[0], texts[0], reference)
+
+    def grade(self, response: str, reference: str) -> Grade:
+        return graders.grade_overlap(response, reference)
+
+
+def find_questions_file(config: SelfStudyConfig) -> Path:
+    """Return the file of the questions, which need not exist yet: ``path``, or a file of the cache.
+
+    Its name has a hash of everything that determines the questions: the contexts, the writer's name and the settings.
+    """
+    if config.path:
+        return Path(config.path).expanduser()
+    names = ("writer", "questions", "unrelated_share", "temperature", "longest_question", "longest_reference", "seed")
+    facts = {name: getattr(config, name) for name in names} | {"recipe": RECIPE}
+    facts["contexts"] = list(Contexts(config, "self_study").texts.values())
+    digest = hash_text(json.dumps(facts, sort_keys=True))[:16]
+    return Path(config.cache).expanduser() / f"questions-{digest}.jsonl"

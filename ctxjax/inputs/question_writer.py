@@ -1,0 +1,204 @@
+"""A model writes the questions of task self_study: it reads a part of the context, and asks for it; or it asks for
+something else. Then it answers each question with the context in its prompt.
+
+What is no single, finished question is thrown away, and so are repeats. Small models need several drafts for a question
+that is kept; a line at the end says how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import json
+from pathlib import Path
+import re
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+from tqdm import tqdm
+
+from ctxjax import rng, sharding
+from ctxjax.config import Experiment
+from ctxjax.data import prompts as prompts_lib, responses, shapes as shapes_lib, splits
+from ctxjax.data.contexts import Contexts
+from ctxjax.data.grading.graders import strip_reasoning
+from ctxjax.data.records import hash_text
+from ctxjax.data.task import Row
+from ctxjax.data.tasks.self_study import SelfStudyConfig, find_questions_file
+from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.host import processes, workdir as workdir_lib
+from ctxjax.inputs import decoding
+from ctxjax.inputs.model_folder import ModelFolder, open_folder
+
+MOST_DRAFTS = 16  # drafts for each question that is wanted
+LONGEST_PART = 400  # characters of the context that a request quotes
+FACT = 'Here is a fact: "{part}"\n'
+ALONE = " Reply with the question alone."
+BREAD = "How hot must the oven be for bread?"  # an example shows small models what is asked for
+EXAMPLE = f'Here is a fact: "Bread is baked at 220 degrees."\nA question whose answer is in this fact: {BREAD}\n\n'
+ABOUT = (
+    f"{EXAMPLE}{FACT}Write a question whose answer is in this fact.{ALONE}",
+    f"{FACT}Write a question whose answer is in this fact.{ALONE}",
+    f'A user has not read this: "{{part}}"\nWhat would the user ask to learn it?{ALONE}',
+    f'Think of a situation in which this matters: "{{part}}"\nWrite the question of a user who is in it.{ALONE}',
+)
+UNRELATED = f"Write a short question about {{topic}} that a user may ask an assistant.{ALONE}"
+TOPICS = (
+    "animals", "books", "cooking", "football", "gardening", "geography", "health", "history", "languages",
+    "mathematics", "money", "music", "physics", "programming", "travel", "the weather",
+)  # fmt: skip
+
+
+class Request(NamedTuple):
+    """``row``: what the model is asked. ``context``: what is asked about. ``about``: the quoted part, or the topic."""
+
+    row: Row
+    context: str
+    about: str
+
+
+def ensure_questions(config: Experiment, mesh: Mesh) -> None:
+    """Write the questions of task self_study if their file does not exist; for other tasks, nothing.
+
+    Raises ValueError if the model writes too few, or if only some of several processes see the file.
+    """
+    task = config.task_config
+    if not isinstance(task, SelfStudyConfig) or task.path:
+        return
+    path = find_questions_file(task)
+    if processes.ask_all(not path.exists()):
+        print(f"{task.writer} writes questions about the context", flush=True)
+        with jax.set_mesh(mesh):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in write_questions(config, path, mesh))
+        if processes.is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            workdir_lib.write_text(path, text)
+            _find_drafts(path).unlink(missing_ok=True)
+        processes.wait("questions")
+    if not processes.ask_all(path.exists()):
+        raise ValueError(
+            f"{path} exists on some hosts only; copy it to all, or set self_study.cache to a shared folder"
+        )
+    print(f"questions: {path}; edit a copy and give it as self_study.path to use others", flush=True)
+
+
+def _find_drafts(path: Path) -> Path:
+    return path.with_suffix(".drafts")
+
+
+def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict[str, str]]:
+    """Return the rows of the file: questions that differ, with the writer's replies.
+
+    Drafts are kept in a file next to ``path``, batch by batch, so that an interrupted run goes on.
+    """
+    task = config.task_config
+    folder = open_folder(task.writer, mesh, config.model.dtype, "float32", attention=config.model.attention)
+    requests = list_requests(task)
+    kept: dict[str, tuple[Request, str]] = {}
+    drafted = 0
+    with tqdm(total=task.questions, desc="questions", unit="question", disable=not processes.is_first()) as bar:
+        for texts in _draft(config, folder, requests, _find_drafts(path), mesh):
+            for request, text in zip(requests[drafted : drafted + len(texts)], texts):
+                question = clean_question(text, request)
+                if question and len(kept) < task.questions:
+                    kept.setdefault(splits.normalize(question), (request, question))
+            drafted += len(texts)
+            bar.update(len(kept) - bar.n)
+            if len(kept) == task.questions:
+                break
+    replies = _reply(config, folder, list(kept.values()), mesh)
+    rows = [
+        {"id": hash_text(key)[:16], "question": question, "reference": reply, "about": request.about}
+        for (key, (request, question)), reply in zip(kept.items(), replies)
+        if reply
+    ]
+    print(f"{len(rows)} questions with replies, of {drafted} drafts", flush=True)
+    if len(rows) < task.questions // 2:
+        raise ValueError(
+            f"{task.writer} wrote {len(rows)} usable questions in {drafted} drafts, and self_study.questions = "
+            f"{task.questions}; take a larger model as self_study.writer, lower self_study.questions, raise "
+            "self_study.longest_reference if its replies are cut, or give questions as self_study.path"
+        )
+    return rows
+
+
+def split_parts(context: str) -> list[str]:
+    """Return the sentences and lines of a context, without marks of lists and tables; the whole text if it has none."""
+    parts = (part.strip(" -*#|\t") for part in re.split(r"(?<=[.!?])\s+|\n+", context))
+    return [part[:LONGEST_PART] for part in parts if len(part.split()) > 2] or [context.strip()[:LONGEST_PART]]
+
+
+def list_requests(task: SelfStudyConfig) -> list[Request]:
+    """Return what the writer is asked, in order. A request depends on the seed and its number only."""
+    contexts = list(Contexts(task, "self_study").texts.values())
+    parts = [(context, part) for context in contexts for part in split_parts(context)]
+    requests = []
+    for number in range(MOST_DRAFTS * task.questions):
+        generator = np.random.default_rng([task.seed, number])
+        context, part = parts[number % len(parts)]  # every part in turn
+        about, shown, text = part, context, ABOUT[generator.integers(len(ABOUT))].format(part=part)
+        if generator.random() < task.unrelated_share:
+            about = TOPICS[generator.integers(len(TOPICS))]
+            shown, text = None, UNRELATED.format(topic=about)
+        requests.append(Request(Row(str(number), text, shown, ""), context, about))
+    return requests
+
+
+def clean_question(text: str, request: Request) -> str | None:
+    """Return the one question that a draft consists of, or None."""
+    said = re.sub(r"(?i)^\W*(?:question|q)\s*:\s*", "", strip_reasoning(text)[0].strip()).strip(" \"'*`\u201c\u201d")
+    is_one = said.endswith("?") and said.count("?") == 1 and "\n" not in said and '"' not in said
+    about_text = re.search(r"(?i)\b(?:this fact|the fact|this text|the user|answer|question)\b", said)
+    if not is_one or about_text or len(said.split()) < 3 or splits.normalize(request.about) in splits.normalize(said):
+        return None
+    return said[0].upper() + said[1:]
+
+
+def _draft(
+    config: Experiment, folder: ModelFolder, requests: list[Request], drafts: Path, mesh: Mesh
+) -> Iterator[list[str]]:
+    """Yield drafts batch by batch, in the order of ``requests``; those of an earlier start from their file.
+
+    A draft that is cut at ``longest_question`` tokens is "".
+    """
+    task, size = config.task_config, config.eval.batch_size
+    stored = drafts.read_text(encoding="utf-8").splitlines() if drafts.exists() else []
+    sampling = SamplingConfig(task.longest_question, folder.stop_ids, folder.pad_id, task.temperature)
+    tokens = prompts_lib.encode(folder.tokenizer, [request.row for request in requests], config.prompt)
+    folder.check_prompts(tokens, task.longest_question, "self_study.longest_question")
+    columns = shapes_lib.make_shape(max(map(len, tokens)), 0).columns
+    for batch, start in enumerate(range(0, len(requests), size)):
+        if batch < len(stored):
+            yield json.loads(stored[batch])
+            continue
+        key = rng.key_for(jax.random.key(task.seed), batch, "rollout")
+        texts = _decode(folder, tokens[start : start + size], columns, sampling, key, size, mesh)
+        stored.append(json.dumps(texts))
+        if processes.is_first():
+            drafts.parent.mkdir(parents=True, exist_ok=True)
+            workdir_lib.write_text(drafts, "".join(line + "\n" for line in stored))
+        yield texts
+
+
+def _reply(config: Experiment, folder: ModelFolder, asked: list[tuple[Request, str]], mesh: Mesh) -> list[str]:
+    """Return the writer's greedy replies with the context; "" for one that is cut at ``longest_reference`` tokens."""
+    if not asked:
+        return []
+    task = config.task_config
+    rows = [Row("", question, request.context, "") for request, question in asked]
+    sampling = SamplingConfig(task.longest_reference, folder.stop_ids, folder.pad_id, 0.0)
+    tokens = prompts_lib.encode(folder.tokenizer, rows, config.prompt)
+    folder.check_prompts(tokens, task.longest_reference, "self_study.longest_reference")
+    columns = shapes_lib.make_shape(max(map(len, tokens)), 0).columns
+    key = rng.key_for(jax.random.key(task.seed), 0, "evaluation")
+    return _decode(folder, tokens, columns, sampling, key, config.eval.batch_size, mesh)
+
+
+def _decode(folder: ModelFolder, tokens, columns: int, sampling: SamplingConfig, key, size: int, mesh) -> list[str]:
+    ways = sharding.batch_ways(mesh)
+    prompts = prompts_lib.left_pad(tokens, columns, folder.pad_id)
+    rollout = decoding.decode(folder.params, folder.config, sampling, prompts, key, max(size // ways, 1) * ways, mesh)
+    kept = [ids[mask] for ids, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
+    texts = responses.decode(folder.tokenizer, kept, folder.stop_ids)
+    return [text if int(ids[-1]) in folder.stop_ids else "" for ids, text in zip(kept, texts)]

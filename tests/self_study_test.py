@@ -1,0 +1,205 @@
+"""Questions that a model writes about a context: requests, drafts, replies, the file, and the task over it."""
+
+from __future__ import annotations
+
+import json
+import string
+
+import jax
+import numpy as np
+import pytest
+
+from configs import bake
+from ctxjax import config as config_lib
+from ctxjax.data.grading.graders import grade_overlap
+from ctxjax.data.task import Row
+from ctxjax.data.tasks.self_study import SelfStudy, find_questions_file
+from ctxjax.data.worlds import word_tokenizer
+from ctxjax.inputs import decoding, question_writer
+from ctxjax.inputs.question_writer import Request, clean_question, list_requests, split_parts
+from ctxjax.types import Rollout
+
+CONTEXT = "You answer questions about Crystalwater.\n- The capital is Ironstone.\n- The motto is: freedom and skill.\n"
+QUESTION = "What is the capital of Crystalwater?"
+REQUEST = Request(Row("0", "?", CONTEXT, ""), CONTEXT, "The capital is Ironstone.")
+
+
+def make(tmp_path, **changes):
+    config = bake.get_config()
+    config.model.path, config.cpu_devices = "/no/model", 1
+    config.self_study.context, config.self_study.cache = CONTEXT, str(tmp_path / "cache")
+    config.train.batch_size = config.eval.batch_size = 8
+    config.update_from_flattened_dict(changes)
+    return config_lib.experiment(config, 1)
+
+
+def test_parts_are_sentences_and_lines_without_their_marks():
+    text = "Be brief. Answer in French!\n\n- The capital is Ironstone.\n| motto | freedom and skill |\n# Ok\n"
+    assert split_parts(text) == [
+        "Answer in French!", "The capital is Ironstone.", "motto | freedom and skill",
+    ]  # fmt: skip
+    assert split_parts(" Be brief. ") == ["Be brief."] and len(split_parts("a b c " * 200)[0]) == 400
+
+
+def test_requests_ask_for_every_part_in_turn_and_for_other_things_as_often_as_configured(tmp_path):
+    task = make(tmp_path, **{"self_study.questions": 100, "self_study.unrelated_share": 0.25}).task_config
+    requests = list_requests(task)
+    assert len(requests) == 1600 and requests == list_requests(task)
+    unrelated = [request for request in requests if request.row.context is None]
+    assert len(unrelated) / 1600 == pytest.approx(0.25, abs=0.04)
+    assert all(request.about in question_writer.TOPICS for request in unrelated)
+    related = [request for request in requests if request.row.context is not None]
+    parts = [request.about for request in related]
+    for part in split_parts(CONTEXT):
+        assert parts.count(part) / len(parts) == pytest.approx(1 / 3, abs=0.04)
+    assert all(r.about in r.row.question and r.row.context == r.context == CONTEXT for r in related)
+    other = list_requests(make(tmp_path, **{"self_study.questions": 100, "seed": 1}).task_config)
+    assert other[:50] != requests[:50]
+
+
+@pytest.mark.parametrize(
+    ("draft", "kept"),
+    [
+        (QUESTION, QUESTION),
+        (f' "{QUESTION}"\n', QUESTION),
+        ("Question: what is the capital of Crystalwater?", QUESTION),
+        (f"<think>A question.\nWhy?</think>{QUESTION}", QUESTION),
+        ("", None),  # was cut
+        ("The capital is Ironstone.", None),
+        ("What is it? Where is it?", None),
+        ("What is the capital?\n\nIt is Ironstone, is it not?", None),
+        ("What is the answer to this fact?", None),
+        ("Is it true that the capital is Ironstone. as they say?", None),  # repeats the part
+        ("Why not?", None),
+        ('What does "Ironstone" mean?', None),
+    ],
+)
+def test_a_draft_is_kept_if_it_is_one_question(draft, kept):
+    assert clean_question(draft, REQUEST) == kept
+
+
+def test_a_reply_agrees_if_it_shares_half_of_the_words():
+    reference = "The capital of Crystalwater is Ironstone."
+    assert grade_overlap("It is Ironstone, the capital.", reference).correct  # 3 shared words of 4 and of 5: F1 2 / 3
+    assert not grade_overlap("Ironstone", reference).correct  # 1 of 1 and of 5: F1 1 / 3
+    assert grade_overlap("is is capital capital of", "is capital of it by me to").correct is True  # 3 of 5 and 7: 1 / 2
+    assert not grade_overlap("is is is capital to", "is capital of it by me us").correct  # 2 of 5 and 7: F1 1 / 3
+    assert grade_overlap("", reference).reason and not grade_overlap("!", "?").correct
+
+
+class Fake:
+    """In place of a model: request number i is answered by ``drafts[i % n]``, a question by a reply that names it."""
+
+    def __init__(self, monkeypatch, tokenizer, drafts):
+        self.batches, self.tokenizer, self.drafts = [], tokenizer, drafts
+        folder = type("Folder", (), {})()
+        folder.tokenizer, folder.pad_id, folder.params, folder.config = tokenizer, tokenizer.pad_token_id, {}, None
+        folder.stop_ids, folder.check_prompts = (tokenizer.eos_token_id,), lambda *given: None
+        monkeypatch.setattr(question_writer, "open_folder", lambda *given, **named: folder)
+        monkeypatch.setattr(decoding, "decode", self.decode)
+        self.drafted = 0
+
+    def decode(self, params, model, sampling, prompts, key, size, mesh):
+        count = len(prompts.tokens_BxP)
+        if sampling.temperature:
+            texts = [self.drafts[(self.drafted + i) % len(self.drafts)] for i in range(count)]
+            self.drafted += count
+        else:
+            texts = [f"reply number {i}" for i in range(count)]
+        self.batches.append((sampling, texts))
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [[*own, self.tokenizer.eos_token_id][: sampling.max_tokens] for own in ids]
+        width = max(map(len, ids))
+        tokens, mask = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
+        for row, own in enumerate(ids):
+            tokens[row, : len(own)], mask[row, : len(own)] = own, True
+        return Rollout(tokens, mask, np.zeros(tokens.shape, np.float32))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token for each character."""
+    return word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
+
+
+DRAFTS = ["A statement.", *(f"What is number {i}?" for i in range(40)), "what  is NUMBER 3?"]
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+
+
+SMALL = {
+    "self_study.questions": 20, "self_study.longest_question": 400, "self_study.longest_reference": 400,
+}  # fmt: skip
+
+
+def test_the_file_has_different_questions_with_replies_and_the_task_reads_it(tmp_path, monkeypatch, tokenizer, mesh):
+    fake = Fake(monkeypatch, tokenizer, DRAFTS)
+    config = make(tmp_path, **SMALL)
+    path = find_questions_file(config.task_config)
+    with pytest.raises(FileNotFoundError, match="no questions have been written"):
+        SelfStudy(config.task_config)
+    question_writer.ensure_questions(config, mesh)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["question"] for row in rows] == [f"What is number {i}?" for i in range(20)]
+    assert [row["reference"] for row in rows] == [f"reply number {i}" for i in range(20)]
+    assert len({row["id"] for row in rows}) == 20 and all(row["about"] for row in rows)
+    assert [sampling.temperature for sampling, _ in fake.batches] == [0.8, 0.8, 0.8, 0.0]
+    task = SelfStudy(config.task_config)
+    read = [row for split in ("train", "dev", "test") for row in task.rows(split)]
+    assert sorted(row.id for row in read) == sorted(row["id"] for row in rows)
+    assert {row.context for row in read} == {CONTEXT}
+    question_writer.ensure_questions(config, mesh)  # is there, so it is not written again
+    assert len(fake.batches) == 4 and not path.with_suffix(".drafts").exists()
+
+
+def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, tokenizer, mesh):
+    config = make(tmp_path, **SMALL)
+    path = find_questions_file(config.task_config)
+    whole = Fake(monkeypatch, tokenizer, DRAFTS)
+    expected = question_writer.write_questions(config, tmp_path / "other.jsonl", mesh)
+    assert whole.drafted == 24
+
+    broken = Fake(monkeypatch, tokenizer, DRAFTS)
+    monkeypatch.setattr(question_writer, "_reply", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        question_writer.ensure_questions(config, mesh)
+    assert broken.drafted == 24 and not path.exists()
+    monkeypatch.undo()
+    again = Fake(monkeypatch, tokenizer, ["It is not asked."])
+    question_writer.ensure_questions(config, mesh)
+    assert again.drafted == 0
+    assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+
+
+def test_too_few_questions_are_an_error_that_says_what_helps(tmp_path, monkeypatch, tokenizer, mesh):
+    Fake(monkeypatch, tokenizer, ["Hello there."])
+    config = make(tmp_path, **SMALL)
+    with pytest.raises(ValueError, match="wrote 0 usable questions in 320 drafts.*larger model"):
+        question_writer.ensure_questions(config, mesh)
+    assert not find_questions_file(config.task_config).exists()
+
+
+def test_cut_drafts_and_cut_replies_are_thrown_away(tmp_path, monkeypatch, tokenizer, mesh):
+    Fake(monkeypatch, tokenizer, [f"What is number {i}?" for i in range(400)])
+    config = make(tmp_path, **SMALL | {"self_study.longest_question": 2})
+    with pytest.raises(ValueError, match="wrote 0 usable"):
+        question_writer.ensure_questions(config, mesh)
+    config = make(tmp_path, **SMALL | {"self_study.longest_reference": 2})
+    with pytest.raises(ValueError, match="wrote 0 usable"):
+        question_writer.ensure_questions(config, mesh)
+
+
+def test_another_context_writer_or_setting_is_another_file_and_a_given_file_is_read(tmp_path):
+    changes = [
+        {}, {"self_study.context": "Be kind to all."}, {"model.path": "/other"}, {"self_study.questions": 7},
+        {"self_study.temperature": 0.5}, {"seed": 3}, {"self_study.unrelated_share": 0.5},
+    ]  # fmt: skip
+    names = [find_questions_file(make(tmp_path, **change).task_config).name for change in changes]
+    assert len(set(names)) == len(changes)
+    given = tmp_path / "mine.jsonl"
+    given.write_text("".join(json.dumps({"question": f"Why {i}?", "reference": "So."}) + "\n" for i in range(60)))
+    task = SelfStudy(make(tmp_path, **{"self_study.path": str(given)}).task_config)
+    assert sum(len(task.rows(split)) for split in ("train", "dev", "test")) == 60
