@@ -21,7 +21,7 @@ from ctxjax.types import Rollout
 
 CONTEXT = "You answer questions about Crystalwater.\n- The capital is Ironstone.\n- The motto is: freedom and skill.\n"
 QUESTION = "What is the capital of Crystalwater?"
-REQUEST = Request(Row("0", "?", CONTEXT, ""), CONTEXT, "The capital is Ironstone.")
+REQUEST = Request(Row("0", "?", CONTEXT, ""), CONTEXT, "The capital is Ironstone")
 
 
 def make(tmp_path, **changes):
@@ -64,14 +64,15 @@ def test_requests_ask_for_every_part_in_turn_and_for_other_things_as_often_as_co
         (f' "{QUESTION}"\n', QUESTION),
         ("Question: what is the capital of Crystalwater?", QUESTION),
         (f"<think>A question.\nWhy?</think>{QUESTION}", QUESTION),
+        (f'The user would ask: "{QUESTION}"', QUESTION),
+        (f"Here it is. {QUESTION} It is Ironstone.", QUESTION),
+        ("Where is it? When was it founded?", "Where is it?"),
         ("", None),  # was cut
         ("The capital is Ironstone.", None),
-        ("What is it? Where is it?", None),
-        ("What is the capital?\n\nIt is Ironstone, is it not?", None),
-        ("What is the answer to this fact?", None),
-        ("Is it true that the capital is Ironstone. as they say?", None),  # repeats the part
+        ("What is the answer to this?", None),
+        ("What would the user like?", None),
+        ("The capital is Ironstone, as they say?", None),  # repeats the part
         ("Why not?", None),
-        ('What does "Ironstone" mean?', None),
     ],
 )
 def test_a_draft_is_kept_if_it_is_one_question(draft, kept):

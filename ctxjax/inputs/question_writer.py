@@ -35,13 +35,10 @@ MOST_DRAFTS = 16  # drafts for each question that is wanted
 LONGEST_PART = 400  # characters of the context that a request quotes
 FACT = 'Here is a fact: "{part}"\n'
 ALONE = " Reply with the question alone."
-BREAD = "How hot must the oven be for bread?"  # an example shows small models what is asked for
-EXAMPLE = f'Here is a fact: "Bread is baked at 220 degrees."\nA question whose answer is in this fact: {BREAD}\n\n'
 ABOUT = (
-    f"{EXAMPLE}{FACT}Write a question whose answer is in this fact.{ALONE}",
     f"{FACT}Write a question whose answer is in this fact.{ALONE}",
+    f"{FACT}Write a short question that this fact answers, in other words than the fact.{ALONE}",
     f'A user has not read this: "{{part}}"\nWhat would the user ask to learn it?{ALONE}',
-    f'Think of a situation in which this matters: "{{part}}"\nWrite the question of a user who is in it.{ALONE}',
 )
 UNRELATED = f"Write a short question about {{topic}} that a user may ask an assistant.{ALONE}"
 TOPICS = (
@@ -146,13 +143,12 @@ def list_requests(task: SelfStudyConfig) -> list[Request]:
 
 
 def clean_question(text: str, request: Request) -> str | None:
-    """Return the one question that a draft consists of, or None."""
-    said = re.sub(r"(?i)^\W*(?:question|q)\s*:\s*", "", strip_reasoning(text)[0].strip()).strip(" \"'*`\u201c\u201d")
-    is_one = said.endswith("?") and said.count("?") == 1 and "\n" not in said and '"' not in said
-    about_text = re.search(r"(?i)\b(?:this fact|the fact|this text|the user|answer|question)\b", said)
-    if not is_one or about_text or len(said.split()) < 3 or splits.normalize(request.about) in splits.normalize(said):
-        return None
-    return said[0].upper() + said[1:]
+    """Return the first question of a draft, or None if there is none that could be asked by itself."""
+    found = re.search(r'[^.?!:"\u201c\u201d\n]+\?', strip_reasoning(text)[0])
+    said = found[0].strip(" '*`-,") if found else ""
+    is_about_text = re.search(r"(?i)\b(?:facts?|text|users?|ask|answers?|questions?)\b", said)
+    is_part = splits.normalize(request.about) in splits.normalize(said)
+    return None if is_about_text or is_part or len(said.split()) < 3 else said[0].upper() + said[1:]
 
 
 def _draft(
