@@ -1,4 +1,4 @@
-"""The notebook, executed as it is, on a base so small that nothing is learnt."""
+"""The notebooks, executed as they are, the quickstart on a base so small that nothing is learnt."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
-PATH = Path(__file__).parents[1] / "notebooks" / "quickstart_tpu.ipynb"
+FOLDER = Path(__file__).parents[1] / "notebooks"
+PATH = FOLDER / "quickstart_tpu.ipynb"
 # Behind the notebook's own settings. The Hub is not asked, so the way without a network is taken.
 SMALLER = """
 MODEL, RANK, STEPS, BATCH, BASE_STEPS, WORKDIR = "no/such-model", 2, 2, 8, 2, Path({workdir!r})
@@ -24,10 +25,22 @@ def notebook():
     return nbformat.read(PATH, as_version=4)
 
 
-def test_the_committed_notebook_has_no_outputs_and_defines_no_functions(notebook):
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_committed_notebooks_have_no_outputs(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+def test_the_quickstart_defines_no_functions(notebook):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(word in cell.source for cell in cells for word in ("def ", "lambda", "class "))
+
+
+def execute(cells: list) -> str:
+    """Execute the cells in the notebooks' folder; return what they print."""
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
 
 @pytest.mark.slow
@@ -38,13 +51,24 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     place = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("MODEL ="))
     cells = [*notebook.cells]
     cells.insert(place + 1, nbformat.v4.new_code_cell(SMALLER.format(workdir=str(tmp_path / "run"))))
-    small = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
-    client = nbclient.NotebookClient(small, timeout=600, resources={"metadata": {"path": str(PATH.parent)}})
-    client.execute()
-    printed = "".join(output.get("text", "") for cell in small.cells for output in cell.get("outputs", []))
+    printed = execute(cells)
     assert "A tiny base is trained instead" in printed and "memory of a chip" in printed
     assert "opcd_anchored, step 2" in printed and printed.count("without: ") == 8
     assert (tmp_path / "run" / "run" / "report.html").exists()
+
+    curves = nbformat.read(FOLDER / "removability_curves.ipynb", as_version=4).cells
+    (place,) = (i for i, cell in enumerate(curves) if cell.cell_type == "code" and "RUN = " in cell.source)
+    curves.insert(place + 1, nbformat.v4.new_code_cell(f"RUN = Path({str(tmp_path / 'run' / 'run')!r})"))
+    printed = execute(curves)
+    assert "opcd_anchored    Acc_x" in printed and "questions are harmed in opcd_anchored" in printed
+
+
+@pytest.mark.slow
+def test_the_anatomy_agrees_with_the_library():
+    """Its own assertions compare losses and gradients with those by hand."""
+    cells = nbformat.read(FOLDER / "anatomy_of_a_step.ipynb", as_version=4).cells
+    printed = execute(cells)
+    assert "stop_gradient True: through q_x 0.0000" in printed and "nats per token, by hand" in printed
 
 
 @pytest.mark.parametrize(
