@@ -393,13 +393,13 @@ def test_every_metric_with_a_unit_has_a_column_and_a_definition() -> None:
     assert all(definition.endswith(".") for _, definition in glossary("results", "checks"))
 
 
-def test_the_readme_defines_the_metrics_of_the_main_table() -> None:
-    lines = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("\n")
+def test_the_documentation_defines_the_metrics_of_the_main_table() -> None:
+    lines = (pathlib.Path(__file__).parents[1] / "docs" / "report.md").read_text(encoding="utf-8").split("\n")
     start = lines.index("| metric | definition |")
     entries = [(header, definition.replace("|", "\\|")) for header, definition in glossary("results")]
     expected = [f"| {header} | {definition} |" for header, definition in entries]
     found = lines[start + 2 : start + 2 + len(expected)]
-    assert found == expected, "README.md's table should read:\n" + "\n".join(expected)
+    assert found == expected, "the table of docs/report.md should read:\n" + "\n".join(expected)
     assert not lines[start + 2 + len(expected)].startswith("|")
 
 
