@@ -133,6 +133,15 @@ def batches(tokenizer, world, first_step, count, seed=0):
     return list(itertools.islice(stream, count))
 
 
+def test_a_prompt_without_the_context_saves_its_block(tokenizer, world):
+    rows = world.rows("train")
+    assert encode_rows(tokenizer, rows, PromptConfig()).saved_tokens == 8  # <|system|>, six pairs of letters, <|end|>
+    bare = [row._replace(context=None) for row in rows]
+    assert encode_rows(tokenizer, bare, PromptConfig()).saved_tokens == 0
+    some = [*rows[:3], *bare[3:8]]
+    assert encode_rows(tokenizer, some, PromptConfig()).saved_tokens == 0  # the median
+
+
 def test_a_run_that_starts_at_step_17_sees_what_an_uninterrupted_one_sees_there(tokenizer, world):
     whole = batches(tokenizer, world, 0, 20)
     for ours, theirs in zip(batches(tokenizer, world, 17, 3), whole[17:]):

@@ -46,6 +46,11 @@ class EncodedRows:
         """The shape of each view's prompts in a batch."""
         return shapes_lib.find_shapes(self.longest, self.prefixes)
 
+    @property
+    def saved_tokens(self) -> int:
+        """How much shorter a prompt is without the context, in tokens: the median of the rows."""
+        return int(np.median([len(own) - len(bare) for own, bare in zip(self.context, self.bare)]))
+
     def describe_outliers(self) -> str:
         """Return a warning if a few long rows pad all others (shapes.describe_outliers)."""
         return shapes_lib.describe_outliers(self.longest, self.prefixes)
