@@ -83,6 +83,23 @@ def train_on_a_test_row(run: Path) -> None:
     edit_line(run / ARM / "rows.jsonl", lambda row: row["bare"].__setitem__(2, 75), lambda row: row["step"] == 2)
 
 
+def train_on_a_row_that_is_left_out(run: Path) -> None:
+    trained = json.loads((run / ARM / "rows.jsonl").read_text().splitlines()[0])["bare"][0]
+    (run / "data.jsonl").write_text(
+        "".join(
+            json.dumps(json.loads(line) | ({"left_out": True} if number == trained else {})) + "\n"
+            for number, line in enumerate((run / "data.jsonl").read_text().splitlines())
+        )
+    )
+
+
+def hold_out_what_is_internalized(run: Path) -> None:
+    own = json.loads((run / "data.jsonl").read_text().splitlines()[0])["context"]
+    edit_line(
+        run / "data.jsonl", lambda one: one.update(context=own), lambda one: one.get("other_context_of") == "test"
+    )
+
+
 def train_on_other_rows(run: Path) -> None:
     edit_line(run / ARM / "rows.jsonl", lambda row: (row["bare"].reverse(), row["context"].reverse()))
 
@@ -101,6 +118,18 @@ def read_other_tokens(run: Path) -> None:
 
 def change_a_grade(run: Path) -> None:
     edit_line(run / ARM / "items.jsonl", lambda item: item.update(correct=not item["correct"]))
+
+
+def change_a_lenient_grade(run: Path) -> None:
+    edit_line(run / ARM / "items.jsonl", lambda item: item.update(lenient=True))
+
+
+def evaluate_under_a_context_of_dev(run: Path) -> None:
+    on_dev = [json.loads(line) for line in (run / "base" / "dev" / "items.jsonl").read_text().splitlines()]
+    context = next(item["context"] for item in on_dev if item["view"] == "other")
+    edit_line(
+        run / ARM / "items.jsonl", lambda item: item.update(context=context), lambda item: item["view"] == "other"
+    )
 
 
 def change_a_response(run: Path) -> None:
@@ -126,17 +155,26 @@ def decode_otherwise(run: Path) -> None:
     edit(run / ARM / "evaluation.json", lambda stored: stored["decoding"]["context"].update(temperature=0.0))
 
 
+def hide_a_decoding(run: Path) -> None:
+    edit(run / ARM / "evaluation.json", lambda stored: stored["decoding"].pop("context"))
+
+
 def evaluate_another_step(run: Path) -> None:
     weights = json.loads((run / ARM / "selected" / "evaluation.json").read_text())["weights"]
     edit(run / ARM / "evaluation.json", lambda stored: stored.update(weights=weights))
 
 
 def change_a_number(run: Path) -> None:
-    edit(run / "results.json", lambda results: results[ARM].update(dlen=results[ARM]["dlen"] + 0.01))
+    edit(run / "results.json", lambda results: results[ARM].update(dlen=results[ARM]["dlen"] + 1e-6))
 
 
 def change_a_number_that_needs_the_model(run: Path) -> None:
     edit(run / "results.json", lambda results: results[ARM]["cosine_by_layer"].reverse())
+
+
+def change_the_view_kl(run: Path) -> None:
+    for path, own in ((run / ARM / "evaluation.json", "metrics"), (run / "results.json", ARM)):
+        edit(path, lambda found, own=own: found[own].update(view_kl=1.002 * found[own]["view_kl"]))
 
 
 def change_an_interval(run: Path) -> None:
@@ -155,6 +193,14 @@ def use_another_checkpoint(run: Path) -> None:
     place = run / ARM / "checkpoints"
     shutil.rmtree(place / "3" / "state")
     shutil.copytree(place / "2" / "state", place / "3" / "state")
+
+
+def lose_a_checksum(run: Path) -> None:
+    edit(run / ARM / "checkpoints" / "3" / "run" / "metadata", lambda record: record["checksums"].popitem())
+
+
+def add_weights_to_an_export(run: Path) -> None:
+    shutil.copyfile(run.parent / "model" / "model.safetensors", run.parent / "model" / "more.safetensors")
 
 
 def damage_a_checkpoint(run: Path) -> None:
@@ -230,6 +276,12 @@ TAMPERED = {
     train_on_a_test_row: [
         "training rows of off_policy: off_policy/rows.jsonl, line 2, step 2: the bare prompts are of row .* of test, n"
     ],
+    train_on_a_row_that_is_left_out: [
+        "off_policy/rows.jsonl, line 1, step 1: the bare prompts are of row .* of train, n"
+    ],
+    hold_out_what_is_internalized: [
+        "splits: data.jsonl: the context .*, the pool of test and the contexts to internal"
+    ],
     train_on_other_rows: ["off_policy/rows.jsonl, line 1, step 1: rows in the view bare is .*, expected"],
     train_under_a_held_out_context: [
         "opcd_retained/rows.jsonl, line 1, step 1, retention row 1 has the context 600: one of dev, which is held out"
@@ -240,17 +292,23 @@ TAMPERED = {
         "grades of off_policy: off_policy/items.jsonl, line 1, row .* in the view bare: grade is .*True",
         "results.json, off_policy: acc_x is 0.0, expected 0.125",
     ],
+    change_a_lenient_grade: ["grades of off_policy: off_policy/items.jsonl, line 1, .*: grade is .*'lenient': True"],
+    evaluate_under_a_context_of_dev: ["off_policy/items.jsonl, line .* is none of those held out for test"],
     change_a_response: ["off_policy/items.jsonl, line 1, row .*: grade", "off_policy/items.jsonl: digest"],
     swap_views: ["off_policy/items.jsonl, line 1, row .* in the view context: digest of the context"],
     swap_prompts: ["off_policy/items.jsonl, line 17, .* in the view empty: digest of the prompt's tokens"],
     decode_otherwise: ["off_policy/evaluation.json: decoding of the view context is .*'temperature': 0.0"],
+    hide_a_decoding: ["decoding of off_policy: off_policy/evaluation.json does not say how context was decoded"],
     evaluate_another_step: ["evaluated weights: off_policy/evaluation.json: checksum of embedding"],
     change_a_number: ["numbers of off_policy: results.json, off_policy: dlen is .*, expected"],
     change_a_number_that_needs_the_model: ["numbers of off_policy: results.json, off_policy: cosine_by_layer"],
+    change_the_view_kl: ["off_policy/evaluation.json: view_kl is", "results.json, off_policy: view_kl is"],
     change_an_interval: ["numbers of base: results.json, base: acc_xc_ci is .0.0, 0.2., expected"],
     swap_the_curves: ["results.json, off_policy: (view_kl is|positions with a view KL)"],
     select_another_step: ["results.json, off_policy: step of the selected checkpoint is None, expected 2"],
     use_another_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3: checksum of params/embedding is"],
+    lose_a_checksum: ["checkpoints of off_policy: off_policy/checkpoints/3: checksum of .*, expected None"],
+    add_weights_to_an_export: ["export model: .*/model/more.safetensors was not exported"],
     damage_a_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3"],
     damage_an_export: ["export model: .*/model/model.safetensors: sha256 is"],
     change_a_card: ["model/README.md: line 5 of the table of results is '. 0ff_policy", "README.md: sha256"],
