@@ -258,6 +258,78 @@ def ask_the_teacher_another_question(run: Path) -> None:
     edit_line(run / "teacher_samples.jsonl", lambda row: row.update(id="#1:ceb"), lambda row: row["step"] == 2)
 
 
+def rewrite(path: Path, change) -> None:
+    """Change a JSONL file: ``change`` takes and returns its rows."""
+    rows = change([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def feed_other_steps(run: Path) -> None:
+    rewrite(run / ARM / "rows.jsonl", lambda rows: [rows[0], rows[2], rows[2], rows[2] | {"step": 9}])
+    rewrite(run / FIRST / "rows.jsonl", lambda rows: [rows[1], rows[0] | {"other": rows[0]["other"][:7]}, rows[2]])
+    edit_line(run / FIRST / "rows.jsonl", lambda row: row["context"].__setitem__(3, 76), lambda row: row["step"] == 3)
+    edit_line(run / FIRST / "rows.jsonl", lambda row: row["other"][4].__setitem__(0, 75), lambda row: row["step"] == 3)
+
+
+def write_other_steps(run: Path) -> None:
+    rewrite(run / ARM / "metrics.jsonl", lambda rows: [*rows[1:], rows[0]])
+    rewrite(run / FIRST / "metrics.jsonl", lambda rows: [*rows, rows[-1] | {"step": 4}])
+
+
+def change_the_teachers_samples(run: Path) -> None:
+    def change(rows):
+        rows[1]["id"], rows[2]["question"] = "#9", "#3:fed"
+        return rows[:-1]
+
+    rewrite(run / "teacher_samples.jsonl", change)
+
+
+def lose_the_teachers_samples(run: Path) -> None:
+    (run / "teacher_samples.jsonl").unlink()
+
+
+def change_what_was_asked(run: Path) -> None:
+    def change(rows):
+        rows[8]["question"] = "#1:fed"  # in the view context
+        rows[9]["reference"] = "s1 abc"
+        rows[16]["context"], rows[32]["context"] = "a>a;", ""  # empty, paraphrase
+        return rows[:15] + rows[16:]
+
+    rewrite(run / ARM / "items.jsonl", change)
+    rewrite(run / FIRST / "items.jsonl", lambda rows: [*rows, *(row for row in rows if row["view"] == "bare")])
+    rewrite(run / ARM / "selected" / "items.jsonl", lambda rows: [rows[0] | {"id": "#9"}, *rows[1:]])
+    rewrite(run / "base" / "items.jsonl", lambda rows: rows[8:])
+
+
+def change_what_was_evaluated(run: Path) -> None:
+    edit(run / ARM / "evaluation.json", lambda stored: stored.update(decoding={}))
+    edit(run / FIRST / "evaluation.json", lambda stored: stored["of"].update(step=2))
+    edit(run / "base" / "evaluation.json", lambda stored: stored["weights"].update(embedding=7))
+
+
+def change_the_results(run: Path) -> None:
+    def change(results):
+        results[ARM].update(step=2, skipped_steps=4, lowest_acc_xc=0.5, context_loss=0.25)
+        results[ARM].update({"alarms": {}, f"harm_minus_{FIRST}": [0.1, 0.0, 0.2]})
+        results["another"] = results[ARM]
+
+    edit(run / "results.json", change)
+
+
+def change_the_records_of_checkpoints(run: Path) -> None:
+    record = run / ARM / "checkpoints" / "3" / "run" / "metadata"
+    edit(record, lambda found: (found.update(data_position=9), found["manifest"]["inputs"].update(prompts="0")))
+    shutil.rmtree(run / FIRST / "checkpoints" / "3" / "state")
+
+
+def lose_lines_and_files_of_an_export(run: Path) -> None:
+    model = run.parent / "model"
+    lines = (model / "README.md").read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if line.startswith("|"))
+    (model / "README.md").write_text("".join(lines[:last] + lines[last + 1 :]))
+    (model / "chat_template.jinja").unlink()
+
+
 def change_the_configuration(run: Path) -> None:
     edit(run / "config.json", lambda config: config.update(seed=1))
 
@@ -321,6 +393,59 @@ TAMPERED = {
     lose_a_step: ["metrics of off_policy: off_policy/metrics.jsonl: step 1 is missing"],
     change_the_base_on_dev: ["metrics of off_policy: off_policy/metrics.jsonl, step 0: dev/dlen is 9.0, expected"],
     ask_the_teacher_another_question: ["teacher's samples: teacher_samples.jsonl, step 2: rows that"],
+    feed_other_steps: [
+        "training rows of off_policy: off_policy/rows.jsonl: step 3 occurs more than once",
+        "off_policy/rows.jsonl: step 9 is beyond the run's steps",
+        "off_policy/rows.jsonl: step 2 is missing",
+        "opcd_retained/rows.jsonl: the steps are not in order",
+        "opcd_retained/rows.jsonl, line 2, step 1: number of retention rows is 7, expected 8",
+        "opcd_retained/rows.jsonl, line 3, step 3: the context prompts are of row .* of test, not of training rows",
+        "opcd_retained/rows.jsonl, line 3, step 3, retention row 4 asks row .* of test, not a training row",
+    ],
+    write_other_steps: [
+        "off_policy/metrics.jsonl: the rows of evaluation on dev of steps are not in order",
+        "opcd_retained/metrics.jsonl: step 4 is not due",
+    ],
+    change_the_teachers_samples: [
+        "teacher_samples.jsonl, step 3: responses is 7, expected 8",
+        "teacher_samples.jsonl, line 2: '#9' is no training row",
+        "teacher_samples.jsonl, line 3: digest of the question is",
+    ],
+    lose_the_teachers_samples: ["teacher_samples.jsonl is missing, and off_policy learns from it"],
+    change_what_was_asked: [
+        "items of off_policy: off_policy/items.jsonl, line 9, row .* in the view context: digest of the question",
+        "grades of off_policy: off_policy/items.jsonl, line 9, .*: its question is none that may be asked there",
+        "grades of off_policy: off_policy/items.jsonl, line 10, .*: reference is 's1 abc', expected",
+        "off_policy/items.jsonl, line 16, row .* in the view empty: context is 'a>a;', expected ''",
+        "off_policy/items.jsonl, line 32, row .* in the view paraphrase has no context",
+        "off_policy/items.jsonl: .question, sample. in the view context is",
+        "opcd_retained/items.jsonl: .question, sample. is",
+        "grades of off_policy, selected: .*, line 1, row '#9' in the view bare: the task has no such test row",
+        "items of base: base/items.jsonl has no responses in the view bare",
+    ],
+    change_what_was_evaluated: [
+        "decoding of off_policy: off_policy/evaluation.json does not say how the views were decoded",
+        "items of opcd_retained: opcd_retained/evaluation.json: step is 2, expected 3",
+        "evaluated weights: base/evaluation.json: digest of the weights is",
+    ],
+    change_the_results: [
+        "results: results.json: models is .*'another'.*, expected",
+        "results.json, off_policy: step is 2, expected 3",
+        "results.json, off_policy: skipped_steps is 4, expected 0",
+        "results.json, off_policy: lowest_acc_xc is 0.5, expected 0.0",
+        "results.json, off_policy: context_loss is 0.25, expected 0.0",
+        "results.json, off_policy: alarms is {}, expected {'truncated': {'step': 3, 'rows': 1}}",
+        "results.json, off_policy: harm_minus_opcd_retained is .0.1, 0.0, 0.2., expected None",
+    ],
+    change_the_records_of_checkpoints: [
+        "off_policy/checkpoints/3: position in the data is 9, expected 3",
+        "off_policy/checkpoints/3: inputs is {.*, expected",
+        "checkpoints of opcd_retained: opcd_retained/checkpoints/3 cannot be read",
+    ],
+    lose_lines_and_files_of_an_export: [
+        "model/README.md: lines of the table of results is 5, expected 6",
+        "export model: .*/model/chat_template.jinja is missing",
+    ],
     change_the_configuration: ["folder: run.json: configuration"],
     cut_a_file: ["off_policy/items.jsonl, line 2 is not valid JSON"],
 }
