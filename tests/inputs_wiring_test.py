@@ -362,6 +362,20 @@ def test_an_arm_is_evaluated_after_its_last_step_and_at_the_one_that_is_selected
     }
 
 
+@pytest.mark.parametrize("changed", ["", "versions", "commit", "device", "step"])
+def test_an_evaluation_serves_again_if_the_same_code_made_it_after_as_many_steps(changed, tmp_path, mesh):
+    made, expected = [], Evaluation({"acc_x": 0.5}, [], {}, {"bare": {"seed": 3}}, {"the": 7})
+
+    def evaluate(facts: dict, taken: int) -> Evaluation:
+        opened = run_lib._OpenRun(None, tmp_path, mesh, None, None, None, None, facts, None, 0.0, {})
+        return opened.evaluate(tmp_path / "one", lambda params: made.append(params) or expected, STUDENT, taken)
+
+    facts = {"versions": {"jax": "1"}, "commit": "a", "device": "one", "host": "here", "started": "then"}
+    assert evaluate(facts, 3) is expected
+    facts |= {"host": "there", "started": "now"} | ({changed: "another"} if changed in facts else {})
+    assert evaluate(facts, 4 if changed == "step" else 3) == expected and len(made) == 1 + bool(changed)
+
+
 def test_results_compare_every_arm_with_the_first_and_resample_as_configured(folder, monkeypatch):
     config = config_lib.experiment(settings(folder, **{"eval.bootstrap": 77, "train.steps": 12}), 1)
     made = {
