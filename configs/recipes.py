@@ -52,8 +52,8 @@ def _set_file(config: ConfigDict) -> None:
 def _set_game(config: ConfigDict) -> None:
     """Internalize lessons from experience, which are written in the user's turn before the board.
 
-    A step is one turn of 64 episodes. The turns of an episode, up to 5, are sampled and trained on one after the other,
-    so the step needs the memory of one turn.
+    Planned is one turn of 64 episodes. A run's step has all turns, up to 5, as rows of one batch; with five times as
+    many micro-batches it needs about the same memory.
     """
     _set_common(config)
     config.train.batch_size = 64

@@ -83,6 +83,23 @@ def train_on_a_test_row(run: Path) -> None:
     edit_line(run / ARM / "rows.jsonl", lambda row: row["bare"].__setitem__(2, 75), lambda row: row["step"] == 2)
 
 
+def train_on_a_row_that_is_left_out(run: Path) -> None:
+    trained = json.loads((run / ARM / "rows.jsonl").read_text().splitlines()[0])["bare"][0]
+    (run / "data.jsonl").write_text(
+        "".join(
+            json.dumps(json.loads(line) | ({"left_out": True} if number == trained else {})) + "\n"
+            for number, line in enumerate((run / "data.jsonl").read_text().splitlines())
+        )
+    )
+
+
+def hold_out_what_is_internalized(run: Path) -> None:
+    own = json.loads((run / "data.jsonl").read_text().splitlines()[0])["context"]
+    edit_line(
+        run / "data.jsonl", lambda one: one.update(context=own), lambda one: one.get("other_context_of") == "test"
+    )
+
+
 def train_on_other_rows(run: Path) -> None:
     edit_line(run / ARM / "rows.jsonl", lambda row: (row["bare"].reverse(), row["context"].reverse()))
 
@@ -101,6 +118,18 @@ def read_other_tokens(run: Path) -> None:
 
 def change_a_grade(run: Path) -> None:
     edit_line(run / ARM / "items.jsonl", lambda item: item.update(correct=not item["correct"]))
+
+
+def change_a_lenient_grade(run: Path) -> None:
+    edit_line(run / ARM / "items.jsonl", lambda item: item.update(lenient=True))
+
+
+def evaluate_under_a_context_of_dev(run: Path) -> None:
+    on_dev = [json.loads(line) for line in (run / "base" / "dev" / "items.jsonl").read_text().splitlines()]
+    context = next(item["context"] for item in on_dev if item["view"] == "other")
+    edit_line(
+        run / ARM / "items.jsonl", lambda item: item.update(context=context), lambda item: item["view"] == "other"
+    )
 
 
 def change_a_response(run: Path) -> None:
@@ -126,17 +155,26 @@ def decode_otherwise(run: Path) -> None:
     edit(run / ARM / "evaluation.json", lambda stored: stored["decoding"]["context"].update(temperature=0.0))
 
 
+def hide_a_decoding(run: Path) -> None:
+    edit(run / ARM / "evaluation.json", lambda stored: stored["decoding"].pop("context"))
+
+
 def evaluate_another_step(run: Path) -> None:
     weights = json.loads((run / ARM / "selected" / "evaluation.json").read_text())["weights"]
     edit(run / ARM / "evaluation.json", lambda stored: stored.update(weights=weights))
 
 
 def change_a_number(run: Path) -> None:
-    edit(run / "results.json", lambda results: results[ARM].update(dlen=results[ARM]["dlen"] + 0.01))
+    edit(run / "results.json", lambda results: results[ARM].update(dlen=results[ARM]["dlen"] + 1e-6))
 
 
 def change_a_number_that_needs_the_model(run: Path) -> None:
     edit(run / "results.json", lambda results: results[ARM]["cosine_by_layer"].reverse())
+
+
+def change_the_view_kl(run: Path) -> None:
+    for path, own in ((run / ARM / "evaluation.json", "metrics"), (run / "results.json", ARM)):
+        edit(path, lambda found, own=own: found[own].update(view_kl=1.002 * found[own]["view_kl"]))
 
 
 def change_an_interval(run: Path) -> None:
@@ -155,6 +193,14 @@ def use_another_checkpoint(run: Path) -> None:
     place = run / ARM / "checkpoints"
     shutil.rmtree(place / "3" / "state")
     shutil.copytree(place / "2" / "state", place / "3" / "state")
+
+
+def lose_a_checksum(run: Path) -> None:
+    edit(run / ARM / "checkpoints" / "3" / "run" / "metadata", lambda record: record["checksums"].popitem())
+
+
+def add_weights_to_an_export(run: Path) -> None:
+    shutil.copyfile(run.parent / "model" / "model.safetensors", run.parent / "model" / "more.safetensors")
 
 
 def damage_a_checkpoint(run: Path) -> None:
@@ -212,6 +258,78 @@ def ask_the_teacher_another_question(run: Path) -> None:
     edit_line(run / "teacher_samples.jsonl", lambda row: row.update(id="#1:ceb"), lambda row: row["step"] == 2)
 
 
+def rewrite(path: Path, change) -> None:
+    """Change a JSONL file: ``change`` takes and returns its rows."""
+    rows = change([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def feed_other_steps(run: Path) -> None:
+    rewrite(run / ARM / "rows.jsonl", lambda rows: [rows[0], rows[2], rows[2], rows[2] | {"step": 9}])
+    rewrite(run / FIRST / "rows.jsonl", lambda rows: [rows[1], rows[0] | {"other": rows[0]["other"][:7]}, rows[2]])
+    edit_line(run / FIRST / "rows.jsonl", lambda row: row["context"].__setitem__(3, 76), lambda row: row["step"] == 3)
+    edit_line(run / FIRST / "rows.jsonl", lambda row: row["other"][4].__setitem__(0, 75), lambda row: row["step"] == 3)
+
+
+def write_other_steps(run: Path) -> None:
+    rewrite(run / ARM / "metrics.jsonl", lambda rows: [*rows[1:], rows[0]])
+    rewrite(run / FIRST / "metrics.jsonl", lambda rows: [*rows, rows[-1] | {"step": 4}])
+
+
+def change_the_teachers_samples(run: Path) -> None:
+    def change(rows):
+        rows[1]["id"], rows[2]["question"] = "#9", "#3:fed"
+        return rows[:-1]
+
+    rewrite(run / "teacher_samples.jsonl", change)
+
+
+def lose_the_teachers_samples(run: Path) -> None:
+    (run / "teacher_samples.jsonl").unlink()
+
+
+def change_what_was_asked(run: Path) -> None:
+    def change(rows):
+        rows[8]["question"] = "#1:fed"  # in the view context
+        rows[9]["reference"] = "s1 abc"
+        rows[16]["context"], rows[32]["context"] = "a>a;", ""  # empty, paraphrase
+        return rows[:15] + rows[16:]
+
+    rewrite(run / ARM / "items.jsonl", change)
+    rewrite(run / FIRST / "items.jsonl", lambda rows: [*rows, *(row for row in rows if row["view"] == "bare")])
+    rewrite(run / ARM / "selected" / "items.jsonl", lambda rows: [rows[0] | {"id": "#9"}, *rows[1:]])
+    rewrite(run / "base" / "items.jsonl", lambda rows: rows[8:])
+
+
+def change_what_was_evaluated(run: Path) -> None:
+    edit(run / ARM / "evaluation.json", lambda stored: stored.update(decoding={}))
+    edit(run / FIRST / "evaluation.json", lambda stored: stored["of"].update(step=2))
+    edit(run / "base" / "evaluation.json", lambda stored: stored["weights"].update(embedding=7))
+
+
+def change_the_results(run: Path) -> None:
+    def change(results):
+        results[ARM].update(step=2, skipped_steps=4, lowest_acc_xc=0.5, context_loss=0.25)
+        results[ARM].update({"alarms": {}, f"harm_minus_{FIRST}": [0.1, 0.0, 0.2]})
+        results["another"] = results[ARM]
+
+    edit(run / "results.json", change)
+
+
+def change_the_records_of_checkpoints(run: Path) -> None:
+    record = run / ARM / "checkpoints" / "3" / "run" / "metadata"
+    edit(record, lambda found: (found.update(data_position=9), found["manifest"]["inputs"].update(prompts="0")))
+    shutil.rmtree(run / FIRST / "checkpoints" / "3" / "state")
+
+
+def lose_lines_and_files_of_an_export(run: Path) -> None:
+    model = run.parent / "model"
+    lines = (model / "README.md").read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if line.startswith("|"))
+    (model / "README.md").write_text("".join(lines[:last] + lines[last + 1 :]))
+    (model / "chat_template.jinja").unlink()
+
+
 def change_the_configuration(run: Path) -> None:
     edit(run / "config.json", lambda config: config.update(seed=1))
 
@@ -230,6 +348,12 @@ TAMPERED = {
     train_on_a_test_row: [
         "training rows of off_policy: off_policy/rows.jsonl, line 2, step 2: the bare prompts are of row .* of test, n"
     ],
+    train_on_a_row_that_is_left_out: [
+        "off_policy/rows.jsonl, line 1, step 1: the bare prompts are of row .* of train, n"
+    ],
+    hold_out_what_is_internalized: [
+        "splits: data.jsonl: the context .*, the pool of test and the contexts to internal"
+    ],
     train_on_other_rows: ["off_policy/rows.jsonl, line 1, step 1: rows in the view bare is .*, expected"],
     train_under_a_held_out_context: [
         "opcd_retained/rows.jsonl, line 1, step 1, retention row 1 has the context 600: one of dev, which is held out"
@@ -240,17 +364,23 @@ TAMPERED = {
         "grades of off_policy: off_policy/items.jsonl, line 1, row .* in the view bare: grade is .*True",
         "results.json, off_policy: acc_x is 0.0, expected 0.125",
     ],
+    change_a_lenient_grade: ["grades of off_policy: off_policy/items.jsonl, line 1, .*: grade is .*'lenient': True"],
+    evaluate_under_a_context_of_dev: ["off_policy/items.jsonl, line .* is none of those held out for test"],
     change_a_response: ["off_policy/items.jsonl, line 1, row .*: grade", "off_policy/items.jsonl: digest"],
     swap_views: ["off_policy/items.jsonl, line 1, row .* in the view context: digest of the context"],
     swap_prompts: ["off_policy/items.jsonl, line 17, .* in the view empty: digest of the prompt's tokens"],
     decode_otherwise: ["off_policy/evaluation.json: decoding of the view context is .*'temperature': 0.0"],
+    hide_a_decoding: ["decoding of off_policy: off_policy/evaluation.json does not say how context was decoded"],
     evaluate_another_step: ["evaluated weights: off_policy/evaluation.json: checksum of embedding"],
     change_a_number: ["numbers of off_policy: results.json, off_policy: dlen is .*, expected"],
     change_a_number_that_needs_the_model: ["numbers of off_policy: results.json, off_policy: cosine_by_layer"],
+    change_the_view_kl: ["off_policy/evaluation.json: view_kl is", "results.json, off_policy: view_kl is"],
     change_an_interval: ["numbers of base: results.json, base: acc_xc_ci is .0.0, 0.2., expected"],
     swap_the_curves: ["results.json, off_policy: (view_kl is|positions with a view KL)"],
     select_another_step: ["results.json, off_policy: step of the selected checkpoint is None, expected 2"],
     use_another_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3: checksum of params/embedding is"],
+    lose_a_checksum: ["checkpoints of off_policy: off_policy/checkpoints/3: checksum of .*, expected None"],
+    add_weights_to_an_export: ["export model: .*/model/more.safetensors was not exported"],
     damage_a_checkpoint: ["checkpoints of off_policy: off_policy/checkpoints/3"],
     damage_an_export: ["export model: .*/model/model.safetensors: sha256 is"],
     change_a_card: ["model/README.md: line 5 of the table of results is '. 0ff_policy", "README.md: sha256"],
@@ -263,6 +393,59 @@ TAMPERED = {
     lose_a_step: ["metrics of off_policy: off_policy/metrics.jsonl: step 1 is missing"],
     change_the_base_on_dev: ["metrics of off_policy: off_policy/metrics.jsonl, step 0: dev/dlen is 9.0, expected"],
     ask_the_teacher_another_question: ["teacher's samples: teacher_samples.jsonl, step 2: rows that"],
+    feed_other_steps: [
+        "training rows of off_policy: off_policy/rows.jsonl: step 3 occurs more than once",
+        "off_policy/rows.jsonl: step 9 is beyond the run's steps",
+        "off_policy/rows.jsonl: step 2 is missing",
+        "opcd_retained/rows.jsonl: the steps are not in order",
+        "opcd_retained/rows.jsonl, line 2, step 1: number of retention rows is 7, expected 8",
+        "opcd_retained/rows.jsonl, line 3, step 3: the context prompts are of row .* of test, not of training rows",
+        "opcd_retained/rows.jsonl, line 3, step 3, retention row 4 asks row .* of test, not a training row",
+    ],
+    write_other_steps: [
+        "off_policy/metrics.jsonl: the rows of evaluation on dev of steps are not in order",
+        "opcd_retained/metrics.jsonl: step 4 is not due",
+    ],
+    change_the_teachers_samples: [
+        "teacher_samples.jsonl, step 3: responses is 7, expected 8",
+        "teacher_samples.jsonl, line 2: '#9' is no training row",
+        "teacher_samples.jsonl, line 3: digest of the question is",
+    ],
+    lose_the_teachers_samples: ["teacher_samples.jsonl is missing, and off_policy learns from it"],
+    change_what_was_asked: [
+        "items of off_policy: off_policy/items.jsonl, line 9, row .* in the view context: digest of the question",
+        "grades of off_policy: off_policy/items.jsonl, line 9, .*: its question is none that may be asked there",
+        "grades of off_policy: off_policy/items.jsonl, line 10, .*: reference is 's1 abc', expected",
+        "off_policy/items.jsonl, line 16, row .* in the view empty: context is 'a>a;', expected ''",
+        "off_policy/items.jsonl, line 32, row .* in the view paraphrase has no context",
+        "off_policy/items.jsonl: .question, sample. in the view context is",
+        "opcd_retained/items.jsonl: .question, sample. is",
+        "grades of off_policy, selected: .*, line 1, row '#9' in the view bare: the task has no such test row",
+        "items of base: base/items.jsonl has no responses in the view bare",
+    ],
+    change_what_was_evaluated: [
+        "decoding of off_policy: off_policy/evaluation.json does not say how the views were decoded",
+        "items of opcd_retained: opcd_retained/evaluation.json: step is 2, expected 3",
+        "evaluated weights: base/evaluation.json: digest of the weights is",
+    ],
+    change_the_results: [
+        "results: results.json: models is .*'another'.*, expected",
+        "results.json, off_policy: step is 2, expected 3",
+        "results.json, off_policy: skipped_steps is 4, expected 0",
+        "results.json, off_policy: lowest_acc_xc is 0.5, expected 0.0",
+        "results.json, off_policy: context_loss is 0.25, expected 0.0",
+        "results.json, off_policy: alarms is {}, expected {'truncated': {'step': 3, 'rows': 1}}",
+        "results.json, off_policy: harm_minus_opcd_retained is .0.1, 0.0, 0.2., expected None",
+    ],
+    change_the_records_of_checkpoints: [
+        "off_policy/checkpoints/3: position in the data is 9, expected 3",
+        "off_policy/checkpoints/3: inputs is {.*, expected",
+        "checkpoints of opcd_retained: opcd_retained/checkpoints/3 cannot be read",
+    ],
+    lose_lines_and_files_of_an_export: [
+        "model/README.md: lines of the table of results is 5, expected 6",
+        "export model: .*/model/chat_template.jinja is missing",
+    ],
     change_the_configuration: ["folder: run.json: configuration"],
     cut_a_file: ["off_policy/items.jsonl, line 2 is not valid JSON"],
 }

@@ -306,7 +306,7 @@ def wider(prompts, columns):
 @pytest.fixture
 def prompts(make_prompts):
     """Bare, context and control views of three questions."""
-    return make_prompts(0, 3, 5), make_prompts(1, 3, 8), make_prompts(2, 3, 8)
+    return make_prompts(0, 3, 5), make_prompts(1, 3, 8), make_prompts(2, 3, 9)
 
 
 @pytest.fixture

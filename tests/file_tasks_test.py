@@ -194,6 +194,18 @@ def test_a_column_may_hold_the_context(tmp_path):
     assert {row.context for row in every_row(task)} == {"note 0", "note 1", "note 2"}
 
 
+def test_a_limit_is_of_the_first_rows_of_each_file(tmp_path):
+    for name, first in (("a1", 0), ("a2", 100), ("b", 200)):
+        written(tmp_path / f"{name}.jsonl", [gsm8k(n) for n in range(first, first + 40)])
+    numbers = [*range(30), *range(100, 130), *range(200, 230)]
+    task = math(tmp_path / "a*.jsonl", test_path=str(tmp_path / "b.jsonl"), limit=30)
+    assert sorted(int(row.question.split()[2]) for row in every_row(task)) == numbers
+    assert sorted(int(row.question.split()[2]) for row in task.rows("test")) == numbers[60:]
+    rows = [{"q": f"{n}?", "a": "B"} for n in range(40)]
+    asked = {row.question for row in every_row(qa(written(tmp_path / "rows.jsonl", rows), limit=30))}
+    assert asked == {f"{n}?" for n in range(30)}
+
+
 def test_splits_go_by_the_question_and_not_by_its_place_or_file(tmp_path):
     rows = [gsm8k(n) for n in range(300)]
     whole = math(written(tmp_path / "a.jsonl", rows))

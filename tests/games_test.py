@@ -180,8 +180,21 @@ def test_the_command_prints_facts_by_split_and_one_line_for_bad_settings(capsys)
     assert command.main(["frozenlake"]) == 0
     out = capsys.readouterr().out
     assert "all   19 boards: solved in 4 100.0 %" in out and "random moves win 1.6 %" in out
+    assert command.main(["frozenlake", "--turns=3"]) == 0
+    assert capsys.readouterr().out.count(" boards: solved not within the turns 100.0 %") == 3  # none is of dev
     assert command.main(["frozenlake", "--size=1"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_command_draws_as_many_boards_as_it_is_told_with_its_seed(capsys):
+    """Of a game whose boards are too many to list."""
+    game, printed = GAMES["sokoban"](), []
+    for seed in (0, 1):
+        assert command.main(["sokoban", "--boards=6", "--turns=3", f"--seed={seed}"]) == 0
+        printed.append(capsys.readouterr().out)
+        facts = [measure(game, draw_boards(game, split, 6, seed), 3) for split in SPLITS]
+        assert printed[-1] == "".join(f"{s:5} {command._describe(own)}\n" for s, own in zip(SPLITS, facts))
+    assert printed[0] != printed[1]
 
 
 # --- The library's rules ---

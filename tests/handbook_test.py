@@ -134,10 +134,14 @@ def test_the_seed_decides_the_document_and_nothing_else_does():
 def test_a_document_is_as_long_as_asked_for(style, tokens):
     task = make(style=style, tokens=tokens)
     assert 0.95 * tokens < handbook.estimate_tokens(task.context) < 1.1 * tokens
-    assert len(task.document.values()) == 12 and {row.reference for row in task.rows("dev")} == set(
-        task.document.values().values()
-    )
     assert len(task.document.entries) > 12  # the others are about other subjects
+    rows = task.rows("dev")
+    for document in (task.document, *task.others["test"].values()):
+        own = {entry.fact.name: entry.value for entry in document.entries if entry.subject == task.subject}
+        assert len(own) == 12
+        context = next((text for text, one in task.others["test"].items() if one is document), None)
+        asked = [under for row in rows for under in task.rows_under(row, context)] if context else rows
+        assert {row.id.split("-")[1]: row.reference for row in asked} == own
     folder = os.environ.get("CTXJAX_REAL_MODEL")
     if folder:
         from transformers import PreTrainedTokenizerFast

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 import string
+import time
 from types import SimpleNamespace
 
 import jax
@@ -19,8 +20,8 @@ from ctxjax.data import pipeline, prompts
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation import metrics as metrics_lib, views
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
-from ctxjax.host import checksum
-from ctxjax.inputs import base_model, data_record, run_inputs
+from ctxjax.host import checksum, workdir as workdir_lib
+from ctxjax.inputs import base_model, data_record, run_inputs, teacher_samples
 from ctxjax.sharding import make_mesh
 from ctxjax.training import arm as arm_lib, run as run_lib
 from ctxjax.types import Rollout
@@ -361,6 +362,20 @@ def test_an_arm_is_evaluated_after_its_last_step_and_at_the_one_that_is_selected
     }
 
 
+@pytest.mark.parametrize("changed", ["", "versions", "commit", "device", "step"])
+def test_an_evaluation_serves_again_if_the_same_code_made_it_after_as_many_steps(changed, tmp_path, mesh):
+    made, expected = [], Evaluation({"acc_x": 0.5}, [], {}, {"bare": {"seed": 3}}, {"the": 7})
+
+    def evaluate(facts: dict, taken: int) -> Evaluation:
+        opened = run_lib._OpenRun(None, tmp_path, mesh, None, None, None, None, facts, None, 0.0, {})
+        return opened.evaluate(tmp_path / "one", lambda params: made.append(params) or expected, STUDENT, taken)
+
+    facts = {"versions": {"jax": "1"}, "commit": "a", "device": "one", "host": "here", "started": "then"}
+    assert evaluate(facts, 3) is expected
+    facts |= {"host": "there", "started": "now"} | ({changed: "another"} if changed in facts else {})
+    assert evaluate(facts, 4 if changed == "step" else 3) == expected and len(made) == 1 + bool(changed)
+
+
 def test_results_compare_every_arm_with_the_first_and_resample_as_configured(folder, monkeypatch):
     config = config_lib.experiment(settings(folder, **{"eval.bootstrap": 77, "train.steps": 12}), 1)
     made = {
@@ -388,6 +403,126 @@ def test_results_compare_every_arm_with_the_first_and_resample_as_configured(fol
 
 
 @pytest.mark.slow
+def test_the_summary_is_in_seconds_and_gibibytes(monkeypatch, capsys):
+    monkeypatch.setattr(run_lib.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**19))  # KiB
+    run_lib._print_summary({"base": {"acc_x": 0.5}}, {"load": 1.26, "total": 8.0}, Path("a/report.html"))
+    last = "seconds: load 1.3, total 8.0\npeak memory of the host process: 1.50 GiB\nreport: a/report.html\n"
+    assert capsys.readouterr().out.endswith(last)
+
+
+def test_a_run_prints_how_many_rows_each_split_lost(folder, monkeypatch, tmp_path, mesh, capsys):
+    config = settings(folder, **{"prompt.max_bare_tokens": 200, "prompt.overlong": "drop", "run_arms": ("opcd",)})
+    dropped = {"dev": 3, "test": 5}
+    lost = [SimpleNamespace(dropped=count) for count in dropped.values()]
+    monkeypatch.setattr(
+        run_lib.Evaluator, "of_splits", lambda config, task, names, *_: lost if names == tuple(dropped) else 0
+    )
+    monkeypatch.setattr(run_lib, "compute_teacher_prefix", lambda *_: None)
+    with workdir_lib.Lock(tmp_path) as lock:
+        opened = run_lib._open(
+            config_lib.experiment(config, 1), tmp_path, workdir_lib.collect_facts(config), mesh, lock, 0.0
+        )
+    kept = [row for row in opened.inputs.task.rows("train") if len(row.question) < 100]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == (
+        f"{len(kept)} training questions; over-long and dropped: train {24 - len(kept)}, dev 3, test 5; rows of data "
+        "files left out: none"
+    )
+    assert (opened.dev, opened.test) == tuple(lost) and 5 < len(kept) < 19
+
+
+def test_the_digests_of_inputs_tell_what_has_changed(folder, mesh):
+    inputs = run_inputs.open_inputs(config_lib.experiment(settings(folder), 1), mesh, {})
+    before = run_inputs.compute_digests(inputs)
+
+    def differ(**changes) -> set[str]:
+        now = run_inputs.compute_digests(inputs._replace(**changes))
+        return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+
+    def with_rows(split: str):
+        """The same task, of which one question has another reference."""
+        first, *rest = inputs.task.rows(split)
+        mine = [first._replace(reference="7777"), *rest]
+        rows = lambda name: mine if name == split else inputs.task.rows(name)  # noqa: E731
+        return SimpleNamespace(rows=rows, other_contexts=inputs.task.other_contexts, rows_under=inputs.task.rows_under)
+
+    rows, student = inputs.rows, inputs.student
+    for view in ("bare", "context"):
+        ids = [*getattr(rows, view)[1:], [1, 2, 3]]
+        assert differ(rows=dataclasses.replace(rows, **{view: ids})) == {"prompts"}
+    contexts = [row._replace(context="another") for row in rows.rows]
+    assert differ(rows=dataclasses.replace(rows, rows=contexts)) == {"contexts"}
+    for split in ("train", "dev", "test"):
+        assert "rows" in differ(task=with_rows(split)) and before["rows"].keys() == {"train", "dev", "test"}
+    one = student.params | {"final_norm": student.params["final_norm"].at[0].set(7.0)}
+    another = dataclasses.replace(student, params=one)
+    assert differ(student=another, teacher=another) == {"model"} and differ(teacher=another) == {"teacher"}
+    other = dataclasses.replace(student, stop_ids=(3, 9))
+    assert differ(student=other, teacher=other) == {"stop_ids"} and before["stop_ids"] == [3]
+
+
+def test_the_teachers_samples_are_of_the_questions_of_their_steps(folder, monkeypatch, tmp_path, mesh):
+    config = config_lib.experiment(settings(folder, **{"run_arms": ("opcd",), "train.steps": 6}), 1)
+    inputs = run_inputs.open_inputs(config, mesh, {})
+    given = []
+
+    def answer(params, batch, key, step, model, sampling):
+        given.extend(prompts.unpad(jax.device_get(batch.context)))
+        tokens = np.full((8, 5), 20 + step, np.int32)
+        return Rollout(tokens, np.ones(tokens.shape, bool), np.full(tokens.shape, -0.5, np.float32))
+
+    monkeypatch.setattr(teacher_samples, "teacher_rollout", answer)
+    monkeypatch.setattr(teacher_samples, "steps_with_samples", lambda config, arm: [1, 4])
+    found = teacher_samples.open_teacher_samples(config, inputs, tmp_path, mesh)
+    assert {step: set(rollout.tokens_BxT.flat) for step, rollout in found.items()} == {1: {21}, 4: {24}}
+    rows = [json.loads(line) for line in (tmp_path / teacher_samples.FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2] * 8 + [5] * 8
+    asked = dict(zip([row.id for row in inputs.rows.rows], inputs.rows.context))
+    assert [asked[row["id"]] for row in rows] == given
+    questions = {row.id: row.question for row in inputs.rows.rows}
+    assert all(row["question"] == questions[row["id"]] for row in rows)
+
+
+def test_an_arm_steps_evaluates_and_saves_in_turn(folder, monkeypatch, tmp_path, mesh):
+    made = make_arm(folder, monkeypatch, tmp_path, mesh, **{"train.steps": 5, "train.save_every": 3, "eval.every": 2})
+    arm, done, seconds = made.arm, [], {}
+
+    def note(name: str):
+        return lambda *given: done.append((name, *given))
+
+    names = ("write", "step", "flush", "pause", "sync", "close", "end_bar")
+    writer = SimpleNamespace(kept=[], **{name: note(name) for name in names})
+    fed = SimpleNamespace(sync=note("fed"), close=lambda: None)
+    checkpoints = SimpleNamespace(save=lambda state, taken, record: done.append(("save", state, taken, record)))
+    checkpoints.close = lambda: None
+    inputs = SimpleNamespace(_asdict=dict)
+    source = SimpleNamespace(next=lambda state, step: inputs)
+    monkeypatch.setattr(arm_lib, "Checkpoints", lambda *_: checkpoints)
+    monkeypatch.setattr(arm_lib.Arm, "_restore_or_init", lambda *_: (0, 0))
+    monkeypatch.setattr(arm_lib, "Writer", lambda *_: writer)
+    monkeypatch.setattr(arm_lib, "StepRows", lambda *_: fed)
+    monkeypatch.setattr(arm_lib.Arm, "_make_source", lambda *_: source)
+    monkeypatch.setattr(arm_lib.Arm, "_find_kind", lambda *_: "kind")
+    programs = {"kind": lambda state, frozen: (state + 1, {"loss": float(state)})}
+    monkeypatch.setattr(arm_lib.Arm, "_compile_programs", lambda arm, state, source, steps: programs)
+    monkeypatch.setattr(
+        arm_lib.Arm, "_evaluate", lambda arm, taken, state, dev, writer: note("evaluate")(taken, state, dev)
+    )
+    monkeypatch.setattr(arm_lib.Arm, "_join_student", lambda arm, state: f"student of {state}")
+    started = time.monotonic() - 100
+    on_dev = Evaluation({"acc_x": 0.25, "n": 3}, [], {}, {}, {})
+    assert arm.train("dev", on_dev, started, seconds) == "student of 5"
+    assert [own for own in done if own[0] in ("write", "step", "evaluate", "save")] == [
+        ("write", 0, {"dev/acc_x": 0.25}), ("step", 1, {"loss": 0.0}), ("step", 2, {"loss": 1.0}),
+        ("evaluate", 2, 2, "dev"),
+        ("step", 3, {"loss": 2.0}), ("save", 3, 3, {"data_position": 3}), ("step", 4, {"loss": 3.0}),
+        ("evaluate", 4, 4, "dev"), ("step", 5, {"loss": 4.0}), ("save", 5, 5, {"data_position": 5}),
+    ]  # fmt: skip
+    saves = [place for place, own in enumerate(done) if own[0] == "save"]
+    assert all(done[place - 2 : place] == [("sync",), ("fed",)] for place in saves)
+    assert 100 < seconds["first step done"] < time.monotonic() - started and seconds["opcd_retained compile"] < 50
+
+
 def test_a_base_is_trained_with_its_own_fields_on_text_of_its_own_seed(monkeypatch):
     config = base.get_config()
     config.task, config.base.cache = "rules", "/none"

@@ -5,22 +5,25 @@ from pathlib import Path
 import string
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import forked
 import jax
 import pytest
 
-from configs import base, llama3, tiny
+from configs import base, llama3, tiny, tiny_grid
 from ctxjax import config as config_lib, sharding
 from ctxjax.data import prompts
 from ctxjax.data.pipeline import training_batches
 from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.data.worlds.tiny_grid import TinyGrid
 from ctxjax.inputs import run_inputs
 from ctxjax.inputs.batch_shapes import make_batch_shapes
 from ctxjax.models import params as params_lib
 from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig, param_specs
 from ctxjax.plan import run, step as plan_step
+from ctxjax.training.game_episodes import GameEpisodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_devices")]
 TASK = {
@@ -81,7 +84,7 @@ def make_config(case: str, folders: dict[str, Path], questions: Path):
 def plan_batch(experiment, task: str, mesh, lengths=None):
     """The batch that is planned for the arm with retention, and the line of its shapes."""
     views = run.find_views(experiment, task, lengths)
-    shapes = make_batch_shapes(experiment, views.bare, views.context, views.other)
+    shapes = make_batch_shapes(experiment, views.bare, views.context, views.other, views.turns)
     model = ModelConfig(8, width=8, layers=1, query_heads=1, kv_heads=1, head_dim=8, mlp_width=8)
     step = plan_step.make_step_config(experiment, experiment.arms["opcd_retained"], model, model)
     return plan_step.make_abstract_batch(step, shapes, mesh), shapes.describe()
@@ -109,6 +112,23 @@ def test_the_planned_batch_is_the_runs_and_both_print_one_line(case, folders, qu
     # The context is read once if all rows share it; hints share their template's first words.
     assert (planned.context.prefix_C is None) == (case == "rules")
     assert planned.other.tokens_BxP.shape[0] == 4
+
+
+def test_a_games_planned_batch_has_the_turns_of_all_episodes(capsys):
+    config = tiny_grid.get_config()
+    config.train.batch_size, config.train.retention_rows, config.train.micro_batches = 8, 4, 2
+    config.mesh.data, config.mesh.fsdp, config.run_arms = 1, -1, ("opcd", "opcd_retained")
+    experiment = config_lib.experiment(config, 2)
+    task = TinyGrid(experiment.task_config)
+    tokenizer, mesh = task.tokenizer(), sharding.make_mesh(fsdp=2)
+    with jax.set_mesh(mesh):
+        rows, retention = run_inputs._encode(experiment, task, tokenizer)
+        student = SimpleNamespace(tokenizer=tokenizer, stop_ids=(tokenizer.eos_token_id,), pad_id=0)
+        inputs = run_inputs.Inputs(task, student, student, rows, retention)
+        (real,) = GameEpisodes.of_run(experiment, inputs, True, lambda params: params, mesh).examples(0)
+        planned, line = plan_batch(experiment, config.task, mesh)
+    assert capsys.readouterr().out.splitlines()[-1] == f"batch: {line}"
+    assert describe(planned) == describe(real.batch) and planned.bare.tokens_BxP.shape[0] == 8 * task.max_turns
 
 
 def test_lengths_take_the_place_of_data(folders, questions):

@@ -18,7 +18,7 @@ from ctxjax.distill import losses, response_stats
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import player as player_lib
-from ctxjax.evaluation.answers import Games
+from ctxjax.evaluation.answers import Games, _control_view
 from ctxjax.evaluation.episodes import grade_episodes
 from ctxjax.evaluation.player import Clock, Player, pad_responses
 from ctxjax.evaluation.split import Split
@@ -242,6 +242,13 @@ def test_the_views_are_compared_along_all_turns_of_the_bare_view(world, folder, 
         for text, system in ((bare, None), (context, world.context), (control, unrelated)):
             assert f"<|user|>{row.question}<|end|>" in text
             assert (f"<|system|>{system}<|end|>" in text) == (system is not None)
+
+
+def test_the_control_is_the_context_that_has_least_to_do_with_the_questions():
+    views = dict.fromkeys(("bare", "context", "empty", "other", "paraphrase", "unrelated"), [])
+    for left_out, control in (("", "unrelated"), ("unrelated", "other"), ("other", "empty")):
+        views.pop(left_out, None)
+        assert _control_view(SimpleNamespace(rows=views)) == control
 
 
 def test_several_samples_of_a_board_are_several_episodes(world, folder, sampling, mesh, expert):

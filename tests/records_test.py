@@ -127,6 +127,8 @@ def test_more_bad_rows_than_the_limit_are_an_error_with_the_counts(tmp_path):
     assert texts(path, skip=("missing", "not_text"), max_skipped=3)[1] == {"missing": 1, "not_text": 2}
     with pytest.raises(ValueError, match=r"line 8: .*3 rows are left out \(missing 1, not_text 2\), more than .* = 2"):
         texts(path, skip=("missing", "not_text"), max_skipped=2)
+    path = jsonl(tmp_path / "b.jsonl", [{"q": "1234567?", "a": "8"}, {"q": "12345678?", "a": "9"}])
+    assert texts(path, skip=("huge",), max_text=8) == ([["1234567?", "8"]], {"huge": 1})
 
 
 @pytest.mark.parametrize(

@@ -467,9 +467,12 @@ def test_responses_end_at_the_stop_ids_of_student_or_teacher_and_one_model_is_he
 @pytest.mark.parametrize("shortest", [prompts.SHORTEST_PREFIX, 2])  # without, and with a shared prefix
 def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, monkeypatch):
     monkeypatch.setattr(prompts, "SHORTEST_PREFIX", shortest)
-    experiment = config_lib.experiment(make_config(cache), jax.device_count())
+    config = make_config(cache)
+    config.train.retention_rows = 4
+    experiment = config_lib.experiment(config, jax.device_count())
     monkeypatch.setattr(batch_text, "format_batch", lambda formatter, *shown: shown)
     batch, stop_ids, *previewed = preview.format_first_batch(experiment, width=100, colour=False)
+    assert [len(view.mask_BxP) for view in (batch.bare, batch.context, batch.other)] == [8, 8, 4]
     assert {view.prefix_C for view in (batch.bare, batch.context, batch.other)} == {None}
     begins = [{tuple(ids[:2]) for ids in prompts.unpad(view)} for view in (batch.bare, batch.context)]
     assert begins == [{(2, 5)}, {(2, 4)}]  # the begin token, then the user's or the system's turn

@@ -254,6 +254,8 @@ def test_loss_and_gradient_must_both_be_finite(loss, slope, skipped, halves, ste
     grads["final_norm"][0] = slope
     after, metrics = step_of(before, np.float32(loss), grads)
     assert metrics["skipped"] == skipped
+    if not skipped:
+        assert metrics["grad_norm"] == pytest.approx(sum(leaf.size for leaf in jax.tree.leaves(grads)) ** 0.5)
     assert (largest_difference(before.params, after.params) == 0) == bool(skipped)
     assert (largest_difference(before.ema, after.ema) == 0) == bool(skipped)
     assert np.isfinite(jax.tree.leaves(after.params)[0]).all()

@@ -63,6 +63,34 @@ def test_a_run_may_move_to_another_mesh_and_may_not_become_another(tmp_path, fac
         workdir.check_workdir(tmp_path, config)
 
 
+def test_no_other_field_may_change(tmp_path, facts):
+    workdir.claim(tmp_path, facts, {})
+
+    def may_change(section: dict, field: str) -> bool:
+        before, section[field] = section[field], "another"
+        try:
+            workdir.check_workdir(tmp_path, facts["config"])
+        except ValueError:
+            return False
+        finally:
+            section[field] = before
+        return True
+
+    def list_changeable(section: dict, prefix: str = "") -> set[str]:
+        found = set()
+        for name, value in section.items():
+            if isinstance(value, dict) and value:
+                found |= list_changeable(value, f"{prefix}{name}.")
+            elif f"{prefix}{name}" != "train.steps" and may_change(section, name):
+                found.add(f"{prefix}{name}")
+        return found
+
+    assert list_changeable(facts["config"]) == {
+        "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices", "cpu_devices", "compile_cache", "model.remat",
+        "model.attention", "rollout.weights", "train.micro_batches", "train.save_every", "train.keep",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("schedule", "steps", "reason"),
     [
@@ -97,12 +125,16 @@ def test_other_inputs_under_the_same_names_are_refused_and_nothing_changes(tmp_p
 
 
 def test_the_manifest_says_what_ran_and_keeps_the_earlier_starts(tmp_path, facts):
-    workdir.claim(tmp_path, facts, {"model": "aa"})
-    workdir.claim(tmp_path, facts | {"started": "later"}, {"model": "aa"})
+    starts = [facts | {"started": f"{number}", "record": {"data.jsonl": f"{number}"}} for number in range(4)]
+    for start in starts:
+        workdir.claim(tmp_path, start, {"model": "aa"})
     manifest = json.loads((tmp_path / "run.json").read_text())
     assert {"config", "seed", "command", "versions", "commit", "device", "host", "inputs"} <= manifest.keys()
-    assert manifest["started"] == "later"
-    assert [start["started"] for start in manifest["earlier_starts"]] == [facts["started"]]
+    assert (manifest["started"], manifest["record"]) == ("3", {"data.jsonl": "3"})
+    kept = ("started", "command", "device", "commit", "versions", "record")
+    assert [{name: start[name] for name in kept} for start in manifest["earlier_starts"]] == [
+        {name: start[name] for name in kept} for start in starts[:3]
+    ]
 
 
 def test_a_run_that_was_killed_at_its_very_begin_can_be_started_again(tmp_path, facts):

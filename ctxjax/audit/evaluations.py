@@ -110,6 +110,9 @@ def check_decoding(folder: Folder, one: Evaluated, check: Check) -> None:
         else:
             check.unchecked.append("an older version did not write it down")
         return
+    missing = _group(folder.rows(f"{one.folder}/items.jsonl")).keys() - stored["decoding"].keys()
+    if missing:
+        check.wrong.append(f"{one.folder}/evaluation.json does not say how {', '.join(sorted(missing))} was decoded")
     config = folder.config
     common = {"max_tokens": config["rollout"]["max_tokens"], "seed": config["seed"]}
     for view, decoding in stored["decoding"].items():

@@ -3,7 +3,8 @@
 An alarm holds in a row if its metric is beyond its threshold. It is warned of once, and marked as ``alarm/NAME`` in
 every row of metrics.jsonl in which it holds. results.json and the report list it with the step at which it was raised,
 its message, and the number of rows in which it held. It ends the run if ``config.alarms.stop`` names it. All of this is
-a function of the rows alone, so a run that is resumed, and reads its own rows again, raises the same alarms.
+a function of the rows alone, so a run that is resumed, and reads its own rows again, raises the same alarms. With
+``train.log_every`` above 1 it reads only those that were written, and what held in between is forgotten.
 
 The agreement of student and teacher is that of their most likely tokens, which the losses compute anyway. The overlap
 of their top k would need a sort along the sharded vocabulary at every token.

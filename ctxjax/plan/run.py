@@ -12,7 +12,7 @@ from ctxjax.config import Experiment
 from ctxjax.data import splits
 from ctxjax.data.prompts import SHORTEST_PREFIX
 from ctxjax.data.shapes import ViewShape, make_shape
-from ctxjax.data.task import Task
+from ctxjax.data.task import GameTask, Task
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import needs_ema
@@ -42,12 +42,14 @@ class Lengths(NamedTuple):
 
 
 class Views(NamedTuple):
-    """The shapes of a run's prompts, as in BatchShapes. ``note``: what a reader should know of them; may be empty."""
+    """The shapes of a run's prompts, as in BatchShapes. ``note``: what a reader should know of them; may be empty.
+    ``turns``: most turns of an episode, each of which is a row of the batch."""
 
     bare: ViewShape
     context: ViewShape
     other: ViewShape | None
     note: str
+    turns: int = 1
 
 
 def plan(
@@ -116,7 +118,7 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, 
     dtype = experiment.model.dtype
     if dtype == "auto":
         dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
-    shapes = make_batch_shapes(experiment, views.bare, views.context, views.other)
+    shapes = make_batch_shapes(experiment, views.bare, views.context, views.other, views.turns)
     model, source = _find_student(experiment, dtype)
     _check_positions(model, shapes)
     facts = {"model": f"{source}; {_format_size(model)}", "task": config.task, "arm": loss_name}
@@ -159,7 +161,11 @@ def find_views(config: Experiment, task: str, lengths: Lengths | None) -> Views:
         ) from None
     encoded, retention = encode_training_rows(config, opened, tokenizer)
     other = retention.shape if retention else None
-    return Views(**encoded.shapes, other=other, note=describe_outliers(encoded, retention))
+    notes, turns = [describe_outliers(encoded, retention)], 1
+    if isinstance(opened, GameTask):
+        turns = opened.max_turns
+        notes.append(f"all {turns} turns of every episode are planned as sampled at once; a run samples one at a time")
+    return Views(**encoded.shapes, other=other, note="; ".join(filter(None, notes)), turns=turns)
 
 
 def _open_task(config: Experiment, task: str) -> tuple[Task, object]:
