@@ -285,8 +285,8 @@ def saving_cost(mesh, rounds: int, steps: int = 50) -> dict:
     """Measure ``steps`` steps of configs/tiny.py, and the save after them until it is complete, in seconds."""
     import jax
 
-    from configs import tiny
     from ctxjax import config as config_lib, sharding
+    from ctxjax.configs import tiny
     from ctxjax.distill.sampling import SamplingConfig
     from ctxjax.distill.train_step import StepConfig, init_state, train_step
     from ctxjax.inputs.base_model import make_model_config

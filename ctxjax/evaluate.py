@@ -1,4 +1,6 @@
-"""Evaluate any model folder: ``python -m ctxjax.evaluate --model=FOLDER --task=NAME [--context=FILE] --out=FOLDER``.
+"""Evaluate any model folder (also ``python -m ctxjax.evaluate``)::
+
+    ctxjax evaluate --model=my-model --task=math --config.math.path=rows.jsonl --context=prompt.txt --out=evaluation
 
 Questions, views, decoding and graders are those of a training run; set them with ``--config.TASK.path=...``,
 ``--config.eval.temperature=...`` and so on (configs/base.py). Without a context there is no context view, and no metric
@@ -129,7 +131,7 @@ def command_line() -> None:
     """Read the flags and run the command. The flags are declared here and not at import, since the training command has
     flags of the same names."""
     config = config_flags.DEFINE_config_file(
-        "config", "configs/base.py", "The configuration that --config.* flags change."
+        "config", command.find_config("configs/base.py"), "The configuration that --config.* flags change."
     )
     options = (
         flags.DEFINE_string("model", None, "A Hugging Face folder or Hub id; default: config.model.path."),

@@ -154,7 +154,11 @@ def _choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step:
 
 def main(arguments: list[str] | None = None) -> int:
     """Export and print the folder's name. Return 0, or 2 after one line on stderr if it fails."""
-    parser = argparse.ArgumentParser(prog="python -m ctxjax.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="ctxjax export",
+        description="Export a trained arm as a Hugging Face folder.",
+        epilog="example: ctxjax export --workdir=runs/tiny --arm=opcd_anchored --out=my-model",
+    )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must not exist")
     parser.add_argument("--arm", help="arm; default: the only one that has checkpoints")

@@ -1,4 +1,8 @@
-"""Train and evaluate: ``python -m ctxjax.main --config=configs/tiny.py --workdir=DIR [--config.field=value ...]``.
+"""Train and evaluate (also ``python -m ctxjax.main``)::
+
+    ctxjax train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=50
+
+``--config.FIELD=VALUE`` sets any field of configs/base.py. A configuration is a file, or one of the package's.
 
 With ``--dump_batch`` it prints the first training batch, token by token, and ends. Several processes train together if
 all get the same command. On TPU pods and under Slurm they find each other; elsewhere add

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import reference
 
-from configs import base
 from ctxjax import config as config_lib, evaluate, rng
+from ctxjax.configs import base
 from ctxjax.data import pipeline, prompts
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation import metrics as metrics_lib, views

@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
 
-from configs import tiny
 from ctxjax import config as config_lib
+from ctxjax.configs import tiny
 from ctxjax.data.shapes import ViewShape
 from ctxjax.distill.losses import LossConfig
 from ctxjax.inputs.batch_shapes import BatchShapes

@@ -9,8 +9,8 @@ from jax import lax
 import jax.numpy as jnp
 import pytest
 
-from configs import tiny
 from ctxjax import config as config_lib
+from ctxjax.configs import tiny
 from ctxjax.inputs import base_model
 from ctxjax.models import attention, params as params_lib, transformer
 from ctxjax.plan import architectures, chips, flops, hlo, run

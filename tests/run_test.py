@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from configs import tiny
 from ctxjax import config as config_lib, sharding
 from ctxjax.audit import audit
+from ctxjax.configs import tiny
 from ctxjax.data import prompts
 from ctxjax.data.worlds import rules
 from ctxjax.distill.train_step import StepConfig, init_state, rollout_step

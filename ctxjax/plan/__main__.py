@@ -1,4 +1,6 @@
-"""Plan a run: ``python -m ctxjax.plan --config=FILE[:arguments] --topology=v5e:4x4 [--json] [--config.field=value]``.
+"""Plan a run (also ``python -m ctxjax.plan``)::
+
+    ctxjax plan --config=configs/llama3.py:file,1b --topology=v5e:2x4 --prefix=500 --question=100
 
 Compiles the whole training step for a TPU slice, which need not exist here (libtpu's compiler does it), or with
 ``--devices=N`` for local devices. Prints the memory of a chip by item, arithmetic, traffic and lower bounds of a step's

@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     Returns 0, or 2 after one line on stderr if the run's files are missing or cannot be read.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m ctxjax.report", description="Rebuild the page of a finished or running run."
+        prog="ctxjax report",
+        description="Rebuild the page of a finished or running run.",
+        epilog="example: ctxjax report --workdir=runs/tiny",
     )
     parser.add_argument(
         "--workdir", required=True, type=pathlib.Path, metavar="DIR", help="folder that holds results.json"
