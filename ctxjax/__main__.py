@@ -1,4 +1,4 @@
-"""All commands under one name: ``ctxjax train --config=tiny --workdir=runs/tiny``, or ``python -m ctxjax train ...``."""
+"""All commands under one name: ``ctxjax train --config=tiny --workdir=DIR``, or ``python -m ctxjax train ...``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     sys.argv[1:] = rest
     try:
         runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:  # while the command is imported
+    except KeyboardInterrupt:  # while the command is imported; later it handles Ctrl-C itself
+        print("\nCtrl-C", file=sys.stderr)
         return 130
     return 0
 

@@ -17,7 +17,7 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from ctxjax.host import command
+from ctxjax.host import command, preemption, progress
 
 NAME = "model"  # the key of the evaluated model in results.json
 
@@ -40,10 +40,11 @@ def main(
     evaluation, facts, data = evaluate(config, split)
     line = shlex.join(["python", "-m", "ctxjax.evaluate", *sys.argv[1:]])
     facts = workdir.collect_facts(config) | facts | data.facts | {"command": line}
-    evaluation.save(out / NAME, {"step": 0} | workdir.select_code_facts(facts))
-    workdir.write_json(out / "run.json", facts)
-    workdir.write_text(out / data_record.FILE, data.text)
-    workdir.write_json(out / "results.json", {NAME: evaluation.metrics})
+    with workdir.new_folder(out) as partial:
+        evaluation.save(partial / NAME, {"step": 0} | workdir.select_code_facts(facts))
+        workdir.write_json(partial / "run.json", facts)
+        workdir.write_text(partial / data_record.FILE, data.text)
+        workdir.write_json(partial / "results.json", {NAME: evaluation.metrics})
     print(f"\n{report.results_table({NAME: evaluation.metrics})}\n")
     print(_format_readable(evaluation.metrics))
     print(f"results and responses: {out}")
@@ -83,8 +84,9 @@ def evaluate(config: ConfigDict, split: str):
     task_config = experiment.task_config
     if hasattr(task_config, "required"):
         task_config = dataclasses.replace(task_config, required=False)
-    task = TASKS[experiment.task][1](task_config)
-    splits.check_splits(task, (split,))
+    with progress.Bar("reading the questions"):
+        task = TASKS[experiment.task][1](task_config)
+        splits.check_splits(task, (split,))
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with jax.set_mesh(mesh):
         model = experiment.model
@@ -130,6 +132,7 @@ def _format_readable(metrics: dict) -> str:
 def command_line() -> None:
     """Read the flags and run the command. The flags are declared here and not at import, since the training command has
     flags of the same names."""
+    preemption.listen()
     config = config_flags.DEFINE_config_file(
         "config", command.find_config("configs/base.py"), "The configuration that --config.* flags change."
     )

@@ -57,6 +57,13 @@ def test_the_console_lists_its_commands(capsys):
     assert "'trian' is not a command; choose from train, evaluate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", console.COMMANDS)
+def test_every_command_handles_ctrl_c(name):
+    path = ROOT.joinpath(*console.COMMANDS[name][0].split("."))
+    file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    assert "preemption.listen(" in file.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", console.COMMANDS)
 def test_every_command_explains_itself_with_an_example(name, tmp_path):

@@ -219,7 +219,7 @@ def test_a_run_interrupted_on_one_mesh_resumes_on_another_to_the_same_parameters
 def test_a_finished_run_is_not_evaluated_again_and_has_the_same_results(finished, cache, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
 
-    def fail(self, params):
+    def fail(self, params, name):
         raise AssertionError("evaluated again")
 
     monkeypatch.setattr(Evaluator, "__call__", fail)

@@ -17,6 +17,7 @@ from absl import logging
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from ctxjax.audit import audit  # noqa: E402
+from ctxjax.host import preemption  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,4 +45,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     sys.exit(main())

@@ -14,7 +14,7 @@ from ctxjax.distill import chunked_head, divergences, losses, objective
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import Networks, WeightedBatch
 from ctxjax.distill.sampling import SamplingConfig, sample
-from ctxjax.host import preemption
+from ctxjax.host import preemption, progress
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig, finish_logits, head_weights
 from ctxjax.types import Batch, Params, Prompts, Rollout, map_rows
@@ -127,26 +127,33 @@ def decode(
     batch_size: int,
     mesh: Mesh,
     numbers: np.ndarray | None = None,
+    what: str = "",
 ) -> Rollout:
     """Return responses to n prompts (host arrays [n, P]) as host arrays [n * samples, T], all of a prompt in a row.
 
     The randomness of prompt i is (key, numbers[i]), by default (key, i). ``batch_size``: responses decoded at a time.
+    ``what``: of the progress bar; "" for none.
     """
     rows = np.arange(prompts.tokens_BxP.shape[0]) if numbers is None else numbers
     rows = rows.astype(np.int32)
     ways, parts, running = sharding.batch_ways(mesh), [], None
     batch_size = max(batch_size // sampling.samples // ways, 1) * ways
-    for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):
-        rollout = _decode(params, model, sampling, batch, key, ids)
-        # The previous batch is copied to the host while this one is decoded.
-        parts += _copy_to_host(running)
-        running = rollout, real * sampling.samples
-    return _concatenate(parts + _copy_to_host(running))
+    with progress.Bar(what, len(rows) * sampling.samples, "response", compiles=True) as bar:
+        for real, (batch, ids) in _in_batches((prompts, rows), batch_size, mesh):
+            rollout = _decode(params, model, sampling, batch, key, ids)
+            # The previous batch is copied to the host while this one is decoded.
+            parts += _copy_to_host(running, bar)
+            running = rollout, real * sampling.samples
+        return _concatenate(parts + _copy_to_host(running, bar))
 
 
-def _copy_to_host(running: tuple[Rollout, int] | None) -> list[Rollout]:
+def _copy_to_host(running: tuple[Rollout, int] | None, bar: progress.Bar) -> list[Rollout]:
     """Wait for (rollout, number of rows that count) and return these rows; nothing if there is none."""
-    return [] if running is None else [_take_rows(jax.device_get(running[0]), slice(running[1]))]
+    if running is None:
+        return []
+    copied = [_take_rows(jax.device_get(running[0]), slice(running[1]))]
+    bar.update(running[1])
+    return copied
 
 
 def compare(
@@ -158,6 +165,7 @@ def compare(
     rollout: Rollout,
     batch_size: int,
     mesh: Mesh,
+    what: str = "",
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return KL(q_x || q_c) in nats, [n, T], and hidden-state cosines, each [N+1, n, T], along the same responses.
 
@@ -166,19 +174,21 @@ def compare(
     high everywhere. The batches run twice, through one compiled program: first for these means.
     """
 
-    def run_batches(mean_Nx2xD):
+    def run_batches(mean_Nx2xD, bar):
         for real, batch in _in_batches((bare, context, control, rollout), batch_size, mesh):
             *prompts, rollout_b = batch
             yield real, _compare(params, model, *prompts, _mask_rows_from(rollout_b, real), mean_Nx2xD)
+            bar.update(real)
 
     start = np.zeros((model.layers + 1, 2, model.width), np.float32)
-    total = sum(np.asarray(jax.device_get(sums), np.float64) for _, (_, _, sums) in run_batches(start))
-    mean = (total / max(rollout.mask_BxT.sum(), 1)).astype(np.float32)
     kls, all_cosines = [], []
-    for real, (kl, cosines, _) in run_batches(mean):
-        kl, cosines = jax.device_get((kl, cosines))
-        kls.append(kl[:real])
-        all_cosines.append({name: values[:, :real] for name, values in cosines.items()})
+    with progress.Bar(what, 2 * len(rollout.mask_BxT), "response", compiles=True) as bar:
+        total = sum(np.asarray(jax.device_get(sums), np.float64) for _, (_, _, sums) in run_batches(start, bar))
+        mean = (total / max(rollout.mask_BxT.sum(), 1)).astype(np.float32)
+        for real, (kl, cosines, _) in run_batches(mean, bar):
+            kl, cosines = jax.device_get((kl, cosines))
+            kls.append(kl[:real])
+            all_cosines.append({name: values[:, :real] for name, values in cosines.items()})
     return np.concatenate(kls), _concatenate(all_cosines, axis=1)
 
 
@@ -193,13 +203,16 @@ def distillation_kl(
     rollout: Rollout,
     batch_size: int,
     mesh: Mesh,
+    what: str = "",
 ) -> float:
     """Return L_distill in nats per token on given responses."""
     rows = np.arange(bare.tokens_BxP.shape[0], dtype=np.int32)
     total, count = 0.0, 0.0
-    for real, (bare_b, context_b, rollout_b, ids) in _in_batches((bare, context, rollout, rows), batch_size, mesh):
-        rollout_b = _mask_rows_from(rollout_b, real)
-        batch = Batch(bare=bare_b, context=context_b, other=None, row_number_B=ids)
-        mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))
-        total, count = total + float(mean.total), count + float(mean.count)
+    with progress.Bar(what, len(rows), "response", compiles=True) as bar:
+        for real, (bare_b, context_b, rollout_b, ids) in _in_batches((bare, context, rollout, rows), batch_size, mesh):
+            rollout_b = _mask_rows_from(rollout_b, real)
+            batch = Batch(bare=bare_b, context=context_b, other=None, row_number_B=ids)
+            mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))
+            total, count = total + float(mean.total), count + float(mean.count)
+            bar.update(real)
     return total / max(count, 1.0)

@@ -8,6 +8,7 @@ import sys
 
 from ctxjax.games import GAMES
 from ctxjax.games.boards import SPLITS, Facts, draw_boards, measure, split_of
+from ctxjax.host import preemption
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,4 +57,5 @@ def _describe(facts: Facts) -> str:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     sys.exit(main())

@@ -16,7 +16,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ctxjax.host import command
+from ctxjax.host import command, preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/llama3.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v4, v5e, v5p or v6e and its chips, such as v5e:4x4.")
@@ -65,4 +65,5 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     command.run(main, _CONFIG)
