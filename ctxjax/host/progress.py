@@ -35,7 +35,7 @@ class Bar(tqdm):
     ):
         moves = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._period, self._due, self._ended = TERMINAL if moves else FILE, time.monotonic() + QUIET, threading.Event()
-        self._note, self._shown = f"compiling, or the first {unit}" if compiles else None, False
+        self._note, self._shown = "compiling, or the first batch" if compiles else None, False
         hidden = not what or (jax.distributed.is_initialized() and not processes.is_first())
         super().__init__(
             desc=what,
