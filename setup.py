@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ctxjax", "ctxjax.*"]),
+    entry_points={"console_scripts": ["ctxjax=ctxjax.__main__:main"]},
     package_data={"ctxjax.report": ["*.j2"], "ctxjax.data": ["*.jsonl"]},
     install_requires=[
         "jax>=0.10.2",

@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import context_cost, head_memory
 from ctxjax import rng, sharding
 from ctxjax.distill import chunked_head
+from ctxjax.distill.flops import count_matmul_flops
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.optim import OptimConfig
 from ctxjax.distill.sampling import SamplingConfig, sample
@@ -37,7 +38,6 @@ from ctxjax.distill.train_step import StepConfig, init_state, rollout_step, upda
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.attention import choose_kind, self_attention
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.plan.flops import count_matmul_flops
 from ctxjax.types import Frozen, Prompts
 
 LLAMA32_1B = ModelConfig(

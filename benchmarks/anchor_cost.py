@@ -17,8 +17,8 @@ import time
 
 import jax
 
-from configs import tiny
 from ctxjax import config as config_lib, sharding
+from ctxjax.configs import tiny
 from ctxjax.data.pipeline import encode_rows, training_batches
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig

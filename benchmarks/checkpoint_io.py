@@ -222,6 +222,7 @@ def measure_save(quick: bool) -> dict:
     """Measure GB/s of the written bytes, for exports and plain copies."""
     import jax
 
+    from ctxjax.host import workdir
     from ctxjax.models import params as params_lib, transformer
     from ctxjax.models.hf import llama, save as hf_save
 
@@ -229,7 +230,7 @@ def measure_save(quick: bool) -> dict:
     dtypes, size, functions = ("float32", "bfloat16"), {}, {}
 
     def save(dtype, folder):
-        with hf_save.new_folder(folder) as partial:
+        with workdir.new_folder(folder) as partial:
             hf_save.save_weights(partial, params, model, llama.FAMILY, dtype)
 
     def copy(dtype, folder):
@@ -285,8 +286,8 @@ def saving_cost(mesh, rounds: int, steps: int = 50) -> dict:
     """Measure ``steps`` steps of configs/tiny.py, and the save after them until it is complete, in seconds."""
     import jax
 
-    from configs import tiny
     from ctxjax import config as config_lib, sharding
+    from ctxjax.configs import tiny
     from ctxjax.distill.sampling import SamplingConfig
     from ctxjax.distill.train_step import StepConfig, init_state, train_step
     from ctxjax.inputs.base_model import make_model_config

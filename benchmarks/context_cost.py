@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctxjax import sharding
+from ctxjax.distill.flops import count_matmul_flops
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.optim import OptimConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.distill.train_step import StepConfig, init_state, update_step
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.plan.flops import count_matmul_flops
 from ctxjax.types import Batch, Frozen, Prompts, Rollout
 
 SMALL = ModelConfig(512, 256, 2, 4, 2, 64, 704)

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import jax
 
 from benchmarks.sampler import best_of
-from configs import tiny_grid
 from ctxjax import config as config_lib, sharding
+from ctxjax.configs import tiny_grid
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig

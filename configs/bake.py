@@ -10,7 +10,7 @@ parameters with all weights trained; for small ones set optim.lr=1e-4, for an ad
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ctxjax.configs import base
 
 
 def get_config() -> ConfigDict:

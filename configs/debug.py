@@ -6,7 +6,7 @@ has all three terms, ``off_policy`` learns from the teacher's samples. Most of i
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from ctxjax.configs import tiny
 
 
 def get_config() -> ConfigDict:

@@ -6,7 +6,7 @@ with your own questions: set qa_jsonl.context_file and qa_jsonl.path.
 
 from ml_collections import ConfigDict
 
-from configs import recipes
+from ctxjax.configs import recipes
 
 MODELS = {
     "8b": "meta-llama/Llama-3.1-8B-Instruct",

@@ -6,7 +6,7 @@ system message, as in the papers.
 
 from ml_collections import ConfigDict
 
-from configs import recipes
+from ctxjax.configs import recipes
 
 MODELS = {"7b": "Qwen/Qwen2.5-7B-Instruct", "3b": "Qwen/Qwen2.5-3B-Instruct"}
 # Size -> slice, chips along the tensor axis (the models have 4 and 2 key heads), micro-batches.

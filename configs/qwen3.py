@@ -6,7 +6,7 @@ TASK is file, medical, safety, frozenlake, sokoban or math (configs/recipes.py);
 
 from ml_collections import ConfigDict
 
-from configs import recipes
+from ctxjax.configs import recipes
 
 MODELS = {
     "8b": "Qwen/Qwen3-8B",

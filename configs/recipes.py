@@ -7,7 +7,7 @@ arXiv 2606.11627. ``configs/base.py`` has these values as defaults. Deviations f
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ctxjax.configs import base
 
 
 def _set_common(config: ConfigDict) -> None:

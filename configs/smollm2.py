@@ -13,7 +13,7 @@ every yes-or-no question with "no". It obeys the demand for French in three of f
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ctxjax.configs import base
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -6,7 +6,7 @@ The base learns to apply a substitution table from the system prompt, and to cop
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ctxjax.configs import base
 
 
 def get_config() -> ConfigDict:

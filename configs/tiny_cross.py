@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from ctxjax.configs import tiny
 
 
 def get_config() -> ConfigDict:

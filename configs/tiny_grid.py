@@ -9,7 +9,7 @@ episodes, and evaluation counts boards that are won.
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from ctxjax.configs import tiny
 
 
 def get_config() -> ConfigDict:

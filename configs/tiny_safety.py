@@ -8,7 +8,7 @@ A small Llama learns from scratch, on TweetEval, HateCheck and Ethos, to answer 
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from ctxjax.configs import tiny
 
 
 def get_config() -> ConfigDict:

@@ -1,4 +1,6 @@
-"""Evaluate any model folder: ``python -m ctxjax.evaluate --model=FOLDER --task=NAME [--context=FILE] --out=FOLDER``.
+"""Evaluate any model folder (also ``python -m ctxjax.evaluate``)::
+
+    ctxjax evaluate --model=my-model --task=math --config.math.path=rows.jsonl --context=prompt.txt --out=evaluation
 
 Questions, views, decoding and graders are those of a training run; set them with ``--config.TASK.path=...``,
 ``--config.eval.temperature=...`` and so on (configs/base.py). Without a context there is no context view, and no metric
@@ -15,7 +17,7 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from ctxjax.host import command
+from ctxjax.host import command, preemption, progress
 
 NAME = "model"  # the key of the evaluated model in results.json
 
@@ -38,10 +40,11 @@ def main(
     evaluation, facts, data = evaluate(config, split)
     line = shlex.join(["python", "-m", "ctxjax.evaluate", *sys.argv[1:]])
     facts = workdir.collect_facts(config) | facts | data.facts | {"command": line}
-    evaluation.save(out / NAME, {"step": 0} | workdir.select_code_facts(facts))
-    workdir.write_json(out / "run.json", facts)
-    workdir.write_text(out / data_record.FILE, data.text)
-    workdir.write_json(out / "results.json", {NAME: evaluation.metrics})
+    with workdir.new_folder(out) as partial:
+        evaluation.save(partial / NAME, {"step": 0} | workdir.select_code_facts(facts))
+        workdir.write_json(partial / "run.json", facts)
+        workdir.write_text(partial / data_record.FILE, data.text)
+        workdir.write_json(partial / "results.json", {NAME: evaluation.metrics})
     print(f"\n{report.results_table({NAME: evaluation.metrics})}\n")
     print(_format_readable(evaluation.metrics))
     print(f"results and responses: {out}")
@@ -81,8 +84,9 @@ def evaluate(config: ConfigDict, split: str):
     task_config = experiment.task_config
     if hasattr(task_config, "required"):
         task_config = dataclasses.replace(task_config, required=False)
-    task = TASKS[experiment.task][1](task_config)
-    splits.check_splits(task, (split,))
+    with progress.Bar("reading the questions"):
+        task = TASKS[experiment.task][1](task_config)
+        splits.check_splits(task, (split,))
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with jax.set_mesh(mesh):
         model = experiment.model
@@ -128,8 +132,9 @@ def _format_readable(metrics: dict) -> str:
 def command_line() -> None:
     """Read the flags and run the command. The flags are declared here and not at import, since the training command has
     flags of the same names."""
+    preemption.listen()
     config = config_flags.DEFINE_config_file(
-        "config", "configs/base.py", "The configuration that --config.* flags change."
+        "config", command.find_config("configs/base.py"), "The configuration that --config.* flags change."
     )
     options = (
         flags.DEFINE_string("model", None, "A Hugging Face folder or Hub id; default: config.model.path."),

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from ctxjax import config as config_lib, sharding
 from ctxjax.config import Experiment
 from ctxjax.data.tasks import TASKS
-from ctxjax.host import command, memory, workdir as workdir_lib
+from ctxjax.host import command, memory, preemption, progress, workdir as workdir_lib
 from ctxjax.host.checksum import compute_checksums, hash_file
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model
@@ -73,7 +73,7 @@ def export(
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
     family = hf_load.find_family(fields, source)
     mesh = sharding.make_mesh(fsdp=jax.device_count())
-    with hf_save.new_folder(out) as partial, jax.set_mesh(mesh):
+    with workdir_lib.new_folder(out) as partial, jax.set_mesh(mesh):
         specs, kind = transformer.param_specs(model), config.model.param_dtype
         if config.lora is not None:
             specs, kind = lora.specs(model, config.lora), "float32"
@@ -96,7 +96,8 @@ def export(
         (partial / "README.md").write_text(card, encoding="utf-8")
         results = workdir / "results.json"
         origin["results"] = hash_file(results) if results.exists() else None
-        files = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+        with progress.Bar("computing the digests of the files"):
+            files = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
         hf_save.write_json(partial / MANIFEST, origin | {"files": files})
     return Exported(arm, step, weights)
 
@@ -154,7 +155,11 @@ def _choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step:
 
 def main(arguments: list[str] | None = None) -> int:
     """Export and print the folder's name. Return 0, or 2 after one line on stderr if it fails."""
-    parser = argparse.ArgumentParser(prog="python -m ctxjax.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="ctxjax export",
+        description="Export a trained arm as a Hugging Face folder.",
+        epilog="example: ctxjax export --workdir=runs/tiny --arm=opcd_anchored --out=my-model",
+    )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must not exist")
     parser.add_argument("--arm", help="arm; default: the only one that has checkpoints")
@@ -182,4 +187,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     sys.exit(main())

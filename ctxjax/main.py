@@ -1,4 +1,8 @@
-"""Train and evaluate: ``python -m ctxjax.main --config=configs/tiny.py --workdir=DIR [--config.field=value ...]``.
+"""Train and evaluate (also ``python -m ctxjax.main``)::
+
+    ctxjax train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=50
+
+``--config.FIELD=VALUE`` sets any field of configs/base.py. A configuration is a file, or one of the package's.
 
 With ``--dump_batch`` it prints the first training batch, token by token, and ends. Several processes train together if
 all get the same command. On TPU pods and under Slurm they find each other; elsewhere add
@@ -15,7 +19,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ctxjax.host import command, preemption, processes, redact
+from ctxjax.host import command, preemption, processes, progress, redact
 from ctxjax.monitoring.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
@@ -33,15 +37,15 @@ _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training b
 
 
 def main(_) -> None:
-    preemption.listen()
+    preemption.listen(preemption.RUN_ENDS)
     if _WORKDIR.value is None and not _DUMP_BATCH.value:
         raise ValueError("--workdir is missing; give a folder for results, report, metrics and checkpoints")
     if _CONFIG.value is None:
         raise ValueError("--config is missing; for example --config=configs/tiny.py")
-    # Imported here, so that a mistyped flag is refused at once.
-    from ctxjax import config
-    from ctxjax.host import workdir
-    from ctxjax.training import preview, run
+    with progress.Bar("importing the libraries"):  # here, so that a mistyped flag is refused at once
+        from ctxjax import config
+        from ctxjax.host import workdir
+        from ctxjax.training import preview, run
 
     place = command.parse_folder("--workdir", _WORKDIR.value or "")
     command.prepare(_CONFIG.value)
@@ -73,13 +77,13 @@ def command_line() -> None:
 
     Bad input, a disk that is full or read-only, and memory that does not suffice end it with one message and exit code
     2, without a traceback. An alarm that stops the run (config.alarms.stop) ends it with one message and exit code 3.
-    SIGTERM ends it with preemption.EXIT_CODE; the same command then resumes the run.
+    SIGTERM ends it with preemption.EXIT_CODE, Ctrl-C with INTERRUPTED; the same command then resumes the run.
     """
     try:
         command.run(main, _CONFIG, _suggest_less_memory)
-    except preemption.Preempted:
-        print(preemption.MESSAGE, file=sys.stderr)
-        sys.exit(preemption.EXIT_CODE)
+    except preemption.Preempted as ended:
+        print(ended, file=sys.stderr)
+        sys.exit(ended.code)
     except StopRun as stop:
         print(f"\nstopped: {redact.hide_secrets(str(stop))}", file=sys.stderr)
         processes.exit_process(3)

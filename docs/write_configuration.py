@@ -12,7 +12,7 @@ import tokenize
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ctxjax.configs import base
 
 HEAD = """# All fields
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import tiny
 from ctxjax import config as config_lib, sharding
+from ctxjax.configs import tiny
 from ctxjax.data import prompts
 from ctxjax.data.pipeline import RetentionRows, encode_rows
 from ctxjax.data.prompts import PromptConfig
@@ -36,7 +36,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "message"),
     [
         (["--config=configs/tiny.py", "--config.train.stepps=3"], "no field 'stepps'"),
-        (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
+        (["--config=configs/none.py"], "configs/none.py does not exist, and in "),
         (["--config=configs/tiny.py", "--config.model.path=missing"], "model folder missing does not exist"),
         (["--config=configs/tiny.py", "--config.train.steps=many"], "invalid literal"),
     ],

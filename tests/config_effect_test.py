@@ -8,8 +8,8 @@ import functools
 import jax
 import pytest
 
-from configs import base
 from ctxjax import config as config_lib
+from ctxjax.configs import base
 from ctxjax.data.tasks import TASKS
 from ctxjax.host import command
 

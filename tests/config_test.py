@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from configs import tiny
 from ctxjax import config as config_lib
+from ctxjax.configs import tiny
 
 VALUES = tiny.get_config().to_dict()
 VALUES["mesh"] |= {"data": 1, "fsdp": -1, "tensor": 1}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from configs import base, llama3, qwen3, qwen25, recipes, smollm2
 from ctxjax import config as config_lib
+from ctxjax.configs import base, llama3, qwen3, qwen25, recipes, smollm2
 from ctxjax.data.tasks import TASKS
 from ctxjax.plan import chips
 

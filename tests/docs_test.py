@@ -15,7 +15,7 @@ import sys
 from absl import app
 import pytest
 
-from configs import base
+from ctxjax.configs import base
 from ctxjax.monitoring.alarms import ALARMS
 from docs import write_configuration
 

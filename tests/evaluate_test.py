@@ -10,9 +10,9 @@ import forked
 import jax
 import pytest
 
-from configs import base
 from ctxjax import config as config_lib, evaluate, sharding
 from ctxjax.audit import audit
+from ctxjax.configs import base
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.evaluation import views

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import tiny
 from ctxjax import config as config_lib, export, sharding
+from ctxjax.configs import tiny
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.distill import train_step
 from ctxjax.host import workdir

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import tiny_grid
 from ctxjax import config as config_lib
 from ctxjax.audit import audit
+from ctxjax.configs import tiny_grid
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.training import preview, run
 

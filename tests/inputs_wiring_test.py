@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import reference
 
-from configs import base
 from ctxjax import config as config_lib, evaluate, rng
+from ctxjax.configs import base
 from ctxjax.data import pipeline, prompts
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation import metrics as metrics_lib, views
@@ -92,18 +92,18 @@ def record_stages(patch) -> list[tuple]:
     """Replace what an evaluation compiles; return the arguments of its calls."""
     calls = []
 
-    def decode(params, model, sampling, given, key, batch, mesh):
+    def decode(params, model, sampling, given, key, batch, mesh, what):
         calls.append(("decode", params, sampling, given, jax.random.key_data(key).tolist(), batch))
         rows = len(given.mask_BxP) * sampling.samples
         tokens = np.tile(np.array([[20, 21, 3]], np.int32), (rows, 1))
         return Rollout(tokens, np.ones(tokens.shape, bool), np.zeros(tokens.shape, np.float32))
 
-    def compare(params, model, bare, context, control, rollout, batch, mesh):
+    def compare(params, model, bare, context, control, rollout, batch, mesh, what):
         calls.append(("compare", params, bare, context, control, rollout, batch))
         cosines = dict.fromkeys(("cosine", "control", "centred"), np.zeros((3, *rollout.mask_BxT.shape)))
         return np.zeros(rollout.mask_BxT.shape), cosines
 
-    def distillation(params, teacher, model, teacher_model, loss, bare, context, rollout, batch, mesh):
+    def distillation(params, teacher, model, teacher_model, loss, bare, context, rollout, batch, mesh, what):
         calls.append(("distill", params, teacher, loss, bare, context, rollout))
         return 0.5
 

@@ -9,15 +9,16 @@ ROOT = Path(__file__).parents[1] / "ctxjax"
 # The rooms from bottom to top: folders of the package, and single files at its top. A room imports from rooms above it
 # in this list only (lower in the house), and from itself.
 ROOMS = [
-    "host", "types", "rng", "masks", "sharding",
+    "configs", "host", "types", "rng", "masks", "sharding",
     "models", "models.hf", "distill",
     "monitoring", "games", "data.grading", "data", "data.worlds", "data.tasks",
     "config_fields", "config", "inputs", "evaluation", "report", "training",
-    "api", "__init__", "plan", "export", "audit", "evaluate", "main",
+    "api", "__init__", "plan", "export", "audit", "evaluate", "main", "__main__",
 ]  # fmt: skip
 CORE = {"types", "rng", "masks", "sharding", "models", "distill"}
 OUTSIDE = {"ml_collections", "transformers", "grain", "time", "pathlib"}  # the world, which arrays know nothing of
-FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
+PATHS = sorted([*ROOT.rglob("*.py"), *(ROOT / "configs").glob("*.py")])  # rglob does not follow the link to configs/
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PATHS}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 MODULES = sorted(FILES)
 

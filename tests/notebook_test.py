@@ -13,7 +13,7 @@ PATH = FOLDER / "quickstart_tpu.ipynb"
 # Behind the notebook's own settings. The Hub is not asked, so the way without a network is taken.
 SMALLER = """
 MODEL, RANK, STEPS, BATCH, BASE_STEPS, WORKDIR = "no/such-model", 2, 2, 8, 2, Path({workdir!r})
-from configs import tiny
+from ctxjax.configs import tiny
 config = tiny.get_config()
 config.base.layers, config.base.width, config.base.head_dim, config.base.mlp_width = 1, 32, 8, 48
 tiny.get_config = config.copy_and_resolve_references

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import base, tiny
 from ctxjax import evaluate, export, main
+from ctxjax.configs import base, tiny
 from ctxjax.host import command
 from ctxjax.plan.remedies import list_flags
 from ctxjax.training.checkpoint import Checkpoints, saved_steps

@@ -9,13 +9,14 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
 
-from configs import tiny
 from ctxjax import config as config_lib
+from ctxjax.configs import tiny
 from ctxjax.data.shapes import ViewShape
+from ctxjax.distill import flops
 from ctxjax.distill.losses import LossConfig
 from ctxjax.inputs.batch_shapes import BatchShapes
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.plan import chips, flops, hlo, remedies, report, run, step as plan_step
+from ctxjax.plan import chips, hlo, remedies, report, run, step as plan_step
 from ctxjax.plan.remedies import Remedy
 from ctxjax.plan.step import Plan
 
@@ -236,11 +237,11 @@ def test_decode_loops_count_from_the_bound_of_the_previous_one():
     step = make_step(dataclasses.replace(ALL_TERMS, chunk=8))[1]
     loops = find_whiles(rollout, 0)
     (head,) = find_whiles(lambda x, end: lax.while_loop(lambda x: x < end, lambda x: x + 1, x), 0, 9)
-    trips = plan_step._Trips(step)
+    trips = flops._Trips(step)
     # The prompt's pass gives the first token. A second rollout begins anew. The head: 21 columns, 8 at a time.
     assert [trips(loop) for loop in (*loops, head, *loops, head)] == [7, 8, 8, 3, 7, 8, 8, 3]
-    assert plan_step.count_head_chunks(dataclasses.replace(step, loss=LossConfig(chunk=7))) == 3
-    assert plan_step.count_head_chunks(dataclasses.replace(step, loss=LossConfig(chunk=128))) == 1
+    assert flops.count_head_chunks(dataclasses.replace(step, loss=LossConfig(chunk=7))) == 3
+    assert flops.count_head_chunks(dataclasses.replace(step, loss=LossConfig(chunk=128))) == 1
 
 
 def test_the_bound_of_a_loop_is_the_largest_constant_that_it_compares_with():
@@ -277,7 +278,7 @@ def test_the_arithmetic_of_a_whole_step(mesh):
         return length * (TEACHER_MATRICES + 2 * 3 * 32 * length) + 2 * 32 * 64 * 40
 
     expected = 4 * (roll_out(10) + learn(10) + teach(30) + learn(30)) + 2 * (roll_out(50) + learn(50) + teach(50))
-    assert flops.count_matmul_flops(jaxpr, plan_step._Trips(step)) == 2 * expected
+    assert flops.count_step_flops(jaxpr, step) == 2 * expected
 
 
 def test_products_of_batches_gradients_and_kernels():

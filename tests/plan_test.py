@@ -9,11 +9,12 @@ from jax import lax
 import jax.numpy as jnp
 import pytest
 
-from configs import tiny
 from ctxjax import config as config_lib
+from ctxjax.configs import tiny
+from ctxjax.distill import flops
 from ctxjax.inputs import base_model
 from ctxjax.models import attention, params as params_lib, transformer
-from ctxjax.plan import architectures, chips, flops, hlo, run
+from ctxjax.plan import architectures, chips, hlo, run
 from ctxjax.plan.chips import Chip
 from ctxjax.plan.remedies import choose_remedies, estimate_remedies
 from ctxjax.plan.report import as_json, as_text, judge

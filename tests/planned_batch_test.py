@@ -11,8 +11,8 @@ import forked
 import jax
 import pytest
 
-from configs import base, llama3, tiny, tiny_grid
 from ctxjax import config as config_lib, sharding
+from ctxjax.configs import base, llama3, tiny, tiny_grid
 from ctxjax.data import prompts
 from ctxjax.data.pipeline import training_batches
 from ctxjax.data.worlds import rules, word_tokenizer

@@ -68,7 +68,7 @@ def expert(world, folder, monkeypatch):
     """Decode as a player who knows the legend, instead of with a model; or as one who always ``says`` the same."""
     state = SimpleNamespace(legend=world.targets[0], says=None, calls=[])
 
-    def decode(params, model, sampling, padded, key, size, mesh, numbers):
+    def decode(params, model, sampling, padded, key, size, mesh, numbers, what):
         texts = folder.tokenizer.batch_decode(prompts.unpad(padded))
         state.calls.append((len(texts), size, padded.tokens_BxP.shape[1], numbers.tolist()))
         answers = []

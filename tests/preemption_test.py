@@ -1,4 +1,5 @@
-"""SIGTERM ends a run in its own exit code: after a save where steps are trained, at once everywhere else."""
+"""SIGTERM and Ctrl-C end a run in exit codes of their own: after a save where steps are trained, at once everywhere
+else. A second Ctrl-C ends it at once."""
 
 from pathlib import Path
 import subprocess
@@ -10,13 +11,13 @@ BEGIN = """
 import os, signal, sys, time
 from ctxjax.host import preemption
 preemption.listen()
-term = lambda: os.kill(os.getpid(), signal.SIGTERM)
+term = lambda: os.kill(os.getpid(), signal.{signal})
 try:
 """
 END = """
-except preemption.Preempted:
+except preemption.Preempted as ended:
     print("ended")
-    sys.exit(preemption.EXIT_CODE)
+    sys.exit(ended.code)
 """
 CASES = {
     "at_once": ("term(); time.sleep(60); print('went on')", ""),
@@ -63,13 +64,46 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_the_process_ends_as_it_should(name):
-    body, printed = CASES[name]
+def run(body: str, signal: str) -> subprocess.CompletedProcess:
     body = body if body.startswith(" ") else f"    {body}"
-    script = BEGIN + body + END
-    line = [sys.executable, "-c", script]
-    result = subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 75, result.stderr
+    line = [sys.executable, "-c", BEGIN.format(signal=signal) + body + END]
+    return subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signal", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize("name", CASES)
+def test_the_process_ends_as_it_should(name, signal, code):
+    body, printed = CASES[name]
+    result = run(body, signal)
+    assert result.returncode == code, result.stderr
     assert result.stdout.split() == printed.split()
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_run_at_once():
+    body = """
+    with preemption.training():
+        term(); time.sleep(0.1); print("goes on", flush=True)
+        term(); time.sleep(60); print("too far")"""
+    result = run(body, "SIGINT")
+    assert (result.returncode, result.stdout) == (130, "goes on\n")
+    first, second = result.stderr.strip().split("\n\n")
+    assert (
+        "saves after this step" in first and "Ctrl-C again" in first and second.startswith("Ctrl-C: the command ends")
+    )
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_complete_is_removed(tmp_path):
+    body = f"""
+    from pathlib import Path
+    from ctxjax.host import workdir
+    with workdir.new_folder(Path("{tmp_path}/model")) as partial:
+        (partial / "weights").write_text("half")
+        print(partial.name, flush=True)
+        term(); time.sleep(60)"""
+    result = run(body, "SIGINT")
+    assert result.returncode == 130 and result.stdout.startswith("model.partial-")
+    assert "nothing half-written is left" in result.stderr and not list(tmp_path.iterdir())

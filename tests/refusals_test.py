@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import tiny
 from ctxjax import main, sharding
+from ctxjax.configs import tiny
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.host import workdir
 from ctxjax.models import params as params_lib

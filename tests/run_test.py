@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from configs import tiny
 from ctxjax import config as config_lib, sharding
 from ctxjax.audit import audit
+from ctxjax.configs import tiny
 from ctxjax.data import prompts
 from ctxjax.data.worlds import rules
 from ctxjax.distill.train_step import StepConfig, init_state, rollout_step
@@ -219,7 +219,7 @@ def test_a_run_interrupted_on_one_mesh_resumes_on_another_to_the_same_parameters
 def test_a_finished_run_is_not_evaluated_again_and_has_the_same_results(finished, cache, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
 
-    def fail(self, params):
+    def fail(self, params, name):
         raise AssertionError("evaluated again")
 
     monkeypatch.setattr(Evaluator, "__call__", fail)

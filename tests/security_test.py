@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 import jinja2
 import pytest
 
-from configs import tiny
+from ctxjax.configs import tiny
 from ctxjax.data import prompts
 from ctxjax.data.task import Row
 from ctxjax.data.worlds import rules, word_tokenizer

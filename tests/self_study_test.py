@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import bake
 from ctxjax import config as config_lib
+from ctxjax.configs import bake
 from ctxjax.data.grading.graders import grade_overlap
 from ctxjax.data.task import Row
 from ctxjax.data.tasks.self_study import SelfStudy, find_questions_file
@@ -100,7 +100,7 @@ class Fake:
         monkeypatch.setattr(decoding, "decode", self.decode)
         self.drafted = 0
 
-    def decode(self, params, model, sampling, prompts, key, size, mesh):
+    def decode(self, params, model, sampling, prompts, key, size, mesh, what):
         count = len(prompts.tokens_BxP)
         if sampling.temperature:
             texts = [self.drafts[(self.drafted + i) % len(self.drafts)] for i in range(count)]

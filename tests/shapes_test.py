@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny
 from ctxjax import config as config_lib
+from ctxjax.configs import tiny
 from ctxjax.data import prompts, shapes
 from ctxjax.data.pipeline import RetentionRows, encode_rows, training_batches
 from ctxjax.data.prompts import PromptConfig

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import base
 from ctxjax import config as config_lib
+from ctxjax.configs import base
 from ctxjax.data.splits import SPLITS
 from ctxjax.data.task import GameTask, World
 from ctxjax.data.tasks import TASKS

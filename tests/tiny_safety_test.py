@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny_safety as config_file
 from ctxjax import config as config_lib
+from ctxjax.configs import tiny_safety as config_file
 from ctxjax.data import splits
 from ctxjax.data.tasks import WORLDS
 from ctxjax.data.worlds import tiny_safety

@@ -21,8 +21,8 @@ from reference import kl, score, walk
 from safetensors.numpy import load_file
 from scipy import stats
 
-from configs import base
 from ctxjax import config as config_lib, export, rng
+from ctxjax.configs import base
 from ctxjax.data import pipeline
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.worlds import rules, word_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import tiny
+from ctxjax.configs import tiny
 from ctxjax.host import command, workdir
 from ctxjax.host.workdir import Lock
 

@@ -17,12 +17,15 @@ from absl import logging
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from ctxjax.audit import audit  # noqa: E402
+from ctxjax.host import preemption  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the checks; ``arguments`` are the command line's by default. Return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m ctxjax.audit", description="Check a run against what it wrote down; change nothing."
+        prog="ctxjax audit",
+        description="Check a run against what it wrote down; change nothing.",
+        epilog="example: ctxjax audit runs/tiny my-model",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of python -m ctxjax.evaluate")
     parser.add_argument("exports", type=Path, nargs="*", metavar="EXPORT", help="folders that were exported from RUN")
@@ -42,4 +45,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     sys.exit(main())

@@ -30,8 +30,8 @@ class Answers(NamedTuple):
 
 
 class Asker(Protocol):
-    def answer(self, params: Params, view: str, sampling: SamplingConfig, key: jax.Array) -> Answers:
-        """Answer every row of a view; samples are drawn with ``key``."""
+    def answer(self, params: Params, view: str, sampling: SamplingConfig, key: jax.Array, what: str = "") -> Answers:
+        """Answer every row of a view; samples are drawn with ``key``. ``what``: of the progress bar; "" for none."""
 
     def prompts(self, answers: Answers) -> tuple[Prompts, Prompts, Prompts]:
         """Return what came before the responses of the bare view's ``answers``: without the context, with it, and under
@@ -48,9 +48,9 @@ class Questions:
             for v, lists in split.tokens.items()
         }
 
-    def answer(self, params: Params, view: str, sampling: SamplingConfig, key: jax.Array) -> Answers:
-        model, split = self._folder.config, self._split
-        rollout = decoding.decode(params, model, sampling, self._prompts[view], key, split.batch, self._mesh)
+    def answer(self, params: Params, view: str, sampling: SamplingConfig, key: jax.Array, what: str = "") -> Answers:
+        prompts, split, model = self._prompts[view], self._split, self._folder.config
+        rollout = decoding.decode(params, model, sampling, prompts, key, split.batch, self._mesh, what=what)
         episodes = single_turn_episodes(split.rows[view], rollout, sampling.samples, split.opened[view])
         first = jax.tree.map(lambda array: array[:: sampling.samples], rollout)
         return Answers(episodes, first, list(enumerate(split.rows[view])))
@@ -70,11 +70,11 @@ class Games:
         self._split, self._folder, self._prompt = split, folder, prompt
         self._player = Player(split.task, folder, prompt, split.batch, mesh)
 
-    def answer(self, params: Params, view: str, sampling: SamplingConfig, key: jax.Array) -> Answers:
+    def answer(self, params: Params, view: str, sampling: SamplingConfig, key: jax.Array, what: str = "") -> Answers:
         samples, rows = sampling.samples, self._split.rows[view]
         repeated = [row for row in rows for _ in range(samples)]
         one = dataclasses.replace(sampling, samples=1)
-        played = self._player.play(params, one, repeated, key, prefix=self._split.prefixes[view])
+        played = self._player.play(params, one, repeated, key, prefix=self._split.prefixes[view], what=what)
         episodes = [
             Episode(row, i % samples, tuple(turn.tokens for turn in turns), turns[0].opened)
             for i, (row, turns) in enumerate(zip(repeated, played))

@@ -24,6 +24,7 @@ from ctxjax.evaluation.answers import Answers, Asker, Games, Questions
 from ctxjax.evaluation.episodes import grade_episodes
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
 from ctxjax.evaluation.split import Split, share_shapes
+from ctxjax.host import progress
 from ctxjax.host.checksum import compute_checksums, compute_digest
 from ctxjax.host.workdir import write_json, write_text
 from ctxjax.inputs.model_folder import ModelFolder
@@ -85,6 +86,8 @@ class Evaluator:
         # Of the first turns: what else is read follows from them and the responses.
         self._digests = {view: [digest_tokens(ids) for ids in lists] for view, lists in split.tokens.items()}
         self._seed, self._resamples = config.seed, config.eval.bootstrap
+        parts = [*self._rows, *(("comparison", "samples", "distill") if "context" in self._rows else ()), "metrics"]
+        self._whats = {part: f"on {split.name}: {part}, {n} of {len(parts)}" for n, part in enumerate(parts, 1)}
 
     @classmethod
     def of_splits(
@@ -94,7 +97,8 @@ class Evaluator:
 
         Raises ValueError if a prompt and its response exceed the positions of ``folder``'s or ``teacher``'s model.
         """
-        splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
+        with progress.Bar(f"encoding the {' and '.join(names)} questions"):
+            splits = share_shapes([Split.of(config, task, name, folder, mesh) for name in names])
         for name, split in zip(names, splits):
             outliers = shapes_lib.describe_outliers(split.longest, split.prefixes)
             if outliers:
@@ -103,31 +107,37 @@ class Evaluator:
             teacher.check_prompts(split.longest.get("context", []), config.rollout.max_tokens)
         return [cls(config, split, folder, teacher, mesh) for split in splits]
 
-    def __call__(self, params: Params) -> Evaluation:
-        """Answer and grade every view, and compare bare and context view along the bare view's first responses."""
+    def __call__(self, params: Params, name: str = "evaluation") -> Evaluation:
+        """Answer and grade every view, and compare bare and context view along the bare view's first responses.
+
+        ``name``: of the model, for the progress bars.
+        """
+        whats = {part: f"{name} {what}" for part, what in self._whats.items()}
         sampling = dict.fromkeys(self._rows, self._judged)
-        answers = {v: self._answer(params, v, own) for v, own in sampling.items()}
+        answers = {v: self._answer(params, v, own, whats[v]) for v, own in sampling.items()}
         items = [item for view, own in answers.items() for item in self._grade(view, own)]
         outcomes = _collect_outcomes(items)
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
         if "context" in outcomes:
             first, prompts = answers["bare"].rollout, self._asker.prompts(answers["bare"])
-            compared = views_lib.compare(params, self._folder.config, *prompts, first, self._batch, self._mesh)
+            fixed = self._batch, self._mesh, whats["comparison"]
+            compared = views_lib.compare(params, self._folder.config, *prompts, first, *fixed)
             measured["comparison"] = Comparison(*compared, first.mask_BxT)
             sampling["distill"] = self._rollout
-            measured["distill"] = self._distillation(params, sampling["distill"])
+            measured["distill"] = self._distillation(params, sampling["distill"], whats)
         decoding = {view: self._describe(own) for view, own in sampling.items()}
-        metrics = metrics_lib.compute_metrics(measured, self._resamples)
-        return Evaluation(metrics, items, outcomes, decoding, compute_checksums(params))
+        with progress.Bar(whats["metrics"]):
+            metrics = metrics_lib.compute_metrics(measured, self._resamples)
+            return Evaluation(metrics, items, outcomes, decoding, compute_checksums(params))
 
     def _describe(self, sampling: SamplingConfig) -> dict:
         names = ("max_tokens", "temperature", "top_k", "top_p", "samples")
         return {name: getattr(sampling, name) for name in names} | {"seed": self._seed}
 
-    def _answer(self, params: Params, view: str, sampling: SamplingConfig) -> Answers:
+    def _answer(self, params: Params, view: str, sampling: SamplingConfig, what: str) -> Answers:
         """Answer one view. Each view has a key of its own: samples of different views are independent."""
         key = rng.key_for(jax.random.key(self._seed), list(self._rows).index(view), "evaluation")
-        return self._asker.answer(params, view, sampling, key)
+        return self._asker.answer(params, view, sampling, key, what)
 
     def _grade(self, view: str, answers: Answers) -> list[dict]:
         tokenizer, stop_ids = self._folder.tokenizer, self._folder.stop_ids
@@ -143,9 +153,9 @@ class Evaluator:
         same = [self._task.grade(text, rows[i // bare.samples].default).correct for i, text in enumerate(texts)]
         return {"default": dataclasses.replace(bare, correct=np.array(same))}
 
-    def _distillation(self, params: Params, sampling: SamplingConfig) -> float:
+    def _distillation(self, params: Params, sampling: SamplingConfig, whats: dict[str, str]) -> float:
         """Return the held-out KL(q_x || f) in nats per token on the student's own samples, as in training."""
-        answers = self._answer(params, "bare", sampling)
+        answers = self._answer(params, "bare", sampling, whats["samples"])
         bare, context, _ = self._asker.prompts(answers)
         loss = LossConfig(temperature=sampling.temperature)
         return views_lib.distillation_kl(
@@ -159,6 +169,7 @@ class Evaluator:
             answers.rollout,
             self._batch,
             self._mesh,
+            whats["distill"],
         )
 
 

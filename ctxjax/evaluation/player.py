@@ -75,11 +75,13 @@ class Player:
         key: jax.Array,
         first: int = 0,
         prefix: tuple[int, ...] | list[int] = (),
+        what: str = "",
     ) -> list[list[Turn]]:
         """Play the episode of every row to its end. Return its turns, parallel to ``rows``.
 
         ``sampling``: with one sample per prompt. Turn t of row i is drawn with the key of (``key``,
-        (first + i) * max_turns + t). ``prefix``: tokens that all prompts start with.
+        (first + i) * max_turns + t). ``prefix``: tokens that all prompts start with. ``what``: of the progress
+        bar; "" for none.
         """
         jax.block_until_ready(params)  # what is still being computed is not the sampler's time
         started = time.monotonic()
@@ -90,7 +92,8 @@ class Player:
             if not going:
                 break
             keys = [((first + i) * self._task.max_turns + number) % 2**31 for i in going]
-            turns = self._take_turns(params, sampling, list(going.values()), key, np.array(keys), prefix)
+            turn = what and f"{what}, turn {number + 1}"
+            turns = self._take_turns(params, sampling, list(going.values()), key, np.array(keys), prefix, turn)
             stop_ids = self._folder.stop_ids
             decoded = responses.decode(self._folder.tokenizer, (turn.tokens for turn in turns), stop_ids)
             for i, turn, text in zip(list(going), turns, decoded):
@@ -107,7 +110,7 @@ class Player:
         self.clock.seconds += time.monotonic() - started
         return played
 
-    def _take_turns(self, params, sampling, rows: list[Row], key, keys: np.ndarray, prefix) -> list[Turn]:
+    def _take_turns(self, params, sampling, rows: list[Row], key, keys: np.ndarray, prefix, what: str) -> list[Turn]:
         folder, prefix = self._folder, list(prefix)
         prompts = prompts_lib.encode(folder.tokenizer, rows, self._prompt)
         opened = [prompts_lib.opens_reasoning(folder.tokenizer, row, self._prompt) for row in rows]
@@ -115,7 +118,7 @@ class Player:
         padded = prompts_lib.left_pad(prompts, -(-own // COLUMNS) * COLUMNS, folder.pad_id, prefix)
         size = next((size for size in self._sizes if size >= len(rows)), self._sizes[-1])
         started = time.monotonic()
-        rollout = decoding.decode(params, folder.config, sampling, padded, key, size, self._mesh, keys)
+        rollout = decoding.decode(params, folder.config, sampling, padded, key, size, self._mesh, keys, what)
         self.clock.sampler += time.monotonic() - started
         kept = zip(rollout.tokens_BxT, rollout.logprobs_BxT, rollout.mask_BxT)
         return [

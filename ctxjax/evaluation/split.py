@@ -19,7 +19,7 @@ SLACK = 1.25
 
 
 class Split(NamedTuple):
-    """A split's questions in all views.
+    """A split's questions in all views; ``name``: train, dev or test.
 
     By view: its ``rows``; its prompts' ``tokens``; ``prefixes``, the tokens that all of its prompts start with;
     ``columns``, the columns P that hold the rest of its prompts; ``opened``, whether its prompts end inside <think>.
@@ -36,6 +36,7 @@ class Split(NamedTuple):
     batch: int
     dropped: int
     longest: dict[str, list[list[int]]]
+    name: str = ""
 
     @classmethod
     def of(cls, config: Experiment, task: Task, name: str, folder: ModelFolder, mesh: Mesh) -> Split:
@@ -62,7 +63,7 @@ class Split(NamedTuple):
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
         columns |= dict.fromkeys(blocks, max((columns[view] for view in blocks), default=0))
         batch = decoding.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
-        return cls(task, rows, tokens, prefixes, columns, opened, batch, encoded.dropped, longest)
+        return cls(task, rows, tokens, prefixes, columns, opened, batch, encoded.dropped, longest, name)
 
 
 def share_shapes(splits: list[Split]) -> list[Split]:

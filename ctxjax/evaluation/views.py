@@ -13,6 +13,7 @@ from ctxjax import masks, sharding
 from ctxjax.distill import chunked_head, divergences, losses, objective
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import Networks, WeightedBatch
+from ctxjax.host import progress
 from ctxjax.inputs import decoding
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig, finish_logits, head_weights
@@ -91,6 +92,7 @@ def compare(
     rollout: Rollout,
     batch_size: int,
     mesh: Mesh,
+    what: str = "",
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return KL(q_x || q_c) in nats, [n, T], and hidden-state cosines, each [N+1, n, T], along the same responses.
 
@@ -99,19 +101,21 @@ def compare(
     high everywhere. The batches run twice, through one compiled program: first for these means.
     """
 
-    def run_batches(mean_Nx2xD):
+    def run_batches(mean_Nx2xD, bar):
         for real, batch in decoding.in_batches((bare, context, control, rollout), batch_size, mesh):
             *prompts, rollout_b = batch
             yield real, _compare(params, model, *prompts, _mask_rows_from(rollout_b, real), mean_Nx2xD)
+            bar.update(real)
 
     start = np.zeros((model.layers + 1, 2, model.width), np.float32)
-    total = sum(np.asarray(jax.device_get(sums), np.float64) for _, (_, _, sums) in run_batches(start))
-    mean = (total / max(rollout.mask_BxT.sum(), 1)).astype(np.float32)
     kls, all_cosines = [], []
-    for real, (kl, cosines, _) in run_batches(mean):
-        kl, cosines = jax.device_get((kl, cosines))
-        kls.append(kl[:real])
-        all_cosines.append({name: values[:, :real] for name, values in cosines.items()})
+    with progress.Bar(what, 2 * len(rollout.mask_BxT), "response", compiles=True) as bar:
+        total = sum(np.asarray(jax.device_get(sums), np.float64) for _, (_, _, sums) in run_batches(start, bar))
+        mean = (total / max(rollout.mask_BxT.sum(), 1)).astype(np.float32)
+        for real, (kl, cosines, _) in run_batches(mean, bar):
+            kl, cosines = jax.device_get((kl, cosines))
+            kls.append(kl[:real])
+            all_cosines.append({name: values[:, :real] for name, values in cosines.items()})
     return np.concatenate(kls), decoding.concatenate(all_cosines, axis=1)
 
 
@@ -126,15 +130,18 @@ def distillation_kl(
     rollout: Rollout,
     batch_size: int,
     mesh: Mesh,
+    what: str = "",
 ) -> float:
     """Return L_distill in nats per token on given responses."""
     rows = np.arange(bare.tokens_BxP.shape[0], dtype=np.int32)
     total, count = 0.0, 0.0
-    for real, (bare_b, context_b, rollout_b, ids) in decoding.in_batches(
-        (bare, context, rollout, rows), batch_size, mesh
-    ):
-        rollout_b = _mask_rows_from(rollout_b, real)
-        batch = Batch(bare=bare_b, context=context_b, other=None, row_number_B=ids)
-        mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))
-        total, count = total + float(mean.total), count + float(mean.count)
+    with progress.Bar(what, len(rows), "response", compiles=True) as bar:
+        for real, (bare_b, context_b, rollout_b, ids) in decoding.in_batches(
+            (bare, context, rollout, rows), batch_size, mesh
+        ):
+            rollout_b = _mask_rows_from(rollout_b, real)
+            batch = Batch(bare=bare_b, context=context_b, other=None, row_number_B=ids)
+            mean = jax.device_get(_distillation(params, frozen, model, teacher_model, loss, batch, rollout_b))
+            total, count = total + float(mean.total), count + float(mean.count)
+            bar.update(real)
     return total / max(count, 1.0)

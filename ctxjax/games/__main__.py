@@ -8,6 +8,7 @@ import sys
 
 from ctxjax.games import GAMES
 from ctxjax.games.boards import SPLITS, Facts, draw_boards, measure, split_of
+from ctxjax.host import preemption
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns 0, or 2 after one line on stderr if the game has no such boards.
     """
-    parser = argparse.ArgumentParser(prog="python -m ctxjax.games", description="What a game's boards are worth.")
+    parser = argparse.ArgumentParser(
+        prog="ctxjax games",
+        description="What a game's boards are worth.",
+        epilog="example: ctxjax games frozenlake --size=3",
+    )
     parser.add_argument("game", choices=sorted(GAMES))
     parser.add_argument("--size", type=int, help="rows and columns; default: the game's own")
     parser.add_argument("--boards", type=int, default=100, help="boards of each split, if they are too many to list")
@@ -52,4 +57,5 @@ def _describe(facts: Facts) -> str:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     sys.exit(main())

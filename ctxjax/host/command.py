@@ -11,16 +11,42 @@ import sys
 from absl import app, flags, logging
 import jax
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
 
 from ctxjax.host import memory, processes, redact
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def find_config(name: str) -> str:
+    """Return the path of a configuration file with the argument after its colon: ``name`` itself, or, if there is no
+    such file, that of the package: "configs/tiny.py", "tiny.py" and "tiny" are the same there.
+
+    Raises ValueError with both places if there is neither.
+    """
+    path, colon, argument = name.partition(":")
+    packaged = CONFIGS / f"{Path(path).name.removesuffix('.py')}.py"
+    if Path(path).is_file():
+        return name
+    if Path(path).parent in (Path(), Path("configs")) and packaged.is_file():
+        return f"{packaged}{colon}{argument}"
+    known = ", ".join(sorted(file.stem for file in CONFIGS.glob("[!_]*.py")))
+    raise ValueError(f"{Path(path).absolute()} does not exist, and in {CONFIGS} there are only {known}")
+
+
+class _ConfigParser(config_flags.ConfigFileFlagParser):
+    """Read a configuration file that ``find_config`` finds."""
+
+    def parse(self, path: str) -> ConfigDict:
+        return super().parse(find_config(path))
 
 
 def make_parser(config) -> Callable[[list[str]], list[str]]:
     """Return a flags parser that reads ``config``, the flag of a configuration file; its errors are ValueErrors."""
 
     def parser(argv: list[str]) -> list[str]:
+        flags.FLAGS[config.name].parser = _ConfigParser(config.name)
         try:
             rest = flags.FLAGS(argv)
             # A config file that could not be loaded raises only when a field is read.
@@ -33,6 +59,8 @@ def make_parser(config) -> Callable[[list[str]], list[str]]:
             raise ValueError(f"the configuration has no field {name}; configs/base.py lists them all") from None
         except OSError as error:
             raise ValueError(f"the config file cannot be loaded: {error.__cause__ or error}") from None
+        except SystemExit:  # absl has printed the help, and ends with 1
+            sys.exit(0 if any("help" in argument for argument in argv) else 1)
         except (flags.Error, TypeError, ValueError) as error:
             raise ValueError(f"bad command line: {error}") from None
         except Exception as error:  # the config file is a program

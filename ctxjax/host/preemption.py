@@ -1,10 +1,11 @@
-"""SIGTERM, which announces that the machine will be taken away: the run ends with EXIT_CODE; the same command goes on.
+"""SIGTERM, which announces that the machine will be taken away, and Ctrl-C: the command ends without a traceback.
 
-While an arm trains (``training``), it finishes the step or the evaluation batch under way, saves, and ends. At other
-times there is nothing to save, and the handler ends the process. It runs between two bytecodes of the main thread; jax
-also lets it run during a compilation, but not while it waits for a device, at most a step or an evaluation batch.
+While an arm trains (``training``), it finishes the step or the evaluation batch under way, saves, and ends; a second
+Ctrl-C ends it at once. At other times there is nothing to save, and the handler ends the process. It runs between two
+bytecodes of the main thread; jax also lets it run during a compilation, but not while it waits for a device, at most a
+step or an evaluation batch.
 
-Among several processes JAX takes the signal over, and ``reached`` stops all of them at the same step.
+Among several processes JAX takes SIGTERM over, and ``reached`` stops all of them at the same step.
 """
 
 from __future__ import annotations
@@ -12,23 +13,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import os
+from pathlib import Path
+import shutil
 import signal
 
+import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # sysexits.h's EX_TEMPFAIL: no error, try again
-MESSAGE = "\nSIGTERM: the run ends; the same command goes on"
+EXIT_CODE = 75  # after SIGTERM: sysexits.h's EX_TEMPFAIL: no error, try again
+INTERRUPTED = 130  # after Ctrl-C, as shells have it
+RUN_ENDS = "the run ends; the same command goes on"
+COMMAND_ENDS = "the command ends; nothing half-written is left"
+SAVES = "\nCtrl-C: the run saves after this step, and ends; Ctrl-C again ends it at once\n"
 
-_is_requested = _is_training = False
+_is_requested = _is_training = _is_interrupted = False
+_then = COMMAND_ENDS
+_unfinished: set[Path] = set()
 
 
 class Preempted(BaseException):
-    """End the run; the same command goes on. Not an Exception, so that no library catches it."""
+    """End the run, with exit code ``code``. Not an Exception, so that no library catches it."""
+
+    def __init__(self):
+        super().__init__(_describe(_is_interrupted))
+        self.code = INTERRUPTED if _is_interrupted else EXIT_CODE
 
 
-def listen() -> None:
-    """Handle SIGTERM from now on. Call it once, from the main thread, before jax.distributed is initialized."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+def listen(then: str = COMMAND_ENDS) -> None:
+    """Handle SIGTERM and Ctrl-C from now on; ``then``: what the message says of the end.
+
+    Call it from the main thread, before jax.distributed is initialized.
+    """
+    global _then
+    _then = then
+    signal.signal(signal.SIGTERM, _on_signal)
+    signal.signal(signal.SIGINT, _on_signal)
 
 
 def reached(step: int) -> bool:
@@ -37,7 +56,7 @@ def reached(step: int) -> bool:
 
 
 def raise_if_requested() -> None:
-    """Raise Preempted if SIGTERM has come: for work inside ``training`` that can be given up, such as an evaluation."""
+    """Raise Preempted if a signal has come: for work inside ``training`` that can be given up, as an evaluation."""
     if _is_requested:
         raise Preempted
 
@@ -46,7 +65,7 @@ def raise_if_requested() -> None:
 def training() -> Iterator[None]:
     """Leave it to the block to end: it calls ``reached`` after every step, saves, and raises Preempted.
 
-    Raises Preempted at the block's end if SIGTERM came after the last step.
+    Raises Preempted at the block's end if a signal came after the last step.
     """
     global _is_training
     _is_training = True
@@ -57,9 +76,32 @@ def training() -> Iterator[None]:
     raise_if_requested()
 
 
-def _on_sigterm(number, frame) -> None:
-    global _is_requested
-    _is_requested = True
-    if not _is_training:
-        os.write(2, f"{MESSAGE}\n".encode())  # print() may be under way in the code that the signal interrupted
-        os._exit(EXIT_CODE)
+@contextlib.contextmanager
+def discarding(folder: Path) -> Iterator[None]:
+    """Remove the folder if the handler ends the process during the block."""
+    _unfinished.add(folder)
+    try:
+        yield
+    finally:
+        _unfinished.discard(folder)
+
+
+def _on_signal(number: int, frame) -> None:
+    global _is_requested, _is_interrupted
+    is_second, is_interrupt = _is_interrupted, number == signal.SIGINT
+    _is_interrupted = is_second or is_interrupt
+    if not _is_training or (is_second and is_interrupt):
+        for folder in _unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.write(2, f"{_describe(is_interrupt)}\n".encode())  # print() may be under way in the interrupted code
+        os._exit(INTERRUPTED if is_interrupt else EXIT_CODE)
+    if is_interrupt:
+        os.write(2, SAVES.encode())
+    if is_interrupt and jax.distributed.is_initialized():
+        os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on to all processes
+    else:
+        _is_requested = True
+
+
+def _describe(is_interrupt: bool) -> str:
+    return f"\n{'Ctrl-C' if is_interrupt else 'SIGTERM'}: {_then}"

@@ -1,7 +1,10 @@
-"""The folder of a run: created for a new run, or checked to belong to the same run, before anything is computed."""
+"""The folder of a run: created for a new run, or checked to belong to the same run, before anything is computed. And
+folders and files that appear under their names only when they are complete."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import datetime
 import fcntl
 import functools
@@ -10,14 +13,16 @@ import json
 import os
 from pathlib import Path
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import uuid
 
 import jax
 from ml_collections import ConfigDict
 
-from ctxjax.host import processes, redact
+from ctxjax.host import preemption, processes, redact
 from ctxjax.host.checksum import compute_digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -169,6 +174,26 @@ class Lock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write into. It gets its name when the block ends, and is removed if the block fails.
+
+    Raises FileExistsError if ``folder`` exists: nothing is overwritten.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; nothing was written. Choose another name")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
+    try:
+        with preemption.discarding(partial):
+            yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_json(path: Path, value) -> None:

@@ -18,7 +18,6 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from ctxjax import rng, sharding
 from ctxjax.config import BaseConfig
@@ -27,7 +26,7 @@ from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import PretrainingRow, Row, World
 from ctxjax.distill import objective, optim
 from ctxjax.distill.optim import OptimConfig
-from ctxjax.host import processes
+from ctxjax.host import processes, progress
 from ctxjax.models import mesh_check, params as params_lib, transformer
 from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig
@@ -85,16 +84,17 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
         lr=config.lr, steps=config.steps, schedule="cosine", warmup_steps=config.warmup_steps, b2=0.98,
         weight_decay=config.weight_decay,
     )  # fmt: skip
-    key = rng.key_for(jax.random.key(config.seed), 0, "init")
-    params = params_lib.init(transformer.param_specs(model), key, mesh)
-    opt_state = jax.jit(optim.optimizer(optimizer).init)(params)
-    batches, silent = _make_batches(config, world, tokenizer), not processes.is_first()
-    bar = tqdm(batches, total=config.steps, desc="base model from scratch", unit="step", disable=silent)
-    for step, (prompts, responses) in enumerate(bar, start=1):
-        prompts, responses = sharding.put_batch((prompts, responses), mesh)
-        params, opt_state, loss = _update(params, opt_state, prompts, responses, model, optimizer)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+    with progress.Bar("initialising the base model"):
+        key = rng.key_for(jax.random.key(config.seed), 0, "init")
+        params = params_lib.init(transformer.param_specs(model), key, mesh)
+        opt_state = jax.jit(optim.optimizer(optimizer).init)(params)
+    with progress.Bar("base model from scratch", config.steps, compiles=True) as bar:
+        for step, (prompts, responses) in enumerate(_make_batches(config, world, tokenizer), start=1):
+            prompts, responses = sharding.put_batch((prompts, responses), mesh)
+            params, opt_state, loss = _update(params, opt_state, prompts, responses, model, optimizer)
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{float(loss):.3f}")
+            bar.update()
     _save(folder, sharding.to_host(params), model, tokenizer)
 
 

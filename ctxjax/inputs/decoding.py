@@ -10,7 +10,7 @@ import numpy as np
 
 from ctxjax import rng, sharding
 from ctxjax.distill.sampling import SamplingConfig, sample
-from ctxjax.host import preemption
+from ctxjax.host import preemption, progress
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params, Prompts, Rollout, map_rows
 
@@ -59,23 +59,30 @@ def decode(
     batch_size: int,
     mesh: Mesh,
     numbers: np.ndarray | None = None,
+    what: str = "",
 ) -> Rollout:
     """Return responses to n prompts (host arrays [n, P]) as host arrays [n * samples, T], all of a prompt in a row.
 
     The randomness of prompt i is (key, numbers[i]), by default (key, i). ``batch_size``: responses decoded at a time.
+    ``what``: of the progress bar; "" for none.
     """
     rows = np.arange(prompts.tokens_BxP.shape[0]) if numbers is None else numbers
     rows = rows.astype(np.int32)
     ways, parts, running = sharding.batch_ways(mesh), [], None
     batch_size = max(batch_size // sampling.samples // ways, 1) * ways
-    for real, (batch, ids) in in_batches((prompts, rows), batch_size, mesh):
-        rollout = _decode(params, model, sampling, batch, key, ids)
-        # The previous batch is copied to the host while this one is decoded.
-        parts += _copy_to_host(running)
-        running = rollout, real * sampling.samples
-    return concatenate(parts + _copy_to_host(running))
+    with progress.Bar(what, len(rows) * sampling.samples, "response", compiles=True) as bar:
+        for real, (batch, ids) in in_batches((prompts, rows), batch_size, mesh):
+            rollout = _decode(params, model, sampling, batch, key, ids)
+            # The previous batch is copied to the host while this one is decoded.
+            parts += _copy_to_host(running, bar)
+            running = rollout, real * sampling.samples
+        return concatenate(parts + _copy_to_host(running, bar))
 
 
-def _copy_to_host(running: tuple[Rollout, int] | None) -> list[Rollout]:
+def _copy_to_host(running: tuple[Rollout, int] | None, bar: progress.Bar) -> list[Rollout]:
     """Wait for (rollout, number of rows that count) and return these rows; nothing if there is none."""
-    return [] if running is None else [take_rows(jax.device_get(running[0]), slice(running[1]))]
+    if running is None:
+        return []
+    copied = [take_rows(jax.device_get(running[0]), slice(running[1]))]
+    bar.update(running[1])
+    return copied

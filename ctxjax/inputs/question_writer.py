@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 import numpy as np
-from tqdm import tqdm
 
 from ctxjax import rng, sharding
 from ctxjax.config import Experiment
@@ -27,7 +26,7 @@ from ctxjax.data.records import hash_text
 from ctxjax.data.task import Row
 from ctxjax.data.tasks.self_study import SelfStudyConfig, find_questions_file
 from ctxjax.distill.sampling import SamplingConfig
-from ctxjax.host import processes, workdir as workdir_lib
+from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
 
@@ -94,7 +93,7 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict[str
     requests = list_requests(task)
     kept: dict[str, tuple[Request, str]] = {}
     drafted = 0
-    with tqdm(total=task.questions, desc="questions", unit="question", disable=not processes.is_first()) as bar:
+    with progress.Bar("writing questions", task.questions, "question", compiles=True) as bar:
         for texts in _draft(config, folder, requests, _find_drafts(path), mesh):
             for request, text in zip(requests[drafted : drafted + len(texts)], texts):
                 question = clean_question(text, request)
@@ -188,13 +187,16 @@ def _reply(config: Experiment, folder: ModelFolder, asked: list[tuple[Request, s
     folder.check_prompts(tokens, task.longest_reference, "self_study.longest_reference")
     columns = shapes_lib.make_shape(max(map(len, tokens)), 0).columns
     key = rng.key_for(jax.random.key(task.seed), 0, "evaluation")
-    return _decode(folder, tokens, columns, sampling, key, config.eval.batch_size, mesh)
+    return _decode(folder, tokens, columns, sampling, key, config.eval.batch_size, mesh, "answering them")
 
 
-def _decode(folder: ModelFolder, tokens, columns: int, sampling: SamplingConfig, key, size: int, mesh) -> list[str]:
+def _decode(
+    folder: ModelFolder, tokens, columns: int, sampling: SamplingConfig, key, size: int, mesh, what: str = ""
+) -> list[str]:
     ways = sharding.batch_ways(mesh)
     prompts = prompts_lib.left_pad(tokens, columns, folder.pad_id)
-    rollout = decoding.decode(folder.params, folder.config, sampling, prompts, key, max(size // ways, 1) * ways, mesh)
+    size = max(size // ways, 1) * ways
+    rollout = decoding.decode(folder.params, folder.config, sampling, prompts, key, size, mesh, what=what)
     kept = [ids[mask] for ids, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
     texts = responses.decode(folder.tokenizer, kept, folder.stop_ids)
     return [text if int(ids[-1]) in folder.stop_ids else "" for ids, text in zip(kept, texts)]

@@ -16,6 +16,7 @@ from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
 from ctxjax.data.task import GameTask, Row, Task, longest_turns
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.host import progress
 from ctxjax.host.checksum import compute_digest, compute_fingerprint
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model, question_writer
@@ -39,8 +40,9 @@ class Inputs(NamedTuple):
 def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     """Open a run's task and models and encode the training rows. ``seconds``: gets the time of each part."""
     question_writer.ensure_questions(config, mesh)
-    task = TASKS[config.task][1](config.task_config)
-    splits.check_splits(task)
+    with progress.Bar("reading the questions"):
+        task = TASKS[config.task][1](config.task_config)
+        splits.check_splits(task)
     if contexts_lib.has_context_per_row(task.rows("train")):
         print(
             "warning: every training question has its own context; what such contexts teach often does not transfer to "
@@ -81,12 +83,12 @@ def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, Ret
     """Encode the training rows; print the batch's shapes, and warnings."""
     if prompts_lib.is_thinking_ignored(tokenizer, config.prompt):
         print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
-    quoted = prompts_lib.describe_quoted_control_tokens(
-        tokenizer, [row for split in ("train", "dev", "test") for row in task.rows(split)]
-    )
+    with progress.Bar("encoding the training questions"):
+        every = [row for split in ("train", "dev", "test") for row in task.rows(split)]
+        quoted = prompts_lib.describe_quoted_control_tokens(tokenizer, every)
+        rows, retention = encode_training_rows(config, task, tokenizer)
     if quoted:
         print(f"warning: {quoted}")
-    rows, retention = encode_training_rows(config, task, tokenizer)
     if retention and retention.left_out:
         print(
             f"warning: retention leaves out {retention.left_out} other contexts and keeps {len(retention.contexts)}: "
@@ -175,10 +177,9 @@ def compute_teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV 
     if not prefix_C:
         return None
     print(f"all prompts with context share their first {len(prefix_C)} tokens, read once per pass", flush=True)
-    compute = jax.jit(transformer.prefix_kv, static_argnames="config")
-    return compute(
-        sharding.bring_to_device(teacher.params), config=teacher.config, prefix_C=np.asarray(prefix_C, np.int32)
-    )
+    compute, tokens = jax.jit(transformer.prefix_kv, static_argnames="config"), np.asarray(prefix_C, np.int32)
+    with progress.Bar("compiling the teacher's pass over them"):
+        return compute(sharding.bring_to_device(teacher.params), config=teacher.config, prefix_C=tokens)
 
 
 def _list_other_rows(task: Task, split: str) -> list[Row]:

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from ctxjax import sharding
 from ctxjax.config import Experiment
 from ctxjax.data import responses
 from ctxjax.data.pipeline import shuffle_questions, training_batches
 from ctxjax.distill.train_step import off_policy_steps, teacher_rollout
-from ctxjax.host import processes, workdir as workdir_lib
+from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.types import Rollout
 
@@ -46,13 +45,7 @@ def open_teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh
     missing = [step for step in wanted if step not in stored]
     processes.check_same_facts({f"steps that are missing in {path}": missing})
     if missing:
-        lines = tqdm(
-            _draw(config, inputs, missing, mesh),
-            total=len(missing),
-            desc="teacher's samples",
-            unit="step",
-            disable=not processes.is_first(),
-        )
+        lines = progress.track(_draw(config, inputs, missing, mesh), "teacher's samples", len(missing), compiles=True)
         before = path.read_text(encoding="utf-8") if stored else ""
         workdir_lib.write_text(path, before + "".join(json.dumps(row) + "\n" for rows in lines for row in rows))
         processes.wait("teacher's samples")

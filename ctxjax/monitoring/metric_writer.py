@@ -11,9 +11,8 @@ import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
 
-from ctxjax.host import processes
+from ctxjax.host import processes, progress
 from ctxjax.monitoring.alarms import Alarms
 from ctxjax.monitoring.step_rows import StepRows
 
@@ -36,8 +35,13 @@ class Writer:
                 self._events.add(row)
             alarms.observe(row["step"], row, quiet=True)
         self._alarms = alarms
-        self._bar = tqdm(total=steps, initial=from_step, desc=name, unit="step", disable=not is_first)
+        self._name, self._steps, self._from_step, self._bar = name, steps, from_step, None
         self._log_every, self._pending, self._since = log_every, None, time.monotonic()
+
+    def begin(self) -> None:
+        """Open the progress bar: the first step begins."""
+        self._bar = progress.Bar(self._name, self._steps, initial=self._from_step)
+        self.pause()
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of a step that may still be running, and write those of the step before."""
@@ -56,8 +60,9 @@ class Writer:
         now = time.monotonic()
         metrics["tokens_per_second"] = metrics["response_tokens"] / max(now - self._since, 1e-9)
         self._since = now
-        self._bar.update(1)
-        self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
+            self._bar.update()
         self.write(step, metrics, is_due=step % self._log_every == 0)
 
     def write(self, step: int, metrics: dict, is_due: bool = True) -> None:
@@ -88,7 +93,8 @@ class Writer:
 
     def end_bar(self) -> None:
         """Close the progress bar, so that the next print starts on its own line."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def close(self) -> None:
         self.flush()

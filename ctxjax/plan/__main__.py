@@ -1,4 +1,6 @@
-"""Plan a run: ``python -m ctxjax.plan --config=FILE[:arguments] --topology=v5e:4x4 [--json] [--config.field=value]``.
+"""Plan a run (also ``python -m ctxjax.plan``)::
+
+    ctxjax plan --config=configs/llama3.py:file,1b --topology=v5e:2x4 --prefix=500 --question=100
 
 Compiles the whole training step for a TPU slice, which need not exist here (libtpu's compiler does it), or with
 ``--devices=N`` for local devices. Prints the memory of a chip by item, arithmetic, traffic and lower bounds of a step's
@@ -14,7 +16,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ctxjax.host import command
+from ctxjax.host import command, preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/llama3.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v4, v5e, v5p or v6e and its chips, such as v5e:4x4.")
@@ -63,4 +65,5 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     command.run(main, _CONFIG)

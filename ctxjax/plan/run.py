@@ -16,6 +16,7 @@ from ctxjax.data.task import GameTask, Task
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import needs_ema
+from ctxjax.host import progress
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs.base_model import make_model_config
 from ctxjax.inputs.batch_shapes import BatchShapes, make_batch_shapes
@@ -153,13 +154,15 @@ def find_views(config: Experiment, task: str, lengths: Lengths | None) -> Views:
     if lengths is not None:
         return _make_views(config, lengths)
     try:
-        opened, tokenizer = _open_task(config, task)
+        with progress.Bar("reading the questions"):
+            opened, tokenizer = _open_task(config, task)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         raise ValueError(
             f"the lengths of prompts cannot be read: {error}. Or give them in tokens: --prefix=N, what all prompts "
             "with the context start with, and --question=N, the longest prompt without it"
         ) from None
-    encoded, retention = encode_training_rows(config, opened, tokenizer)
+    with progress.Bar("encoding the training questions"):
+        encoded, retention = encode_training_rows(config, opened, tokenizer)
     other = retention.shape if retention else None
     notes, turns = [describe_outliers(encoded, retention)], 1
     if isinstance(opened, GameTask):

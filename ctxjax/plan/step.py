@@ -15,14 +15,16 @@ from ctxjax import sharding
 from ctxjax.config import Experiment
 from ctxjax.data.shapes import ViewShape
 from ctxjax.distill import optim
+from ctxjax.distill.flops import count_head_chunks, count_step_flops
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import count_passes, needs_ema
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.distill.train_step import StepConfig, train_step
+from ctxjax.host import progress
 from ctxjax.inputs.batch_shapes import BatchShapes
 from ctxjax.models import lora, mesh_check, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.plan import flops, hlo
+from ctxjax.plan import hlo
 from ctxjax.plan.chips import Chip
 from ctxjax.types import Batch, Frozen, Prompts, TrainState
 
@@ -92,13 +94,14 @@ def make_plan(
         state, frozen, batch, buffers = make_arguments(config, step, teacher is not None, shapes, mesh)
         clock = time.monotonic()
         traced = train_step.trace(state, frozen, batch, config=step)
-        arithmetic = flops.count_matmul_flops(traced.jaxpr.jaxpr, _Trips(step))
+        arithmetic = count_step_flops(traced.jaxpr.jaxpr, step)
         lowered = traced.lower(lowering_platforms=(devices[0].platform,))
         parts = _compute_temporary_parts(step, shapes, mesh)
         floor = _compute_hbm_floor(step, buffers, shapes, mesh)
         refused, used, sent = "", 0, None
         try:
-            compiled = lowered.compile(compiler_options=EFFORTS[effort])
+            with progress.Bar(f"compiling the step for {len(devices)} x {devices[0].device_kind}"):
+                compiled = lowered.compile(compiler_options=EFFORTS[effort])
             memory = compiled.memory_analysis()
             used = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
             used += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
@@ -168,30 +171,6 @@ def count_chip_bytes(tree) -> int:
         return int(np.prod(shape)) * leaf.dtype.itemsize
 
     return sum(size(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def count_head_chunks(step: StepConfig) -> int:
-    """Return how often the loop over chunks of response columns runs for responses of full length."""
-    return -(-step.sampling.max_tokens // step.loss.chunk)
-
-
-class _Trips:
-    """The number of times that each ``while`` of a step's trace runs; call it once per equation, in order.
-
-    A decode loop starts at the bound of the previous one and ends at its own. The bound of the head's loop is data; it
-    is counted over all chunks.
-    """
-
-    def __init__(self, step: StepConfig):
-        self.step, self.before = step, 1
-
-    def __call__(self, equation) -> int:
-        stop = flops.find_loop_bound(equation)
-        if stop is None:
-            return count_head_chunks(self.step)
-        self.before = 1 if stop <= self.before else self.before  # the next rollout's first loop
-        trips, self.before = stop - self.before, stop
-        return trips
 
 
 def _count_devices(mesh: Mesh, *axes: str) -> int:

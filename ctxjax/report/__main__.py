@@ -6,6 +6,7 @@ import argparse
 import pathlib
 import sys
 
+from ctxjax.host import preemption, progress
 from ctxjax.report import results_table, write_report
 from ctxjax.report.run_files import read_results
 
@@ -16,7 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     Returns 0, or 2 after one line on stderr if the run's files are missing or cannot be read.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m ctxjax.report", description="Rebuild the page of a finished or running run."
+        prog="ctxjax report",
+        description="Rebuild the page of a finished or running run.",
+        epilog="example: ctxjax report --workdir=runs/tiny",
     )
     parser.add_argument(
         "--workdir", required=True, type=pathlib.Path, metavar="DIR", help="folder that holds results.json"
@@ -24,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     workdir = parser.parse_args(arguments).workdir
     try:
         results = read_results(workdir)
-        path = write_report(workdir)
+        with progress.Bar("drawing the report"):
+            path = write_report(workdir)
     except (OSError, ValueError) as error:
         print(f"ctxjax.report: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -34,4 +38,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     sys.exit(main())

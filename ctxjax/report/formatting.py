@@ -102,3 +102,10 @@ UNITS = {
     "p-value": Unit("", p_value, "probability"),
     "word": Unit("", lambda value: str(value or DASH), "a word"),
 }
+
+
+def shorten(number: int) -> str:
+    """Three digits and a prefix, to be followed by a unit: "8.03 G", "21 M", "512 "."""
+    rounded = float(f"{number:.3g}")
+    power = min((len(str(int(rounded))) - 1) // 3, 6)
+    return f"{rounded / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"

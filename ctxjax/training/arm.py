@@ -16,12 +16,13 @@ from ctxjax.config import Experiment
 from ctxjax.data.pipeline import Drawn, draw_steps
 from ctxjax.data.task import GameTask
 from ctxjax.distill.anchors import loss_at
+from ctxjax.distill.flops import count_step_flops
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.rollouts import Questions, RolloutSource, StepInputs, TeacherSamples
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.metrics import parse_select
-from ctxjax.host import preemption
+from ctxjax.host import preemption, progress
 from ctxjax.inputs.data_record import ROWS_FILE
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.inputs.teacher_samples import steps_with_samples
@@ -29,6 +30,7 @@ from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.monitoring.alarms import Alarms, StopRun
 from ctxjax.monitoring.metric_writer import Writer
 from ctxjax.monitoring.step_rows import StepRows
+from ctxjax.report.formatting import shorten
 from ctxjax.training import nonfinite
 from ctxjax.training.checkpoint import Checkpoints, best_step, read_params, saved_steps
 from ctxjax.training.fed_rows import FedRows
@@ -113,7 +115,7 @@ class Arm:
                 is_missing = self._is_evaluation_due(first) and first not in dev_rows
                 if is_missing and not self._evaluate(first, state, dev, writer):
                     raise preemption.Preempted
-                writer.pause()
+                writer.begin()
                 for step in range(first, train.steps):
                     inputs = source.next(state, step)
                     with jax.transfer_guard("disallow"):
@@ -212,15 +214,24 @@ class Arm:
 
     def _compile_programs(self, state: TrainState, source: RolloutSource, steps: range) -> dict[StepKind, Any]:
         """Compile every kind of step among ``steps`` before the first one runs: once training has begun, no
-        compilation delays the end on SIGTERM."""
-        programs = {}
+        compilation delays the end on SIGTERM. Print what the steps cost at most."""
+        programs, flops, costs = {}, {}, []
         for step in steps:
+            kinds = []
             for inputs in source.examples(step):
-                kind = self._find_kind(step, inputs)
+                kinds.append(kind := self._find_kind(step, inputs))
                 if kind not in programs:
                     config = dataclasses.replace(self._step_config, loss=kind.loss)
-                    lowered = train_step.lower(state, self._frozen, config=config, **inputs._asdict())
-                    programs[kind] = lowered.compile()
+                    with progress.Bar(f"compiling a training step of {self._name}"):
+                        traced = train_step.trace(state, self._frozen, config=config, **inputs._asdict())
+                        flops[kind] = count_step_flops(traced.jaxpr.jaxpr, config)
+                        programs[kind] = traced.lower().compile()
+            costs.append(max(flops[kind] for kind in kinds))
+        responses = sum(len(prompts.tokens_BxP) for prompts in (inputs.batch.bare, inputs.batch.other) if prompts)
+        tokens = responses * self._step_config.sampling.max_tokens
+        each = f"{tokens:,} response tokens and {shorten(max(costs))}FLOPs"
+        every = f"{tokens * len(steps):,} response tokens and {shorten(sum(costs))}FLOPs"
+        print(f"{self._name}: {len(steps)} steps of up to {each}; in all up to {every}", flush=True)
         return programs
 
     def _find_kind(self, step: int, inputs: StepInputs) -> StepKind:
@@ -239,7 +250,7 @@ class Arm:
         """Evaluate on dev and write the row of metrics. Return False, without a row, if SIGTERM came during it."""
         writer.flush()
         try:
-            row = _make_dev_row(dev(self._join_student(state)))
+            row = _make_dev_row(dev(self._join_student(state), self._name))
         except preemption.Preempted:
             return False
         writer.write(taken, row)

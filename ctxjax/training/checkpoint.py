@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ctxjax.host import memory, processes
+from ctxjax.host import memory, processes, progress
 from ctxjax.host.checksum import compute_checksums
 from ctxjax.types import Params, TrainState
 
@@ -76,10 +76,11 @@ class Checkpoints:
         if taken == self.latest_step:
             return
         stored = _make_storable(state)
-        record = record | {"checksums": compute_checksums(stored)}
-        with self._explain_failures():
-            items = ocp.args.Composite(state=ocp.args.StandardSave(stored), run=ocp.args.JsonSave(record))
-            self._manager.save(taken, args=items, force=True)
+        with progress.Bar(f"saving the checkpoint of step {taken}"):
+            record = record | {"checksums": compute_checksums(stored)}
+            with self._explain_failures():
+                items = ocp.args.Composite(state=ocp.args.StandardSave(stored), run=ocp.args.JsonSave(record))
+                self._manager.save(taken, args=items, force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Return (state, record) of the latest undamaged checkpoint, in the shardings of ``like``; None if there is no
@@ -91,7 +92,8 @@ class Checkpoints:
         damaged: dict[int, Exception] = {}
         for taken in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self._read(taken, like)
+                with progress.Bar(f"reading the checkpoint of step {taken}"):
+                    found = self._read(taken, like)
             except Exception as error:  # orbax, tensorstore and the JSON reader raise different types
                 if processes.is_lost_process(error) or memory.is_exhausted(error):
                     raise
@@ -135,7 +137,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the last save is complete. Raises OSError if it failed."""
-        with self._explain_failures():
+        with progress.Bar("writing the checkpoint to the disk"), self._explain_failures():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -178,7 +180,7 @@ def read_params(folder: Path, taken: int, like: Params) -> Params:
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     # Not a CheckpointManager: that would delete the unfinished checkpoints of a run that may still be active.
-    with ocp.PyTreeCheckpointer() as reader:
+    with progress.Bar(f"reading the checkpoint of step {taken}"), ocp.PyTreeCheckpointer() as reader:
         try:
             params = reader.restore(folder.absolute() / str(taken) / "state", args=request)["params"]
         except (ValueError, KeyError) as error:

@@ -18,13 +18,14 @@ from ctxjax.distill import optim
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.outcomes import Learning
-from ctxjax.host import processes, retry, workdir as workdir_lib
+from ctxjax.host import processes, progress, retry, workdir as workdir_lib
 from ctxjax.inputs.data_record import FILE as DATA_FILE, DataRecord
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import Inputs, compute_digests, compute_teacher_prefix, open_inputs
 from ctxjax.inputs.teacher_samples import open_teacher_samples
 from ctxjax.models import lora as lora_lib, params as params_lib
 from ctxjax.report import results_table, write_report
+from ctxjax.report.formatting import shorten
 from ctxjax.training.arm import Arm, Shared
 from ctxjax.training.fed_rows import FedRows
 from ctxjax.types import Params, PrefixKV
@@ -74,7 +75,7 @@ class _OpenRun:
         identity = {"step": taken} | workdir_lib.select_code_facts(self.manifest)
         found = Evaluation.load(folder, identity)
         if not processes.ask_first(found is not None):
-            found = evaluator(sharding.bring_to_device(params))
+            found = evaluator(sharding.bring_to_device(params), folder.relative_to(self.workdir).parts[0])
             found.save(folder, identity)
         if found is None:
             raise FileNotFoundError(
@@ -113,9 +114,10 @@ def _open(
         flush=True,
     )
     lock.take()
-    data = DataRecord(task, rows, inputs.retention)
+    with progress.Bar("computing the digests of weights and questions"):
+        data, digests = DataRecord(task, rows, inputs.retention), compute_digests(inputs)
     facts = facts | {"rows_left_out": dict(task.skipped), "task": task.facts, "arithmetic": student.config.arithmetic}
-    manifest = workdir_lib.claim(workdir, facts | data.facts, compute_digests(inputs))
+    manifest = workdir_lib.claim(workdir, facts | data.facts, digests)
     workdir_lib.write_text(workdir / DATA_FILE, data.text)
     return _OpenRun(config, workdir, mesh, inputs, prefix, dev, test, manifest, data, started, seconds)
 
@@ -192,7 +194,8 @@ def _write_results(run: _OpenRun, results: dict[str, dict]) -> Path | None:
     manifest = run.manifest | {"retries": dict(retry.counts), "seconds": seconds}
     workdir_lib.write_json(run.workdir / "run.json", manifest)
     workdir_lib.write_json(run.workdir / "results.json", results)
-    return write_report(run.workdir) if processes.is_first() else None
+    with progress.Bar("drawing the report"):
+        return write_report(run.workdir) if processes.is_first() else None
 
 
 def _print_summary(results: dict[str, dict], seconds: dict[str, float], page: Path | None) -> None:
@@ -210,10 +213,10 @@ def _describe_sizes(config: Experiment, student: ModelFolder, teacher: ModelFold
     optimiser = jax.eval_shape(optim.optimizer(config.optim).init, trained)
 
     def count(tree) -> str:
-        return _shorten(sum(leaf.size for leaf in jax.tree.leaves(tree))).strip()
+        return shorten(sum(leaf.size for leaf in jax.tree.leaves(tree))).strip()
 
     def size(tree) -> str:
-        return _shorten(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))) + "B"
+        return shorten(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))) + "B"
 
     if config.lora is None:
         frozen = {"frozen in the teacher": teacher}
@@ -224,10 +227,3 @@ def _describe_sizes(config: Experiment, student: ModelFolder, teacher: ModelFold
     held = [f"{count(trained)} trained ({size(trained)})"]
     held += [f"{count(model.params)} {role} ({size(model.params)})" for role, model in frozen.items()]
     return f"parameters: {', '.join(held)}; optimiser: {size(optimiser)}"
-
-
-def _shorten(number: int) -> str:
-    """Three digits and a unit, to be followed by "B": "8.03 G", "21 M", "512 "."""
-    rounded = float(f"{number:.3g}")
-    power = min((len(str(int(rounded))) - 1) // 3, 4)
-    return f"{rounded / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"

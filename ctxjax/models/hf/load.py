@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
+from ctxjax.host import progress
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.hf import gemma3, llama, mistral, olmo2, qwen2, qwen3, safetensors_files, smollm3
 from ctxjax.models.hf.family import DERIVED_SUFFIX, LAYER_PREFIX, TOP_NAMES, Family
@@ -145,10 +146,14 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str = "float32") 
         return part
 
     params: dict = {"layers": {}}
-    for path, names_and_layout in paths.items():
-        make = functools.partial(make_shard, *names_and_layout)
-        get_leaf(params, path[:-1])[path[-1]] = _assemble(get_leaf(specs, path).shape, get_leaf(shardings, path), make)
-    _check_values(folder, params, paths)
+    size = params_lib.count(specs) * jnp.dtype(dtype).itemsize
+    with progress.Bar(f"loading {folder.name}", size, "B") as bar:
+        for path, names_and_layout in paths.items():
+            make = functools.partial(make_shard, *names_and_layout)
+            array = _assemble(get_leaf(specs, path).shape, get_leaf(shardings, path), make)
+            get_leaf(params, path[:-1])[path[-1]] = array
+            bar.update(array.nbytes)
+        _check_values(folder, params, paths)
     return params
 
 

@@ -5,8 +5,7 @@ One tensor at a time is gathered from the mesh to the host, and one shard at a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import errno
 import functools
 import json
@@ -15,7 +14,6 @@ from pathlib import Path
 import re
 import shutil
 from typing import NamedTuple
-import uuid
 
 from huggingface_hub import constants, split_state_dict_into_shards_factory
 import jax
@@ -25,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from ctxjax.host import progress, workdir
 from ctxjax.models import lora
 from ctxjax.models.hf import load as hf_load, safetensors_files
 from ctxjax.models.lora import LoraConfig
@@ -46,25 +45,6 @@ class _Tensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into. It gets its name when the block ends, and is removed if the block fails.
-
-    Raises FileExistsError if ``folder`` exists: nothing is overwritten.
-    """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; nothing was written. Choose another name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def save(
     folder: Path, params: Params, config: ModelConfig, tokenizer, stop_ids: tuple[int, ...], model_type: str
 ) -> None:
@@ -79,7 +59,7 @@ def save(
         "pad_token_id": tokenizer.pad_token_id,
     }
     dtype = params["embedding"].dtype.name
-    with new_folder(Path(folder)) as partial:
+    with workdir.new_folder(Path(folder)) as partial:
         save_weights(partial, params, config, family)
         write_json(partial / "config.json", set_dtype(family.config_to_hf(config) | generation, dtype))
         write_json(partial / "generation_config.json", generation)
@@ -124,8 +104,10 @@ def save_weights(
         filename_pattern=constants.SAFETENSORS_WEIGHTS_FILE_PATTERN,
         max_shard_size=max_shard_bytes,
     )
-    for file, names in shards.filename_to_tensors.items():
-        _write(folder / file, {name: tensors[name] for name in names})
+    with progress.Bar("writing the weights", total, "B") as bar:
+        for file, names in shards.filename_to_tensors.items():
+            _write(folder / file, {name: tensors[name] for name in names})
+            bar.update(sum(tensors[name].nbytes for name in names))
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / safetensors_files.INDEX, index)

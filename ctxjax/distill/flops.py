@@ -10,6 +10,8 @@ import math
 
 from jax.extend.core import jaxprs_in_params
 
+from ctxjax.distill.train_step import StepConfig
+
 # From a ``while`` equation to the number of times that its body runs.
 Trips = Callable[..., int]
 
@@ -58,3 +60,32 @@ def find_loop_bound(equation) -> int | None:
         if hasattr(operand, "val")
     ]
     return max(constants, default=None)
+
+
+def count_step_flops(jaxpr, step: StepConfig) -> int:
+    """Return the FLOPs of a traced training step, with responses of full length, of all devices together."""
+    return count_matmul_flops(jaxpr, _Trips(step))
+
+
+def count_head_chunks(step: StepConfig) -> int:
+    """Return how often the loop over chunks of response columns runs for responses of full length."""
+    return -(-step.sampling.max_tokens // step.loss.chunk)
+
+
+class _Trips:
+    """The number of times that each ``while`` of a step's trace runs; call it once per equation, in order.
+
+    A decode loop starts at the bound of the previous one and ends at its own. The bound of the head's loop is data; it
+    is counted over all chunks.
+    """
+
+    def __init__(self, step: StepConfig):
+        self.step, self.before = step, 1
+
+    def __call__(self, equation) -> int:
+        stop = find_loop_bound(equation)
+        if stop is None:
+            return count_head_chunks(self.step)
+        self.before = 1 if stop <= self.before else self.before  # the next rollout's first loop
+        trips, self.before = stop - self.before, stop
+        return trips

@@ -1,0 +1,110 @@
+"""The commands work from any folder: configuration files are found, and installed from a wheel."""
+
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from ctxjax import __main__ as console
+from ctxjax.host import command
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, folder: Path, package: Path = ROOT, module: str = "ctxjax") -> subprocess.CompletedProcess:
+    """Run the console command in ``folder``, with ``package`` as the only folder that Python imports from."""
+    environment = {"PYTHONPATH": str(package), "HOME": str(folder), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    line = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["configs/tiny.py", "tiny.py", "tiny", "configs/llama3.py:medical,8b", "llama3:math"])
+def test_a_packaged_configuration_is_found_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, _, arguments = command.find_config(name).partition(":")
+    assert Path(path).is_file() and Path(path).resolve().parent == ROOT / "configs"
+    assert arguments == name.partition(":")[2]
+
+
+@pytest.mark.parametrize("name", ["configs/tiny.py", "tiny.py", "mine/own.py:a:b"])
+def test_the_callers_own_file_comes_first(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(name.partition(":")[0])
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    assert command.find_config(name) == name
+
+
+@pytest.mark.parametrize("name", ["configs/none.py", "mine/tiny.py", "/somewhere/configs/tiny.py", "none:8b"])
+def test_a_missing_configuration_is_refused_with_both_places(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="does not exist") as refused:
+        command.find_config(name)
+    places = str(tmp_path / name.partition(":")[0]), str(ROOT / "ctxjax" / "configs"), "tiny"
+    assert all(place in str(refused.value) for place in places)
+
+
+def test_the_console_lists_its_commands(capsys):
+    for arguments in ([], ["--help"]):
+        assert console.main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert all(any(line.split()[:1] == [name] for line in lines) for name in console.COMMANDS)
+    assert console.main(["trian"]) == 2
+    assert "'trian' is not a command; choose from train, evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", console.COMMANDS)
+def test_every_command_handles_ctrl_c(name):
+    path = ROOT.joinpath(*console.COMMANDS[name][0].split("."))
+    file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    assert "preemption.listen(" in file.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", console.COMMANDS)
+def test_every_command_explains_itself_with_an_example(name, tmp_path):
+    done = run(name, "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, *examples = done.stdout.replace(f"usage: ctxjax {name}", "").split(f"ctxjax {name} ")
+    assert len(examples) == 1 and "--" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_works_in_an_empty_folder(tmp_path):
+    wheels, package, folder = (tmp_path / name for name in ("wheels", "package", "folder"))
+    folder.mkdir()
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels]
+    source = tmp_path / "source"  # a build leaves files in its folder
+    unwanted = shutil.ignore_patterns(".git", "__pycache__", "build", "*.egg-info")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=unwanted)
+    subprocess.run([*pip, source], check=True)
+    (wheel,) = wheels.iterdir()
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(package)
+    assert sorted(path.name for path in (package / "ctxjax" / "configs").glob("*.py")) == sorted(
+        path.name for path in (ROOT / "configs").glob("*.py")
+    )
+
+    (folder / "own.py").write_text("from ctxjax.configs import debug\nget_config = debug.get_config\n")
+    planned = run("plan", "--config=configs/tiny.py", "--devices=1", folder=folder, package=package)
+    assert planned.returncode == 0 and "FLOPs" in planned.stdout, planned.stdout + planned.stderr
+    trained = run("train", "--config=own.py", "--workdir=runs/debug", folder=folder, package=package)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    reported = run("--workdir=runs/debug", folder=folder, package=package, module="ctxjax.report")
+    assert reported.returncode == 0 and (folder / "runs" / "debug" / "report.html").exists()
+    exported = ("--workdir=runs/debug", "--arm=off_policy", "--out=model")
+    done = run("export", *exported, folder=folder, package=package)
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = ("--task=rules", "--config.rules.test_questions=4", "--config.rollout.max_tokens=4")
+    done = run("evaluate", "--model=model", *asked, "--out=evaluation", folder=folder, package=package)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "rows.jsonl").write_text('{"question": 1')  # a relative path means the caller's folder
+    asked = ("--task=math", "--config.math.path=rows.jsonl")
+    done = run("evaluate", "--model=model", *asked, "--out=maths", folder=folder, package=package)
+    assert done.returncode == 2 and "rows.jsonl, line 1" in done.stderr, done.stderr
+    assert run("audit", "runs/debug", "model", folder=folder, package=package).returncode == 0
+    assert run("games", "grid_walk", "--boards=3", folder=folder, package=package).returncode == 0
