@@ -13,7 +13,7 @@ ROOMS = [
     "models", "models.hf", "distill",
     "monitoring", "games", "data.grading", "data", "data.worlds", "data.tasks",
     "config_fields", "config", "inputs", "evaluation", "report", "training",
-    "api", "__init__", "plan", "export", "audit", "evaluate", "main",
+    "api", "__init__", "plan", "export", "audit", "chat", "evaluate", "main",
 ]  # fmt: skip
 CORE = {"types", "rng", "masks", "sharding", "models", "distill"}
 OUTSIDE = {"ml_collections", "transformers", "grain", "time", "pathlib"}  # the world, which arrays know nothing of

@@ -98,8 +98,8 @@ def read_stop_ids(workdir: Path) -> list[int]:
         return json.loads((workdir / "run.json").read_text(encoding="utf-8"))["inputs"]["stop_ids"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(
-            f"{workdir}/run.json does not name the run's end tokens ({error!r}); export the run with the version of "
-            "ctxjax that trained it"
+            f"{workdir}/run.json does not name the run's end tokens ({error!r}); use the version of ctxjax that "
+            "trained it"
         ) from None
 
 
