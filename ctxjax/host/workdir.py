@@ -27,6 +27,7 @@ CHANGEABLE = (
     "mesh", "cpu_devices", "compile_cache", "model.remat", "model.attention", "rollout.weights", "train.micro_batches",
     "train.save_every", "train.keep",
 )  # fmt: skip
+RESUME = ("auto", "never", "must")  # see check_workdir
 FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
 
 
@@ -36,6 +37,8 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
     ``resume``: a run with the same configuration is resumed ("auto"), refused ("never") or required ("must"). It may
     have more steps than before if the learning rate is constant: nothing else of a step depends on their number.
     """
+    if resume not in RESUME:
+        raise ValueError(f"resume = {resume!r} is not known; choose from {', '.join(RESUME)}")
     stored = workdir / "config.json"
     if not stored.exists():
         if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - FIRST_FILES):
