@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from hypothesis import given, strategies as st
 import jax
@@ -16,6 +17,7 @@ from ctxjax.chat.conversation import Conversation, Decoding, Reply
 from ctxjax.chat.screen import CUT, FILL, Blocks, Columns, make_screen, wrap
 from ctxjax.chat.speaker import Run, Speaker
 from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.task import Row
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.host import command
 from ctxjax.inputs.model_folder import ModelFolder
@@ -115,6 +117,19 @@ def test_an_unknown_arm_names_the_arms(speaker):
     speaker.run = Run(None, None, {"opcd": 3})
     with pytest.raises(ValueError, match="no arm 'x'; choose from base, opcd$"):
         speaker.switch("x")
+
+
+def test_a_run_whose_questions_have_several_contexts_needs_one(monkeypatch):
+    rows = [Row("1", "#1:a", "a>b;", "b"), Row("2", "#1:b", "b>c;", "c")]
+    for asked in (rows[:1], rows):
+        task = SimpleNamespace(rows=lambda split, asked=asked: asked)
+        monkeypatch.setitem(speaker_lib.TASKS, "rules", (None, lambda config, task=task: task))
+        run = Run("runs/mine", SimpleNamespace(task="rules", task_config=None), {})
+        if len(asked) == 1:
+            assert speaker_lib.read_task(run) == ("a>b;", "#1:a")
+        else:
+            with pytest.raises(ValueError, match="questions of runs/mine have 2 contexts; choose one with --context="):
+                speaker_lib.read_task(run)
 
 
 LINES = {

@@ -1,6 +1,7 @@
 """The examples, run as their users run them, and short."""
 
 import ast
+import itertools
 import json
 import os
 from pathlib import Path
@@ -36,7 +37,8 @@ def run(name: str, *arguments, home: Path) -> str:
 def test_a_model_internalizes_a_prompt_with_the_users_questions(debug_run, tmp_path):
     _, model = debug_run
     (tmp_path / "prompt.txt").write_text("f>b;a>e;c>d;b>a;e>f;d>c;")
-    rows = [{"question": f"#1:{a}{b}", "answer": f"{b}{a}"} for a in "abcdef" for b in "abcdef"]
+    words = ["".join(letters) for letters in itertools.product("abcdef", repeat=3)]
+    rows = [{"question": f"#1:{word}", "answer": word[::-1]} for word in words]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = [f"--prompt={tmp_path}/prompt.txt", f"--questions={tmp_path}/questions.jsonl", f"--out={tmp_path}/run"]
     printed = run("internalize", f"--model={model}", *files, "--steps=2", "--batch_size=8", home=tmp_path)

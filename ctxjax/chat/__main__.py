@@ -131,6 +131,7 @@ def talk(chat: Chat) -> None:
 def open_chat(options: argparse.Namespace) -> Chat:
     """Open what the flags name. Raises ValueError or OSError with the remedy."""
     context = None if options.context is None else read_context(options.context)
+    print(f"opening {options.model or options.workdir} ...\n", flush=True)
     example = ""
     if options.model is not None:
         speaker = speaker_lib.open_model(options.model, options.placement)

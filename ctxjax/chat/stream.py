@@ -43,7 +43,7 @@ def stream(
     All prompts are drawn with the same numbers, so that responses differ only if the prompts do. The end token is one
     of the tokens. Ends when every response has ended or has ``sampling.max_tokens`` tokens.
     """
-    columns = shapes_lib.make_shape(max(map(len, prompts)), 0).columns
+    columns = shapes_lib.round_conversation(max(map(len, prompts)))
     count = len(prompts)
     prompts = prompts + prompts[-1:] * (-count % sharding.batch_ways(mesh))  # copies fill the devices
     batch = prompts_lib.left_pad(prompts, columns, sampling.pad_id)
