@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
+import os
 import shutil
 import sys
 
@@ -91,7 +91,7 @@ class Chat:
         if not text:
             print(make_printable(self._conversation.context or "no context"))
             return
-        is_file = len(text.split()) == 1 or Path(text).expanduser().is_file()
+        is_file = len(text.split()) == 1 or os.path.isfile(os.path.expanduser(text))
         self._conversation.start(read_context(text) if is_file else text)
         print(self.describe())
 
