@@ -6,7 +6,7 @@ The names in ``__all__`` are the API for notebooks and scripts. They are importe
 
 import importlib
 
-__all__ = ["generate", "load_model", "logits"]
+__all__ = ["generate", "load_model", "logits", "train"]
 
 
 def __getattr__(name: str):

@@ -1,5 +1,6 @@
-"""The Python API: load a model folder, compute logits, generate responses. It uses the same core as the commands.
+"""The Python API: train, load a model folder, compute logits, generate responses. The same core as the commands.
 
+results = ctxjax.train(config, "runs/mine")                # {"base": {"acc_x": 0.0, ...}, "opcd": {"harm": 0.5, ...}}
 model = ctxjax.load_model("~/.cache/ctxjax/rules-base-...")
 ctxjax.generate(model, ["#2:fac"], context="f>b;a>e;c>d;b>a;e>f;d>c;", max_tokens=19)   # ["s1 bed s2 afc"]
 """
@@ -7,20 +8,56 @@ ctxjax.generate(model, ["#2:fac"], context="f>b;a>e;c>d;b>a;e>f;d>c;", max_token
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from ctxjax import rng, sharding
+from ctxjax import config as config_lib, rng, sharding
 from ctxjax.data import prompts as prompts_lib, responses, shapes as shapes_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.distill.sampling import SamplingConfig
+from ctxjax.host import command, processes, workdir as workdir_lib
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
+
+
+def train(config: ConfigDict, workdir: str | Path, resume: str = "auto") -> dict[str, dict]:
+    """Train and evaluate every arm, as ``python -m ctxjax.main`` does; return what results.json holds.
+
+    ``config``: the fields of configs/base.py. ``workdir``: folder for results, report, metrics and checkpoints.
+    ``resume``: "auto" resumes the run in ``workdir``, if there is one; "never" refuses it; "must" requires it.
+
+    The result has a dict for each model: "base", "teacher" if it is another model, and the arms. Rates, such as
+    ``acc_x``, ``acc_xc`` and ``harm``, are between 0 and 1, and have a 95 % interval [low, high] in ``harm_ci`` and so
+    on; ``harm`` is None if nothing was right without the context.
+
+    Logs of libraries are switched off, and config.compile_cache is used from now on. config.cpu_devices has no effect
+    if JAX uses devices already. Raises ValueError or OSError with the remedy, and StopRun if an alarm ends the run.
+    """
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config = {config!r} is not a ConfigDict; get one from configs, such as tiny.get_config()")
+    place = command.parse_folder("workdir", str(workdir))
+    command.prepare(config)
+    return start_run(config, place, resume, command="ctxjax.train(config, workdir)")
+
+
+def start_run(config: ConfigDict, workdir: Path, resume: str, **facts) -> dict[str, dict]:
+    """Check configuration and folder, then run; ``facts`` replace those that workdir.collect_facts finds."""
+    from ctxjax.training import run  # imports the report's plots, which other functions do not need
+
+    facts = workdir_lib.collect_facts(config) | facts
+    if jax.process_count() > 1:
+        processes.check_same_facts({name: facts[name] for name in ("config", "versions")})
+        processes.silence_others()
+    experiment = config_lib.experiment(config, jax.device_count())
+    workdir_lib.check_workdir(workdir, facts["config"], resume)
+    return run.run(experiment, workdir, facts)
 
 
 def load_model(

@@ -16,19 +16,16 @@ import sys
 from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
-from ctxjax import config as config_lib, sharding
+from ctxjax import sharding
 from ctxjax.config import Experiment
-from ctxjax.data.tasks import TASKS
 from ctxjax.host import command, memory, preemption, progress, workdir as workdir_lib
 from ctxjax.host.checksum import compute_checksums, hash_file
 from ctxjax.host.hub import find_folder
-from ctxjax.inputs import base_model
-from ctxjax.models import lora, params as params_lib, transformer
+from ctxjax.models import lora
 from ctxjax.models.hf import load as hf_load, safetensors_files, save as hf_save
 from ctxjax.report.model_card import model_card
-from ctxjax.training import checkpoint
+from ctxjax.training import stored_arms
 
 # Other files of a model, copied unchanged.
 COMPANIONS = (
@@ -62,23 +59,21 @@ def export(
     exists; then nothing is left at ``out``.
     """
     stored = workdir_lib.read_config(workdir)
-    config = _read_experiment(workdir, stored)
+    config = stored_arms.read_experiment(workdir)
     if adapter and config.lora is None:
         raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
     arm, step = _choose_checkpoint(workdir, config, arm, step)
-    checkpoints, stop_ids = workdir / arm / "checkpoints", workdir_lib.read_stop_ids(workdir)
-    name = config.model.path or str(_find_own_base(config))
+    stop_ids = workdir_lib.read_stop_ids(workdir)
+    name = stored_arms.find_source(config)
     source = find_folder(name)
     model = hf_load.read_config(source)
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
     family = hf_load.find_family(fields, source)
     mesh = sharding.make_mesh(fsdp=jax.device_count())
     with workdir_lib.new_folder(out) as partial, jax.set_mesh(mesh):
-        specs, kind = transformer.param_specs(model), config.model.param_dtype
-        if config.lora is not None:
-            specs, kind = lora.specs(model, config.lora), "float32"
+        kind = config.model.param_dtype if config.lora is None else "float32"
         weights = _describe_weights(None if adapter else source, kind, dtype or kind)
-        trained = checkpoint.read_params(checkpoints, step, params_lib.abstract(specs, mesh, kind))
+        trained = stored_arms.read_trained(workdir, config, model, arm, step, mesh)
         origin = {"arm": arm, "step": step, "adapter": adapter, "weights": compute_checksums(trained)}
         if adapter:
             hf_save.save_adapter(partial, trained, model, config.lora, family, name, dtype)
@@ -122,24 +117,9 @@ def _write_stop_ids(folder: Path, stop_ids: list[int]) -> None:
             hf_save.write_json(path, fields | {"eos_token_id": stop_ids})
 
 
-def _read_experiment(workdir: Path, stored: dict) -> Experiment:
-    """Return the run's configuration for one device: an export does not need the mesh of the training."""
-    one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 0}}
-    try:
-        return config_lib.experiment(ConfigDict(stored | one_device), device_count=1, trains=False)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{workdir}/config.json does not fit this version of ctxjax: {error}") from None
-
-
-def _find_own_base(config: Experiment) -> Path:
-    task = TASKS[config.task][1](config.task_config)
-    return base_model.find_base_folder(config.base, config.task, task)
-
-
 def _choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:
-    steps = {name: checkpoint.saved_steps(workdir / name / "checkpoints") for name in config.arms}
-    saved = "; ".join(f"{name}: step {', '.join(map(str, found))}" for name, found in steps.items() if found)
-    saved = f"{workdir} has checkpoints of {saved}" if saved else f"{workdir} has no checkpoint yet"
+    steps = stored_arms.list_steps(workdir, config)
+    saved = stored_arms.describe_steps(workdir, steps)
     if arm is None:
         found = [name for name in steps if steps[name]]
         if len(found) != 1:

@@ -19,7 +19,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ctxjax.host import command, preemption, processes, progress, redact
+from ctxjax.host import command, preemption, processes, progress, redact, workdir
 from ctxjax.monitoring.alarms import StopRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
@@ -30,7 +30,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this proce
 _RESUME = flags.DEFINE_enum(
     "resume",
     "auto",
-    ["auto", "never", "must"],
+    workdir.RESUME,
     "auto: resume the run in the workdir, if there is one; never: refuse it; must: refuse a workdir without a run.",
 )
 _DUMP_BATCH = flags.DEFINE_bool("dump_batch", False, "Print the first training batch and end; needs no workdir.")
@@ -43,25 +43,19 @@ def main(_) -> None:
     if _CONFIG.value is None:
         raise ValueError("--config is missing; for example --config=configs/tiny.py")
     with progress.Bar("importing the libraries"):  # here, so that a mistyped flag is refused at once
-        from ctxjax import config
-        from ctxjax.host import workdir
-        from ctxjax.training import preview, run
+        from ctxjax import api, config
+        from ctxjax.training import preview
 
     place = command.parse_folder("--workdir", _WORKDIR.value or "")
     command.prepare(_CONFIG.value)
     processes.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
-    if jax.process_count() > 1:
-        facts = workdir.collect_facts(_CONFIG.value)
-        processes.check_same_facts({name: facts[name] for name in ("config", "versions")})
-        processes.silence_others()
-    experiment = config.experiment(_CONFIG.value, jax.device_count())
     if _DUMP_BATCH.value:
+        processes.silence_others()
+        experiment = config.experiment(_CONFIG.value, jax.device_count())
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(preview.format_first_batch(experiment, shutil.get_terminal_size((100, 0)).columns, colour))
         return
-    facts = workdir.collect_facts(_CONFIG.value)
-    workdir.check_workdir(place, facts["config"], _RESUME.value)
-    run.run(experiment, place, facts)
+    api.start_run(_CONFIG.value, place, _RESUME.value)
 
 
 def _suggest_less_memory() -> str:

@@ -1,16 +1,24 @@
 """The Python API: the same core as the commands, from a folder's name."""
 
+import json
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 
 import ctxjax
-from ctxjax import rng
+from ctxjax import config as config_lib, rng
+from ctxjax.configs import debug
 from ctxjax.data import prompts
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation import views
+from ctxjax.host import command, workdir
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig
@@ -118,5 +126,67 @@ def test_no_questions_no_answers(model):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="it exports generate, load_model, logits"):
-        ctxjax.train  # noqa: B018
+    with pytest.raises(AttributeError, match="it exports generate, load_model, logits, train"):
+        ctxjax.fit  # noqa: B018
+
+
+@pytest.fixture
+def small_run(monkeypatch, tmp_path):
+    """(configuration, folder) of a run that ends before it begins: its arguments are what it returns."""
+    monkeypatch.setattr("ctxjax.training.run.run", lambda *given: given)
+    monkeypatch.setattr(command, "prepare", lambda config: None)  # it would change this process
+    return debug.get_config(), tmp_path / "run"
+
+
+def test_a_run_from_python_is_that_of_the_command(small_run):
+    config, folder = small_run
+    experiment, place, facts = ctxjax.train(config, str(folder))
+    assert experiment == config_lib.experiment(config, jax.device_count()) and place == folder
+    own = {"command": "ctxjax.train(config, workdir)", "started": facts["started"]}
+    assert facts == workdir.collect_facts(config) | own
+
+
+def test_training_refuses_with_the_remedy(small_run):
+    config, folder = small_run
+    for given, match in [
+        (("configs/tiny.py", folder), "is not a ConfigDict; get one from configs"),
+        ((config, "gs://bucket/run"), "workdir=gs://bucket/run is an address"),
+        ((config, folder, "yes"), "resume = 'yes' is not known; choose from auto, never, must"),
+        ((config, folder, "must"), "holds no run to go on with"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            ctxjax.train(*given)
+    config.train.steps = 0
+    with pytest.raises(ValueError, match=r"train\.steps"):
+        ctxjax.train(config, folder)
+    assert not folder.exists()
+
+
+TRAIN = """
+import json, sys
+from ctxjax.configs import debug
+import ctxjax
+config = debug.get_config()
+config.base.cache, config.compile_cache = sys.argv[2], sys.argv[2] + "/xla"
+results = ctxjax.train(config, sys.argv[1], resume="must")
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_training_returns_the_results_of_the_command(debug_run, tmp_path):
+    """The command's finished run is resumed, from its checkpoints and evaluations."""
+    run, _ = debug_run
+    copy = shutil.copytree(run, tmp_path / "run")
+    stored = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").unlink()
+    line = [sys.executable, "-c", TRAIN, copy, run.parent / "cache"]
+    ended = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1]) == json.loads((copy / "results.json").read_text()) == stored
+    assert stored["off_policy"].keys() >= {"acc_x", "acc_x_ci", "acc_xc", "harm", "harm_ci"}
+
+
+def test_the_package_is_imported_without_what_it_offers():
+    code = "import sys, ctxjax; sys.exit(bool({'jax', 'transformers', 'matplotlib'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

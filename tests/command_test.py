@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from ctxjax.host import command
@@ -59,6 +60,13 @@ def test_programs_that_compile_fast_are_kept_too(tmp_path, monkeypatch):
     command.prepare(command.ConfigDict({"compile_cache": str(tmp_path), "cpu_devices": 2}))
     assert told["jax_compilation_cache_dir"] == str(tmp_path)
     assert told["jax_persistent_cache_min_compile_time_secs"] == 0
+
+
+def test_devices_in_use_stay_as_they_are(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    before = jax.devices()
+    command._split_cpu(len(before) + 1)
+    assert jax.devices() == before
 
 
 def test_objects_that_live_on_are_looked_through_rarely(monkeypatch):

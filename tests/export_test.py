@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ctxjax import config as config_lib, export, sharding
+from ctxjax.chat.speaker import open_run
 from ctxjax.configs import tiny
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.distill import train_step
@@ -133,6 +134,17 @@ def test_an_export_loads_bit_for_bit_and_in_shards_too(kind, trained, tmp_path, 
         assert model == dataclasses.replace(run.model, max_positions=model.max_positions)
         loaded = hf_load.load(tmp_path / name, model, mesh8)
         jax.tree.map(np.testing.assert_array_equal, loaded, run.student)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_in_a_chat_the_trained_student_answers_or_the_base(kind, trained):
+    run = trained(kind)
+    speaker = open_run(run.workdir)
+    assert (speaker.arm, speaker.arms) == ("opcd", ["base", "opcd"])
+    for params in (run.student, run.base):
+        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6), speaker.params, params)
+        speaker.switch("base")
 
 
 @pytest.mark.slow

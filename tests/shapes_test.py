@@ -82,3 +82,9 @@ def test_a_retention_row_that_cannot_be_drawn_is_an_error(tokenizer, world):
     never = dataclasses.replace(retention, longest=[[1, 2, 3]])
     with pytest.raises(ValueError, match=r"retention row 5: .* 64 questions .* 3 tokens,.*prompt.max_bare_tokens"):
         never.draw(0, 5)
+
+
+def test_a_growing_conversation_has_few_sizes():
+    sizes = [shapes.round_conversation(tokens) for tokens in range(1, 5001)]
+    assert sorted(set(sizes)) == [256, 512, 1024, 2048, 3072, 4096, 5120]
+    assert all(tokens <= size < max(257, 2 * tokens) for tokens, size in enumerate(sizes, start=1))

@@ -18,6 +18,7 @@ from ctxjax.data.task import Row
 from ctxjax.types import Prompts, bounded
 
 PLACEMENTS = ("system", "user", "prefix")
+Turns = Sequence[tuple[str, str]]  # earlier (question, response) of a conversation
 DATE_FORMAT = "%d %b %Y"  # as Llama 3.1 and 3.2 write it
 # The strftime directives that templates may use; the time of day is midnight.
 _DIRECTIVES = ("-d", "-m", *"aAbBcdDeFGHIjmMpSuUVwWxXyY")
@@ -57,18 +58,19 @@ def parse_date(text: str) -> datetime.date:
         ) from None
 
 
-def build_messages(row: Row, placement: str) -> list[dict[str, str]]:
-    """Build the chat messages of a row.
+def build_messages(row: Row, placement: str, earlier: Turns = ()) -> list[dict[str, str]]:
+    """Build the chat messages of a row, after the ``earlier`` turns of a conversation.
 
     A context of None writes no system message, so the template's own default applies; "" writes an empty one. With
     placement "user" an empty context adds nothing. With placement "prefix" the context is not part of the chat.
     """
-    user = {"role": "user", "content": row.question}
-    if row.context is None or placement == "prefix":
-        return [user]
-    if placement == "system":
-        return [{"role": "system", "content": row.context}, user]
-    return [{"role": "user", "content": f"{row.context}\n\n{row.question}" if row.context else row.question}]
+    texts = [*itertools.chain.from_iterable(earlier), row.question]
+    if row.context and placement == "user":
+        texts[0] = f"{row.context}\n\n{texts[0]}"
+    chat = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+    if row.context is None or placement != "system":
+        return chat
+    return [{"role": "system", "content": row.context}, *chat]
 
 
 def find_control_tokens(tokenizer) -> dict[str, int]:
@@ -117,21 +119,22 @@ def render(tokenizer, row: Row, config: PromptConfig) -> str:
     return control_tokens.unmark(_render_marked(tokenizer, row, config))
 
 
-def _render_marked(tokenizer, row: Row, config: PromptConfig) -> str:
-    """Render the prompt with the control tokens in the question and the context marked (data.control_tokens)."""
+def _render_marked(tokenizer, row: Row, config: PromptConfig, earlier: Turns = ()) -> str:
+    """Render the prompt with the control tokens in texts and context marked (data.control_tokens)."""
     tokens = find_control_tokens(tokenizer)
     if tokens:
         context = None if row.context is None else control_tokens.mark(row.context, tokens)
         row = row._replace(question=control_tokens.mark(row.question, tokens), context=context)
-    text = _apply_template(tokenizer, build_messages(row, config.placement), config)
+        earlier = [tuple(control_tokens.mark(text, tokens) for text in turn) for turn in earlier]
+    text = _apply_template(tokenizer, build_messages(row, config.placement, earlier), config)
     if not row.context:
         return text
     if config.placement == "prefix":
         begin = _find_begin_token(tokenizer, config)
         return begin + row.context + text[len(begin) :]
-    # Count occurrences, since the question may quote the context. Most templates strip white space.
+    # Count occurrences, since the texts may quote the context. Most templates strip white space.
     context = row.context.strip()
-    if text.count(context) <= row.question.count(context):
+    if text.count(context) <= sum(own.count(context) for own in (*itertools.chain(*earlier), row.question)):
         raise ValueError(
             f"row {row.id!r}: with prompt.placement = {config.placement!r} the chat template of "
             f"{tokenizer.name_or_path} leaves out the context or changes its text; the teacher would not see it. Set "
@@ -140,9 +143,13 @@ def _render_marked(tokenizer, row: Row, config: PromptConfig) -> str:
     return text
 
 
-def encode(tokenizer, rows: list[Row], config: PromptConfig) -> list[list[int]]:
-    """Render and tokenize every row's prompt. Control tokens in the question or the context are read as text."""
-    texts = [_render_marked(tokenizer, row, config) for row in rows]
+def encode(tokenizer, rows: list[Row], config: PromptConfig, earlier: Sequence[Turns] | None = None) -> list[list[int]]:
+    """Render and tokenize every row's prompt. Control tokens in the question or the context are read as text.
+
+    ``earlier``: for each row the turns of the conversation before its question; None: rows begin one.
+    """
+    earlier = [()] * len(rows) if earlier is None else earlier
+    texts = [_render_marked(tokenizer, row, config, turns) for row, turns in zip(rows, earlier)]
     marked = [index for index, text in enumerate(texts) if control_tokens.is_marked(text)]
     # The template has already written the special tokens.
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -211,7 +218,8 @@ def _apply_template(tokenizer, chat: list[dict[str, str]], config: PromptConfig,
             **settings,
         )
     except jinja2.TemplateError as error:
-        roles = " and ".join(f"a {message['role']} message" for message in chat)
+        named = {"system": "a system message", "user": "a user message", "assistant": "an earlier response"}
+        roles = " and ".join(dict.fromkeys(named[message["role"]] for message in chat))
         remedy = "; set prompt.placement=user" if chat[0]["role"] == "system" else ""
         raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses {roles}: {error}{remedy}") from None
 

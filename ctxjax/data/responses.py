@@ -17,3 +17,8 @@ def decode(tokenizer, token_lists: Iterable[Sequence[int]], stop_ids: Iterable[i
     hidden = {*stop_ids, *prompts.find_control_tokens(tokenizer).values()} - tags
     kept = [[int(token) for token in tokens if int(token) not in hidden] for tokens in token_lists]
     return tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def make_printable(text: str) -> str:
+    """Return the text for a terminal. Escape sequences in it are shown, not sent; line breaks stay."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else f"\\x{ord(letter):02x}" for letter in text)

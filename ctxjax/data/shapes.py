@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 COARSEST = 128  # columns; the largest multiple that lengths are rounded up to
+CHAT_COARSEST = 1024  # the same of a conversation
 # Views that a limit can leave rows out of -> the limit's field.
 LIMITS = {"bare": "prompt.max_bare_tokens", "context": "prompt.max_context_tokens"}
 # Rows that are this many times as long as 99 % of all rows are reported, if these have at least NOTABLE tokens.
@@ -32,6 +33,15 @@ def round_columns(tokens: int) -> int:
     """
     multiple = min(2 ** max(tokens.bit_length() - 4, 0), COARSEST)
     return -(-tokens // multiple) * multiple
+
+
+def round_conversation(tokens: int) -> int:
+    """Round the length of a conversation up: to a power of two from 256 on, or to a multiple of CHAT_COARSEST.
+
+    It grows with every turn, and waiting for two rows of padding is shorter than for another program.
+    """
+    power = max(256, 1 << (tokens - 1).bit_length())
+    return min(power, -(-tokens // CHAT_COARSEST) * CHAT_COARSEST)
 
 
 def make_shape(longest: int, prefix: int) -> ViewShape:

@@ -4,6 +4,9 @@
        applied to the last column only.
     2. A ``while_loop`` decodes one token per row until every row has ended or the length limit is reached.
 
+``sample`` is both parts in one program. ``begin`` and ``advance`` are the parts, for callers that show the tokens as
+they are sampled: they return the same tokens.
+
 A token costs one uniform number per row, which the inverse of the cumulative distribution turns into a token. A
 Gumbel-max sampler would draw V numbers per row and token.
 """
@@ -46,14 +49,23 @@ class SamplingConfig:
     samples: int = 1
 
 
+class DecodingWeights(NamedTuple):
+    """What every step reads: ``read`` by the decoder (transformer.prepare_for_decoding), and the output head."""
+
+    read: Params
+    head_DxV: jax.Array
+
+
 class SamplerState(NamedTuple):
-    """``column`` tokens of every row are sampled. ``token_B`` is the last one, which the model has not read yet."""
+    """``column`` tokens of every row are sampled. ``token_B`` is the last one, which the model has not read yet.
+    ``uniforms_BxT``: the random number of each token."""
 
     column: jax.Array
     token_B: jax.Array
     has_ended_B: jax.Array
     tokens_BxT: jax.Array
     logprobs_BxT: jax.Array
+    uniforms_BxT: jax.Array
     cache: KVCache
 
 
@@ -141,6 +153,79 @@ def _repeat_cache_rows(cache: KVCache, count: int) -> KVCache:
     return cache.replace(keys=keys, values=values, mask_BxM=repeat_rows(cache.mask_BxM, count))
 
 
+def prepare(params: Params, model: ModelConfig, config: SamplingConfig) -> DecodingWeights:
+    """Cast and reshard the weights for ``begin`` and ``advance``. Call it before a decode loop, not inside."""
+    read = transformer.prepare_for_decoding(params, model, config.weights)
+    return DecodingWeights(read, transformer.head_weights(params, model))
+
+
+def begin(
+    params: Params,
+    weights: DecodingWeights,
+    model: ModelConfig,
+    config: SamplingConfig,
+    prompts: Prompts,
+    row_keys_B: jax.Array,
+) -> SamplerState:
+    """Read the prompts and sample the first token of every response. The cache has room for the prompts only."""
+    prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
+    hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, prefix)
+    if config.samples > 1:
+        hidden_BxD, cache = repeat_rows(hidden_BxD, config.samples), _repeat_cache_rows(cache, config.samples)
+    B, T = hidden_BxD.shape[0], config.max_tokens
+    rows, columns = batch_spec(), batch_spec(None)
+    empty = SamplerState(
+        column=jnp.int32(0),
+        token_B=jnp.zeros((B,), jnp.int32, out_sharding=rows),
+        has_ended_B=jnp.zeros((B,), bool, out_sharding=rows),
+        tokens_BxT=jnp.full((B, T), config.pad_id, jnp.int32, out_sharding=columns),
+        logprobs_BxT=jnp.zeros((B, T), jnp.float32, out_sharding=columns),
+        # All at once: hashing few numbers takes as long as many.
+        uniforms_BxT=rng.token_uniforms(rng.sample_keys(row_keys_B, config.samples), T),
+        cache=cache,
+    )
+    return _add_token(weights, model, config, empty, hidden_BxD, cache)
+
+
+def advance(
+    weights: DecodingWeights, model: ModelConfig, config: SamplingConfig, state: SamplerState, stop: jax.Array | int
+) -> SamplerState:
+    """Sample until ``stop`` columns are sampled or every row has ended. The cache must have room for ``stop`` - 1
+    tokens after the prompts."""
+
+    def step(state: SamplerState) -> SamplerState:
+        hidden_BxD, cache = transformer.decode_step(weights.read, model, state.token_B, ~state.has_ended_B, state.cache)
+        return _add_token(weights, model, config, state, hidden_BxD, cache)
+
+    with jax.named_scope("decode"):
+        return lax.while_loop(lambda s: (s.column < stop) & ~jnp.all(s.has_ended_B), step, state)
+
+
+def _add_token(
+    weights: DecodingWeights,
+    model: ModelConfig,
+    config: SamplingConfig,
+    state: SamplerState,
+    hidden_BxD: jax.Array,
+    cache: KVCache,
+) -> SamplerState:
+    logits_BxV = transformer.finish_logits(transformer.apply_head(hidden_BxD, weights.head_DxV), model)
+    logits_BxV = jax.reshard(logits_BxV, batch_spec(None))  # sampling needs the whole vocabulary on each device
+    uniform_B = lax.dynamic_index_in_dim(state.uniforms_BxT, state.column, axis=1, keepdims=False)
+    token_B, logprob_B = draw_token(logits_BxV, config, uniform_B)
+    token_B = jnp.where(state.has_ended_B, config.pad_id, token_B)
+    logprob_B = jnp.where(state.has_ended_B, 0.0, logprob_B)
+    place = (0, state.column)
+    return state._replace(
+        column=state.column + 1,
+        token_B=token_B,
+        has_ended_B=state.has_ended_B | masks.is_any(token_B, config.eos_ids),
+        tokens_BxT=lax.dynamic_update_slice(state.tokens_BxT, token_B[:, None], place),
+        logprobs_BxT=lax.dynamic_update_slice(state.logprobs_BxT, logprob_B[:, None], place),
+        cache=cache,
+    )
+
+
 def sample(
     params: Params, model: ModelConfig, config: SamplingConfig, prompts: Prompts, row_keys_B: jax.Array
 ) -> Rollout:
@@ -149,52 +234,9 @@ def sample(
     ``row_keys_B``: one key per prompt (rng.row_keys). The token at column t depends only on its own prompt, key, sample
     number and t, so splitting a batch does not change the samples.
     """
-    P = prompts.tokens_BxP.shape[1]
-    B, T = prompts.tokens_BxP.shape[0] * config.samples, config.max_tokens
-    row_keys_B = rng.sample_keys(row_keys_B, config.samples)
-    head_DxV = transformer.head_weights(params, model)
-    decoding_params = transformer.prepare_for_decoding(params, model, config.weights)
-    uniforms_BxT = rng.token_uniforms(row_keys_B, T)  # all at once: hashing few numbers takes as long as many
-
-    def add_token(state: SamplerState, hidden_BxD: jax.Array, cache: KVCache) -> SamplerState:
-        logits_BxV = transformer.finish_logits(transformer.apply_head(hidden_BxD, head_DxV), model)
-        logits_BxV = jax.reshard(logits_BxV, batch_spec(None))  # sampling needs the whole vocabulary on each device
-        uniform_B = lax.dynamic_index_in_dim(uniforms_BxT, state.column, axis=1, keepdims=False)
-        token_B, logprob_B = draw_token(logits_BxV, config, uniform_B)
-        token_B = jnp.where(state.has_ended_B, config.pad_id, token_B)
-        logprob_B = jnp.where(state.has_ended_B, 0.0, logprob_B)
-        place = (0, state.column)
-        return SamplerState(
-            column=state.column + 1,
-            token_B=token_B,
-            has_ended_B=state.has_ended_B | masks.is_any(token_B, config.eos_ids),
-            tokens_BxT=lax.dynamic_update_slice(state.tokens_BxT, token_B[:, None], place),
-            logprobs_BxT=lax.dynamic_update_slice(state.logprobs_BxT, logprob_B[:, None], place),
-            cache=cache,
-        )
-
-    def step(state: SamplerState) -> SamplerState:
-        hidden_BxD, cache = transformer.decode_step(
-            decoding_params, model, state.token_B, ~state.has_ended_B, state.cache
-        )
-        return add_token(state, hidden_BxD, cache)
-
-    prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
-    hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, prefix)
-    if config.samples > 1:
-        hidden_BxD, cache = repeat_rows(hidden_BxD, config.samples), _repeat_cache_rows(cache, config.samples)
-    rows, columns = batch_spec(), batch_spec(None)
-    empty = SamplerState(
-        column=jnp.int32(0),
-        token_B=jnp.zeros((B,), jnp.int32, out_sharding=rows),
-        has_ended_B=jnp.zeros((B,), bool, out_sharding=rows),
-        tokens_BxT=jnp.full((B, T), config.pad_id, jnp.int32, out_sharding=columns),
-        logprobs_BxT=jnp.zeros((B, T), jnp.float32, out_sharding=columns),
-        cache=cache,
-    )
-    state = add_token(empty, hidden_BxD, cache)
-    for stop in _loop_ends(T):
-        state = state._replace(cache=state.cache.extend(P + stop - 1))
-        with jax.named_scope("decode"):
-            state = lax.while_loop(lambda s, stop=stop: (s.column < stop) & ~jnp.all(s.has_ended_B), step, state)
+    weights = prepare(params, model, config)
+    state = begin(params, weights, model, config, prompts, row_keys_B)
+    for stop in _loop_ends(config.max_tokens):
+        state = state._replace(cache=state.cache.extend(prompts.tokens_BxP.shape[1] + stop - 1))
+        state = advance(weights, model, config, state, stop)
     return Rollout(state.tokens_BxT, masks.until_eos(state.tokens_BxT, config.eos_ids), state.logprobs_BxT)

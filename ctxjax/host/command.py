@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -143,11 +144,13 @@ def _split_cpu(count: int) -> None:
     """Split the CPU into ``count`` devices; 0: the largest power of two of cores, at most 8.
 
     A small model is many small operations, which gain more from one core each than from threads within each. XLA_FLAGS
-    have precedence, and so has JAX_NUM_CPU_DEVICES if ``count`` is 0. Other platforms are not affected.
+    have precedence, and so has JAX_NUM_CPU_DEVICES if ``count`` is 0. Other platforms are not affected. Devices that
+    are in use already, as in a notebook, stay as they are.
     """
     if count < 0:
         raise ValueError(f"cpu_devices = {count} must be a number of devices, or 0 for one per core")
     is_set = jax.config.jax_num_cpu_devices >= 0 and not count
     if is_set or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    jax.config.update("jax_num_cpu_devices", count or 1 << (min(memory.count_cores(), 8).bit_length() - 1))
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count or 1 << (min(memory.count_cores(), 8).bit_length() - 1))

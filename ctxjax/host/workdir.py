@@ -32,6 +32,7 @@ CHANGEABLE = (
     "mesh", "cpu_devices", "compile_cache", "model.remat", "model.attention", "rollout.weights", "train.micro_batches",
     "train.save_every", "train.keep",
 )  # fmt: skip
+RESUME = ("auto", "never", "must")  # see check_workdir
 FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
 
 
@@ -41,6 +42,8 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
     ``resume``: a run with the same configuration is resumed ("auto"), refused ("never") or required ("must"). It may
     have more steps than before if the learning rate is constant: nothing else of a step depends on their number.
     """
+    if resume not in RESUME:
+        raise ValueError(f"resume = {resume!r} is not known; choose from {', '.join(RESUME)}")
     stored = workdir / "config.json"
     if not stored.exists():
         if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - FIRST_FILES):
@@ -103,8 +106,8 @@ def read_stop_ids(workdir: Path) -> list[int]:
         return json.loads((workdir / "run.json").read_text(encoding="utf-8"))["inputs"]["stop_ids"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(
-            f"{workdir}/run.json does not name the run's end tokens ({error!r}); export the run with the version of "
-            "ctxjax that trained it"
+            f"{workdir}/run.json does not name the run's end tokens ({error!r}); use the version of ctxjax that "
+            "trained it"
         ) from None
 
 

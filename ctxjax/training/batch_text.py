@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ctxjax.data import responses
 from ctxjax.data.prompts import find_common_prefix, unpad
 from ctxjax.types import Batch, Prompts, Rollout
 
@@ -35,9 +36,7 @@ class Formatter:
         text = self.tokenizer.decode([token])
         if not text or "\N{REPLACEMENT CHARACTER}" in text:
             return f"<{token}>"
-        text = text.replace("\n", NEWLINE).replace("\t", TAB)
-        # Data may contain terminal escape sequences; they are shown, not sent.
-        return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+        return responses.make_printable(text.replace("\n", NEWLINE).replace("\t", TAB))
 
     def format_token_and_id(self, token: int) -> str:
         return f"{self.format_token(token)} ({token})"

@@ -13,7 +13,7 @@ from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import training_batches
 from ctxjax.data.task import GameTask
-from ctxjax.evaluation.views import decode
+from ctxjax.inputs.decoding import decode
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config, open_inputs
 from ctxjax.training import batch_text

@@ -1,0 +1,59 @@
+"""Read what a run left: its configuration, the model that it started from, and the trained arms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ctxjax import config as config_lib
+from ctxjax.config import Experiment
+from ctxjax.data.tasks import TASKS
+from ctxjax.host import workdir as workdir_lib
+from ctxjax.inputs import base_model
+from ctxjax.models import lora, params as params_lib, transformer
+from ctxjax.models.transformer import ModelConfig
+from ctxjax.training import checkpoint
+from ctxjax.types import Params
+
+
+def read_experiment(workdir: Path) -> Experiment:
+    """Return the run's configuration for one device: to read weights, the mesh of the training is not needed.
+
+    Raises ValueError if the folder holds no run, or one that this version cannot read.
+    """
+    stored = workdir_lib.read_config(workdir)
+    one_device = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 0}}
+    try:
+        return config_lib.experiment(ConfigDict(stored | one_device), device_count=1, trains=False)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{workdir}/config.json does not fit this version of ctxjax: {error}") from None
+
+
+def find_source(config: Experiment) -> str:
+    """Return the folder or Hub id of the model that the run's arms started from."""
+    if config.model.path:
+        return config.model.path
+    task = TASKS[config.task][1](config.task_config)
+    return str(base_model.find_base_folder(config.base, config.task, task))
+
+
+def list_steps(workdir: Path, config: Experiment) -> dict[str, list[int]]:
+    """Return the steps of the complete checkpoints of each arm, in ascending order."""
+    return {name: checkpoint.saved_steps(workdir / name / "checkpoints") for name in config.arms}
+
+
+def describe_steps(workdir: Path, steps: dict[str, list[int]]) -> str:
+    """Say which checkpoints there are, for messages."""
+    saved = "; ".join(f"{name}: step {', '.join(map(str, found))}" for name, found in steps.items() if found)
+    return f"{workdir} has checkpoints of {saved}" if saved else f"{workdir} has no checkpoint yet"
+
+
+def read_trained(workdir: Path, config: Experiment, model: ModelConfig, arm: str, step: int, mesh: Mesh) -> Params:
+    """Read what an arm trained, onto ``mesh``: all weights, or its adapter (then ``lora.join`` makes the student)."""
+    specs, kind = transformer.param_specs(model), config.model.param_dtype
+    if config.lora is not None:
+        specs, kind = lora.specs(model, config.lora), "float32"
+    folder = workdir / arm / "checkpoints"
+    return checkpoint.read_params(folder, step, params_lib.abstract(specs, mesh, kind))
