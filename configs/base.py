@@ -218,6 +218,9 @@ def get_config() -> ConfigDict:
     config.qa_jsonl.path = ""  # the file
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
+    # Column with a chat in place of a question, a list of {"role", "content"}: its last user message is the question,
+    # and a response after it the reference. With context_column of the same name its system message is the context.
+    config.qa_jsonl.messages = ""
     # "numeric" compares the last number; or "exact", "math", "letter", "yes_no"; "short": the reference in a few
     # words or a sentence; "overlap": half of the words of a reply (F1).
     config.qa_jsonl.grading = "numeric"

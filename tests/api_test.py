@@ -17,8 +17,8 @@ from ctxjax.data import prompts
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.data.worlds import rules, word_tokenizer
-from ctxjax.evaluation import views
 from ctxjax.host import command, workdir
+from ctxjax.inputs import decoding
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig
@@ -79,7 +79,7 @@ def test_prompts_and_sampling_are_those_of_the_arguments(model, placement, think
         raise Recorded
 
     monkeypatch.setattr(prompts, "encode", record)
-    monkeypatch.setattr(views, "decode", decode)
+    monkeypatch.setattr(decoding, "decode", decode)
     sampling = {"max_tokens": 9, "temperature": 0.7, "top_k": 5, "top_p": 0.8}
     with pytest.raises(Recorded):
         ctxjax.generate(

@@ -218,7 +218,8 @@ def test_a_model_that_does_not_fit_the_mesh_is_refused_before_its_weights_are_re
 
 def qa(path, **changes) -> QaJsonl:
     settings = {
-        "path": str(path), "question": "question", "reference": "answer", "grading": "numeric", "limit": 0,
+        "path": str(path), "question": "question", "reference": "answer", "messages": "",
+        "grading": "numeric", "limit": 0,
         "context": "Think.", "context_file": "", "context_files": (), "context_column": "", "context_seed": 0,
         "other_contexts_file": "", "dev_questions": 1, "test_questions": 1,
     }  # fmt: skip

@@ -21,7 +21,7 @@ def test_an_example_is_short_and_uses_only_what_is_public(name):
     nodes = list(ast.walk(ast.parse(text)))
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert modules - sys.stdlib_module_names <= {"configs", "ctxjax", "jax", "numpy"}
+    assert modules - sys.stdlib_module_names <= {"ctxjax", "ctxjax.configs", "jax", "numpy"}
 
 
 def run(name: str, *arguments, home: Path) -> str:

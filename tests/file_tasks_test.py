@@ -11,7 +11,7 @@ import pytest
 from ctxjax.data import prompts, splits
 from ctxjax.data.pipeline import RetentionRows, encode_rows
 from ctxjax.data.prompts import PromptConfig
-from ctxjax.data.records import RecordsConfig
+from ctxjax.data.records import RecordsConfig, hash_text
 from ctxjax.data.task import make_evaluation_views
 from ctxjax.data.tasks.hints import Hints, HintsConfig
 from ctxjax.data.tasks.math import FORMAT, Math, MathConfig
@@ -150,7 +150,14 @@ def test_mathematics_as_other_sets_lay_it_out(row, reference, tmp_path):
 
 
 def qa(path, **changes) -> QaJsonl:
-    fields = CONTEXT | {"question": "q", "reference": "a", "limit": 0, "dev_questions": 4, "test_questions": 4}
+    fields = CONTEXT | {
+        "question": "q",
+        "reference": "a",
+        "messages": "",
+        "limit": 0,
+        "dev_questions": 4,
+        "test_questions": 4,
+    }
     fields |= {"other_contexts_file": "", "context_column": "", "grading": "exact", "path": str(path)} | changes
     fields.pop("ask_format")
     return QaJsonl(QaConfig(**fields))
@@ -186,6 +193,64 @@ def test_what_cannot_be_a_reference_names_the_row_or_is_left_out(tmp_path):
         qa(path, grading="letter")
     task = qa(path, grading="letter", records=RecordsConfig(skip=("label",)))
     assert task.skipped == {"label": 1} and sum(len(task.rows(split)) for split in splits.SPLITS) == 19
+
+
+def talk(*texts: str, system: str = "") -> list[dict[str, str]]:
+    """A chat of these texts, users and assistants in turn."""
+    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *said] if system else said
+
+
+def test_a_chat_is_a_question_with_its_earlier_turns_and_the_last_response_is_the_reference(tmp_path):
+    rows = [{"chat": talk("Hello.", "Yes?", f"What is {n}?", f"It is {n}.", "Sure?", "yes")} for n in range(20)]
+    task = qa(written(tmp_path / "rows.jsonl", rows), messages="chat", context="Be brief.")
+    found = {row.conversation: row for row in every_row(task)}
+    assert len(found) == 20  # the same last question in every one
+    row = found["Hello.\nYes?\nWhat is 7?\nIt is 7.\nSure?"]
+    assert (row.question, row.reference, row.context) == ("Sure?", "yes", "Be brief.")
+    assert row.earlier == (("Hello.", "Yes?"), ("What is 7?", "It is 7."))
+    assert row.id == hash_text("hello. yes? what is 7? it is 7. sure?")[:16]
+
+
+def test_without_a_last_response_the_reference_has_its_own_column(tmp_path):
+    rows = [{"chat": talk(f"What is {n}?"), "a": f"{n}"} for n in range(20)]
+    task = qa(written(tmp_path / "rows.jsonl", rows), messages="chat")
+    assert {(row.question, row.reference, row.earlier) for row in every_row(task)} == {
+        (f"What is {n}?", f"{n}", ()) for n in range(20)
+    }
+
+
+def test_the_system_message_of_a_chat_may_be_the_context_to_internalize(tmp_path):
+    rows = [{"chat": talk(f"{n}?", "yes", system=f"Rule {n % 3}.")} for n in range(20)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    task = qa(path, messages="chat", context="", context_column="chat")
+    assert {(row.question, row.context) for row in every_row(task)} == {(f"{n}?", f"Rule {n % 3}.") for n in range(20)}
+    with pytest.raises(ValueError, match="line 1: column 'chat': the system message .*; .* set context_column=chat"):
+        qa(path, messages="chat")
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ([], "line 3: column 'chat' has no list of messages"),
+        ("Hello?", "column 'chat' has no list of messages"),
+        (talk("Hello?")[0], "column 'chat' has no list of messages"),
+        (["Hello?"], "it has no message with the role user"),
+        ([{"role": "assistant", "content": "Hello?"}], "it has no message with the role user"),
+        ([*talk("Hello?"), *talk("Hello?")], r"in turn, beginning with user; they are \['user', 'user'\]"),
+        ([*talk("Hello?", "Yes?"), {"role": "tool", "content": "4"}], "in turn, beginning with user"),
+        (talk("Hello?", "Yes?", " "), "a message has no text"),
+        ([{"role": "user", "content": None}], "a message has no text"),
+    ],
+)
+def test_a_chat_that_cannot_be_read_names_the_row_and_what_is_wrong(chat, message, tmp_path):
+    rows = [{"chat": talk(f"{n}?"), "a": "yes"} for n in range(20)]
+    rows[2]["chat"] = chat
+    path = written(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        qa(path, messages="chat")
+    left = qa(path, messages="chat", records=RecordsConfig(skip=("missing", "not_text")))
+    assert sum(left.skipped.values()) == 1 and len(every_row(left)) == 19
 
 
 def test_a_column_may_hold_the_context(tmp_path):

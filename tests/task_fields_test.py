@@ -32,6 +32,8 @@ def files(tmp_path_factory) -> Path:
             "answer": f"{n + 1}",
             "right": f"{n + 2}",
             "note": f"n{n % 3}",
+            "reference": f"{n + 1}",
+            "chat": [{"role": "user", "content": f"chat {n}?"}],
         }
         for n in range(90)
     ]
@@ -91,7 +93,9 @@ FIELDS = {
         "path": ("FILES/more.jsonl", QUESTIONS), "question": ("asked", QUESTIONS), "reference": ("right", "references"),
         "grading": ("exact", "grades"), "limit": (20, QUESTIONS), "dev_questions": (5, QUESTIONS),
         "test_questions": (4, "train test"), "other_rows": ("FILES/under.jsonl", "others"),
+        "messages": ("chat", QUESTIONS),
     },
+    "self_study": CONTEXTS | LIMITS | {"path": ("FILES/more.jsonl", QUESTIONS)},
     "medical": CONTEXTS | COLUMN | LIMITS | FORMAT | {
         "path": ("FILES/moremed.jsonl", QUESTIONS), "test_path": ("FILES/moremed.jsonl", QUESTIONS),
         "limit": (20, QUESTIONS), "first_label": (1, "references"),
@@ -123,6 +127,9 @@ FIELDS = {
 # files are read by name.
 OTHERS = {name: {"records", "required"} for name in TASKS}
 OTHERS |= {"safety": {"records", "required", "path", "context_column"}, "tiny_safety": {"records", "path"}}
+# What decides which questions are written: self_study_test.py.
+WRITING = {"writer", "questions", "unrelated_share", "temperature", "seed", "cache"}
+OTHERS["self_study"] |= {"context_column", "longest_question", "longest_reference"} | WRITING
 
 
 def make_config(name: str, files: Path, changes: dict):

@@ -13,6 +13,7 @@ from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.digests import digest_question, digest_tokens
 from ctxjax.data.pipeline import draw_other, shuffle_questions
 from ctxjax.data.splits import SPLITS
+from ctxjax.data.task import read_row
 from ctxjax.host.checksum import compute_digest
 from ctxjax.inputs.data_record import FILE as DATA_FILE, ROWS_FILE, DataRecord
 from ctxjax.inputs.teacher_samples import FILE as SAMPLES_FILE
@@ -214,7 +215,8 @@ def check_teacher_samples(folder: Folder, check: Check) -> None:
         if not _is_trained(rows, row):
             check.wrong.append(f"{where}: {line['id']!r} is no training row")
         else:
-            check.expect(f"{where}: digest of the question", digest_question(line["question"]), rows[row]["question"])
+            asked = digest_question(read_row(line).conversation)
+            check.expect(f"{where}: digest of the question", asked, rows[row]["question"])
     for arm in folder.arms:
         name = f"{arm}/{ROWS_FILE}"
         for line in folder.rows(name) if folder.has(name) else []:

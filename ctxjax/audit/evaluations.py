@@ -9,7 +9,7 @@ from ctxjax.audit.check import Check
 from ctxjax.audit.folder import Evaluated, Folder
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.digests import digest_context, digest_question, digest_tokens
-from ctxjax.data.task import GameTask, Row
+from ctxjax.data.task import GameTask, read_row
 from ctxjax.evaluation.episodes import TURN_BREAK, grade_turns
 from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host.checksum import compute_digest
@@ -71,7 +71,8 @@ def _check_views(folder: Folder, one: Evaluated, items: list[dict], check: Check
             check.wrong.append(f"{where}: this is no {one.split} row")
             continue
         if item["view"] != "other":  # under another context a row may ask another question: check_grades
-            check.expect(f"{where}: digest of the question", digest_question(item["question"]), row["question"])
+            asked = digest_question(read_row(item).conversation)
+            check.expect(f"{where}: digest of the question", asked, row["question"])
         digest = None if context is None else digest_context(context)
         if item["view"] in ("bare", "context"):
             expected = None if item["view"] == "bare" else row["context"]
@@ -93,8 +94,7 @@ def _check_prompts(folder: Folder, name: str, items: list[dict], check: Check) -
     if folder.opened.tokenizer is None:
         check.unchecked += folder.opened.reasons
         return
-    rows = [Row(item["id"], item["question"], item["context"], "") for item in items]
-    encoded = prompts_lib.encode(folder.opened.tokenizer, rows, folder.experiment.prompt)
+    encoded = prompts_lib.encode(folder.opened.tokenizer, list(map(read_row, items)), folder.experiment.prompt)
     for number, (item, ids) in enumerate(zip(items, encoded), start=1):
         where = f"{name}, line {number}, row {item['id']!r} in the view {item['view']}: digest of the prompt's tokens"
         check.expect(where, item["prompt"], digest_tokens(ids))

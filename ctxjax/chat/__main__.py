@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import sys
 
 import jax
@@ -25,7 +26,7 @@ from ctxjax.chat.speaker import Speaker
 from ctxjax.data.prompts import PLACEMENTS
 from ctxjax.data.records import read_context
 from ctxjax.data.responses import make_printable
-from ctxjax.host import command, memory, redact
+from ctxjax.host import command, memory, preemption, redact
 
 PROMPT = "> "
 NAMES = "without the context", "with the context"
@@ -157,8 +158,8 @@ def _shorten(text: str) -> str:
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line. Bad flags end the process with exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m ctxjax.chat", description=__doc__.partition(":")[0], epilog=f"Commands:\n{HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="ctxjax chat", description=__doc__.partition(":")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example: ctxjax chat --workdir=runs/tiny\n\ncommands:\n{HELP}",
     )  # fmt: skip
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder or Hub id")
@@ -179,13 +180,16 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Talk until the input ends. Return 0, or 2 after one line on stderr if the model or the run cannot be opened."""
+    preemption.listen()
     options = parse_flags(arguments)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, lets input() edit a line and recall earlier ones
     try:
         # One device if this is a CPU: two rows are too few to share out.
         command.prepare(ConfigDict({"cpu_devices": 1, "compile_cache": options.compile_cache}))
-        talk(open_chat(options))
+        chat = open_chat(options)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on Ctrl-C stops a reply
+        talk(chat)
     except (OSError, ValueError) as error:
         print(f"error: {redact.hide_secrets(str(error))}", file=sys.stderr)
         return 2

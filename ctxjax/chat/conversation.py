@@ -83,8 +83,8 @@ class Conversation:
 
     def _encode(self, question: str, views: list[str | None], turns: list) -> list[list[int]]:
         speaker = self._speaker
-        rows = [Row("", question, context, "") for context in views]
-        prompts = prompts_lib.encode(speaker.folder.tokenizer, rows, speaker.prompt, turns)
+        rows = [Row("", question, context, "", earlier=tuple(own)) for context, own in zip(views, turns)]
+        prompts = prompts_lib.encode(speaker.folder.tokenizer, rows, speaker.prompt)
         longest, most, more = max(map(len, prompts)), speaker.folder.config.max_positions, self._decoding.max_tokens
         if longest + more > most:
             what = "the conversation" if turns[0] else "the context with the question"

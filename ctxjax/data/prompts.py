@@ -18,7 +18,6 @@ from ctxjax.data.task import Row
 from ctxjax.types import Prompts, bounded
 
 PLACEMENTS = ("system", "user", "prefix")
-Turns = Sequence[tuple[str, str]]  # earlier (question, response) of a conversation
 DATE_FORMAT = "%d %b %Y"  # as Llama 3.1 and 3.2 write it
 # The strftime directives that templates may use; the time of day is midnight.
 _DIRECTIVES = ("-d", "-m", *"aAbBcdDeFGHIjmMpSuUVwWxXyY")
@@ -58,13 +57,13 @@ def parse_date(text: str) -> datetime.date:
         ) from None
 
 
-def build_messages(row: Row, placement: str, earlier: Turns = ()) -> list[dict[str, str]]:
-    """Build the chat messages of a row, after the ``earlier`` turns of a conversation.
+def build_messages(row: Row, placement: str) -> list[dict[str, str]]:
+    """Build the chat messages of a row.
 
     A context of None writes no system message, so the template's own default applies; "" writes an empty one. With
     placement "user" an empty context adds nothing. With placement "prefix" the context is not part of the chat.
     """
-    texts = [*itertools.chain.from_iterable(earlier), row.question]
+    texts = [*itertools.chain.from_iterable(row.earlier), row.question]
     if row.context and placement == "user":
         texts[0] = f"{row.context}\n\n{texts[0]}"
     chat = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
@@ -100,7 +99,7 @@ def _find_control_tokens(tokenizer, template: str) -> dict[str, int]:
 def describe_quoted_control_tokens(tokenizer, rows: list[Row]) -> str:
     """Return a warning that counts the rows whose text contains control tokens, and names the first; "" if none."""
     tokens = find_control_tokens(tokenizer)
-    found = [(row.id, control_tokens.find_quoted(f"{row.context or ''}\n{row.question}", tokens)) for row in rows]
+    found = [(row.id, control_tokens.find_quoted(f"{row.context or ''}\n{row.conversation}", tokens)) for row in rows]
     found = [(name, quoted) for name, quoted in found if quoted]
     if not found:
         return ""
@@ -119,14 +118,14 @@ def render(tokenizer, row: Row, config: PromptConfig) -> str:
     return control_tokens.unmark(_render_marked(tokenizer, row, config))
 
 
-def _render_marked(tokenizer, row: Row, config: PromptConfig, earlier: Turns = ()) -> str:
+def _render_marked(tokenizer, row: Row, config: PromptConfig) -> str:
     """Render the prompt with the control tokens in texts and context marked (data.control_tokens)."""
     tokens = find_control_tokens(tokenizer)
     if tokens:
         context = None if row.context is None else control_tokens.mark(row.context, tokens)
-        row = row._replace(question=control_tokens.mark(row.question, tokens), context=context)
-        earlier = [tuple(control_tokens.mark(text, tokens) for text in turn) for turn in earlier]
-    text = _apply_template(tokenizer, build_messages(row, config.placement, earlier), config)
+        earlier = tuple(tuple(control_tokens.mark(text, tokens) for text in turn) for turn in row.earlier)
+        row = row._replace(question=control_tokens.mark(row.question, tokens), context=context, earlier=earlier)
+    text = _apply_template(tokenizer, build_messages(row, config.placement), config)
     if not row.context:
         return text
     if config.placement == "prefix":
@@ -134,7 +133,7 @@ def _render_marked(tokenizer, row: Row, config: PromptConfig, earlier: Turns = (
         return begin + row.context + text[len(begin) :]
     # Count occurrences, since the texts may quote the context. Most templates strip white space.
     context = row.context.strip()
-    if text.count(context) <= sum(own.count(context) for own in (*itertools.chain(*earlier), row.question)):
+    if text.count(context) <= row.conversation.count(context):
         raise ValueError(
             f"row {row.id!r}: with prompt.placement = {config.placement!r} the chat template of "
             f"{tokenizer.name_or_path} leaves out the context or changes its text; the teacher would not see it. Set "
@@ -143,13 +142,9 @@ def _render_marked(tokenizer, row: Row, config: PromptConfig, earlier: Turns = (
     return text
 
 
-def encode(tokenizer, rows: list[Row], config: PromptConfig, earlier: Sequence[Turns] | None = None) -> list[list[int]]:
-    """Render and tokenize every row's prompt. Control tokens in the question or the context are read as text.
-
-    ``earlier``: for each row the turns of the conversation before its question; None: rows begin one.
-    """
-    earlier = [()] * len(rows) if earlier is None else earlier
-    texts = [_render_marked(tokenizer, row, config, turns) for row, turns in zip(rows, earlier)]
+def encode(tokenizer, rows: list[Row], config: PromptConfig) -> list[list[int]]:
+    """Render and tokenize every row's prompt. Control tokens in a turn or the context are read as text."""
+    texts = [_render_marked(tokenizer, row, config) for row in rows]
     marked = [index for index, text in enumerate(texts) if control_tokens.is_marked(text)]
     # The template has already written the special tokens.
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import itertools
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,7 @@ class Row(NamedTuple):
 
     ``context``: None for no context block, "" for an empty one. ``default``: the answer that the base gives without a
     context, if the task knows it. ``check``: grades the response in place of ``reference``, if the context has one.
+    ``earlier``: the turns of the conversation before the question, (what the user said, the response) each.
     """
 
     id: str
@@ -24,6 +26,23 @@ class Row(NamedTuple):
     reference: str
     default: str | None = None
     check: Check | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def conversation(self) -> str:
+        """All turns up to and including the question; without earlier turns the question itself."""
+        return "\n".join([*itertools.chain.from_iterable(self.earlier), self.question])
+
+
+def describe_earlier(row: Row) -> dict:
+    """Return the earlier turns of a conversation as files of a run have them; {} if there are none."""
+    return {"earlier": [list(turn) for turn in row.earlier]} if row.earlier else {}
+
+
+def read_row(line: dict) -> Row:
+    """Return what was asked, from a line of a run's file; ``describe_earlier`` wrote its earlier turns."""
+    earlier = tuple(map(tuple, line.get("earlier", ())))
+    return Row(line["id"], line["question"], line.get("context"), "", earlier=earlier)
 
 
 class Task(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 from ctxjax.data import responses
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import OPEN_REASONING
-from ctxjax.data.task import GameTask, Row, Task, grade_response
+from ctxjax.data.task import GameTask, Row, Task, describe_earlier, grade_response
 from ctxjax.types import Rollout
 
 TURN_BREAK = "\n\n"  # between the texts of an episode's turns
@@ -55,7 +55,7 @@ def grade_episodes(task: Task, tokenizer, stop_ids: tuple[int, ...], episodes: l
             "id": row.id, "view": view, "sample": sample, "question": row.question, "context": row.context,
             "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
             "turns": len(turns), "length": sum(len(ids) for ids in turns),
-            "truncated": any(int(ids[-1]) not in stop_ids for ids in turns),
+            "truncated": any(int(ids[-1]) not in stop_ids for ids in turns), **describe_earlier(row),
         })  # fmt: skip
     return items
 

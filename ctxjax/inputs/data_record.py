@@ -59,7 +59,7 @@ class DataRecord:
 
 def _describe_row(row: Row, split: str) -> dict:
     context = None if row.context is None else digest_context(row.context)
-    return {"split": split, "id": row.id, "question": digest_question(row.question), "context": context}
+    return {"split": split, "id": row.id, "question": digest_question(row.conversation), "context": context}
 
 
 def _mark(is_left_out: bool) -> dict:

@@ -19,6 +19,7 @@ from ctxjax import sharding
 from ctxjax.config import Experiment
 from ctxjax.data import responses
 from ctxjax.data.pipeline import shuffle_questions, training_batches
+from ctxjax.data.task import describe_earlier
 from ctxjax.distill.train_step import off_policy_steps, teacher_rollout
 from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
@@ -73,7 +74,8 @@ def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterab
         logprobs = [values[mask].tolist() for values, mask in zip(rollout.logprobs_BxT, rollout.mask_BxT)]
         texts = responses.decode(teacher.tokenizer, kept, sampling.eos_ids)
         yield [
-            {"step": step + 1, "id": row.id, "question": row.question, "tokens": ids, "logprobs": values, "text": text}
+            {"step": step + 1, "id": row.id, "question": row.question, **describe_earlier(row), "tokens": ids}
+            | {"logprobs": values, "text": text}
             for row, ids, values, text in zip(questions, kept, logprobs, texts)
         ]
 

@@ -11,7 +11,8 @@ from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.records import Reader, RecordsConfig, hash_text
 from ctxjax.data.task import Row
-from ctxjax.data.tasks.file_task import FileTask, Question
+from ctxjax.data.tasks.chats import read_chat
+from ctxjax.data.tasks.file_task import FileTask
 from ctxjax.types import bounded
 
 
@@ -22,6 +23,7 @@ class QaConfig(ContextConfig):
     path: str
     question: str
     reference: str
+    messages: str
     grading: str
     limit: int = bounded(zero=True)
     dev_questions: int
@@ -33,10 +35,12 @@ class QaConfig(ContextConfig):
 class QaJsonl(FileTask):
     """The task over one file. The questions whose text has the smallest hash are held out, as many as configured, so
     the choice does not depend on the order of the file. Questions that differ in case, width or white space only are
-    one question (splits.normalize)."""
+    one question (splits.normalize). Of a conversation this is the text of all turns."""
 
     def __init__(self, config: QaConfig):
         super().__init__(config, "qa_jsonl", Contexts(config, "qa_jsonl"))
+        if config.messages and config.other_rows:
+            raise ValueError("qa_jsonl.messages and qa_jsonl.other_rows are both set; give only one of them")
 
     def open_pool(self, reader: Reader, internalized: list[str]) -> OtherContexts | OtherRows:
         config = self.config
@@ -53,14 +57,18 @@ class QaJsonl(FileTask):
     def read_splits(self, reader: Reader) -> tuple[dict[str, list[Row]], Counter[str]]:
         config, rows, seen = self.config, {}, {}
         for record in reader.read(config.path, config.limit, "qa_jsonl.path"):
-            texts = reader.get_texts(record, config.question, *self.columns)
-            reference = texts and reader.get_reference(record, config.reference, GRADERS[config.grading].read_reference)
+            chat = read_chat(reader, record, config.messages, config.question, config.reference, self.columns)
+            texts = chat and reader.get_texts(chat.record, config.question, *chat.columns)
+            read = GRADERS[config.grading].read_reference
+            reference = texts and reader.get_reference(chat.record, config.reference, read)
             if not reference:
                 continue
             question, *own = texts
-            key = hash_text(splits.normalize(question))[:16]
+            row = Row("", question, None, reference, earlier=chat.earlier)
+            key = hash_text(splits.normalize(row.conversation))[:16]
             if reader.is_new(record, seen, key, reference):
-                rows[key] = self.make_row(key, Question(question, question, reference, *own))
+                context = self.contexts.choose(key, *own)
+                rows[key] = row._replace(id=key, context=context)
         ordered = [rows[key] for key in sorted(rows)]
         held_out = config.dev_questions + config.test_questions
         if len(ordered) <= held_out:
