@@ -16,6 +16,18 @@ from ml_collections import ConfigDict
 from ctxjax.configs import base
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+STEPS = 90  # about 15 s each on two cores
+# Ways to get facts in, and to keep the document readable meanwhile; run_arms chooses. ``warm``: the first half of the
+# steps on the teacher's samples, since a student seldom says what it does not know yet.
+WARM = {"off_policy_steps": STEPS // 2}
+ARMS = {
+    "opcd_warm": WARM | {"beta": 0.0, "mu": 0.0},
+    "opcd_warm_anchored": WARM | {"beta": 0.5, "mu": 0.0},
+    "opcd_warm_handover": WARM | {"beta": 0.5, "mu": 0.0, "anchor": "handover"},
+    "opcd_warm_retained": WARM | {"beta": 0.5, "mu": 1.0, "anchor": "handover"},
+    "opcd_mixed": {"on_policy_fraction": 0.5},
+    "opcd_forward": {"divergence": "forward_kl"},
+}
 
 
 def _set_handbook(config: ConfigDict) -> None:
@@ -57,10 +69,12 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.optim.warmup_steps = 5
     config.optim.weight_decay = 0.0
 
-    config.train.steps = 90  # about 15 s each on two cores
+    config.train.steps = STEPS
     config.train.batch_size = 16
     config.train.save_every = 30
     config.loss.chunk = 24
+    for name, changes in ARMS.items():
+        config.arms[name] = ConfigDict(changes)
     config.eval.every = 30
     config.eval.batch_size = 64
     for name in names if {"handbook", "style"} & set(names) else ["handbook", *names]:
