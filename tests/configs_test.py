@@ -77,8 +77,11 @@ def test_every_recipe_is_covered_by_a_setting():
 @pytest.mark.parametrize("arguments", ["", "handbook", "style", "lora", "style,lora", "lora,handbook"])
 def test_a_real_model_is_an_experiment_on_one_device(arguments):
     config = smollm2.get_config(arguments)
-    assert set(fields(config)) == set(fields(base.get_config()))
+    own = {f"arms.{arm}.{field}" for arm, changes in smollm2.ARMS.items() for field in changes}
+    assert set(fields(config)) == set(fields(base.get_config())) | own
+    config.run_arms = tuple(config.arms)
     experiment = config_lib.experiment(config, 1)
+    assert 0 < experiment.arms["opcd_warm"].off_policy_steps < experiment.train.steps
     assert experiment.task == ("style" if "style" in arguments else "handbook")
     assert (experiment.lora is not None) == ("lora" in arguments)
     assert experiment.model.path == smollm2.HUB_ID
