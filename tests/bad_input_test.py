@@ -236,7 +236,14 @@ def questions(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"question": "prompt"}, r"line 1: no text in column 'prompt'; its columns are \['answer', 'question'\]"),
+        (
+            {"question": "prompt"},
+            r"line 1: no text in column 'prompt'; its columns are \['answer', 'question'\]; set qa_jsonl.question, ",
+        ),
+        (
+            {"grading": "letter"},
+            "line .: column 'answer': '#### .' cannot be a reference; .*; set .* qa_jsonl.grading to what the file has, ",
+        ),
         ({"context": ""}, "qa_jsonl has no context"),
         ({"context": "", "context_file": "missing.txt"}, "context file missing.txt does not exist"),
         ({"context_file": "both.txt"}, "are both set"),

@@ -9,6 +9,7 @@ import time
 
 import forked
 import pytest
+from tqdm import std
 
 from ctxjax.host import progress
 from ctxjax.training.checkpoint import saved_steps
@@ -81,6 +82,16 @@ def test_a_terminal_sees_the_clock_tick_while_the_first_batch_is_compiled(shown)
         time.sleep(0.3)
     states = written.getvalue().split("\r")
     assert "1/2" in states[-1] and "compiling" not in states[-1] and states[-1].endswith("\n")
+
+
+@pytest.mark.parametrize("total", [None, 2])
+def test_a_terminal_that_has_no_size_sees_the_bar_too(shown, monkeypatch, total):
+    monkeypatch.setattr(std, "_screen_shape_wrapper", lambda: lambda file: (-1, -1))
+    written = shown(Terminal())
+    with progress.Bar("training", total) as bar:
+        time.sleep(0.3)
+        bar.update()
+    assert "training" in written.getvalue()
 
 
 def test_a_bar_without_a_name_or_of_another_process_is_not_shown(shown, monkeypatch):

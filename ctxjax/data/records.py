@@ -53,11 +53,11 @@ class Record(NamedTuple):
 
 
 class Reader:
-    """Reads files with one configuration. ``skipped``: how many rows were left out, by kind. ``digests``: the sha256 of
-    every file, by its path."""
+    """Reads files with one configuration. ``fields``: the fields that say what the columns are, for messages.
+    ``skipped``: how many rows were left out, by kind. ``digests``: the sha256 of every file, by its path."""
 
-    def __init__(self, config: RecordsConfig):
-        self.config, self.skipped, self.digests = config, Counter(), {}
+    def __init__(self, config: RecordsConfig, fields: tuple[str, ...] = ()):
+        self.config, self.fields, self.skipped, self.digests = config, fields, Counter(), {}
 
     def read(self, path: str | Path, limit: int = 0, field: str = "path") -> Iterator[Record]:
         """Iterate over the readable rows among the first ``limit`` rows of a file (0: all rows).
@@ -134,7 +134,11 @@ class Reader:
         """Count a bad row, or raise ValueError, as configured for its kind."""
         if kind not in self.config.skip:
             skip = (*self.config.skip, kind)
-            raise ValueError(f'{where}: {why}; fix the row, or leave such rows out: --config.records.skip="{skip}"')
+            is_setting = self.fields and kind in ("missing", "label")
+            remedy = f"set {', '.join(self.fields)} to what the file has, " if is_setting else ""
+            raise ValueError(
+                f'{where}: {why}; {remedy}fix the row, or leave such rows out: --config.records.skip="{skip}"'
+            )
         self.skipped[kind] += 1
         total = self.skipped.total() - self.skipped["duplicate"]  # a repeated row loses nothing
         if total > self.config.max_skipped:

@@ -51,6 +51,8 @@ class Bar(tqdm):
             **({"disable": True} if hidden else {}),
         )
         if not self.disable:
+            if (self.ncols or 0) < 1:  # a terminal that does not know its size, as in some containers
+                self.ncols = self.nrows = None
             threading.Thread(target=self._tick, daemon=True).start()
 
     def _tick(self) -> None:

@@ -47,12 +47,15 @@ class Question(NamedTuple):
 
 class FileTask:
     """A task without its grader. A subclass has ``grade``, and one of these: ``parse_question`` if each record is a
-    question, else ``read_questions`` or ``read_splits``. ``contexts`` is None if every question has its own context."""
+    question, else ``read_questions`` or ``read_splits``. ``contexts`` is None if every question has its own context.
+    ``fields``: those of the section that say what the columns are."""
+
+    fields: tuple[str, ...] = ()
 
     def __init__(self, config: FileTaskConfig, section: str, contexts: Contexts | None):
         self.config, self.section = config, section
         self.columns = contexts.columns if contexts else ()
-        reader = Reader(config.records)
+        reader = Reader(config.records, tuple(f"{section}.{name}" for name in self.fields))
         internalized = list(contexts.texts.values()) if contexts else []
         self.pool = self.open_pool(reader, internalized)
         self.contexts = contexts

@@ -28,6 +28,8 @@ class HintsConfig(RowsConfig):
 class Hints(FileTask):
     """The task over files of rows that each have their own context."""
 
+    fields = ("question", "reference", "hint", "grading")
+
     def __init__(self, config: HintsConfig):
         if "{hint}" not in config.template:
             raise ValueError(f"hints.template = {config.template!r} must contain {{hint}}, for the hint's text")

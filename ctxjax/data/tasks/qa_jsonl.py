@@ -37,6 +37,8 @@ class QaJsonl(FileTask):
     the choice does not depend on the order of the file. Questions that differ in case, width or white space only are
     one question (splits.normalize). Of a conversation this is the text of all turns."""
 
+    fields = ("question", "reference", "grading")
+
     def __init__(self, config: QaConfig):
         super().__init__(config, "qa_jsonl", Contexts(config, "qa_jsonl"))
         if config.messages and config.other_rows:
