@@ -31,6 +31,7 @@ def files(tmp_path_factory) -> Path:
             "asked": f"{n} and 1?",
             "answer": f"{n + 1}",
             "right": f"{n + 2}",
+            "reference": f"{n + 1}",
             "note": f"n{n % 3}",
         }
         for n in range(90)
@@ -102,6 +103,7 @@ FIELDS = {
         "hint": ("answer", "contexts"), "template": ("Hint: {hint}", "contexts"), "grading": ("exact", "grades"),
     },
     "safety": CONTEXTS | LIMITS | FORMAT | {"sets": (("ethos",), QUESTIONS)},
+    "self_study": CONTEXTS | LIMITS | {"path": ("FILES/more.jsonl", QUESTIONS)},
     "style": POOL | LIMITS | {"demand": ("french", "contexts paraphrase grades")},
     "handbook": LIMITS | {
         "seed": (5, f"contexts others paraphrase unrelated {QUESTIONS}"),
@@ -120,9 +122,13 @@ FIELDS = {
     },
 }  # fmt: skip
 # ``records`` is a section of its own (records_test.py), ``required`` no field of a configuration; folders of published
-# files are read by name.
+# files are read by name. What the writer of questions is given names their file (self_study_test.py).
 OTHERS = {name: {"records", "required"} for name in TASKS}
 OTHERS |= {"safety": {"records", "required", "path", "context_column"}, "tiny_safety": {"records", "path"}}
+WRITER = {
+    "writer", "questions", "unrelated_share", "temperature", "longest_question", "longest_reference", "seed", "cache",
+}  # fmt: skip
+OTHERS["self_study"] = {"records", "required", "context_column"} | WRITER
 
 
 def make_config(name: str, files: Path, changes: dict):
