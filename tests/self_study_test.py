@@ -11,6 +11,7 @@ import pytest
 
 from ctxjax import config as config_lib, rng
 from ctxjax.configs import bake
+from ctxjax.data import prompts
 from ctxjax.data.grading.graders import grade_overlap
 from ctxjax.data.task import Row
 from ctxjax.data.tasks.self_study import SelfStudy, find_questions_file
@@ -177,6 +178,24 @@ def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, to
     question_writer.ensure_questions(config, mesh)
     assert again.drafted == 0
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+
+
+def test_drafts_go_on_with_the_next_request_if_the_batches_have_another_size(tmp_path, monkeypatch, tokenizer, mesh):
+    Fake(monkeypatch, tokenizer, DRAFTS)
+    config, drafts, keys, given = make(tmp_path, **SMALL, **{"eval.batch_size": 16}), tmp_path / "a.drafts", [], []
+    drafts.write_text(2 * (json.dumps([QUESTION] * 8) + "\n"))
+
+    def decode(folder, tokens, columns, sampling, key, size, mesh):
+        given.extend(tokens)
+        keys.append(str(jax.random.key_data(key)))
+        return [""] * len(tokens)
+
+    monkeypatch.setattr(question_writer, "_decode", decode)
+    requests = list_requests(config.task_config)
+    drafted = list(question_writer._draft(config, question_writer.open_folder(), requests, drafts, mesh))
+    assert given == prompts.encode(tokenizer, [request.row for request in requests[16:]], config.prompt)
+    assert [len(texts) for texts in drafted] == [8, 8] + [16] * 19 and len(set(keys)) == 19
+    assert [json.loads(line) for line in drafts.read_text().splitlines()] == drafted
 
 
 def test_too_few_questions_are_an_error_that_says_what_helps(tmp_path, monkeypatch, tokenizer, mesh):
