@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -538,6 +539,15 @@ def test_without_right_answers_there_is_no_harm_in_either_implementation():
     found = numbers.recompute(items, [False] * 12, resamples=50)
     assert found["harm"] is None and found["harm_ci"] is None and "acc_x_lenient" not in found
     assert found["acc_default"] == 0.0 and numbers.harm_difference(items, items, 50) is None
+
+
+@pytest.mark.parametrize(("base", "lost"), [(0.25, 0.0), (0.75, 0.25)])
+def test_the_lowest_accuracy_is_of_trained_weights_and_what_was_lost_is_of_the_bases(base, lost):
+    rows = [{"step": 0, "dev/acc_xc": base}, {"step": 1, "loss": 0.1}, {"step": 2, "dev/acc_xc": 0.5}]
+    rows += [{"step": 4, "dev/acc_xc": 0.875}]
+    check, folder = Check("results"), SimpleNamespace(json=lambda name: {"metrics": {"acc_xc": base}})
+    evaluations._check_learning(folder, check, "arm", {"lowest_acc_xc": 0.5, "context_loss": lost}, rows)
+    assert check.wrong == []
 
 
 @pytest.mark.slow

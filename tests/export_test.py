@@ -169,6 +169,9 @@ def test_weights_are_cast_when_that_is_asked_for(trained, tmp_path, mesh):
     assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
     merged = np.asarray(lora.merged(run.student)["layers"]["down"][1].astype("bfloat16"))
     np.testing.assert_array_equal(tensors["model.layers.1.mlp.down_proj.weight"].T, merged)
+    export.export(run.workdir, tmp_path / "adapter", adapter=True, dtype="bfloat16")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype.name for tensor in adapter.values()} == {"bfloat16"}
 
 
 @pytest.mark.slow
@@ -209,7 +212,15 @@ def test_the_number_type_of_the_weights_is_named_where_it_is_not_the_sources(tra
 @pytest.mark.slow
 def test_the_sources_own_files_and_fields_survive(trained, tmp_path):
     run = trained("tied")
+    names = {"added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "LICENSE.txt", "NOTICE"}
+    names |= {"special_tokens_map.json", "chat_template.jinja"}
+    absent = [run.source / name for name in names if not (run.source / name).exists()]
+    for path in absent:
+        path.touch()
     export.export(run.workdir, tmp_path / "out")
+    for path in absent:
+        path.unlink()
+    assert names <= {path.name for path in (tmp_path / "out").iterdir()}
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields == json.loads((run.source / "config.json").read_text()) and EXTRA.items() <= fields.items()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

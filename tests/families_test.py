@@ -5,10 +5,12 @@ import dataclasses
 import math
 
 import pytest
+from transformers import AutoConfig
 
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.architecture import LayerKind
 from ctxjax.models.hf import load as hf_load
+from ctxjax.models.hf.family import DEFAULTS
 from ctxjax.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 LLAMA31 = {
@@ -106,6 +108,16 @@ PUBLISHED = {  # with the number of scalars in the published files
 
 def parsed(fields):
     return hf_load.FAMILIES[fields["model_type"]].config_from_hf(fields)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_absent_field_is_what_transformers_takes_for_it(name):
+    fields = {field: value for field, value in PUBLISHED[name][0].items() if field not in DEFAULTS}
+    config, theirs = parsed(fields), AutoConfig.for_model(fields["model_type"]).to_dict()
+    rope = theirs.get("rope_parameters") or theirs  # of transformers 5; before it, among the fields
+    theirs["rope_theta"] = rope.get("full_attention", rope)["rope_theta"]
+    ours = (config.norm_eps, config.max_positions, config.tied_embeddings, config.rope_theta)
+    assert dict(zip(DEFAULTS, ours, strict=True)) == {field: theirs[field] for field in DEFAULTS}
 
 
 def new_layout(fields):

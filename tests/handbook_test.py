@@ -89,6 +89,7 @@ def test_oracles_are_graded_by_the_document_that_they_read(task):
     assert list(views) == ["bare", "context", "empty", "other", "paraphrase", "unrelated"]
     for number, row in enumerate(rows):
         under, other, again = (views[view][number] for view in ("context", "other", "paraphrase"))
+        assert again.context != under.context  # the same document in another style
         own, theirs = read(task, row, under.context), read(task, other, other.context)
         assert task.grade(own, under.reference).correct and task.grade(f"It is the {own}!", row.reference).correct
         assert task.grade(theirs, other.reference).correct and not task.grade(own, other.reference).correct

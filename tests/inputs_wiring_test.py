@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from safetensors.numpy import load_file
 
 from ctxjax import config as config_lib, evaluate, rng
 from ctxjax.configs import base
@@ -22,6 +23,7 @@ from ctxjax.evaluation import metrics as metrics_lib, views
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import checksum, workdir as workdir_lib
 from ctxjax.inputs import base_model, data_record, run_inputs, teacher_samples
+from ctxjax.report.formatting import shorten
 from ctxjax.sharding import make_mesh
 from ctxjax.training import arm as arm_lib, run as run_lib
 from ctxjax.types import Rollout
@@ -211,7 +213,8 @@ def test_models_are_opened_as_configured(folder, monkeypatch, mesh):
     changes = {"model.dtype": "bfloat16", "model.remat": "dots", "teacher.param_dtype": "bfloat16"}
     changes |= {"teacher.path": str(folder / "teacher"), "lora.rank": 2, "model.param_dtype": "float32"}
     changes |= {"model.attention": "reference"}
-    opened = run_inputs.open_inputs(config_lib.experiment(settings(folder, **changes), 1), mesh, {})
+    config = config_lib.experiment(settings(folder, **changes), 1)
+    opened = run_inputs.open_inputs(config, mesh, {})
     assert seen == {
         "model": ("bfloat16", "float32", "dots", "reference", False),
         "teacher": ("bfloat16", "bfloat16", "none", "reference", True),
@@ -220,6 +223,10 @@ def test_models_are_opened_as_configured(folder, monkeypatch, mesh):
     read = reference.read_folder(folder / "teacher")["embedding"]
     np.testing.assert_allclose(np.float32(opened.teacher.params["embedding"]), read, rtol=1e-2)
     assert opened.teacher.params["embedding"].dtype == "bfloat16" and opened.student.stop_ids == (3, 9)
+    count = sum(array.size for array in load_file(folder / "teacher" / "model.safetensors").values())
+    each, whole, half = (shorten(number).strip() for number in (count, 4 * count, 2 * count))
+    frozen = f"{each} frozen in the student's base ({whole}B), {each} frozen in the teacher ({half}B); optimiser: "
+    assert frozen in run_lib._describe_sizes(config, opened.student, opened.teacher, mesh)
 
 
 class Recorded(Exception):

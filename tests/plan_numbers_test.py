@@ -19,6 +19,7 @@ from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips, hlo, remedies, report, run, step as plan_step
 from ctxjax.plan.remedies import Remedy
 from ctxjax.plan.step import Plan
+from ctxjax.sharding import MeshConfig
 
 GIB = 2**30
 STUDENT = ModelConfig(
@@ -416,10 +417,13 @@ def make_plan(temporaries=5000, parts=PARTS, seconds=100.0, traffic=None, refuse
     return Plan(4, buffers, temporaries, parts, 8 * 10**14, 3 * 10**9, seconds, traffic, refused, effort)
 
 
-def estimate(plan):
+FOUR = MeshConfig(data=1, fsdp=4, tensor=1)
+
+
+def estimate(plan, mesh=FOUR):
     config = tiny.get_config()
     config.train.batch_size, config.train.micro_batches = 64, 2
-    found = list(remedies.estimate_remedies(plan, config, 4, "v5e:4x4", 16))
+    found = list(remedies.estimate_remedies(plan, config, mesh, "v5e:4x4", 16))
     assert not any(one.compiled for one in found)
     return {one.flag.removeprefix("--config."): one.total_bytes for one in found}
 
@@ -438,6 +442,12 @@ def test_estimates_of_remedies():
     small = estimate(make_plan(temporaries=600))  # no activations
     assert small["train.micro_batches=4"] == small["model.remat=full"] == total - 4400
     assert estimate(make_plan(buffers={"trained weights": 1}, temporaries=10))["lora.rank=16"] == 0
+
+
+def test_weights_as_stored_are_shared_by_the_devices_along_fsdp_alone():
+    plan = make_plan()
+    for data, fsdp, saved in ((4, 1, 0), (2, 2, 200), (2, 4, 300)):
+        assert estimate(plan, MeshConfig(data, fsdp, 1))["rollout.weights=stored"] == plan.total - saved
 
 
 def test_flags_by_the_numbers_of_a_configuration():

@@ -19,7 +19,9 @@ from ctxjax.plan.chips import Chip
 from ctxjax.plan.remedies import choose_remedies, estimate_remedies
 from ctxjax.plan.report import as_json, as_text, judge
 from ctxjax.plan.step import Plan
-from ctxjax.sharding import make_mesh
+from ctxjax.sharding import MeshConfig, make_mesh
+
+MESH = MeshConfig(data=1, fsdp=4, tensor=1)
 
 LOOPS = """
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
@@ -126,7 +128,7 @@ def test_the_verdict_leaves_a_reserve():
 def test_remedies_that_suffice_are_named_first_the_mild_ones_and_tried_where_that_is_cheap():
     config, plan = tiny.get_config(), make(14 * 2**30)
     config.train.batch_size = 64
-    estimates = list(estimate_remedies(plan, config, 4, "v5e:2x4", 8))
+    estimates = list(estimate_remedies(plan, config, MESH, "v5e:2x4", 8))
     flags = [estimate.flag.split("=")[0] for estimate in estimates]
     assert flags[0] == "--config.train.micro_batches" and flags[-1] == "--topology"
     assert "--config.lora.rank" in flags
@@ -144,7 +146,7 @@ def test_a_report_has_every_item_and_the_remedies():
     plan = make(14 * 2**30, refused="Ran out of memory on HBM")
     config = tiny.get_config()
     result = as_json(
-        plan, {"model": "m", "mesh": "fsdp 4"}, "v5e", list(estimate_remedies(plan, config, 4, "v5e:2x4", 8))
+        plan, {"model": "m", "mesh": "fsdp 4"}, "v5e", list(estimate_remedies(plan, config, MESH, "v5e:2x4", 8))
     )
     assert json.loads(json.dumps(result)) == result
     text = as_text(result)

@@ -291,10 +291,14 @@ def test_a_context_that_was_not_used_while_learning_is_said_although_the_end_is_
 
 
 def test_a_teacher_of_its_own_is_the_target_and_no_arm(workdir: pathlib.Path) -> None:
-    weak = {"base": metrics_of(0.1, 0.3, None, 0.9), "teacher": metrics_of(0.4, 0.9, None, 0.9)}
+    weak = {
+        "base": metrics_of(0.1, 0.3, None, 0.9, acc_xc_ci=[0.2, 0.4]),
+        "teacher": metrics_of(0.4, 0.9, None, 0.9, acc_xc_ci=[0.8, 0.95]),
+    }
     results = weak | {"opcd": metrics_of(0.3, 0.3, 0.0, 0.9)}
     assert [label for label, _ in result_rows(results)] == ["base", "teacher with context", "opcd"]
-    assert [cell.text for cell in result_rows(results)[1][1]][:3] == ["90.0", "90.0", "-"]
+    target = ("90.0", "[80.0, 95.0]")
+    assert [(cell.text, cell.interval) for cell in result_rows(results)[1][1]][:3] == [target, target, ("-", "")]
     # 0.3 is all that the base can do with the context, and a quarter of the way to what the teacher does.
     assert glance(results) == [("opcd", ["bad", "good", "good", ""])]
     assert "its teacher with it on 90.0" in verdict(results)

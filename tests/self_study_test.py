@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from ctxjax import config as config_lib
+from ctxjax import config as config_lib, rng
 from ctxjax.configs import bake
+from ctxjax.data import prompts
 from ctxjax.data.grading.graders import grade_overlap
 from ctxjax.data.task import Row
 from ctxjax.data.tasks.self_study import SelfStudy, find_questions_file
@@ -92,7 +93,7 @@ class Fake:
     """In place of a model: request number i is answered by ``drafts[i % n]``, a question by a reply that names it."""
 
     def __init__(self, monkeypatch, tokenizer, drafts):
-        self.batches, self.tokenizer, self.drafts = [], tokenizer, drafts
+        self.batches, self.keys, self.tokenizer, self.drafts = [], [], tokenizer, drafts
         folder = type("Folder", (), {})()
         folder.tokenizer, folder.pad_id, folder.params, folder.config = tokenizer, tokenizer.pad_token_id, {}, None
         folder.stop_ids, folder.check_prompts = (tokenizer.eos_token_id,), lambda *given: None
@@ -108,6 +109,7 @@ class Fake:
         else:
             texts = [f"reply number {i}" for i in range(count)]
         self.batches.append((sampling, texts))
+        self.keys.append(jax.random.key_data(key).tolist())
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         ids = [[*own, self.tokenizer.eos_token_id][: sampling.max_tokens] for own in ids]
         width = max(map(len, ids))
@@ -148,6 +150,9 @@ def test_the_file_has_different_questions_with_replies_and_the_task_reads_it(tmp
     assert [row["reference"] for row in rows] == [f"reply number {i}" for i in range(20)]
     assert len({row["id"] for row in rows}) == 20 and all(row["about"] for row in rows)
     assert [sampling.temperature for sampling, _ in fake.batches] == [0.8, 0.8, 0.8, 0.0]
+    root = jax.random.key(config.task_config.seed)
+    drawn = [rng.key_for(root, batch, "rollout") for batch in range(3)]  # no batch repeats the drafts of another
+    assert fake.keys == [jax.random.key_data(key).tolist() for key in (*drawn, rng.key_for(root, 0, "evaluation"))]
     task = SelfStudy(config.task_config)
     read = [row for split in ("train", "dev", "test") for row in task.rows(split)]
     assert sorted(row.id for row in read) == sorted(row["id"] for row in rows)
@@ -173,6 +178,24 @@ def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, to
     question_writer.ensure_questions(config, mesh)
     assert again.drafted == 0
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+
+
+def test_drafts_go_on_with_the_next_request_if_the_batches_have_another_size(tmp_path, monkeypatch, tokenizer, mesh):
+    Fake(monkeypatch, tokenizer, DRAFTS)
+    config, drafts, keys, given = make(tmp_path, **SMALL, **{"eval.batch_size": 16}), tmp_path / "a.drafts", [], []
+    drafts.write_text(2 * (json.dumps([QUESTION] * 8) + "\n"))
+
+    def decode(folder, tokens, columns, sampling, key, size, mesh):
+        given.extend(tokens)
+        keys.append(str(jax.random.key_data(key)))
+        return [""] * len(tokens)
+
+    monkeypatch.setattr(question_writer, "_decode", decode)
+    requests = list_requests(config.task_config)
+    drafted = list(question_writer._draft(config, question_writer.open_folder(), requests, drafts, mesh))
+    assert given == prompts.encode(tokenizer, [request.row for request in requests[16:]], config.prompt)
+    assert [len(texts) for texts in drafted] == [8, 8] + [16] * 19 and len(set(keys)) == 19
+    assert [json.loads(line) for line in drafts.read_text().splitlines()] == drafted
 
 
 def test_too_few_questions_are_an_error_that_says_what_helps(tmp_path, monkeypatch, tokenizer, mesh):

@@ -124,12 +124,13 @@ FIELDS = {
     },
 }  # fmt: skip
 # ``records`` is a section of its own (records_test.py), ``required`` no field of a configuration; folders of published
-# files are read by name.
+# files are read by name. What the writer of questions is given names their file (self_study_test.py).
 OTHERS = {name: {"records", "required"} for name in TASKS}
 OTHERS |= {"safety": {"records", "required", "path", "context_column"}, "tiny_safety": {"records", "path"}}
-# What decides which questions are written: self_study_test.py.
-WRITING = {"writer", "questions", "unrelated_share", "temperature", "seed", "cache"}
-OTHERS["self_study"] |= {"context_column", "longest_question", "longest_reference"} | WRITING
+WRITER = {
+    "writer", "questions", "unrelated_share", "temperature", "longest_question", "longest_reference", "seed", "cache",
+}  # fmt: skip
+OTHERS["self_study"] = {"records", "required", "context_column"} | WRITER
 
 
 def make_config(name: str, files: Path, changes: dict):

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from ctxjax import rng
-from ctxjax.distill import optim, train_step as train_step_module
+from ctxjax.distill import objective, optim, train_step as train_step_module
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.optim import OptimConfig
 from ctxjax.distill.sampling import SamplingConfig, sample
@@ -31,7 +31,7 @@ from ctxjax.distill.train_step import (
 from ctxjax.models import transformer
 from ctxjax.models.lora import LoraConfig
 from ctxjax.sharding import bring_to_device, make_mesh, offload_to_host, put_batch
-from ctxjax.types import Batch, Frozen, Rollout, TrainState
+from ctxjax.types import Batch, Frozen, PrefixKV, Rollout, TrainState
 
 ROWS, RETAINED = 16, 8
 rollouts_of = jax.jit(rollout_step, static_argnames="config")
@@ -302,6 +302,19 @@ def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_stude
     assert largest_difference(after.params, expected.params) < 1e-6
     by_hand = jax.tree.map(lambda old, new: 0.75 * np.array(old) + 0.25 * np.array(new), average, after.params)
     assert largest_difference(after.ema, by_hand) < 1e-6
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+def test_the_stored_prefix_is_read_with_the_weights_that_computed_it(teacher, config, monkeypatch, mesh):
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher=teacher))
+    trained, average, fixed = ({"w": jnp.full(2, value)} for value in (1.0, 2.0, 3.0))
+    frozen = Frozen(fixed, teacher_prefix=PrefixKV(jnp.zeros(1), jnp.zeros(1)))
+    given = []
+    monkeypatch.setattr(objective, "objective", lambda *own: given.append(own) or (jnp.sum(own[0].student["w"]), {}))
+    train_step_module._gradient(TrainState(0, trained, (), jax.random.key(0), average), frozen, None, config)
+    ((networks, *_),) = given
+    assert float(networks.teacher["w"][0]) == {"frozen": 3.0, "ema": 2.0}[teacher]
+    assert networks.teacher_prefix is (frozen.teacher_prefix if teacher == "frozen" else None)
 
 
 @pytest.mark.slow

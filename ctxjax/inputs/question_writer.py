@@ -163,11 +163,10 @@ def _draft(
     tokens = prompts_lib.encode(folder.tokenizer, [request.row for request in requests], config.prompt)
     folder.check_prompts(tokens, task.longest_question, "self_study.longest_question")
     columns = shapes_lib.make_shape(max(map(len, tokens)), 0).columns
-    for batch, start in enumerate(range(0, len(requests), size)):
-        if batch < len(stored):
-            yield json.loads(stored[batch])
-            continue
-        key = rng.key_for(jax.random.key(task.seed), batch, "rollout")
+    before = [json.loads(line) for line in stored]  # an earlier start may have had another size
+    yield from before
+    for start in range(sum(map(len, before)), len(requests), size):
+        key = rng.key_for(jax.random.key(task.seed), len(stored), "rollout")
         texts = _decode(folder, tokens[start : start + size], columns, sampling, key, size, mesh)
         stored.append(json.dumps(texts))
         if processes.is_first():

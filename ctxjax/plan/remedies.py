@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from ctxjax.host.workdir import CHANGEABLE
 from ctxjax.plan.step import Plan
+from ctxjax.sharding import MeshConfig
 
 CHEAP = 20  # seconds; if the plan compiled faster, changes are compiled too, otherwise only estimated
 
@@ -54,9 +55,9 @@ def _name_field(flag: str) -> str:
 
 
 def estimate_remedies(
-    plan: Plan, config: ConfigDict, ways: int, larger: str | None, larger_chips: int
+    plan: Plan, config: ConfigDict, mesh: MeshConfig, larger: str | None, larger_chips: int
 ) -> Iterator[Remedy]:
-    """Estimate the memory of single changes, the mildest first. ``ways``: devices that share the rows of a batch.
+    """Estimate the memory of single changes, the mildest first. ``mesh``: its sizes, none of them -1.
 
     Temporaries that are not gradients, cache or copies of weights are assumed to be activations, which shrink with the
     rows of a micro-batch and with what layers keep for the backward pass. This is only approximately true.
@@ -70,10 +71,10 @@ def estimate_remedies(
     saved = {
         "train.micro_batches": activations // 2,
         "model.remat": activations * 3 // 4,
-        "rollout.weights": plan.temporary_parts["weights for decoding"] * (ways - 1) // ways,
+        "rollout.weights": plan.temporary_parts["weights for decoding"] * (mesh.fsdp - 1) // mesh.fsdp,
         "lora.rank": min(trained + plan.temporary_parts["gradients"], plan.total),
     }
-    for flag in list_flags(config, ways):
+    for flag in list_flags(config, mesh.data * mesh.fsdp):
         yield Remedy(flag, plan.total - saved[_name_field(flag)], False)
     if larger:
         share = plan.chips / larger_chips

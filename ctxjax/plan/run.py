@@ -68,15 +68,14 @@ def plan(
     """
     generation = chips.parse_generation(topology) if topology else None
     chosen = chips.make_tpu_devices(topology) if topology else chips.get_local_devices(devices)
-    views = find_views(_make_experiment(config, len(chosen)), config.task, lengths)
+    experiment = _make_experiment(config, len(chosen))
+    views = find_views(experiment, config.task, lengths)
     made, facts = _plan_step(config, chosen, arm, effort if topology else "full", views)
     facts["devices"] = topology or f"{devices} x {chosen[0].device_kind} ({chosen[0].platform})"
     suggested = []
     if generation and judge(made, chips.CHIPS[generation].hbm_gib) != "fits":
         larger = chips.find_next_larger(topology)
-        estimates = estimate_remedies(
-            made, config, facts["rows_over"], larger, chips.count_chips(larger) if larger else 0
-        )
+        estimates = estimate_remedies(made, config, experiment.mesh, larger, chips.count_chips(larger) if larger else 0)
         limit = int(chips.USABLE * chips.CHIPS[generation].hbm_gib * 2**30)
         suggested = choose_remedies(
             made, estimates, limit, lambda flag: _plan_with_flag(config, topology, flag, arm, effort, views)

@@ -69,7 +69,7 @@ FAMILY = Family(
         "use_bidirectional_attention": False,
     },
     irrelevant=frozenset({"cache_implementation", "_sliding_window_pattern"}),
-    defaults={"rope_theta": 1000000.0, "tie_word_embeddings": True},
+    defaults={"rope_theta": 1000000.0, "max_position_embeddings": 131072, "tie_word_embeddings": True},
     parts={
         "pre_norms": True,
         "post_norms": True,

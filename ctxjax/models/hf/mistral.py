@@ -23,6 +23,7 @@ FAMILY = Family(
     layer_names=LAYER_NAMES,
     fixed={"hidden_act": "silu"},
     inferred=frozenset({"head_dim"}),
+    defaults={"max_position_embeddings": 131072},
     read=_read,
     write=_write,
 )

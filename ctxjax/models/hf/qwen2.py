@@ -16,5 +16,6 @@ FAMILY = Family(
     fixed={"hidden_act": "silu", "use_sliding_window": False},
     irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # windows, which are off
     inferred=frozenset({"head_dim"}),
+    defaults={"max_position_embeddings": 32768},
     parts={"qkv_bias": True},
 )

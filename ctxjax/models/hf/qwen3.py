@@ -11,5 +11,6 @@ FAMILY = Family(
     | {"q_norm": ("self_attn.q_norm.weight", False), "k_norm": ("self_attn.k_norm.weight", False)},
     fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
     irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # windows, which are off
+    defaults={"max_position_embeddings": 32768},
     parts={"qk_norm": True},
 )

@@ -28,7 +28,7 @@ FAMILY = Family(
     fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
     irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # windows, which are off
     inferred=frozenset({"head_dim"}),
-    defaults={"rope_theta": 2000000.0, "tie_word_embeddings": True},
+    defaults={"rope_theta": 2000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": True},
     read=_read,
     write=_write,
 )
