@@ -22,7 +22,7 @@ from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.evaluation import metrics as metrics_lib, views
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import checksum, workdir as workdir_lib
-from ctxjax.inputs import base_model, data_record, run_inputs, teacher_samples
+from ctxjax.inputs import base_model, data_record, decoding, run_inputs, teacher_samples
 from ctxjax.report.formatting import shorten
 from ctxjax.sharding import make_mesh
 from ctxjax.training import arm as arm_lib, run as run_lib
@@ -109,8 +109,9 @@ def record_stages(patch) -> list[tuple]:
         calls.append(("distill", params, teacher, loss, bare, context, rollout))
         return 0.5
 
-    for name, stage in (("decode", decode), ("compare", compare), ("distillation_kl", distillation)):
-        patch.setattr(views, name, stage)
+    patch.setattr(decoding, "decode", decode)
+    patch.setattr(views, "compare", compare)
+    patch.setattr(views, "distillation_kl", distillation)
     return calls
 
 
@@ -375,12 +376,14 @@ def test_an_evaluation_serves_again_if_the_same_code_made_it_after_as_many_steps
 
     def evaluate(facts: dict, taken: int) -> Evaluation:
         opened = run_lib._OpenRun(None, tmp_path, mesh, None, None, None, None, facts, None, 0.0, {})
-        return opened.evaluate(tmp_path / "one", lambda params: made.append(params) or expected, STUDENT, taken)
+        make = lambda params, name: made.append((params, name)) or expected  # noqa: E731
+        return opened.evaluate(tmp_path / "one", make, STUDENT, taken)
 
     facts = {"versions": {"jax": "1"}, "commit": "a", "device": "one", "host": "here", "started": "then"}
     assert evaluate(facts, 3) is expected
     facts |= {"host": "there", "started": "now"} | ({changed: "another"} if changed in facts else {})
-    assert evaluate(facts, 4 if changed == "step" else 3) == expected and len(made) == 1 + bool(changed)
+    assert evaluate(facts, 4 if changed == "step" else 3) == expected
+    assert [name for _, name in made] == ["one"] * (1 + bool(changed))
 
 
 def test_results_compare_every_arm_with_the_first_and_resample_as_configured(folder, monkeypatch):
@@ -497,7 +500,7 @@ def test_an_arm_steps_evaluates_and_saves_in_turn(folder, monkeypatch, tmp_path,
     def note(name: str):
         return lambda *given: done.append((name, *given))
 
-    names = ("write", "step", "flush", "pause", "sync", "close", "end_bar")
+    names = ("write", "begin", "step", "flush", "pause", "sync", "close", "end_bar")
     writer = SimpleNamespace(kept=[], **{name: note(name) for name in names})
     fed = SimpleNamespace(sync=note("fed"), close=lambda: None)
     checkpoints = SimpleNamespace(save=lambda state, taken, record: done.append(("save", state, taken, record)))
