@@ -91,3 +91,14 @@ command.run(lambda _: print(gc.get_freeze_count()), None)
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     during, at_end = (int(line) for line in output.split())
     assert during == 0 and at_end > 10_000
+
+
+def test_nothing_asks_for_a_library_that_is_not_needed():
+    script = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.startswith("torch") else find(name, *rest)
+import ctxjax.inputs.model_folder
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
