@@ -56,7 +56,7 @@ def test_large_arrays_are_taken_from_the_system_once():
 def test_programs_that_compile_fast_are_kept_too(tmp_path, monkeypatch):
     told = {}
     monkeypatch.setattr(command.jax.config, "update", told.__setitem__)
-    monkeypatch.setattr(command, "_quieten", lambda: None)
+    monkeypatch.setattr(command, "quieten", lambda: None)
     command.prepare(command.ConfigDict({"compile_cache": str(tmp_path), "cpu_devices": 2}))
     assert told["jax_compilation_cache_dir"] == str(tmp_path)
     assert told["jax_persistent_cache_min_compile_time_secs"] == 0
