@@ -5,6 +5,10 @@ The names in ``__all__`` are the API for notebooks and scripts. They are importe
 """
 
 import importlib
+import logging
+
+# transformers, which only tokenizes here, asks for PyTorch when it is imported.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 
 __all__ = ["generate", "load_model", "logits", "train"]
 

@@ -92,6 +92,7 @@ def test_a_wheel_works_in_an_empty_folder(tmp_path):
     (folder / "own.py").write_text("from ctxjax.configs import debug\nget_config = debug.get_config\n")
     planned = run("plan", "--config=configs/tiny.py", "--devices=1", folder=folder, package=package)
     assert planned.returncode == 0 and "FLOPs" in planned.stdout, planned.stdout + planned.stderr
+    assert "Unable to initialize" not in planned.stderr, planned.stderr
     trained = run("train", "--config=own.py", "--workdir=runs/debug", folder=folder, package=package)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     reported = run("--workdir=runs/debug", folder=folder, package=package, module="ctxjax.report")

@@ -493,6 +493,15 @@ def test_a_run_that_has_not_ended_passes(copied, capsys):
     assert "this one has not ended" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_base_that_was_evaluated_again_on_another_mesh_passes(copied):
+    def sum_in_another_order(row: dict) -> None:
+        row["dev/distill"] *= 1 + 4e-7
+
+    edit_line(copied / ARM / "metrics.jsonl", sum_in_another_order, lambda row: "dev/distill" in row)
+    assert find_wrong(copied) == []
+
+
 def test_a_path_that_is_no_run_ends_with_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
     assert main([str(tmp_path)]) == 2

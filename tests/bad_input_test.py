@@ -242,7 +242,7 @@ def questions(tmp_path):
         ),
         (
             {"grading": "letter"},
-            "line .: column 'answer': '#### .' cannot be a reference; .*; set .* qa_jsonl.grading to what the file has",
+            "line .: column 'answer': '#### .' cannot be a reference; .* qa_jsonl.grading to what the file has, ",
         ),
         ({"context": ""}, "qa_jsonl has no context"),
         ({"context": "", "context_file": "missing.txt"}, "context file missing.txt does not exist"),

@@ -56,7 +56,7 @@ def test_large_arrays_are_taken_from_the_system_once():
 def test_programs_that_compile_fast_are_kept_too(tmp_path, monkeypatch):
     told = {}
     monkeypatch.setattr(command.jax.config, "update", told.__setitem__)
-    monkeypatch.setattr(command, "_quieten", lambda: None)
+    monkeypatch.setattr(command, "quieten", lambda: None)
     command.prepare(command.ConfigDict({"compile_cache": str(tmp_path), "cpu_devices": 2}))
     assert told["jax_compilation_cache_dir"] == str(tmp_path)
     assert told["jax_persistent_cache_min_compile_time_secs"] == 0
@@ -91,3 +91,14 @@ command.run(lambda _: print(gc.get_freeze_count()), None)
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     during, at_end = (int(line) for line in output.split())
     assert during == 0 and at_end > 10_000
+
+
+def test_nothing_asks_for_a_library_that_is_not_needed():
+    script = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.startswith("torch") else find(name, *rest)
+import ctxjax.inputs.model_folder
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

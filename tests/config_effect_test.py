@@ -177,7 +177,7 @@ def test_every_field_of_the_dataclasses_is_reached_by_a_field_of_the_configurati
 def test_the_commands_read_the_fields_that_no_dataclass_has(monkeypatch, tmp_path):
     updates = {}
     monkeypatch.setattr(jax.config, "update", lambda name, value: updates.__setitem__(name, value))
-    monkeypatch.setattr(command, "_quieten", lambda: None)
+    monkeypatch.setattr(command, "quieten", lambda: None)
     monkeypatch.setattr(command, "_split_cpu", lambda count: updates.__setitem__("devices", count))
     config = start("qa_jsonl", compile_cache=str(tmp_path / "xla"), cpu_devices=3)
     command.prepare(config)

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 SHOWN = 5  # contradictions of one check that are printed; the others are counted
+SUMS = 1e-4  # relative: sums of float32 numbers in another order
 LONGEST = 160  # characters of a printed value
 
 

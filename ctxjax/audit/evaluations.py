@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from ctxjax.audit import numbers
-from ctxjax.audit.check import Check
+from ctxjax.audit.check import SUMS, Check
 from ctxjax.audit.folder import Evaluated, Folder
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.digests import digest_context, digest_question, digest_tokens
@@ -15,7 +15,6 @@ from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host.checksum import compute_digest
 from ctxjax.training.checkpoint import best_step, saved_steps
 
-SUMS = 1e-4  # relative: sums of float32 numbers in another order
 GRADE = ("parsed", "correct", "reason", "lenient")
 
 

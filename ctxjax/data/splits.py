@@ -64,7 +64,11 @@ def check_splits(task: Task, needed: tuple[str, ...] = SPLITS) -> None:
     for split in SPLITS:
         rows = task.rows(split)
         if not rows and split in needed:
-            raise ValueError(f"the task has no {split} rows left; check its limits and the counts of left-out rows")
+            counts = ", ".join(f"{name} {len(task.rows(name))}" for name in SPLITS)
+            raise ValueError(
+                f"the task has no {split} rows left ({counts}); give more questions, or check its limits and the "
+                "counts of left-out rows"
+            )
         for row in rows:
             if row.id in seen:
                 where = f"twice in {split}" if seen[row.id] == split else f"in {seen[row.id]} and in {split}"

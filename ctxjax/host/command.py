@@ -116,7 +116,7 @@ def parse_folder(flag: str, name: str) -> Path:
 
 def prepare(config: ConfigDict) -> None:
     """Set up logging, CPU devices and the compile cache. Call it before the first use of jax's backends."""
-    _quieten()
+    quieten()
     _split_cpu(config.get("cpu_devices", 0))
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
@@ -124,7 +124,7 @@ def prepare(config: ConfigDict) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Show warnings only, since the libraries' other logs would bury the progress bar.
 
     Tracebacks that they log from their threads are dropped, since the errors end the run with one message.

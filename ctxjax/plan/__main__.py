@@ -49,6 +49,7 @@ def main(_) -> int:
         raise ValueError(f"--effort={_EFFORT.value} is for TPU slices; local devices compile as a run does")
     if (_PREFIX.value is None) != (_QUESTION.value is None):
         raise ValueError("give --prefix and --question together, or neither of them to read the lengths from the data")
+    command.quieten()
     if _DEVICES.value and _DEVICES.value > 0:
         jax.config.update("jax_num_cpu_devices", _DEVICES.value)
     from ctxjax.plan import run  # after the number of devices is set
