@@ -162,6 +162,9 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()  # evaluation, on dev while training and on test at the end
     config.eval.every = 10  # steps between evaluations on the dev split; 0: never
     config.eval.batch_size = 256  # questions decoded at the same time
+    # Views to ask besides those without and with the context, where the task has them. Fewer make an evaluation
+    # cheaper; () leaves out obedience, too.
+    config.eval.views = ("empty", "other", "paraphrase", "unrelated")
     config.eval.temperature = 0.0  # 0: greedy
     # Responses per question and view; more than one needs a temperature above 0. Harm is then reported together with
     # its floor: how often two samples of the same view disagree.

@@ -17,6 +17,7 @@ from ctxjax.config_fields import check_fields, one_of, require
 from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
 from ctxjax.data.records import KINDS, RecordsConfig
+from ctxjax.data.task import FURTHER_VIEWS
 from ctxjax.data.tasks import TASKS, WORLDS, check_task_name
 from ctxjax.distill.anchors import ANCHORS, GATES
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
@@ -113,6 +114,7 @@ class EvalConfig:
 
     every: int = bounded(zero=True)
     batch_size: int = bounded(at_most=1_000_000)
+    views: tuple[str, ...]
     samples: int
     bootstrap: int = bounded(at_most=1_000_000)
     select: str
@@ -176,6 +178,8 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     evaluation, samples = config.eval.to_dict(), config.eval.samples
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
     require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 if eval.temperature = 0")
+    for view in evaluation["views"]:
+        one_of("eval.views", view, FURTHER_VIEWS)
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)

@@ -96,6 +96,14 @@ def test_the_command_writes_results_and_responses_and_prints_a_table(folder, que
     again = command(folder, questions, f"--out={out}")
     assert again.returncode == 2 and f"--out={out} exists; choose another" in again.stderr
 
+    context, few = f"--context={questions / 'context.txt'}", tmp_path / "few"
+    result = command(folder, questions, context, f"--out={few}", "--config.eval.views=()")
+    assert result.returncode == 0, result.stderr
+    assert items(few / "model") == [item for item in written if item["view"] != "empty"]
+    fewer = json.loads((few / "results.json").read_text())["model"]
+    assert fewer == {key: value for key, value in metrics.items() if not key.startswith("acc_empty")}
+    assert not [problem for check in audit.check_folder(few) for problem in check.wrong]
+
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),

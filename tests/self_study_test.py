@@ -125,7 +125,7 @@ def tokenizer():
     return word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
 
 
-DRAFTS = ["A statement.", *(f"What is number {i}?" for i in range(40)), "what  is NUMBER 3?"]
+DRAFTS = ["A statement.", *(f"What is number {i}?" for i in range(60)), "what  is NUMBER 3?"]
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def mesh():
 
 
 SMALL = {
-    "self_study.questions": 20, "self_study.longest_question": 400, "self_study.longest_reference": 400,
+    "self_study.questions": 48, "self_study.longest_question": 400, "self_study.longest_reference": 400,
 }  # fmt: skip
 
 
@@ -146,19 +146,19 @@ def test_the_file_has_different_questions_with_replies_and_the_task_reads_it(tmp
         SelfStudy(config.task_config)
     question_writer.ensure_questions(config, mesh)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["question"] for row in rows] == [f"What is number {i}?" for i in range(20)]
-    assert [row["reference"] for row in rows] == [f"reply number {i}" for i in range(20)]
-    assert len({row["id"] for row in rows}) == 20 and all(row["about"] for row in rows)
-    assert [sampling.temperature for sampling, _ in fake.batches] == [0.8, 0.8, 0.8, 0.0]
+    assert [row["question"] for row in rows] == [f"What is number {i}?" for i in range(48)]
+    assert [row["reference"] for row in rows] == [f"reply number {i}" for i in range(48)]
+    assert len({row["id"] for row in rows}) == 48 and all(row["about"] for row in rows)
+    assert [sampling.temperature for sampling, _ in fake.batches] == [0.8] * 7 + [0.0]
     root = jax.random.key(config.task_config.seed)
-    drawn = [rng.key_for(root, batch, "rollout") for batch in range(3)]  # no batch repeats the drafts of another
+    drawn = [rng.key_for(root, batch, "rollout") for batch in range(7)]  # no batch repeats the drafts of another
     assert fake.keys == [jax.random.key_data(key).tolist() for key in (*drawn, rng.key_for(root, 0, "evaluation"))]
     task = SelfStudy(config.task_config)
     read = [row for split in ("train", "dev", "test") for row in task.rows(split)]
     assert sorted(row.id for row in read) == sorted(row["id"] for row in rows)
     assert {row.context for row in read} == {CONTEXT}
     question_writer.ensure_questions(config, mesh)  # is there, so it is not written again
-    assert len(fake.batches) == 4 and not path.with_suffix(".drafts").exists()
+    assert len(fake.batches) == 8 and not path.with_suffix(".drafts").exists()
 
 
 def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, tokenizer, mesh):
@@ -166,13 +166,13 @@ def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, to
     path = find_questions_file(config.task_config)
     whole = Fake(monkeypatch, tokenizer, DRAFTS)
     expected = question_writer.write_questions(config, tmp_path / "other.jsonl", mesh)
-    assert whole.drafted == 24
+    assert whole.drafted == 56
 
     broken = Fake(monkeypatch, tokenizer, DRAFTS)
     monkeypatch.setattr(question_writer, "_reply", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         question_writer.ensure_questions(config, mesh)
-    assert broken.drafted == 24 and not path.exists()
+    assert broken.drafted == 56 and not path.exists()
     monkeypatch.undo()
     again = Fake(monkeypatch, tokenizer, ["It is not asked."])
     question_writer.ensure_questions(config, mesh)
@@ -194,16 +194,25 @@ def test_drafts_go_on_with_the_next_request_if_the_batches_have_another_size(tmp
     requests = list_requests(config.task_config)
     drafted = list(question_writer._draft(config, question_writer.open_folder(), requests, drafts, mesh))
     assert given == prompts.encode(tokenizer, [request.row for request in requests[16:]], config.prompt)
-    assert [len(texts) for texts in drafted] == [8, 8] + [16] * 19 and len(set(keys)) == 19
+    assert [len(texts) for texts in drafted] == [8, 8] + [16] * 47 and len(set(keys)) == 47
     assert [json.loads(line) for line in drafts.read_text().splitlines()] == drafted
 
 
 def test_too_few_questions_are_an_error_that_says_what_helps(tmp_path, monkeypatch, tokenizer, mesh):
     Fake(monkeypatch, tokenizer, ["Hello there."])
     config = make(tmp_path, **SMALL)
-    with pytest.raises(ValueError, match="wrote 0 usable questions in 320 drafts.*larger model"):
+    with pytest.raises(ValueError, match="wrote 0 usable questions in 768 drafts.*larger model"):
         question_writer.ensure_questions(config, mesh)
     assert not find_questions_file(config.task_config).exists()
+
+
+def test_a_number_that_leaves_nothing_for_dev_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, tokenizer, mesh
+):
+    fake = Fake(monkeypatch, tokenizer, DRAFTS)
+    with pytest.raises(ValueError, match="self_study.questions = 8 leaves no question for dev.* at least 48"):
+        question_writer.ensure_questions(make(tmp_path, **{"self_study.questions": 8}), mesh)
+    assert not fake.batches
 
 
 def test_cut_drafts_and_cut_replies_are_thrown_away(tmp_path, monkeypatch, tokenizer, mesh):

@@ -11,6 +11,9 @@ import numpy as np
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.response_checks import Check, grade_check
 
+# The views of an evaluation that may be left out (``make_evaluation_views``): "bare" and "context" are always asked.
+FURTHER_VIEWS = ("empty", "other", "paraphrase", "unrelated")
+
 
 class Row(NamedTuple):
     """A question in one view.

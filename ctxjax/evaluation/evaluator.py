@@ -16,7 +16,7 @@ from ctxjax import rng
 from ctxjax.config import Experiment
 from ctxjax.data import shapes as shapes_lib
 from ctxjax.data.digests import digest_tokens
-from ctxjax.data.task import GameTask, Row, Task
+from ctxjax.data.task import FURTHER_VIEWS, GameTask, Row, Task
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
@@ -86,7 +86,8 @@ class Evaluator:
         # Of the first turns: what else is read follows from them and the responses.
         self._digests = {view: [digest_tokens(ids) for ids in lists] for view, lists in split.tokens.items()}
         self._seed, self._resamples = config.seed, config.eval.bootstrap
-        parts = [*self._rows, *(("comparison", "samples", "distill") if "context" in self._rows else ()), "metrics"]
+        self._asked = [view for view in self._rows if view not in FURTHER_VIEWS or view in config.eval.views]
+        parts = [*self._asked, *(("comparison", "samples", "distill") if "context" in self._rows else ()), "metrics"]
         self._whats = {part: f"on {split.name}: {part}, {n} of {len(parts)}" for n, part in enumerate(parts, 1)}
 
     @classmethod
@@ -113,7 +114,7 @@ class Evaluator:
         ``name``: of the model, for the progress bars.
         """
         whats = {part: f"{name} {what}" for part, what in self._whats.items()}
-        sampling = dict.fromkeys(self._rows, self._judged)
+        sampling = dict.fromkeys(self._asked, self._judged)
         answers = {v: self._answer(params, v, own, whats[v]) for v, own in sampling.items()}
         items = [item for view, own in answers.items() for item in self._grade(view, own)]
         outcomes = _collect_outcomes(items)

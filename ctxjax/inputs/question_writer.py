@@ -31,6 +31,7 @@ from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
 
 MOST_DRAFTS = 16  # drafts for each question that is wanted
+LEAST_QUESTIONS = 48  # of which dev gets a tenth, by hash
 LONGEST_PART = 400  # characters of the context that a request quotes
 FACT = 'Here is a fact: "{part}"\n'
 ALONE = " Reply with the question alone."
@@ -63,6 +64,11 @@ def ensure_questions(config: Experiment, mesh: Mesh) -> None:
     if not isinstance(task, SelfStudyConfig) or task.path:
         return
     path = find_questions_file(task)
+    if task.questions < LEAST_QUESTIONS:
+        raise ValueError(
+            f"self_study.questions = {task.questions} leaves no question for dev, which gets a tenth of them; write at "
+            f"least {LEAST_QUESTIONS}"
+        )
     if processes.ask_all(not path.exists()):
         print(f"{task.writer} writes questions about the context", flush=True)
         with jax.set_mesh(mesh):
