@@ -201,7 +201,8 @@ def test_drafts_go_on_with_the_next_request_if_the_batches_have_another_size(tmp
 def test_too_few_questions_are_an_error_that_says_what_helps(tmp_path, monkeypatch, tokenizer, mesh):
     Fake(monkeypatch, tokenizer, ["Hello there."])
     config = make(tmp_path, **SMALL)
-    with pytest.raises(ValueError, match="wrote 0 usable questions in 768 drafts.*larger model"):
+    message = "wrote 0 usable questions in 768 drafts .left out: without a question 768.*larger model"
+    with pytest.raises(ValueError, match=message):
         question_writer.ensure_questions(config, mesh)
     assert not find_questions_file(config.task_config).exists()
 
@@ -218,10 +219,10 @@ def test_a_number_that_leaves_nothing_for_dev_is_refused_before_anything_is_writ
 def test_cut_drafts_and_cut_replies_are_thrown_away(tmp_path, monkeypatch, tokenizer, mesh):
     Fake(monkeypatch, tokenizer, [f"What is number {i}?" for i in range(400)])
     config = make(tmp_path, **SMALL | {"self_study.longest_question": 2})
-    with pytest.raises(ValueError, match="wrote 0 usable"):
+    with pytest.raises(ValueError, match="wrote 0 usable.*left out: cut 768"):
         question_writer.ensure_questions(config, mesh)
     config = make(tmp_path, **SMALL | {"self_study.longest_reference": 2})
-    with pytest.raises(ValueError, match="wrote 0 usable"):
+    with pytest.raises(ValueError, match="wrote 0 usable.*left out: .*replies that are cut 48"):
         question_writer.ensure_questions(config, mesh)
 
 

@@ -7,6 +7,7 @@ that is kept; a line at the end says how many.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 import json
 from pathlib import Path
@@ -95,16 +96,22 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict[str
     Drafts are kept in a file next to ``path``, batch by batch, so that an interrupted run goes on.
     """
     task = config.task_config
-    folder = open_folder(task.writer, mesh, config.model.dtype, "float32", attention=config.model.attention)
+    dtype, frozen = config.model.dtype, config.teacher.param_dtype
+    folder = open_folder(task.writer, mesh, dtype, frozen, attention=config.model.attention)
     requests = list_requests(task)
     kept: dict[str, tuple[Request, str]] = {}
-    drafted = 0
+    drafted, left_out = 0, Counter()
     with progress.Bar("writing questions", task.questions, "question", compiles=True) as bar:
         for texts in _draft(config, folder, requests, _find_drafts(path), mesh):
             for request, text in zip(requests[drafted : drafted + len(texts)], texts):
                 question = clean_question(text, request)
-                if question and len(kept) < task.questions:
-                    kept.setdefault(splits.normalize(question), (request, question))
+                key = question and splits.normalize(question)
+                if not question:
+                    left_out["without a question" if text else "cut"] += 1
+                elif key in kept:
+                    left_out["repeats"] += 1
+                elif len(kept) < task.questions:
+                    kept[key] = request, question
             drafted += len(texts)
             bar.update(len(kept) - bar.n)
             if len(kept) == task.questions:
@@ -115,12 +122,15 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict[str
         for (key, (request, question)), reply in zip(kept.items(), replies)
         if reply
     ]
-    print(f"{len(rows)} questions with replies, of {drafted} drafts", flush=True)
+    left_out["replies that are cut"] = len(kept) - len(rows)
+    why = ", ".join(f"{name} {count}" for name, count in left_out.items() if count) or "none"
+    print(f"{len(rows)} questions with replies, of {drafted} drafts; left out: {why}", flush=True)
     if len(rows) < task.questions // 2:
         raise ValueError(
-            f"{task.writer} wrote {len(rows)} usable questions in {drafted} drafts, and self_study.questions = "
-            f"{task.questions}; take a larger model as self_study.writer, lower self_study.questions, raise "
-            "self_study.longest_reference if its replies are cut, or give questions as self_study.path"
+            f"{task.writer} wrote {len(rows)} usable questions in {drafted} drafts (left out: {why}), and "
+            f"self_study.questions = {task.questions}; take a larger model as self_study.writer, lower "
+            "self_study.questions, raise longest_question or longest_reference if texts are cut, or give questions as "
+            "self_study.path"
         )
     return rows
 
