@@ -39,6 +39,7 @@ setup(
             "pytest-xdist>=3.8",
             "pytest-timeout>=2.4",  # a loop without an end fails its own test
             "ruff>=0.15",
+            "setuptools>=77",  # builds the wheel that a test unpacks; older ones need the package wheel
             "hypothesis>=6.170",  # bad input
             "nbclient>=0.11",  # runs the notebook in tests
             "ipykernel>=7.4",
