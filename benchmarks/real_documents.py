@@ -12,26 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-import subprocess
-import sys
+
+from benchmarks.tiny_worlds import run_once
 
 ARMS = ("opcd", "off_policy", "opcd_warm", "opcd_warm_anchored", "opcd_warm_handover", "opcd_warm_retained")
 METRICS = ("acc_x", "acc_xc", "harm", "obedience", "acc_unrelated", "lowest_acc_xc", "dlen", "view_kl", "distill")
 QUICK = ("train.steps=2", "train.batch_size=4", "handbook.test_questions=8", "handbook.dev_questions=4", "eval.every=0")
-
-
-def run(model: str, workdir: Path, seed: int, arms: list[str], extra: list[str]) -> dict[str, dict]:
-    """Run the main command, or go on with it; return its results.json."""
-    folder = workdir / f"document{seed}"
-    if not (folder / "results.json").exists():
-        flags = [f"--config.seed={seed}", f"--config.model.path={model}", f"--config.run_arms={tuple(arms)}", *extra]
-        line = [sys.executable, "-m", "ctxjax.main", "--config=configs/smollm2.py", f"--workdir={folder}", *flags]
-        log = workdir / f"{folder.name}.log"
-        with log.open("a") as output:
-            code = subprocess.run(line, stdout=output, stderr=output).returncode
-        if code:
-            raise SystemExit(f"{' '.join(line)} failed with exit code {code}; see {log}")
-    return json.loads((folder / "results.json").read_text())
 
 
 def main() -> None:
@@ -48,7 +34,9 @@ def main() -> None:
     print("| document | arm | " + " | ".join(METRICS) + " | harm, 95 % |")
     print("|---" * (3 + len(METRICS)) + "|", flush=True)
     for seed in range(1 if options.quick else options.seeds):
-        found[seed] = run(options.model, options.workdir, seed, options.arms.split(","), extra)
+        arms = tuple(options.arms.split(","))
+        flags = [f"--config.seed={seed}", f"--config.model.path={options.model}", f"--config.run_arms={arms}", *extra]
+        found[seed] = run_once("configs/smollm2.py", options.workdir / f"document{seed}", flags)
         for arm, row in found[seed].items():
             shown = ["-" if row.get(key) is None else f"{row[key]:.3f}" for key in METRICS]
             interval = row.get("harm_ci")

@@ -19,18 +19,21 @@ METRICS = ("acc_x", "acc_xc", "harm", "both_correct", "obedience", "acc_empty", 
 METRICS += ("lowest_acc_xc",)  # needs dev evaluations: --config.eval.every=20
 
 
-def run(workdir: Path, seed: int, context: int, extra: list[str]) -> dict[str, dict]:
-    """Run the main command with its output in a log next to its workdir; return its results.json."""
-    folder = workdir / f"seed{seed}_context{context}"
+def run_once(config: str, folder: Path, flags: list[str]) -> dict[str, dict]:
+    """Run the main command, or go on with it, with its output in a log next to ``folder``; return its results.json."""
     if not (folder / "results.json").exists():
-        command = [sys.executable, "-m", "ctxjax.main", "--config=configs/tiny.py", f"--workdir={folder}"]
-        command += [f"--config.seed={seed}", f"--config.rules.context_index={context}", "--config.eval.every=0", *extra]
-        log = workdir / f"{folder.name}.log"
-        with log.open("w") as output:
+        command = [sys.executable, "-m", "ctxjax.main", f"--config={config}", f"--workdir={folder}", *flags]
+        log = folder.with_name(f"{folder.name}.log")
+        with log.open("a") as output:
             code = subprocess.run(command, stdout=output, stderr=output).returncode
         if code:
             raise SystemExit(f"{' '.join(command)} failed with exit code {code}; see {log}")
     return json.loads((folder / "results.json").read_text())
+
+
+def run(workdir: Path, seed: int, context: int, extra: list[str]) -> dict[str, dict]:
+    flags = [f"--config.seed={seed}", f"--config.rules.context_index={context}", "--config.eval.every=0", *extra]
+    return run_once("configs/tiny.py", workdir / f"seed{seed}_context{context}", flags)
 
 
 def value(arm: dict, metric: str) -> float | None:

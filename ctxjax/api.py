@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ctxjax import config as config_lib, rng, sharding
-from ctxjax.data import prompts as prompts_lib, responses, shapes as shapes_lib
+from ctxjax.data import prompts as prompts_lib, responses
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.distill.sampling import SamplingConfig
@@ -123,9 +123,7 @@ def generate(
     params = model.params if params is None else params
     tokens = prompts_lib.encode(model.tokenizer, rows, PromptConfig(placement=placement, thinking=thinking))
     model.check_prompts(tokens, max_tokens, "max_tokens")
-    prefix = prompts_lib.choose_shared_prefix(tokens)
-    columns = shapes_lib.make_shape(max(len(ids) for ids in tokens), len(prefix)).columns
-    prompts = prompts_lib.left_pad(tokens, columns, model.pad_id, prefix)
+    prompts = decoding.pad_prompts(tokens, model.pad_id)
     sampling = SamplingConfig(max_tokens, model.stop_ids, model.pad_id, temperature, top_k, top_p)
     mesh = get_mesh(params)
     ways = sharding.batch_ways(mesh)

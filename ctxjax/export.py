@@ -19,7 +19,7 @@ import jax
 
 from ctxjax import sharding
 from ctxjax.config import Experiment
-from ctxjax.host import command, memory, preemption, progress, workdir as workdir_lib
+from ctxjax.host import command, preemption, progress, workdir as workdir_lib
 from ctxjax.host.checksum import compute_checksums, hash_file
 from ctxjax.host.hub import find_folder
 from ctxjax.models import lora
@@ -149,21 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as trained, which is float32"
     )
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         workdir, out = command.parse_folder("--workdir", options.workdir), command.parse_folder("--out", options.out)
         done = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
-    except (OSError, ValueError) as error:
-        print(f"ctxjax.export: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not memory.is_exhausted(error):
-            raise
-        remedy = "export in the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.export ..."
-        print(f"ctxjax.export: {memory.describe_exhaustion(error)}; {remedy}", file=sys.stderr)
-        return 2
-    hint = " (--dtype=bfloat16 halves the folder, and rounds small updates away)" * ("source's" in done.weights)
-    print(f"{out}: {done.arm}, step {done.step}; weights: {done.weights}{hint}")
-    return 0
+        hint = " (--dtype=bfloat16 halves the folder, and rounds small updates away)" * ("source's" in done.weights)
+        print(f"{out}: {done.arm}, step {done.step}; weights: {done.weights}{hint}")
+
+    remedy = "export in the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.export ..."
+    return command.end_readably(run, "ctxjax.export", remedy)
 
 
 if __name__ == "__main__":

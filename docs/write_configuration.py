@@ -2,7 +2,8 @@
 
     python docs/write_configuration.py
 
-A comment stands above its field or behind it. A loop over sections describes its fields for each of them.
+Comments are read from the lines above a field and from the end of its own line. A field that is set in a loop over
+sections gets the same description in every section.
 """
 
 import ast
@@ -23,7 +24,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 
 
 def read_comments(source: str) -> dict[str, str]:
-    """Return name of a field or section -> the comment above it and behind it, in one line."""
+    """Return the comments, on the lines above and at the end of the line, by field or section; each in one line."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {
         token.start: token.string.removeprefix("#").strip() for token in tokens if token.type == tokenize.COMMENT

@@ -16,13 +16,8 @@ from ctxjax.configs import debug
 from ctxjax.data import prompts
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
-from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.host import command, workdir
 from ctxjax.inputs import decoding
-from ctxjax.models import params as params_lib, transformer
-from ctxjax.models.hf import save as hf_save
-from ctxjax.models.transformer import ModelConfig
-from ctxjax.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 CONTEXT = "f>b;a>e;c>d;b>a;e>f;d>c;"
@@ -30,13 +25,8 @@ QUESTIONS = ["#2:fac", "#1:abcde", "#3:fed"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, two_devices):
-    tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
-    config = ModelConfig(len(tokenizer), width=32, layers=2, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48)
-    params = params_lib.init(transformer.param_specs(config), jax.random.key(0), make_mesh(fsdp=2))
-    folder = tmp_path_factory.mktemp("api") / "model"
-    hf_save.save(folder, params, config, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
-    return ctxjax.load_model(folder)
+def model(tables_folder, two_devices):
+    return ctxjax.load_model(tables_folder)
 
 
 def greedy(model, question: str, context: str | None, tokens: int) -> str:

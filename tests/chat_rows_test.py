@@ -1,33 +1,15 @@
 """Rows of several turns, from the file to the audit."""
 
 import json
-from pathlib import Path
-import string
 
 import forked
-import jax
 import pytest
 
-from ctxjax import sharding
 from ctxjax.audit import audit
-from ctxjax.data.worlds import word_tokenizer
-from ctxjax.models import params as params_lib
-from ctxjax.models.hf import save as hf_save
-from ctxjax.models.transformer import ModelConfig, param_specs
-
-
-@pytest.fixture
-def folder(tmp_path, mesh) -> Path:
-    """A random model whose tokens are letters."""
-    tokenizer = word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
-    model = ModelConfig(len(tokenizer), width=16, layers=1, query_heads=2, kv_heads=1, head_dim=8, mlp_width=16)
-    params = params_lib.init(param_specs(model), jax.random.key(0), sharding.make_mesh(devices=jax.devices()[:1]))
-    hf_save.save(tmp_path / "letters", params, model, tokenizer, (tokenizer.eos_token_id,), "llama")
-    return tmp_path / "letters"
 
 
 @pytest.mark.slow
-def test_chats_with_earlier_turns_are_trained_on_evaluated_and_audited(folder, tmp_path):
+def test_chats_with_earlier_turns_are_trained_on_evaluated_and_audited(letters_folder, tmp_path):
     rows = []
     for n in range(24):
         said = [f"I say {n}.", "Yes?", "And one more?", f"It is {n + 1}."]
@@ -35,7 +17,7 @@ def test_chats_with_earlier_turns_are_trained_on_evaluated_and_audited(folder, t
     path, run = tmp_path / "chats.jsonl", tmp_path / "run"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     sizes = {
-        "model.path": folder, "task": "qa_jsonl", "qa_jsonl.path": path, "qa_jsonl.messages": "messages",
+        "model.path": letters_folder, "task": "qa_jsonl", "qa_jsonl.path": path, "qa_jsonl.messages": "messages",
         "qa_jsonl.context": "Count on.", "qa_jsonl.dev_questions": 4, "qa_jsonl.test_questions": 4,
         "qa_jsonl.other_contexts_file": "", "cpu_devices": 1, "train.steps": 2, "train.batch_size": 4,
         "rollout.max_tokens": 6, "loss.off_policy_steps": 1, "eval.batch_size": 4, "eval.every": 0,

@@ -8,7 +8,6 @@ import sys
 from types import SimpleNamespace
 
 from hypothesis import given, strategies as st
-import jax
 import pytest
 
 import ctxjax
@@ -18,13 +17,9 @@ from ctxjax.chat.screen import CUT, FILL, Blocks, Columns, make_screen, wrap
 from ctxjax.chat.speaker import Run, Speaker
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
-from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.host import command
 from ctxjax.inputs.model_folder import ModelFolder
-from ctxjax.models import params as params_lib, transformer
-from ctxjax.models.hf import save as hf_save
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.sharding import make_mesh
 
 CONTEXT = "f>b;a>e;c>d;b>a;e>f;d>c;"
 
@@ -244,13 +239,8 @@ def test_more_text_changes_only_the_last_line(text, more):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, two_devices):
-    tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
-    config = ModelConfig(len(tokenizer), width=32, layers=2, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48)
-    params = params_lib.init(transformer.param_specs(config), jax.random.key(0), make_mesh(fsdp=2))
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    hf_save.save(folder, params, config, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
-    return folder
+def model(tables_folder, two_devices):
+    return tables_folder
 
 
 @pytest.mark.slow

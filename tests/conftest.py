@@ -3,6 +3,7 @@ environment, and take the devices that their configurations say."""
 
 import os
 from pathlib import Path
+import string
 import subprocess
 
 # Read by JAX when it is imported. Tests compile many programs and run each once, so the compiler does not optimise.
@@ -166,6 +167,43 @@ def tokenizer():
     from ctxjax.data.worlds import rules, word_tokenizer
 
     return word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A tokenizer with a token for each character."""
+    from ctxjax.data.worlds import word_tokenizer
+
+    return word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
+
+
+def write_random_model(folder: Path, tokenizer, **sizes) -> Path:
+    """Write a random Llama of these sizes, on two devices, as a Hugging Face folder."""
+    from ctxjax.models.hf import save as hf_save
+
+    model = ModelConfig(len(tokenizer), **sizes)
+    mesh = make_mesh(fsdp=2, devices=ALL_DEVICES[:2])
+    with jax.set_mesh(mesh):
+        params = params_lib.init(param_specs(model), jax.random.key(0), mesh)
+    hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def letters_folder(tmp_path_factory, letters) -> Path:
+    """A random model whose tokens are letters."""
+    sizes = {"width": 16, "layers": 1, "query_heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_width": 16}
+    return write_random_model(tmp_path_factory.mktemp("models") / "letters", letters, **sizes)
+
+
+@pytest.fixture(scope="module")
+def tables_folder(tmp_path_factory) -> Path:
+    """A random model with the tokens of the world rules."""
+    from ctxjax.data.worlds import rules, word_tokenizer
+
+    tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
+    sizes = {"width": 32, "layers": 2, "query_heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 48}
+    return write_random_model(tmp_path_factory.mktemp("models") / "model", tokenizer, **sizes)
 
 
 @pytest.fixture(scope="module")

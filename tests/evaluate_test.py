@@ -3,7 +3,6 @@ writes single letters."""
 
 import json
 from pathlib import Path
-import string
 import subprocess
 
 import forked
@@ -14,32 +13,20 @@ from ctxjax import config as config_lib, evaluate, sharding
 from ctxjax.audit import audit
 from ctxjax.configs import base
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
-from ctxjax.data.worlds import word_tokenizer
 from ctxjax.evaluation import views
 from ctxjax.evaluation.evaluator import Evaluator
 from ctxjax.evaluation.split import Split, share_shapes
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import open_folder
-from ctxjax.models import params as params_lib
-from ctxjax.models.hf import save as hf_save
-from ctxjax.models.transformer import ModelConfig, param_specs
 from ctxjax.training import run
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, two_devices) -> Path:
-    """A random model whose tokens are letters."""
-    tokenizer = word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
-    model = ModelConfig(len(tokenizer), width=16, layers=1, query_heads=2, kv_heads=1, head_dim=8, mlp_width=16)
-    mesh = sharding.make_mesh(fsdp=2)
-    with jax.set_mesh(mesh):
-        params = params_lib.init(param_specs(model), jax.random.key(0), mesh)
-    path = tmp_path_factory.mktemp("models") / "letters"
-    hf_save.save(path, params, model, tokenizer, (tokenizer.eos_token_id,), "llama")
-    return path
+def folder(letters_folder, two_devices) -> Path:
+    return letters_folder
 
 
 @pytest.fixture(scope="module")

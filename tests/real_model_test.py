@@ -1,4 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct, beside transformers: tokens, logits, greedy tokens, loss, gradient.
+"""Compare SmolLM2-135M-Instruct, a real model, with transformers: tokens, logits, greedy tokens, loss, gradient.
 
 Skipped unless CTXJAX_REAL_MODEL names its folder. The tests need torch, some 8 GiB of memory and some minutes.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 
 import jax
 import numpy as np
@@ -15,7 +14,6 @@ from ctxjax.data import prompts
 from ctxjax.data.grading.graders import grade_overlap
 from ctxjax.data.task import Row
 from ctxjax.data.tasks.self_study import SelfStudy, find_questions_file
-from ctxjax.data.worlds import word_tokenizer
 from ctxjax.inputs import decoding, question_writer
 from ctxjax.inputs.question_writer import Request, clean_question, list_requests, split_parts
 from ctxjax.types import Rollout
@@ -119,10 +117,9 @@ class Fake:
         return Rollout(tokens, mask, np.zeros(tokens.shape, np.float32))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """A token for each character."""
-    return word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
+@pytest.fixture
+def tokenizer(letters):
+    return letters
 
 
 DRAFTS = ["A statement.", *(f"What is number {i}?" for i in range(60)), "what  is NUMBER 3?"]
@@ -185,10 +182,10 @@ def test_drafts_go_on_with_the_next_request_if_the_batches_have_another_size(tmp
     config, drafts, keys, given = make(tmp_path, **SMALL, **{"eval.batch_size": 16}), tmp_path / "a.drafts", [], []
     drafts.write_text(2 * (json.dumps([QUESTION] * 8) + "\n"))
 
-    def decode(folder, tokens, columns, sampling, key, size, mesh):
-        given.extend(tokens)
+    def decode(folder, padded, sampling, key, size, mesh):
+        given.extend(prompts.unpad(padded))
         keys.append(str(jax.random.key_data(key)))
-        return [""] * len(tokens)
+        return [""] * len(padded.tokens_BxP)
 
     monkeypatch.setattr(question_writer, "_decode", decode)
     requests = list_requests(config.task_config)

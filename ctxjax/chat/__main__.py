@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 
-import jax
 from ml_collections import ConfigDict
 
 from ctxjax.chat import speaker as speaker_lib
@@ -26,7 +25,7 @@ from ctxjax.chat.speaker import Speaker
 from ctxjax.data.prompts import PLACEMENTS
 from ctxjax.data.records import read_context
 from ctxjax.data.responses import make_printable
-from ctxjax.host import command, memory, preemption, redact
+from ctxjax.host import command, preemption, redact
 
 PROMPT = "> "
 NAMES = "without the context", "with the context"
@@ -184,22 +183,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_flags(arguments)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, lets input() edit a line and recall earlier ones
-    try:
+
+    def run() -> None:
         # One device if this is a CPU: two rows are too few to share out.
         command.prepare(ConfigDict({"cpu_devices": 1, "compile_cache": options.compile_cache}))
         chat = open_chat(options)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on Ctrl-C stops a reply
         talk(chat)
-    except (OSError, ValueError) as error:
-        print(f"error: {redact.hide_secrets(str(error))}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not memory.is_exhausted(error):
-            raise
-        remedy = "use the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.chat ..."
-        print(f"error: {memory.describe_exhaustion(error)}; {remedy}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command.end_readably(run, "error", "use the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.chat ...")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,24 @@ def run(main: Callable, config, suggest_less_memory: Callable[[], str] = lambda:
         processes.exit_process(2)
 
 
+def end_readably(body: Callable[[], None], name: str, remedy: str) -> int:
+    """Call ``body``, which reads its own flags. Return 0, or 2 after one line on stderr, which begins with ``name``.
+
+    The line is for bad input, and for memory that does not suffice, with ``remedy``. Other errors are raised.
+    """
+    try:
+        body()
+    except (OSError, ValueError) as error:
+        print(f"{name}: {redact.hide_secrets(str(error))}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        print(f"{name}: {memory.describe_exhaustion(error)}; {remedy}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def parse_folder(flag: str, name: str) -> Path:
     """Return the folder that a flag names.
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng, sharding
+from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.host import preemption, progress
 from ctxjax.models.transformer import ModelConfig
@@ -18,6 +19,13 @@ from ctxjax.types import Params, Prompts, Rollout, map_rows
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
 def _decode(params, model: ModelConfig, sampling: SamplingConfig, prompts: Prompts, key, row_number_B) -> Rollout:
     return sharding.replicate(sample(params, model, sampling, prompts, rng.row_keys(key, row_number_B)))
+
+
+def pad_prompts(token_lists: list[list[int]], pad_id: int) -> Prompts:
+    """Pad prompts to the columns of the longest; what all of them start with is stored once."""
+    prefix = prompts_lib.choose_shared_prefix(token_lists)
+    columns = shapes_lib.make_shape(max(map(len, token_lists)), len(prefix)).columns
+    return prompts_lib.left_pad(token_lists, columns, pad_id, prefix)
 
 
 def batch_size(rows: int, most: int, mesh: Mesh) -> int:

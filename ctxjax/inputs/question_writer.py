@@ -18,9 +18,9 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from ctxjax import rng, sharding
+from ctxjax import rng
 from ctxjax.config import Experiment
-from ctxjax.data import prompts as prompts_lib, responses, shapes as shapes_lib, splits
+from ctxjax.data import prompts as prompts_lib, responses, splits
 from ctxjax.data.contexts import Contexts
 from ctxjax.data.grading.graders import strip_reasoning
 from ctxjax.data.records import hash_text
@@ -30,6 +30,7 @@ from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
+from ctxjax.types import Prompts
 
 MOST_DRAFTS = 16  # drafts for each question that is wanted
 LEAST_QUESTIONS = 48  # of which dev gets a tenth, by hash
@@ -178,12 +179,12 @@ def _draft(
     sampling = SamplingConfig(task.longest_question, folder.stop_ids, folder.pad_id, task.temperature)
     tokens = prompts_lib.encode(folder.tokenizer, [request.row for request in requests], config.prompt)
     folder.check_prompts(tokens, task.longest_question, "self_study.longest_question")
-    columns = shapes_lib.make_shape(max(map(len, tokens)), 0).columns
+    prompts = decoding.pad_prompts(tokens, folder.pad_id)
     before = [json.loads(line) for line in stored]  # an earlier start may have had another size
     yield from before
     for start in range(sum(map(len, before)), len(requests), size):
         key = rng.key_for(jax.random.key(task.seed), len(stored), "rollout")
-        texts = _decode(folder, tokens[start : start + size], columns, sampling, key, size, mesh)
+        texts = _decode(folder, decoding.take_rows(prompts, slice(start, start + size)), sampling, key, size, mesh)
         stored.append(json.dumps(texts))
         if processes.is_first():
             drafts.parent.mkdir(parents=True, exist_ok=True)
@@ -200,17 +201,14 @@ def _reply(config: Experiment, folder: ModelFolder, asked: list[tuple[Request, s
     sampling = SamplingConfig(task.longest_reference, folder.stop_ids, folder.pad_id, 0.0)
     tokens = prompts_lib.encode(folder.tokenizer, rows, config.prompt)
     folder.check_prompts(tokens, task.longest_reference, "self_study.longest_reference")
-    columns = shapes_lib.make_shape(max(map(len, tokens)), 0).columns
-    key = rng.key_for(jax.random.key(task.seed), 0, "evaluation")
-    return _decode(folder, tokens, columns, sampling, key, config.eval.batch_size, mesh, "answering them")
+    prompts, key = decoding.pad_prompts(tokens, folder.pad_id), rng.key_for(jax.random.key(task.seed), 0, "evaluation")
+    return _decode(folder, prompts, sampling, key, config.eval.batch_size, mesh, "answering them")
 
 
 def _decode(
-    folder: ModelFolder, tokens, columns: int, sampling: SamplingConfig, key, size: int, mesh, what: str = ""
+    folder: ModelFolder, prompts: Prompts, sampling: SamplingConfig, key, size: int, mesh: Mesh, what: str = ""
 ) -> list[str]:
-    ways = sharding.batch_ways(mesh)
-    prompts = prompts_lib.left_pad(tokens, columns, folder.pad_id)
-    size = max(size // ways, 1) * ways
+    """Return the responses as text; "" for those that are cut."""
     rollout = decoding.decode(folder.params, folder.config, sampling, prompts, key, size, mesh, what=what)
     kept = [ids[mask] for ids, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
     texts = responses.decode(folder.tokenizer, kept, folder.stop_ids)
