@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ctxjax.models import params as params_lib, transformer
+from ctxjax.models.linear import project
 from ctxjax.models.remat import POLICIES
 from ctxjax.models.rope import Llama3Scaling
 from ctxjax.models.transformer import ModelConfig, apply_head, head_weights
@@ -188,6 +189,18 @@ def test_what_layers_keep_changes_memory_and_not_the_gradient(params, tiny_model
             np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5, err_msg=name)
     memory = {name: size for name, (_, size) in found.items()}
     assert memory["full"] < memory["dots"] < memory["none"]
+
+
+def test_on_cpus_the_gradient_of_a_weight_needs_no_transposed_copy_of_the_activations(mesh):
+    B, L, I, O = 4, 13, 24, 88  # noqa: E741
+    weights = {"up": jnp.ones((I, O))}
+
+    def loss(weights, x_BxLxI):
+        return jnp.sum(jnp.square(project(weights, "up", x_BxLxI, "embed", "mlp")))
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(weights, jnp.ones((B, L, I))).compile().as_text()
+    assert f"f32[{B * L},{O}]" in program
+    assert f"f32[{O},{B * L}]" not in program and f"f32[{I},{B * L}]" not in program
 
 
 def test_summaries_of_layers_start_with_the_embedding_and_end_with_the_states_of_forward(params, tiny_model, prompts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ctxjax.sharding import all_gather_embed, batch_spec
+from ctxjax.sharding import all_gather_embed, batch_spec, platform
 
 
 def project(weights: dict, name: str, x_BxLxI: jax.Array, inputs: str, outputs: str) -> jax.Array:
@@ -24,7 +24,14 @@ def _product(x_BxLxI: jax.Array, weight_IxO: jax.Array, inputs: str | None, outp
     """Return x @ W, summed over shards of the contracted axis; activations are never sharded along ``embed``.
 
     Weights are cast before the all-gather, so that half precision halves the traffic; the compiler does not do this.
+    On CPUs rows and columns are one axis of the product: for the weight's gradient, which is summed over both, the
+    compiler would make a transposed copy of an operand (benchmarks/README.md, "Choices in models/").
     """
     weight_IxO = all_gather_embed(weight_IxO.astype(x_BxLxI.dtype), inputs, outputs)
-    place = batch_spec(None, None if outputs == "embed" else outputs)
-    return jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO, out_sharding=place)
+    inside, outside = (None if axis == "embed" else axis for axis in (inputs, outputs))
+    if platform() != "cpu":
+        return jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO, out_sharding=batch_spec(None, outside))
+    B, L, size = x_BxLxI.shape
+    x_NxI = jnp.reshape(x_BxLxI, (B * L, size), out_sharding=batch_spec(inside))
+    out_NxO = jnp.einsum("ni,io->no", x_NxI, weight_IxO, out_sharding=batch_spec(outside))
+    return jnp.reshape(out_NxO, (B, L, weight_IxO.shape[1]), out_sharding=batch_spec(None, outside))
