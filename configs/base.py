@@ -88,6 +88,11 @@ def get_config() -> ConfigDict:
     config.prompt.placement = "system"
     config.prompt.date = "26 Jul 2024"  # today's date for templates that write it (Llama 3); the clock is not used
     config.prompt.thinking = config_dict.placeholder(bool)  # Qwen3's enable_thinking; unset: the template's default
+    # The same in prompts with a context block, for a teacher that thinks and a student that does not, or the reverse;
+    # unset: as prompt.thinking. The student reads these prompts, too, when the context comes back.
+    config.prompt.teacher_thinking = config_dict.placeholder(bool)
+    config.prompt.keywords = ()  # other variables of the chat template, such as ("reasoning_effort=low",)
+    config.prompt.teacher_keywords = ()  # more of them, in prompts with a context block
     config.prompt.max_bare_tokens = 0  # most tokens of a prompt without context; 0: no limit
     config.prompt.max_context_tokens = 0  # most tokens of a prompt with context; 0: no limit
     config.prompt.overlong = "error"  # a longer row is an error; "drop": leave it out and count it. Never truncated.
@@ -106,6 +111,9 @@ def get_config() -> ConfigDict:
     config.teacher.temperature = config.rollout.get_oneway_ref("temperature")
     config.teacher.top_k = config.rollout.get_oneway_ref("top_k")  # 0: off
     config.teacher.top_p = config.rollout.get_oneway_ref("top_p")  # 1: off
+    # The reasoning in these responses: "keep", or "cut" up to </think>, so that the student learns the answer alone,
+    # which needs loss.divergence=cross_entropy.
+    config.teacher.reasoning = "keep"
 
     config.loss = ConfigDict()  # the objective; ctxjax/distill/losses.py has the equations
     # Divergence of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".

@@ -14,8 +14,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctxjax.config_fields import check_fields, one_of, require
+from ctxjax.data.chat_template import parse_date
 from ctxjax.data.grading.graders import GRADERS
-from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
+from ctxjax.data.prompts import PLACEMENTS, PromptConfig
 from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.task import FURTHER_VIEWS
 from ctxjax.data.tasks import TASKS, WORLDS, check_task_name
@@ -92,6 +93,7 @@ class TeacherSource:
     path: str
     param_dtype: str
     offload: bool
+    reasoning: str
     decode: DecodeConfig
 
 
@@ -190,6 +192,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     prompt = PromptConfig(**config.prompt)
     one_of("prompt.placement", prompt.placement, PLACEMENTS)
     parse_date(prompt.date)
+    prompt.collect_variables(has_context=True)  # refuses keywords of another form
     one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
     if "grading" in config[config.task]:
         one_of(f"{config.task}.grading", config[config.task].grading, GRADERS)
@@ -308,6 +311,14 @@ def _check_model(config: Experiment) -> None:
     one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     one_of("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
     one_of("teacher.param_dtype", config.teacher.param_dtype, ("float32", "bfloat16"))
+    one_of("teacher.reasoning", config.teacher.reasoning, ("keep", "cut"))
+    for name, loss in config.arms.items():
+        if config.teacher.reasoning == "cut" and loss.needs_teacher and not loss.is_on_policy:
+            raise ValueError(
+                f"teacher.reasoning = 'cut', and arm {name!r} compares with the teacher's distributions "
+                f"(loss.divergence = {loss.divergence!r}), which are those after its reasoning; take arms with "
+                "loss.divergence = cross_entropy, such as sft, or teacher.reasoning = keep"
+            )
     teacher, from_scratch = config.teacher, config.teacher_base.steps
     is_one = not (teacher.path and from_scratch)
     require(is_one, "teacher_base.steps", from_scratch, f"0 if teacher.path is set (here {teacher.path!r})")

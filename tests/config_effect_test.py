@@ -22,6 +22,8 @@ VALUES = {
     "lora.targets": ("q", "down"), "base.cache": "/cache", "teacher_base.cache": "/cache",
     "mesh.data": 2, "mesh.tensor": 2, "mesh.slices": 1,
     "prompt.placement": "user", "prompt.date": "01 Feb 2023", "prompt.thinking": True, "prompt.overlong": "drop",
+    "prompt.teacher_thinking": True, "prompt.keywords": ("effort=low",), "prompt.teacher_keywords": ("effort=high",),
+    "teacher.reasoning": "cut",
     "rollout.weights": "stored", "rollout.top_p": 0.9, "teacher.top_p": 0.8, "eval.top_p": 0.7,
     "loss.divergence": "jsd", "loss.support": "union_top_k", "loss.remainder": "tail", "loss.anchor": "teacher_bare",
     "loss.gate": "token", "loss.masked_ids": (5, 6), "loss.teacher": "ema", "loss.averaging": "sequence_mean",
@@ -37,6 +39,7 @@ LISTS = {f"{task}.context_files": ("/a", "/b") for task in ("qa_jsonl", "medical
 VALUES |= GRADED | LISTS
 # What a field needs besides, to be legal or to have an effect.
 NEEDED = {
+    "teacher.reasoning": {"arms.off_policy.divergence": "cross_entropy"},
     "model.param_dtype": {"lora.rank": 4}, "lora.alpha": {"lora.rank": 4}, "lora.targets": {"lora.rank": 4},
     "eval.samples": {"eval.temperature": 0.5}, "mesh.slices": {"mesh.data": -1, "mesh.fsdp": 1},
 }  # fmt: skip

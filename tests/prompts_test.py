@@ -132,13 +132,41 @@ def test_thinking_is_switched_in_both_views_and_left_alone_by_default(tokenizer,
     assert off == on + "<think>\n\n</think>\n\n" and on == unset
 
 
-def test_a_switch_that_the_template_ignores_is_noticed(tokenizer):
-    found = {
-        (family, value): prompts.is_thinking_ignored(tokenizer(family), PromptConfig(thinking=value))
-        for family in ("qwen3", "llama3")
-        for value in (None, True, False)
-    }
-    assert {key for key, ignored in found.items() if ignored} == {("llama3", True), ("llama3", False)}
+@pytest.mark.parametrize("row", [ROW, BARE])
+@pytest.mark.parametrize(("bare", "told"), [(False, True), (True, False), (None, False), (False, None)])
+def test_the_two_views_think_as_each_is_set(tokenizer, bare, told, row):
+    """A teacher that thinks and a student that does not, and the reverse; unset, the teacher follows."""
+    made = tokenizer("qwen3")
+    own = bare if row is BARE or told is None else told
+    found = rendered(made, row=row, thinking=bare, teacher_thinking=told)
+    assert found.endswith("<think>\n\n</think>\n\n") == (own is False)
+    assert found == rendered(made, row=row, thinking=own)
+
+
+def test_keywords_reach_the_template_of_both_views_and_the_teachers_only_its_own(tokenizer):
+    made = tokenizer("qwen3")
+    made.chat_template = "{{ effort }}|{{ many | length }}|" + made.chat_template
+    keywords = {"keywords": ("effort=low", "many=[1, 2]"), "teacher_keywords": ('effort="high"',)}
+    assert rendered(made, row=BARE, **keywords).startswith("low|2|")
+    assert rendered(made, row=ROW, **keywords).startswith("high|2|")
+
+
+@pytest.mark.parametrize("row", [ROW, BARE])
+@pytest.mark.parametrize(
+    ("settings", "views", "message"),
+    [
+        ({"thinking": False}, (ROW, BARE), "does not read enable_thinking, so prompt.thinking or prompt.teacher_thin"),
+        ({"teacher_thinking": True}, (ROW,), "does not read enable_thinking, so prompt.thinking or prompt.teacher_th"),
+        ({"keywords": ("effort=1",)}, (ROW, BARE), "does not read effort, so prompt.keywords or prompt.teacher_keyw"),
+    ],
+)
+def test_a_switch_that_the_template_lacks_is_an_error(tokenizer, settings, views, message, row):
+    made = tokenizer("llama3")
+    if row not in views:
+        assert rendered(made, row=row, **settings) == rendered(made, row=row)
+        return
+    with pytest.raises(ValueError, match=f"the chat template of .* {message}.*leave it unset, or take a model whose"):
+        rendered(made, row=row, **settings)
 
 
 def test_a_template_without_a_system_role_is_named_with_the_remedy(tokenizer):

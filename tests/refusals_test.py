@@ -102,6 +102,17 @@ ROW = b'{"question": "q", "answer": "a"}\n'
 CASES = {
     # --- the configuration ---
     "unknown task": (setting(task="chess"), "task = 'chess' is not known"),
+    "a keyword without a value": (setting(prompt__keywords=("low",)), "keywords: 'low' must be NAME=VALUE"),
+    "a keyword with a field of its own": (
+        setting(prompt__teacher_keywords=("enable_thinking=true",)),
+        "since prompt.thinking or .* sets enable_thinking",
+    ),
+    "a switch that the template lacks": (setting(prompt__teacher_thinking=True), "does not read enable_thinking"),
+    "another treatment of reasoning": (setting(teacher__reasoning="drop"), "teacher.reasoning = 'drop' is not known"),
+    "distributions of an answer without its reasoning": (
+        setting(teacher__reasoning="cut", loss__off_policy_steps=1),
+        "compares with the teacher's distributions",
+    ),
     "no steps": (setting(train__steps=0), "train.steps = 0 must be above 0"),
     "negative steps": (setting(train__steps=-1), "train.steps = -1 must be above 0"),
     "steps as text": (setting(train__steps="3"), "train.steps = '3' must be a whole number"),

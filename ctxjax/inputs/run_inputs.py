@@ -81,8 +81,14 @@ def _check_arms_play(config: Experiment) -> None:
 
 def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
     """Encode the training rows; print the batch's shapes, and warnings."""
-    if prompts_lib.is_thinking_ignored(tokenizer, config.prompt):
-        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    told = config.prompt.teacher_thinking
+    compared = [name for name, loss in config.arms.items() if loss.needs_teacher]
+    if told not in (None, config.prompt.thinking) and compared:
+        print(
+            f"warning: prompt.teacher_thinking = {told} and prompt.thinking = {config.prompt.thinking}, and "
+            f"{', '.join(compared)} asks the teacher about responses without the reasoning that it expects, or with one "
+            "that it does not; such a teacher is for loss.divergence = cross_entropy on its own samples (sft)"
+        )
     with progress.Bar("encoding the training questions"):
         every = [row for split in ("train", "dev", "test") for row in task.rows(split)]
         quoted = prompts_lib.describe_quoted_control_tokens(tokenizer, every)
