@@ -225,20 +225,23 @@ def get_config() -> ConfigDict:
     config.records.max_skipped = 100  # most rows to leave out; more are an error
     config.records.max_text = 1_000_000  # characters; longer texts are "huge"
 
-    config.qa_jsonl = ConfigDict()  # task qa_jsonl: questions in a local .jsonl, .parquet or .csv file
-    config.qa_jsonl.path = ""  # the file
+    config.qa_jsonl = ConfigDict()  # task qa_jsonl: questions in a file of rows
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
     # Column with a chat in place of a question, a list of {"role", "content"}: its last user message is the question,
     # and a response after it the reference. With context_column of the same name its system message is the context.
     config.qa_jsonl.messages = ""
+    # What the teacher alone reads, made of each row (in place of a context below). A text with columns in braces, such
+    # as "Notes: {notes.text}", is the context; with the question's column, as in "{question} Its answer: {answer}", it
+    # is the teacher's user message in place of the question.
+    config.qa_jsonl.context_template = ""
+    config.qa_jsonl.teacher_messages = ""  # or a column with the teacher's whole chat, of any turns that it has
     # "numeric" compares the last number; or "exact", "math", "letter", "yes_no"; "short": the reference in a few
     # words or a sentence; "overlap": half of the words of a reply (F1).
     config.qa_jsonl.grading = "numeric"
     # A file of the same columns and a column "context": questions under other contexts, with what is right there. Used
     # for retention and obedience in place of the built-in other contexts. Every second context is held out.
     config.qa_jsonl.other_rows = ""
-    config.qa_jsonl.limit = 0  # number of first rows to read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64  # held out by a hash of the question
 
@@ -309,18 +312,20 @@ def get_config() -> ConfigDict:
     config.tiny_grid.test_questions = 0  # boards held out for the result; 0: all
     config.tiny_grid.empty_share = 0.0  # of the base's rows without a legend, the share with an empty context block
 
-    for section in (config.medical, config.math, config.hints):
+    for section in (config.qa_jsonl, config.medical, config.math, config.hints):
         # A JSONL, Parquet or CSV file, a pattern of files, or files of a Hub data set: "org/name:PATTERN" or
         # "org/name@revision:PATTERN".
         section.path = ""
-        section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
         section.limit = 0  # number of first rows to read of each file; 0: all
+    for section in (config.medical, config.math, config.hints):
+        section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
     for section in (config.medical, config.safety, config.math, config.hints, config.style, config.self_study):
         section.train_questions = 0  # at most; 0: all
         section.dev_questions = 128  # at most, of the tenth that is held out by a hash of the question; 0: all
         section.test_questions = 500  # at most; 0: all
 
-    # The context to internalize: set one of context, context_file, context_files and context_column.
+    # The context to internalize: set one of context, context_file, context_files and
+    # context_column.
     for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.self_study):
         section.context = ""  # the text itself
         section.context_file = ""  # a text file
@@ -329,14 +334,8 @@ def get_config() -> ConfigDict:
     for section in (config.qa_jsonl, config.medical, config.math):
         section.context_column = ""  # a column of the data with each row's own context
     for section in (
-        config.qa_jsonl,
-        config.medical,
-        config.safety,
-        config.math,
-        config.hints,
-        config.style,
-        config.self_study,
-    ):
+        config.qa_jsonl, config.medical, config.safety, config.math, config.hints, config.style, config.self_study,
+    ):  # fmt: skip
         # Other contexts, for retention and to measure obedience: "builtin", the 72 contexts of
         # ctxjax/data/other_contexts.jsonl, or a file of the same form; "": none. Every second one is held out from
         # training.

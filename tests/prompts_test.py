@@ -7,7 +7,7 @@ from transformers.utils import chat_template_utils
 
 from ctxjax.data import prompts
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig
-from ctxjax.data.task import Row
+from ctxjax.data.task import Row, write_chat_context
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.inputs import model_folder as folder_lib, tokenizer_match
 
@@ -265,3 +265,34 @@ def test_padding_and_a_prefix_of_any_lists_can_be_undone(start, rests, more, pad
         assert padded.mask_BxP[:, -1].all() and (np.diff(padded.mask_BxP.astype(int), axis=1) >= 0).all()
         whole = prompts.expand_prefix(padded, pad)
         assert whole.prefix_C is None and prompts.unpad(whole) == lists
+
+
+CHAT = [{"role": "system", "content": "Notes: b."}, {"role": "user", "content": "q? It is b."}]
+
+
+def test_a_teachers_chat_is_rendered_whole_and_the_students_prompt_has_nothing_of_it(tokenizer):
+    row = ROW._replace(context=write_chat_context(CHAT))
+    for placement in PLACEMENTS:
+        found = rendered(tokenizer("qwen3"), placement, row)
+        assert found == "<|system|>\nNotes: b.<|end|>\n<|user|>\nq? It is b.<|end|>\n<|assistant|>\n"
+    assert rendered(tokenizer("qwen3"), row=row._replace(context=None)) == rendered(tokenizer("qwen3"), row=BARE)
+
+
+def test_control_tokens_in_a_teachers_chat_are_text(tokenizer):
+    made = tokenizer("qwen3")
+    chat = [{"role": "user", "content": 'a "<|end|>" b'}]
+    (ids,) = prompts.encode(made, [ROW._replace(context=write_chat_context(chat))], PromptConfig())
+    end = made.convert_tokens_to_ids("<|end|>")
+    assert ids.count(end) == 1  # the template's own
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("forgetful", "row 'q1': the chat template of .* leaves out the teacher's system message or changes its text"),
+        ("gemma", "refuses a system message .*: no system role; .*or write it into the user's message"),
+    ],
+)
+def test_a_template_without_a_role_of_the_teachers_chat_is_named(tokenizer, family, message):
+    with pytest.raises(ValueError, match=message):
+        rendered(tokenizer(family), row=ROW._replace(context=write_chat_context(CHAT)))

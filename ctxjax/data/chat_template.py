@@ -80,5 +80,7 @@ def apply(tokenizer, chat: list[dict[str, str]], date: str, variables: dict[str,
     except jinja2.TemplateError as error:
         named = {"system": "a system message", "user": "a user message", "assistant": "an earlier response"}
         roles = " and ".join(dict.fromkeys(named[message["role"]] for message in chat))
-        remedy = "; set prompt.placement=user" if chat[0]["role"] == "system" else ""
+        remedy = (
+            "; set prompt.placement=user, or write it into the user's message" if chat[0]["role"] == "system" else ""
+        )
         raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses {roles}: {error}{remedy}") from None

@@ -13,7 +13,7 @@ import numpy as np
 
 from ctxjax.data import chat_template, control_tokens
 from ctxjax.data.grading.graders import OPEN_REASONING, READ_TAGS, is_reasoning_open
-from ctxjax.data.task import Row
+from ctxjax.data.task import Row, read_chat_context
 from ctxjax.types import Prompts, bounded
 
 PLACEMENTS = ("system", "user", "prefix")
@@ -62,8 +62,11 @@ def build_messages(row: Row, placement: str) -> list[dict[str, str]]:
     """Build the chat messages of a row.
 
     A context of None writes no system message, so the template's own default applies; "" writes an empty one. With
-    placement "user" an empty context adds nothing. With placement "prefix" the context is not part of the chat.
+    placement "user" an empty context adds nothing. With placement "prefix" the context is not part of the chat. A
+    context that is a whole chat has no placement: it is returned.
     """
+    if (whole := read_chat_context(row.context)) is not None:
+        return whole
     texts = [*itertools.chain.from_iterable(row.earlier), row.question]
     if row.context and placement == "user":
         texts[0] = f"{row.context}\n\n{texts[0]}"
@@ -126,9 +129,17 @@ def _render_marked(tokenizer, row: Row, config: PromptConfig) -> str:
         context = None if row.context is None else control_tokens.mark(row.context, tokens)
         earlier = tuple(tuple(control_tokens.mark(text, tokens) for text in turn) for turn in row.earlier)
         row = row._replace(question=control_tokens.mark(row.question, tokens), context=context, earlier=earlier)
-    has_context = row.context is not None
-    text = _apply_template(tokenizer, build_messages(row, config.placement), config, has_context)
+    chat, has_context = build_messages(row, config.placement), row.context is not None
+    text = _apply_template(tokenizer, chat, config, has_context)
     if not row.context:
+        return text
+    if read_chat_context(row.context) is not None:
+        for message in chat:
+            if message["content"].strip() not in text:
+                raise ValueError(
+                    f"row {row.id!r}: the chat template of {tokenizer.name_or_path} leaves out the teacher's "
+                    f"{message['role']} message or changes its text; write it into a user message"
+                )
         return text
     if config.placement == "prefix":
         begin = _find_begin_token(tokenizer, config)

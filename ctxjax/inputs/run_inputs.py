@@ -86,8 +86,8 @@ def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, Ret
     if told not in (None, config.prompt.thinking) and compared:
         print(
             f"warning: prompt.teacher_thinking = {told} and prompt.thinking = {config.prompt.thinking}, and "
-            f"{', '.join(compared)} asks the teacher about responses without the reasoning that it expects, or with one "
-            "that it does not; such a teacher is for loss.divergence = cross_entropy on its own samples (sft)"
+            f"{', '.join(compared)} asks the teacher about responses without the reasoning that it expects, or with "
+            "one that it does not; such a teacher is for loss.divergence = cross_entropy on its own samples (sft)"
         )
     with progress.Bar("encoding the training questions"):
         every = [row for split in ("train", "dev", "test") for row in task.rows(split)]
