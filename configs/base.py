@@ -47,6 +47,10 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B; only A and B are trained
     config.lora.rank = 0  # 0: all weights are trained
     config.lora.alpha = 32.0  # the scale of the adapter is alpha / rank
+    config.lora.rslora = False  # the scale is alpha / sqrt(rank)
+    # Folder of the adapter to start from, in PEFT's format, with the same rank, alpha, targets and rslora; "": a new
+    # one. If teacher.path is empty, the teacher has it, too.
+    config.lora.init = ""
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices with an adapter
 
     # A base model that is trained from scratch before the run, if model.path is empty. See configs/tiny.py.

@@ -19,7 +19,7 @@ VALUES = {
     "task": None, "slice": "v5e:4x4", "compile_cache": "", "run_arms": ("opcd_anchored", "opcd"),
     "model.path": "/another", "model.dtype": "bfloat16", "model.param_dtype": "bfloat16", "model.attention": "splash",
     "model.remat": "full", "teacher.path": "/teacher", "teacher.param_dtype": "bfloat16",
-    "lora.targets": ("q", "down"), "base.cache": "/cache", "teacher_base.cache": "/cache",
+    "lora.targets": ("q", "down"), "lora.init": "/adapter", "base.cache": "/cache", "teacher_base.cache": "/cache",
     "mesh.data": 2, "mesh.tensor": 2, "mesh.slices": 1,
     "prompt.placement": "user", "prompt.date": "01 Feb 2023", "prompt.thinking": True, "prompt.overlong": "drop",
     "prompt.teacher_thinking": True, "prompt.keywords": ("effort=low",), "prompt.teacher_keywords": ("effort=high",),
@@ -40,7 +40,8 @@ VALUES |= GRADED | LISTS
 # What a field needs besides, to be legal or to have an effect.
 NEEDED = {
     "teacher.reasoning": {"arms.off_policy.divergence": "cross_entropy"},
-    "model.param_dtype": {"lora.rank": 4}, "lora.alpha": {"lora.rank": 4}, "lora.targets": {"lora.rank": 4},
+    "model.param_dtype": {"lora.rank": 4}, "lora.alpha": {"lora.rank": 4}, "lora.rslora": {"lora.rank": 4},
+    "lora.init": {"lora.rank": 4}, "lora.targets": {"lora.rank": 4},
     "eval.samples": {"eval.temperature": 0.5}, "mesh.slices": {"mesh.data": -1, "mesh.fsdp": 1},
 }  # fmt: skip
 TASK_OF = {"teacher_base.steps": "rules"}  # that field is for worlds only
@@ -96,6 +97,8 @@ def expected_paths(field: str, value, task: str, before: dict) -> dict[str, obje
         found = found if section.removeprefix("arms.") in ARMS else {}
     elif section in ("eval", "teacher") and name in SHARED:
         found = {f"{section}.decode.{name}": value}
+    elif field == "lora.init":
+        found = {"lora_init": value}
     elif section == "rollout":
         found |= {f"teacher.decode.{name}": value}
         found |= {f"eval.decode.{name}": value} if name not in SHARED else {}

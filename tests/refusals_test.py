@@ -113,6 +113,8 @@ CASES = {
         setting(teacher__reasoning="cut", loss__off_policy_steps=1),
         "compares with the teacher's distributions",
     ),
+    "an adapter and all weights trained": (setting(lora__init="/adapter"), "lora.init = '/adapter' and lora.rank = 0"),
+    "no adapter": (setting(lora__init="/adapter", lora__rank=2), "/adapter has no adapter_config.json; give a folder"),
     "no steps": (setting(train__steps=0), "train.steps = 0 must be above 0"),
     "negative steps": (setting(train__steps=-1), "train.steps = -1 must be above 0"),
     "steps as text": (setting(train__steps="3"), "train.steps = '3' must be a whole number"),
