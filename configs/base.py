@@ -177,6 +177,9 @@ def get_config() -> ConfigDict:
     # Views to ask besides those without and with the context, where the task has them. Fewer make an evaluation
     # cheaper; () leaves out obedience, too.
     config.eval.views = ("empty", "other", "paraphrase", "unrelated")
+    # What to measure besides, without grading, for one more pass each (docs/training.md): "trace_gap", how likely the
+    # teacher's responses are without the context; "drift", how far the student is from the base on everyday questions.
+    config.eval.meters = ()
     config.eval.temperature = 0.0  # 0: greedy
     # Responses per question and view; more than one needs a temperature above 0. Harm is then reported together with
     # its floor: how often two samples of the same view disagree.

@@ -18,7 +18,7 @@ from ctxjax.data.chat_template import parse_date
 from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.task import FURTHER_VIEWS
+from ctxjax.data.task import FURTHER_VIEWS, METERS
 from ctxjax.data.tasks import TASKS, WORLDS, check_task_name
 from ctxjax.distill.anchors import ANCHORS, GATES
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
@@ -122,12 +122,13 @@ class EvalConfig:
     bootstrap: int = bounded(at_most=1_000_000)
     select: str
     decode: DecodeConfig
+    meters: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``lora``: None if all weights are
-    trained. ``lora_init``: as AdapterSource.init."""
+    trained; ``lora_init``: AdapterSource.init."""
 
     seed: int
     task: str
@@ -182,8 +183,9 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     evaluation, samples = config.eval.to_dict(), config.eval.samples
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
     require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 if eval.temperature = 0")
-    for view in evaluation["views"]:
-        one_of("eval.views", view, FURTHER_VIEWS)
+    for field, known in (("views", FURTHER_VIEWS), ("meters", METERS)):
+        for name in evaluation.get(field, ()):
+            one_of(f"eval.{field}", name, known)
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)

@@ -67,9 +67,7 @@ def export(
     if adapter and config.lora is None:
         raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
     if scale != 1.0 and (config.lora is None or not math.isfinite(scale)):
-        raise ValueError(
-            f"--scale={scale:g} must be a number, and lora.rank of the run above 0: it scales an adapter"
-        )
+        raise ValueError(f"--scale={scale:g} must be a number, and lora.rank of the run above 0: it scales an adapter")
     lora_config = config.lora and dataclasses.replace(config.lora, alpha=config.lora.alpha * scale)
     arm, step = _choose_checkpoint(workdir, config, arm, step)
     stop_ids = workdir_lib.read_stop_ids(workdir)

@@ -29,6 +29,7 @@ VALUES = {
     "loss.gate": "token", "loss.masked_ids": (5, 6), "loss.teacher": "ema", "loss.averaging": "sequence_mean",
     "optim.schedule": "cosine", "train.batch_size": 64, "train.retention_rows": 32, "train.micro_batches": 2,
     "eval.batch_size": 64, "eval.views": ("other",), "eval.select": "-harm",
+    "eval.meters": ("drift",),
     "alarms.stop": ("no_end",), "alarms.patience": 5,
     "base.batch_size": 32, "teacher_base.batch_size": 32, "base.query_heads": 8, "teacher_base.query_heads": 8,
     "base.kv_heads": 4, "teacher_base.kv_heads": 4, "records.skip": ("missing", "label"), "safety.sets": ("ethos",),

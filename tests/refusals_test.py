@@ -115,6 +115,11 @@ CASES = {
     ),
     "an adapter and all weights trained": (setting(lora__init="/adapter"), "lora.init = '/adapter' and lora.rank = 0"),
     "no adapter": (setting(lora__init="/adapter", lora__rank=2), "/adapter has no adapter_config.json; give a folder"),
+    "another meter": (setting(eval__meters=("speed",)), "eval.meters = 'speed' is not known; choose from drift, trace"),
+    "a meter that cannot be asked": (
+        setting(eval__meters=("drift",)),
+        "the tokens of this model cannot write",
+    ),
     "no steps": (setting(train__steps=0), "train.steps = 0 must be above 0"),
     "negative steps": (setting(train__steps=-1), "train.steps = -1 must be above 0"),
     "steps as text": (setting(train__steps="3"), "train.steps = '3' must be a whole number"),

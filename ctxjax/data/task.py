@@ -14,6 +14,8 @@ from ctxjax.data.grading.response_checks import Check, grade_check
 
 # The views of an evaluation that may be left out (``make_evaluation_views``): "bare" and "context" are always asked.
 FURTHER_VIEWS = ("empty", "other", "paraphrase", "unrelated")
+# What an evaluation measures besides, if asked to (eval.meters, evaluation/meters.py).
+METERS = ("trace_gap", "drift")
 
 _CHAT = "\ufdd4"  # a noncharacter of Unicode, which no text has; a context that begins with it is a whole chat
 

@@ -22,9 +22,10 @@ from ctxjax import sharding
 from ctxjax.config import Experiment
 from ctxjax.data import prompts as prompts_lib, responses
 from ctxjax.data.pipeline import shuffle_questions, training_batches
-from ctxjax.data.task import describe_earlier
+from ctxjax.data.task import Row, describe_earlier
 from ctxjax.distill.train_step import off_policy_steps, teacher_rollout
 from ctxjax.host import processes, progress, workdir as workdir_lib
+from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.types import Rollout
 
@@ -89,11 +90,7 @@ def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterab
         questions = [inputs.rows.rows[order[first + row]] for row in range(train.batch_size)]
         said = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
         logprobs = [values[mask].tolist() for values, mask in zip(rollout.logprobs_BxT, rollout.mask_BxT)]
-        starts = [0] * len(said)
-        if config.teacher.reasoning == "cut":
-            tokenizer = teacher.tokenizer
-            opened = [prompts_lib.opens_reasoning(tokenizer, row, config.prompt) for row in questions]
-            starts = [responses.find_answer(tokenizer, ids, sampling.eos_ids, o) for ids, o in zip(said, opened)]
+        starts = find_starts(config, teacher, questions, said)
         cut = [ids[:start] for ids, start in zip(said, starts)]
         kept = [ids[start:] for ids, start in zip(said, starts)]
         texts, reasoning = (responses.decode(teacher.tokenizer, part, sampling.eos_ids) for part in (kept, cut))
@@ -103,6 +100,14 @@ def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterab
             | ({"reasoning": before} if start else {})
             for row, ids, start, values, text, before in zip(questions, kept, starts, logprobs, texts, reasoning)
         ]
+
+
+def find_starts(config: Experiment, teacher: ModelFolder, rows: list[Row], said: list[list[int]]) -> list[int]:
+    """Return the place of the first token that is learned from in each of the teacher's responses to ``rows``."""
+    if config.teacher.reasoning == "keep":
+        return [0] * len(said)
+    opened = (prompts_lib.opens_reasoning(teacher.tokenizer, row, config.prompt) for row in rows)
+    return [responses.find_answer(teacher.tokenizer, ids, teacher.stop_ids, o) for ids, o in zip(said, opened)]
 
 
 def _read(path: Path) -> dict[int, list[tuple[list[int], list[float]]]]:
