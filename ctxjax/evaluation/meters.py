@@ -31,7 +31,9 @@ EVERY = 6  # of the everyday questions, every sixth is asked: 64
 
 class Meters:
     """``folder``: the student, and with its parameters the base. ``sampling``: as responses are sampled in training;
-    all tokens may be drawn, so that log-probabilities are those of the whole distribution."""
+    all tokens may be drawn, so that log-probabilities are those of the whole distribution.
+
+    Raises ValueError if ``config`` asks for a meter that the model cannot be asked."""
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Meters:
         self._config, self._split, self._folder, self._teacher = config, split, folder, teacher
         self._sampling, self._mesh = sampling, mesh
         self._key = rng.key_for(jax.random.key(config.seed), len(split.rows), "evaluation")
+        self._everyday = self._encode_everyday() if "drift" in config.eval.meters else []
 
     def measure(self, name: str, params: Params, what: str) -> float:
         """Return the meter ``name`` (data.task.METERS) in nats per token. ``what``: of the progress bar."""
@@ -90,16 +93,22 @@ class Meters:
 
     @functools.cached_property
     def _answers(self) -> tuple[Prompts, Rollout]:
-        """Everyday questions as prompts, and the base's responses."""
+        """The everyday questions as prompts, and the base's responses."""
+        prompts = decoding.pad_prompts(self._everyday, self._folder.pad_id)
+        return prompts, self._decode(self._folder, prompts, self._batch(prompts), "the base's responses")
+
+    def _encode_everyday(self) -> list[list[int]]:
+        """Return the prompts of the everyday questions. Raises ValueError if the model cannot read them."""
         texts, tokenizer = [text for _, text in style.list_questions()[::EVERY]], self._folder.tokenizer
-        if any(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) != text for text in texts):
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        read = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+        if [text.strip() for text in read] != texts:
             raise ValueError(
                 "eval.meters: drift asks everyday questions, which the tokens of this model cannot write; leave it out"
             )
         tokens = prompts_lib.encode(tokenizer, [Row("", text, None, "") for text in texts], self._config.prompt)
         self._folder.check_prompts(tokens, self._sampling.max_tokens)
-        prompts = decoding.pad_prompts(tokens, self._folder.pad_id)
-        return prompts, self._decode(self._folder, prompts, self._batch(prompts), "the base's responses")
+        return tokens
 
     def _decode(self, folder: ModelFolder, prompts: Prompts, batch: int, what: str) -> Rollout:
         params = sharding.bring_to_device(folder.params)
