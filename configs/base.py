@@ -47,6 +47,10 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B; only A and B are trained
     config.lora.rank = 0  # 0: all weights are trained
     config.lora.alpha = 32.0  # the scale of the adapter is alpha / rank
+    config.lora.rslora = False  # the scale is alpha / sqrt(rank)
+    # Folder of the adapter to start from, in PEFT's format, with the same rank, alpha, targets and rslora; "": a new
+    # one. If teacher.path is empty, the teacher has it, too.
+    config.lora.init = ""
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices with an adapter
 
     # A base model that is trained from scratch before the run, if model.path is empty. See configs/tiny.py.
@@ -88,6 +92,11 @@ def get_config() -> ConfigDict:
     config.prompt.placement = "system"
     config.prompt.date = "26 Jul 2024"  # today's date for templates that write it (Llama 3); the clock is not used
     config.prompt.thinking = config_dict.placeholder(bool)  # Qwen3's enable_thinking; unset: the template's default
+    # The same in prompts with a context block, for a teacher that thinks and a student that does not, or the reverse;
+    # unset: as prompt.thinking. The student reads these prompts, too, when the context comes back.
+    config.prompt.teacher_thinking = config_dict.placeholder(bool)
+    config.prompt.keywords = ()  # other variables of the chat template, such as ("reasoning_effort=low",)
+    config.prompt.teacher_keywords = ()  # more of them, in prompts with a context block
     config.prompt.max_bare_tokens = 0  # most tokens of a prompt without context; 0: no limit
     config.prompt.max_context_tokens = 0  # most tokens of a prompt with context; 0: no limit
     config.prompt.overlong = "error"  # a longer row is an error; "drop": leave it out and count it. Never truncated.
@@ -106,6 +115,9 @@ def get_config() -> ConfigDict:
     config.teacher.temperature = config.rollout.get_oneway_ref("temperature")
     config.teacher.top_k = config.rollout.get_oneway_ref("top_k")  # 0: off
     config.teacher.top_p = config.rollout.get_oneway_ref("top_p")  # 1: off
+    # The reasoning in these responses: "keep", or "cut" up to </think>, so that the student learns the answer alone,
+    # which needs loss.divergence=cross_entropy.
+    config.teacher.reasoning = "keep"
 
     config.loss = ConfigDict()  # the objective; ctxjax/distill/losses.py has the equations
     # Divergence of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
@@ -165,6 +177,9 @@ def get_config() -> ConfigDict:
     # Views to ask besides those without and with the context, where the task has them. Fewer make an evaluation
     # cheaper; () leaves out obedience, too.
     config.eval.views = ("empty", "other", "paraphrase", "unrelated")
+    # What to measure besides, without grading, for one more pass each (docs/training.md): "trace_gap", how likely the
+    # teacher's responses are without the context; "drift", how far the student is from the base on everyday questions.
+    config.eval.meters = ()
     config.eval.temperature = 0.0  # 0: greedy
     # Responses per question and view; more than one needs a temperature above 0. Harm is then reported together with
     # its floor: how often two samples of the same view disagree.
@@ -217,20 +232,23 @@ def get_config() -> ConfigDict:
     config.records.max_skipped = 100  # most rows to leave out; more are an error
     config.records.max_text = 1_000_000  # characters; longer texts are "huge"
 
-    config.qa_jsonl = ConfigDict()  # task qa_jsonl: questions in a local .jsonl, .parquet or .csv file
-    config.qa_jsonl.path = ""  # the file
+    config.qa_jsonl = ConfigDict()  # task qa_jsonl: questions in a file of rows
     config.qa_jsonl.question = "question"  # column
     config.qa_jsonl.reference = "answer"  # column
     # Column with a chat in place of a question, a list of {"role", "content"}: its last user message is the question,
     # and a response after it the reference. With context_column of the same name its system message is the context.
     config.qa_jsonl.messages = ""
+    # What the teacher alone reads, made of each row (in place of a context below). A text with columns in braces, such
+    # as "Notes: {notes.text}", is the context; with the question's column, as in "{question} Its answer: {answer}", it
+    # is the teacher's user message in place of the question.
+    config.qa_jsonl.context_template = ""
+    config.qa_jsonl.teacher_messages = ""  # or a column with the teacher's whole chat, of any turns that it has
     # "numeric" compares the last number; or "exact", "math", "letter", "yes_no"; "short": the reference in a few
     # words or a sentence; "overlap": half of the words of a reply (F1).
     config.qa_jsonl.grading = "numeric"
     # A file of the same columns and a column "context": questions under other contexts, with what is right there. Used
     # for retention and obedience in place of the built-in other contexts. Every second context is held out.
     config.qa_jsonl.other_rows = ""
-    config.qa_jsonl.limit = 0  # number of first rows to read; 0: all
     config.qa_jsonl.dev_questions = 64  # held out by a hash of the question
     config.qa_jsonl.test_questions = 64  # held out by a hash of the question
 
@@ -301,18 +319,20 @@ def get_config() -> ConfigDict:
     config.tiny_grid.test_questions = 0  # boards held out for the result; 0: all
     config.tiny_grid.empty_share = 0.0  # of the base's rows without a legend, the share with an empty context block
 
-    for section in (config.medical, config.math, config.hints):
+    for section in (config.qa_jsonl, config.medical, config.math, config.hints):
         # A JSONL, Parquet or CSV file, a pattern of files, or files of a Hub data set: "org/name:PATTERN" or
         # "org/name@revision:PATTERN".
         section.path = ""
-        section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
         section.limit = 0  # number of first rows to read of each file; 0: all
+    for section in (config.medical, config.math, config.hints):
+        section.test_path = ""  # files of the test questions; "": a fifth of the questions of path
     for section in (config.medical, config.safety, config.math, config.hints, config.style, config.self_study):
         section.train_questions = 0  # at most; 0: all
         section.dev_questions = 128  # at most, of the tenth that is held out by a hash of the question; 0: all
         section.test_questions = 500  # at most; 0: all
 
-    # The context to internalize: set one of context, context_file, context_files and context_column.
+    # The context to internalize: set one of context, context_file, context_files and
+    # context_column.
     for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.self_study):
         section.context = ""  # the text itself
         section.context_file = ""  # a text file
@@ -321,14 +341,8 @@ def get_config() -> ConfigDict:
     for section in (config.qa_jsonl, config.medical, config.math):
         section.context_column = ""  # a column of the data with each row's own context
     for section in (
-        config.qa_jsonl,
-        config.medical,
-        config.safety,
-        config.math,
-        config.hints,
-        config.style,
-        config.self_study,
-    ):
+        config.qa_jsonl, config.medical, config.safety, config.math, config.hints, config.style, config.self_study,
+    ):  # fmt: skip
         # Other contexts, for retention and to measure obedience: "builtin", the 72 contexts of
         # ctxjax/data/other_contexts.jsonl, or a file of the same form; "": none. Every second one is held out from
         # training.

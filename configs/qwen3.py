@@ -25,9 +25,11 @@ LONG = {
     "1.7b": ("v5p:2x2x4", 4, 4),
 }
 
+THINKING = {"math": True, "frozenlake": False, "sokoban": False}  # task -> prompt.thinking
+
 
 def get_config(arguments: str = "") -> ConfigDict:
     config = recipes.make_config(arguments, MODELS, PLACES, LONG, SIZES)
-    if config.model.path == MODELS["4b-2507"]:
-        config.prompt.thinking = None  # its template has no such switch
+    if config.model.path != MODELS["4b-2507"]:  # its template has no such switch
+        config.prompt.thinking = THINKING.get(config.task)
     return config

@@ -62,7 +62,6 @@ def _set_game(config: ConfigDict) -> None:
     config.prompt.max_context_tokens = 8192
     config.rollout.max_tokens = 1024
     config.rollout.temperature = 0.7
-    config.prompt.thinking = False
     config.eval.batch_size = 64
 
 
@@ -84,7 +83,6 @@ def _set_math(config: ConfigDict) -> None:
     config.prompt.placement = "user"
     config.prompt.max_bare_tokens = 2048
     config.prompt.max_context_tokens = 16384
-    config.prompt.thinking = True
     config.rollout.max_tokens = 16384
     config.rollout.temperature = 0.6
     config.eval.batch_size = 128

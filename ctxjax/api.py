@@ -115,7 +115,8 @@ def generate(
     ``params``: used in place of the folder's parameters, for example those of a trained student. ``temperature`` 0 is
     greedy. The randomness of row i depends only on (seed, i). In a question or a context, control tokens such as
     <|im_end|> are read as text; responses are returned without them. ``placement``, ``thinking``: see
-    prompts.PromptConfig. Raises ValueError if a prompt and its response have more tokens than the model has positions.
+    prompts.PromptConfig. Raises ValueError if a prompt and its response have more tokens than the model has positions,
+    or if ``thinking`` is set and the chat template has no such switch.
     """
     rows = [Row(str(index), question, context, "") for index, question in enumerate(questions)]
     if not rows:

@@ -14,16 +14,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctxjax.config_fields import check_fields, one_of, require
+from ctxjax.data.chat_template import parse_date
 from ctxjax.data.grading.graders import GRADERS
-from ctxjax.data.prompts import PLACEMENTS, PromptConfig, parse_date
+from ctxjax.data.prompts import PLACEMENTS, PromptConfig
 from ctxjax.data.records import KINDS, RecordsConfig
-from ctxjax.data.task import FURTHER_VIEWS
+from ctxjax.data.task import FURTHER_VIEWS, METERS
 from ctxjax.data.tasks import TASKS, WORLDS, check_task_name
 from ctxjax.distill.anchors import ANCHORS, GATES
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.distill.losses import CROSS_ENTROPY, LossConfig
 from ctxjax.distill.optim import SCHEDULES, OptimConfig
 from ctxjax.models.architecture import ATTENTION
+from ctxjax.models.hf.adapters import AdapterSource
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
@@ -93,6 +95,7 @@ class TeacherSource:
     param_dtype: str
     offload: bool
     decode: DecodeConfig
+    reasoning: str = "keep"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +122,13 @@ class EvalConfig:
     bootstrap: int = bounded(at_most=1_000_000)
     select: str
     decode: DecodeConfig
+    meters: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``lora``: None if all weights are
-    trained."""
+    trained; ``lora_init``: AdapterSource.init."""
 
     seed: int
     task: str
@@ -132,6 +136,7 @@ class Experiment:
     model: ModelSource
     teacher: TeacherSource
     lora: LoraConfig | None
+    lora_init: str
     base: BaseConfig
     teacher_base: BaseConfig
     mesh: MeshConfig
@@ -151,7 +156,7 @@ class Experiment:
 
 _SECTIONS = {  # in the order in which they are checked: a section before those that take values from it
     "": (RunConfig,),
-    "model": (ModelSource,), "lora": (LoraConfig,), "base": (BaseConfig,), "teacher_base": (BaseConfig,),
+    "model": (ModelSource,), "lora": (LoraConfig, AdapterSource), "base": (BaseConfig,), "teacher_base": (BaseConfig,),
     "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,),
     "teacher": (TeacherSource, DecodeConfig), "loss": (LossConfig,),
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
@@ -178,8 +183,9 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     evaluation, samples = config.eval.to_dict(), config.eval.samples
     decode = dataclasses.replace(rollout, **{name: evaluation.pop(name) for name in ("temperature", "top_k", "top_p")})
     require(samples == 1 or decode.temperature > 0, "eval.samples", samples, "1 if eval.temperature = 0")
-    for view in evaluation["views"]:
-        one_of("eval.views", view, FURTHER_VIEWS)
+    for field, known in (("views", FURTHER_VIEWS), ("meters", METERS)):
+        for name in evaluation.get(field, ()):
+            one_of(f"eval.{field}", name, known)
     optim = OptimConfig(steps=config.train.steps, **config.optim)
     one_of("optim.schedule", optim.schedule, SCHEDULES)
     train = TrainConfig(**config.train)
@@ -190,6 +196,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     prompt = PromptConfig(**config.prompt)
     one_of("prompt.placement", prompt.placement, PLACEMENTS)
     parse_date(prompt.date)
+    prompt.collect_variables(has_context=True)  # refuses keywords of another form
     one_of("prompt.overlong", prompt.overlong, ("error", "drop"))
     if "grading" in config[config.task]:
         one_of(f"{config.task}.grading", config[config.task].grading, GRADERS)
@@ -200,6 +207,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         model=ModelSource(**config.model),
         teacher=_make_teacher(config.teacher, rollout),
         lora=_make_lora(config.lora),
+        lora_init=config.lora.get("init", ""),
         base=BaseConfig(**config.base),
         teacher_base=BaseConfig(**config.teacher_base),
         mesh=fit_mesh(config.mesh.to_dict(), device_count),
@@ -244,6 +252,7 @@ def _make_records(config: ConfigDict, task_class) -> dict[str, Any]:
 
 def _make_teacher(config: ConfigDict, rollout: DecodeConfig) -> TeacherSource:
     fields = config.to_dict()
+    one_of("teacher.reasoning", fields.get("reasoning", "keep"), ("keep", "cut"))
     decode = dataclasses.replace(rollout, **{name: fields.pop(name) for name in ("temperature", "top_k", "top_p")})
     return TeacherSource(decode=decode, **fields)
 
@@ -257,13 +266,13 @@ def _make_arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise ValueError(f"run_arms: {name!r} names a folder of the workdir; use letters, digits, '_', '-' and '.'")
         arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
-        _check_loss(arms[name], config)
+        _check_loss(name, arms[name], config)
     for taken in {"base", "teacher"} & arms.keys():
         raise ValueError(f'run_arms: "{taken}" is the name of an untrained model in the results; rename the arm')
     return arms
 
 
-def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
+def _check_loss(arm: str, loss: LossConfig, config: ConfigDict) -> None:
     names = {
         "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS,
         "gate": GATES, "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
@@ -275,6 +284,11 @@ def _check_loss(loss: LossConfig, config: ConfigDict) -> None:
         raise ValueError(
             f"loss.divergence = {loss.divergence!r} is taken on the teacher's samples; set loss.on_policy_fraction = 0 "
             f"(here {loss.on_policy_fraction}) and loss.support = full (here {loss.support})"
+        )
+    if config.teacher.get("reasoning") == "cut" and loss.needs_teacher and not loss.is_on_policy:
+        raise ValueError(
+            f"teacher.reasoning = 'cut', and arm {arm!r} compares with the teacher's distributions after its reasoning "
+            f"(loss.divergence = {loss.divergence!r}); take arms with cross_entropy, such as sft, or leave it at 'keep'"
         )
     most = config.rollout.max_tokens
     require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")
@@ -299,7 +313,9 @@ def _make_lora(config: ConfigDict) -> LoraConfig | None:
     for target in targets:
         one_of("lora.targets", target, TARGETS)
     require(0 < len(targets) == len(set(targets)), "lora.targets", targets, "at least one matrix, each named once")
-    return LoraConfig(config.rank, config.alpha, targets) if config.rank else None
+    if config.get("init") and not config.rank:
+        raise ValueError(f"lora.init = {config.init!r} and lora.rank = 0: set lora.rank, alpha and targets to its own")
+    return LoraConfig(config.rank, config.alpha, targets, config.get("rslora", False)) if config.rank else None
 
 
 def _check_model(config: Experiment) -> None:

@@ -63,7 +63,8 @@ def apply_flags(config: ConfigDict, model: str | None, task: str | None, context
     section = config.get(config.task, ConfigDict())
     if "context_file" not in section:
         raise ValueError(f"--context={context}: task {config.task!r} makes its own contexts; leave --context out")
-    for field, value in (("context", ""), ("context_files", ()), ("context_column", "")):
+    empty = dict.fromkeys(("context", "context_column", "context_template", "teacher_messages"), "")
+    for field, value in (empty | {"context_files": ()}).items():
         if field in section:
             section[field] = value
     section.context_file = context

@@ -9,7 +9,9 @@ student and of its teacher. An adapter is merged into the weights, or written in
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 from pathlib import Path
 import shutil
 import sys
@@ -50,18 +52,23 @@ def export(
     step: int | None = None,
     adapter: bool = False,
     dtype: str | None = None,
+    scale: float = 1.0,
     max_shard_bytes: int = hf_save.MAX_SHARD_BYTES,
 ) -> Exported:
     """Write the folder ``out``.
 
     ``arm``: None for the only arm that has checkpoints. ``step``: None for the latest. ``dtype``: None for that of the
-    trained weights, so that nothing that was trained is rounded away. Raises ValueError or OSError, which names what
+    trained weights, so that nothing that was trained is rounded away. ``scale`` multiplies the update of an adapter: 0
+    is the base. Raises ValueError or OSError, which names what
     exists; then nothing is left at ``out``.
     """
     stored = workdir_lib.read_config(workdir)
     config = stored_arms.read_experiment(workdir)
     if adapter and config.lora is None:
         raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
+    if scale != 1.0 and (config.lora is None or not math.isfinite(scale)):
+        raise ValueError(f"--scale={scale:g} must be a number, and lora.rank of the run above 0: it scales an adapter")
+    lora_config = config.lora and dataclasses.replace(config.lora, alpha=config.lora.alpha * scale)
     arm, step = _choose_checkpoint(workdir, config, arm, step)
     stop_ids = workdir_lib.read_stop_ids(workdir)
     name = stored_arms.find_source(config)
@@ -74,13 +81,14 @@ def export(
         kind = config.model.param_dtype if config.lora is None else "float32"
         weights = _describe_weights(None if adapter else source, kind, dtype or kind)
         trained = stored_arms.read_trained(workdir, config, model, arm, step, mesh)
-        origin = {"arm": arm, "step": step, "adapter": adapter, "weights": compute_checksums(trained)}
+        weights += f"; the adapter's update times {scale:g}, which the results are not of" * (scale != 1.0)
+        origin = {"arm": arm, "step": step, "adapter": adapter, "scale": scale, "weights": compute_checksums(trained)}
         if adapter:
-            hf_save.save_adapter(partial, trained, model, config.lora, family, name, dtype)
+            hf_save.save_adapter(partial, trained, model, lora_config, family, name, dtype)
         else:
             if config.lora is not None:
                 base = hf_load.load(source, model, mesh, config.model.param_dtype)
-                trained = lora.join(base, trained, config.lora)
+                trained = lora.join(base, trained, lora_config)
             hf_save.save_weights(partial, trained, model, family, dtype or kind, max_shard_bytes)
             fields = hf_save.set_dtype(fields, dtype or kind)
             hf_save.write_json(partial / "config.json", fields)
@@ -146,13 +154,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the latest")
     parser.add_argument("--adapter", action="store_true", help="write only the adapter, in PEFT's format")
     parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor of an adapter's update; 0: the base; default: 1, as trained"
+    )
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as trained, which is float32"
     )
     options = parser.parse_args(arguments)
 
     def run() -> None:
         workdir, out = command.parse_folder("--workdir", options.workdir), command.parse_folder("--out", options.out)
-        done = export(workdir, out, options.arm, options.step, options.adapter, options.dtype)
+        done = export(workdir, out, options.arm, options.step, options.adapter, options.dtype, options.scale)
         hint = " (--dtype=bfloat16 halves the folder, and rounds small updates away)" * ("source's" in done.weights)
         print(f"{out}: {done.arm}, step {done.step}; weights: {done.weights}{hint}")
 

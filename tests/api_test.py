@@ -68,6 +68,8 @@ def test_prompts_and_sampling_are_those_of_the_arguments(model, placement, think
         decoded.append(given)
         raise Recorded
 
+    template = model.tokenizer.chat_template + "{% if enable_thinking %}\n{% endif %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
     monkeypatch.setattr(prompts, "encode", record)
     monkeypatch.setattr(decoding, "decode", decode)
     sampling = {"max_tokens": 9, "temperature": 0.7, "top_k": 5, "top_p": 0.8}
@@ -87,6 +89,11 @@ def test_prompts_and_sampling_are_those_of_the_arguments(model, placement, think
         jax.random.key_data(key).tolist()
         == jax.random.key_data(rng.key_for(jax.random.key(3), 0, "evaluation")).tolist()
     )
+
+
+def test_a_thinking_switch_that_the_model_lacks_is_an_error(model):
+    with pytest.raises(ValueError, match="does not read enable_thinking, .* leave it unset"):
+        ctxjax.generate(model, QUESTIONS, thinking=False)
 
 
 @pytest.mark.slow

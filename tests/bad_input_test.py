@@ -181,12 +181,15 @@ def test_end_tokens_beyond_the_head_are_named(tmp_path, ends):
         folder_lib.open_folder(folder, sharding.make_mesh(fsdp=8))
 
 
-@pytest.mark.parametrize(("thinking", "warnings"), [(None, 0), (True, 1), (False, 1)])
-def test_a_thinking_switch_that_the_template_lacks_is_warned_of_once(tmp_path, capsys, thinking, warnings):
+@pytest.mark.parametrize("field", ["thinking", "teacher_thinking"])
+def test_a_thinking_switch_that_the_template_lacks_ends_the_run_before_the_weights_are_read(
+    tmp_path, monkeypatch, field
+):
     config = tiny.get_config()
-    config.model.path, config.prompt.thinking = str(model_folder(tmp_path / "model", rules.vocabulary())), thinking
-    run_inputs.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
-    assert capsys.readouterr().out.count(f"warning: prompt.thinking = {thinking} changes nothing") == warnings
+    config.model.path, config.prompt[field] = str(model_folder(tmp_path / "model", rules.vocabulary())), True
+    monkeypatch.setattr(folder_lib, "open_folder", None)
+    with pytest.raises(ValueError, match=r"does not read enable_thinking, so .* would change nothing; leave it unset"):
+        run_inputs.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
 
 
 @pytest.mark.parametrize("ends", ['"</s>"', '[3, "x"]', "{}", "[true]"])

@@ -19,14 +19,17 @@ VALUES = {
     "task": None, "slice": "v5e:4x4", "compile_cache": "", "run_arms": ("opcd_anchored", "opcd"),
     "model.path": "/another", "model.dtype": "bfloat16", "model.param_dtype": "bfloat16", "model.attention": "splash",
     "model.remat": "full", "teacher.path": "/teacher", "teacher.param_dtype": "bfloat16",
-    "lora.targets": ("q", "down"), "base.cache": "/cache", "teacher_base.cache": "/cache",
+    "lora.targets": ("q", "down"), "lora.init": "/adapter", "base.cache": "/cache", "teacher_base.cache": "/cache",
     "mesh.data": 2, "mesh.tensor": 2, "mesh.slices": 1,
     "prompt.placement": "user", "prompt.date": "01 Feb 2023", "prompt.thinking": True, "prompt.overlong": "drop",
+    "prompt.teacher_thinking": True, "prompt.keywords": ("effort=low",), "prompt.teacher_keywords": ("effort=high",),
+    "teacher.reasoning": "cut",
     "rollout.weights": "stored", "rollout.top_p": 0.9, "teacher.top_p": 0.8, "eval.top_p": 0.7,
     "loss.divergence": "jsd", "loss.support": "union_top_k", "loss.remainder": "tail", "loss.anchor": "teacher_bare",
     "loss.gate": "token", "loss.masked_ids": (5, 6), "loss.teacher": "ema", "loss.averaging": "sequence_mean",
     "optim.schedule": "cosine", "train.batch_size": 64, "train.retention_rows": 32, "train.micro_batches": 2,
     "eval.batch_size": 64, "eval.views": ("other",), "eval.select": "-harm",
+    "eval.meters": ("drift",),
     "alarms.stop": ("no_end",), "alarms.patience": 5,
     "base.batch_size": 32, "teacher_base.batch_size": 32, "base.query_heads": 8, "teacher_base.query_heads": 8,
     "base.kv_heads": 4, "teacher_base.kv_heads": 4, "records.skip": ("missing", "label"), "safety.sets": ("ethos",),
@@ -37,7 +40,9 @@ LISTS = {f"{task}.context_files": ("/a", "/b") for task in ("qa_jsonl", "medical
 VALUES |= GRADED | LISTS
 # What a field needs besides, to be legal or to have an effect.
 NEEDED = {
-    "model.param_dtype": {"lora.rank": 4}, "lora.alpha": {"lora.rank": 4}, "lora.targets": {"lora.rank": 4},
+    "teacher.reasoning": {"arms.off_policy.divergence": "cross_entropy"},
+    "model.param_dtype": {"lora.rank": 4}, "lora.alpha": {"lora.rank": 4}, "lora.rslora": {"lora.rank": 4},
+    "lora.init": {"lora.rank": 4}, "lora.targets": {"lora.rank": 4},
     "eval.samples": {"eval.temperature": 0.5}, "mesh.slices": {"mesh.data": -1, "mesh.fsdp": 1},
 }  # fmt: skip
 TASK_OF = {"teacher_base.steps": "rules"}  # that field is for worlds only
@@ -93,6 +98,8 @@ def expected_paths(field: str, value, task: str, before: dict) -> dict[str, obje
         found = found if section.removeprefix("arms.") in ARMS else {}
     elif section in ("eval", "teacher") and name in SHARED:
         found = {f"{section}.decode.{name}": value}
+    elif field == "lora.init":
+        found = {"lora_init": value}
     elif section == "rollout":
         found |= {f"teacher.decode.{name}": value}
         found |= {f"eval.decode.{name}": value} if name not in SHARED else {}

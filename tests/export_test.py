@@ -161,6 +161,28 @@ def test_peft_puts_the_adapter_onto_the_base_and_gets_the_merged_models_logits(t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
+def test_the_update_of_an_adapter_is_exported_at_a_chosen_scale(trained, tmp_path, scale):
+    run = trained("lora")
+    done = export.export(run.workdir, tmp_path / "out", scale=scale)
+    assert f"the adapter's update times {scale:g}" in done.weights
+    assert f"update times {scale:g}" in (tmp_path / "out" / "README.md").read_text()
+    written = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].T
+    layers, base = run.student["layers"], run.base["layers"]["down"][1]
+    update = layers["down_lora_a"][1] @ layers["down_lora_b"][1]
+    np.testing.assert_allclose(written, base + scale * update, rtol=1e-5, atol=1e-6)
+    export.export(run.workdir, tmp_path / "adapter", adapter=True, scale=scale)
+    export.export(run.workdir, tmp_path / "whole", adapter=True)
+    alphas, tensors = zip(*(
+        (json.loads((tmp_path / name / "adapter_config.json").read_text())["lora_alpha"],
+         load_file(tmp_path / name / "adapter_model.safetensors"))
+        for name in ("adapter", "whole")
+    ))  # fmt: skip
+    assert alphas[0] == scale * alphas[1]
+    jax.tree.map(np.testing.assert_array_equal, *tensors)
+
+
+@pytest.mark.slow
 def test_weights_are_cast_when_that_is_asked_for(trained, tmp_path, mesh):
     run = trained("lora")
     export.export(run.workdir, tmp_path / "out", dtype="bfloat16")
@@ -294,6 +316,7 @@ def test_files_are_as_readable_as_any(trained, tmp_path):
         ({"arm": "opcdd"}, "--arm=opcdd: .* has checkpoints of opcd: step 2, 3"),
         ({"arm": "opcd_anchored"}, "--arm=opcd_anchored: .* has checkpoints of opcd: step 2, 3"),
         ({"step": 1}, "--step=1: .* has checkpoints of opcd: step 2, 3"),
+        ({"scale": 0.5}, "--scale=0.5 must be a number, and lora.rank of the run above 0"),
         ({"adapter": True}, r"trained all weights \(lora.rank = 0\); leave --adapter out"),
     ],
 )

@@ -10,9 +10,9 @@ import pytest
 
 from ctxjax.data import prompts, splits
 from ctxjax.data.pipeline import RetentionRows, encode_rows
-from ctxjax.data.prompts import PromptConfig
+from ctxjax.data.prompts import PromptConfig, build_messages
 from ctxjax.data.records import RecordsConfig, hash_text
-from ctxjax.data.task import make_evaluation_views
+from ctxjax.data.task import describe_context, make_evaluation_views
 from ctxjax.data.tasks.hints import Hints, HintsConfig
 from ctxjax.data.tasks.math import FORMAT, Math, MathConfig
 from ctxjax.data.tasks.medical import Medical, MedicalConfig
@@ -251,6 +251,113 @@ def test_a_chat_that_cannot_be_read_names_the_row_and_what_is_wrong(chat, messag
         qa(path, messages="chat")
     left = qa(path, messages="chat", records=RecordsConfig(skip=("missing", "not_text")))
     assert sum(left.skipped.values()) == 1 and len(every_row(left)) == 19
+
+
+def test_a_template_over_any_columns_is_the_context_of_each_row(tmp_path):
+    rows = [{"q": f"{n}?", "a": f"{n}", "notes": {"text": f"note {n}"}, "size": n} for n in range(20)]
+    template = 'Notes: {notes.text} ({size}). {"json": 1} {}'
+    task = qa(written(tmp_path / "rows.jsonl", rows), context="", context_template=template)
+    assert {(row.question, row.context) for row in every_row(task)} == {
+        (f"{n}?", f'Notes: note {n} ({n}). {{"json": 1}} {{}}') for n in range(20)
+    }
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_template_with_the_question_is_the_teachers_turn_in_its_place(tmp_path, chats):
+    rows = [{"q": f"{n}?", "a": f"{n}"} for n in range(20)]
+    if chats:
+        rows = [{"chat": talk("Hi {a}.", "Yes?", f"{n}?", f"{n}")} for n in range(20)]
+    template = "Asked: {q} Right: {a}"
+    task = qa(
+        written(tmp_path / "rows.jsonl", rows), context="", context_template=template, messages="chat" if chats else ""
+    )
+    before = talk("Hi {a}.", "Yes?") if chats else []
+    for row in every_row(task):
+        n = row.reference
+        assert row.question == f"{n}?"
+        assert build_messages(row, "system") == [*before, {"role": "user", "content": f"Asked: {n}? Right: {n}"}]
+        assert build_messages(row._replace(context=None), "system")[-1]["content"] == f"{n}?"
+        other = build_messages(row._replace(context="Other."), "system")
+        assert other == [{"role": "system", "content": "Other."}, *before, {"role": "user", "content": f"{n}?"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_template": "Just think."}, "qa_jsonl.context_template = 'Just think.' names no column in braces"),
+        ({"context_template": "{nothing}"}, "line 1: no text in column 'nothing'; its columns are"),
+        ({"context_template": "{list}"}, "line 1: no text in column 'list', but list"),
+        ({"context_template": "{q}", "context": "c"}, "qa_jsonl.context and qa_jsonl.context_template are both set"),
+        ({"context_template": "{q}", "teacher_messages": "chat"}, "context_template and qa_jsonl.teacher_messages are"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_names_the_row_and_the_column(tmp_path, changes, message):
+    path = written(tmp_path / "rows.jsonl", [{"q": f"{n}?", "a": "1", "list": [1]} for n in range(20)])
+    with pytest.raises(ValueError, match=message):
+        qa(path, **({"context": ""} | changes))
+
+
+@pytest.mark.parametrize("ends", [[], ["yes"]])
+def test_the_teacher_may_read_a_chat_of_its_own(tmp_path, ends):
+    rows = [
+        {
+            "student": talk(f"{n}?", "yes"),
+            "teacher": talk("Example?", "no", f"{n}? Say yes.", *ends, system="Be brief."),
+        }
+        for n in range(20)
+    ]
+    path = written(tmp_path / "rows.jsonl", rows)
+    task = qa(path, context="", messages="student", teacher_messages="teacher")
+    for row in every_row(task):
+        bare = row._replace(context=None)
+        assert build_messages(bare, "user") == talk(row.question)
+        wanted = talk("Example?", "no", f"{row.question} Say yes.", system="Be brief.")
+        assert build_messages(row, "user") == wanted
+        assert json.loads(json.dumps(row.context)) == row.context  # as files of a run hold it
+        assert describe_context(row.context) == (
+            f"system: Be brief.\n\nuser: Example?\n\nassistant: no\n\nuser: {row.question} Say yes."
+        )
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        (None, "line 3: column 'teacher' has no list of messages"),
+        (talk(system="Be brief."), "it has no message with the role user"),
+        ([*talk("Hello?"), *talk("Hello?")], r"in turn, beginning with user; they are \['user', 'user'\]"),
+        (talk("Hello?", " ", "Hello?"), "a message has no text"),
+        ([{"role": "user", "content": "Hello?"}, {"role": "system", "content": "late"}], "in turn, beginning with us"),
+    ],
+)
+def test_a_teachers_chat_that_cannot_be_read_names_the_row(tmp_path, chat, message):
+    rows = [{"q": f"{n}?", "a": "yes", "teacher": talk(f"{n}? Say yes.")} for n in range(20)]
+    rows[2]["teacher"] = chat
+    with pytest.raises(ValueError, match=message):
+        qa(written(tmp_path / "rows.jsonl", rows), context="", teacher_messages="teacher")
+
+
+def test_rows_may_be_files_of_the_hub_and_a_pattern(tmp_path, monkeypatch):
+    for part in range(2):
+        rows = [{"q": f"{n}?", "a": f"{n}"} for n in range(10 * part, 10 * part + 10)]
+        written(tmp_path / f"train-{part}.jsonl", rows)
+    calls = []
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, **options: calls.append((name, options)) or str(tmp_path)
+    )
+    task = qa("org/name@v1:train-*")
+    assert {row.question for row in every_row(task)} == {f"{n}?" for n in range(20)}
+    assert calls == [("org/name", {"repo_type": "dataset", "allow_patterns": ["train-*"], "revision": "v1"})]
+    assert [row.id for row in every_row(qa(tmp_path / "train-*"))] == [row.id for row in every_row(task)]
+    assert len(every_row(qa(tmp_path / "train-*", limit=6))) == 12  # of each file
+
+
+def test_rows_of_the_hub_without_a_connection_say_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="org/name is neither on this machine nor in the Hub's cache, and the"):
+        qa("org/name:train-*")
+    with pytest.raises(FileNotFoundError, match="of a Hub data set name the files too, such as org/name:data/train"):
+        qa("org/name")
 
 
 def test_a_column_may_hold_the_context(tmp_path):

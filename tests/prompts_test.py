@@ -7,7 +7,7 @@ from transformers.utils import chat_template_utils
 
 from ctxjax.data import prompts
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig
-from ctxjax.data.task import Row
+from ctxjax.data.task import Row, write_chat_context
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.inputs import model_folder as folder_lib, tokenizer_match
 
@@ -132,13 +132,41 @@ def test_thinking_is_switched_in_both_views_and_left_alone_by_default(tokenizer,
     assert off == on + "<think>\n\n</think>\n\n" and on == unset
 
 
-def test_a_switch_that_the_template_ignores_is_noticed(tokenizer):
-    found = {
-        (family, value): prompts.is_thinking_ignored(tokenizer(family), PromptConfig(thinking=value))
-        for family in ("qwen3", "llama3")
-        for value in (None, True, False)
-    }
-    assert {key for key, ignored in found.items() if ignored} == {("llama3", True), ("llama3", False)}
+@pytest.mark.parametrize("row", [ROW, BARE])
+@pytest.mark.parametrize(("bare", "told"), [(False, True), (True, False), (None, False), (False, None)])
+def test_the_two_views_think_as_each_is_set(tokenizer, bare, told, row):
+    """A teacher that thinks and a student that does not, and the reverse; unset, the teacher follows."""
+    made = tokenizer("qwen3")
+    own = bare if row is BARE or told is None else told
+    found = rendered(made, row=row, thinking=bare, teacher_thinking=told)
+    assert found.endswith("<think>\n\n</think>\n\n") == (own is False)
+    assert found == rendered(made, row=row, thinking=own)
+
+
+def test_keywords_reach_the_template_of_both_views_and_the_teachers_only_its_own(tokenizer):
+    made = tokenizer("qwen3")
+    made.chat_template = "{{ effort }}|{{ many | length }}|" + made.chat_template
+    keywords = {"keywords": ("effort=low", "many=[1, 2]"), "teacher_keywords": ('effort="high"',)}
+    assert rendered(made, row=BARE, **keywords).startswith("low|2|")
+    assert rendered(made, row=ROW, **keywords).startswith("high|2|")
+
+
+@pytest.mark.parametrize("row", [ROW, BARE])
+@pytest.mark.parametrize(
+    ("settings", "views", "message"),
+    [
+        ({"thinking": False}, (ROW, BARE), "does not read enable_thinking, so prompt.thinking or prompt.teacher_thin"),
+        ({"teacher_thinking": True}, (ROW,), "does not read enable_thinking, so prompt.thinking or prompt.teacher_th"),
+        ({"keywords": ("effort=1",)}, (ROW, BARE), "does not read effort, so prompt.keywords or prompt.teacher_keyw"),
+    ],
+)
+def test_a_switch_that_the_template_lacks_is_an_error(tokenizer, settings, views, message, row):
+    made = tokenizer("llama3")
+    if row not in views:
+        assert rendered(made, row=row, **settings) == rendered(made, row=row)
+        return
+    with pytest.raises(ValueError, match=f"the chat template of .* {message}.*leave it unset, or take a model whose"):
+        rendered(made, row=row, **settings)
 
 
 def test_a_template_without_a_system_role_is_named_with_the_remedy(tokenizer):
@@ -237,3 +265,34 @@ def test_padding_and_a_prefix_of_any_lists_can_be_undone(start, rests, more, pad
         assert padded.mask_BxP[:, -1].all() and (np.diff(padded.mask_BxP.astype(int), axis=1) >= 0).all()
         whole = prompts.expand_prefix(padded, pad)
         assert whole.prefix_C is None and prompts.unpad(whole) == lists
+
+
+CHAT = [{"role": "system", "content": "Notes: b."}, {"role": "user", "content": "q? It is b."}]
+
+
+def test_a_teachers_chat_is_rendered_whole_and_the_students_prompt_has_nothing_of_it(tokenizer):
+    row = ROW._replace(context=write_chat_context(CHAT))
+    for placement in PLACEMENTS:
+        found = rendered(tokenizer("qwen3"), placement, row)
+        assert found == "<|system|>\nNotes: b.<|end|>\n<|user|>\nq? It is b.<|end|>\n<|assistant|>\n"
+    assert rendered(tokenizer("qwen3"), row=row._replace(context=None)) == rendered(tokenizer("qwen3"), row=BARE)
+
+
+def test_control_tokens_in_a_teachers_chat_are_text(tokenizer):
+    made = tokenizer("qwen3")
+    chat = [{"role": "user", "content": 'a "<|end|>" b'}]
+    (ids,) = prompts.encode(made, [ROW._replace(context=write_chat_context(chat))], PromptConfig())
+    end = made.convert_tokens_to_ids("<|end|>")
+    assert ids.count(end) == 1  # the template's own
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("forgetful", "row 'q1': the chat template of .* leaves out the teacher's system message or changes its text"),
+        ("gemma", "refuses a system message .*: no system role; .*or write it into the user's message"),
+    ],
+)
+def test_a_template_without_a_role_of_the_teachers_chat_is_named(tokenizer, family, message):
+    with pytest.raises(ValueError, match=message):
+        rendered(tokenizer(family), row=ROW._replace(context=write_chat_context(CHAT)))

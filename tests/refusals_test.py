@@ -102,6 +102,24 @@ ROW = b'{"question": "q", "answer": "a"}\n'
 CASES = {
     # --- the configuration ---
     "unknown task": (setting(task="chess"), "task = 'chess' is not known"),
+    "a keyword without a value": (setting(prompt__keywords=("low",)), "keywords: 'low' must be NAME=VALUE"),
+    "a keyword with a field of its own": (
+        setting(prompt__teacher_keywords=("enable_thinking=true",)),
+        "since prompt.thinking or .* sets enable_thinking",
+    ),
+    "a switch that the template lacks": (setting(prompt__teacher_thinking=True), "does not read enable_thinking"),
+    "another treatment of reasoning": (setting(teacher__reasoning="drop"), "teacher.reasoning = 'drop' is not known"),
+    "distributions of an answer without its reasoning": (
+        setting(teacher__reasoning="cut", loss__off_policy_steps=1),
+        "compares with the teacher's distributions",
+    ),
+    "an adapter and all weights trained": (setting(lora__init="/adapter"), "lora.init = '/adapter' and lora.rank = 0"),
+    "no adapter": (setting(lora__init="/adapter", lora__rank=2), "/adapter has no adapter_config.json; give a folder"),
+    "another meter": (setting(eval__meters=("speed",)), "eval.meters = 'speed' is not known; choose from drift, trace"),
+    "a meter that cannot be asked": (
+        setting(eval__meters=("drift",)),
+        "the tokens of this model cannot write",
+    ),
     "no steps": (setting(train__steps=0), "train.steps = 0 must be above 0"),
     "negative steps": (setting(train__steps=-1), "train.steps = -1 must be above 0"),
     "steps as text": (setting(train__steps="3"), "train.steps = '3' must be a whole number"),

@@ -97,7 +97,7 @@ class Fake:
         folder.stop_ids, folder.check_prompts = (tokenizer.eos_token_id,), lambda *given: None
         monkeypatch.setattr(question_writer, "open_folder", lambda *given, **named: folder)
         monkeypatch.setattr(decoding, "decode", self.decode)
-        self.drafted = 0
+        self.drafted, self.reply = 0, "reply number {}"
 
     def decode(self, params, model, sampling, prompts, key, size, mesh, what):
         count = len(prompts.tokens_BxP)
@@ -105,7 +105,7 @@ class Fake:
             texts = [self.drafts[(self.drafted + i) % len(self.drafts)] for i in range(count)]
             self.drafted += count
         else:
-            texts = [f"reply number {i}" for i in range(count)]
+            texts = [self.reply.format(i) for i in range(count)]
         self.batches.append((sampling, texts))
         self.keys.append(jax.random.key_data(key).tolist())
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -156,6 +156,14 @@ def test_the_file_has_different_questions_with_replies_and_the_task_reads_it(tmp
     assert {row.context for row in read} == {CONTEXT}
     question_writer.ensure_questions(config, mesh)  # is there, so it is not written again
     assert len(fake.batches) == 8 and not path.with_suffix(".drafts").exists()
+
+
+def test_the_reasoning_of_a_writer_that_thinks_is_no_part_of_its_replies(tmp_path, monkeypatch, tokenizer, mesh):
+    Fake(monkeypatch, tokenizer, DRAFTS).reply = "<think>It asks for {}.</think>reply"
+    config = make(tmp_path, **SMALL)
+    question_writer.ensure_questions(config, mesh)
+    lines = find_questions_file(config.task_config).read_text().splitlines()
+    assert {json.loads(line)["reference"] for line in lines} == {"reply"}
 
 
 def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, tokenizer, mesh):

@@ -34,6 +34,7 @@ def files(tmp_path_factory) -> Path:
             "note": f"n{n % 3}",
             "reference": f"{n + 1}",
             "chat": [{"role": "user", "content": f"chat {n}?"}],
+            "told": [{"role": "user", "content": f"{n} + 1? Say {n + 1}."}],
         }
         for n in range(90)
     ]
@@ -94,6 +95,8 @@ FIELDS = {
         "grading": ("exact", "grades"), "limit": (20, QUESTIONS), "dev_questions": (5, QUESTIONS),
         "test_questions": (4, "train test"), "other_rows": ("FILES/under.jsonl", "others"),
         "messages": ("chat", QUESTIONS),
+        "context_template": ({"context": "", "context_template": "Notes: {note}"}, "contexts"),
+        "teacher_messages": ({"context": "", "teacher_messages": "told"}, "contexts"),
     },
     "self_study": CONTEXTS | LIMITS | {"path": ("FILES/more.jsonl", QUESTIONS)},
     "medical": CONTEXTS | COLUMN | LIMITS | FORMAT | {

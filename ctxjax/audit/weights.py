@@ -70,7 +70,8 @@ class Weights:
                     name = jax.tree_util.keystr(key, simple=True, separator="/")
                     found.checksums[name] = compute_checksum(array)
                     if name.startswith("params/") and name.endswith("_lora_b"):
-                        scale = np.float32(self._lora["alpha"] / self._lora["rank"])
+                        power = 0.5 if self._lora.get("rslora") else 1
+                        scale = np.float32(self._lora["alpha"] / self._lora["rank"] ** power)
                         found.scaled[name] = compute_checksum(array * scale)
         return found
 

@@ -20,6 +20,8 @@ from ctxjax.data.task import Row
 from ctxjax.types import bounded
 
 BUILT_IN = "builtin"
+# Further sources that some tasks have: how each row's context is made of its columns.
+FROM_ROWS = ("context_template", "teacher_messages")
 BUILT_IN_FILE = Path(__file__).with_name("other_contexts.jsonl")
 
 
@@ -56,13 +58,13 @@ class Contexts:
     """
 
     def __init__(self, config: ContextConfig, section: str):
-        fields = ("context", "context_file", "context_files", "context_column")
-        given = [f"{section}.{field}" for field in fields if getattr(config, field)]
+        fields = ("context", "context_file", "context_files", "context_column", *FROM_ROWS)
+        given = [f"{section}.{field}" for field in fields if getattr(config, field, "")]
         if not given and config.required:
             raise ValueError(f"{section} has no context; set {section}.context_file (or {section}.context)")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both set; set only one of them")
-        self._seed = config.context_seed
+        self._seed, self._given = config.context_seed, given
         self.columns = (config.context_column,) if config.context_column else ()
         files = config.context_files or ((config.context_file,) if config.context_file else ())
         self.texts = {"inline": config.context} if config.context else {str(f): read_context(f) for f in files}
@@ -78,8 +80,11 @@ class Contexts:
         return texts[int(hash_text(f"{self._seed}:{row_id}"), 16) % len(texts)]
 
     def describe(self) -> dict:
-        """Return what a run records: the sha256 of each text by its file name or "inline"; or the column's name."""
-        return {"column": self.columns[0]} if self.columns else {name: hash_text(t) for name, t in self.texts.items()}
+        """Return what a run records: the sha256 of each text by its file name or "inline"; or the column's name, or the
+        field that makes them of the rows."""
+        if self.columns:
+            return {"column": self.columns[0]}
+        return {name: hash_text(t) for name, t in self.texts.items()} or {"made by": self._given}
 
 
 class OtherContexts:

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import datetime
 import functools
 import itertools
+from typing import Any
 
-import jinja2
 import numpy as np
 
-from ctxjax.data import control_tokens
+from ctxjax.data import chat_template, control_tokens
 from ctxjax.data.grading.graders import OPEN_REASONING, READ_TAGS, is_reasoning_open
-from ctxjax.data.task import Row
+from ctxjax.data.task import Row, read_chat_context
 from ctxjax.types import Prompts, bounded
 
 PLACEMENTS = ("system", "user", "prefix")
-DATE_FORMAT = "%d %b %Y"  # as Llama 3.1 and 3.2 write it
-# The strftime directives that templates may use; the time of day is midnight.
-_DIRECTIVES = ("-d", "-m", *"aAbBcdDeFGHIjmMpSuUVwWxXyY")
 # A shorter prefix, in tokens, is read in every row: a separate pass over a few tokens reads all weights once more and
 # does not pay (benchmarks/README.md, context_cost.py).
 SHORTEST_PREFIX = 32
@@ -32,8 +28,11 @@ class PromptConfig:
 
     ``placement``: the context is the "system" message; or part of the "user" turn, before the question; or a "prefix",
     raw text before the whole chat (after the begin token, if the template writes one).
-    ``date``: the date that the template writes as today's. ``thinking``: the template's switch ``enable_thinking``;
-    None does not set it, so the template's default applies. Templates that have no date or no switch ignore these.
+    ``date``: the date that the template writes as today's; templates without a date ignore it.
+    ``thinking``: the template's switch ``enable_thinking``; None does not set it, so the template's default applies.
+    ``keywords``: other variables of the template, "NAME=VALUE" each (``chat_template.parse_keyword``). Both are for all
+    prompts; ``teacher_thinking`` (None: as ``thinking``) and ``teacher_keywords`` (in addition) for prompts with a
+    context block, which the teacher reads, and the student when the context comes back.
     ``max_bare_tokens``, ``max_context_tokens``: the longest allowed prompt of each view, template tokens included; 0:
     no limit. ``overlong``: "error" refuses a longer row, "drop" leaves it out and counts it.
     """
@@ -41,28 +40,33 @@ class PromptConfig:
     placement: str = "system"
     date: str = "26 Jul 2024"
     thinking: bool | None = None
+    teacher_thinking: bool | None = None
+    keywords: tuple[str, ...] = ()
+    teacher_keywords: tuple[str, ...] = ()
     max_bare_tokens: int = bounded(0, zero=True)
     max_context_tokens: int = bounded(0, zero=True)
     overlong: str = "error"
 
-
-def parse_date(text: str) -> datetime.date:
-    """Parse a date such as "26 Jul 2024". Raises ValueError for anything else: the clock is no substitute."""
-    try:
-        return datetime.datetime.strptime(text, DATE_FORMAT).date()
-    except ValueError:
-        raise ValueError(
-            f"prompt.date = {text!r} is not a date such as '26 Jul 2024'; templates write it as today's date, so that "
-            "the prompts of a run are the same every day"
-        ) from None
+    def collect_variables(self, has_context: bool) -> dict[str, Any]:
+        """Return what the prompts of a view set in the chat template, by name."""
+        thinking, keywords = self.thinking, self.keywords
+        if has_context:
+            thinking = thinking if self.teacher_thinking is None else self.teacher_thinking
+            keywords += self.teacher_keywords
+        return dict(map(chat_template.parse_keyword, keywords)) | (
+            {} if thinking is None else {"enable_thinking": thinking}
+        )
 
 
 def build_messages(row: Row, placement: str) -> list[dict[str, str]]:
     """Build the chat messages of a row.
 
     A context of None writes no system message, so the template's own default applies; "" writes an empty one. With
-    placement "user" an empty context adds nothing. With placement "prefix" the context is not part of the chat.
+    placement "user" an empty context adds nothing. With placement "prefix" the context is not part of the chat. A
+    context that is a whole chat has no placement: it is returned.
     """
+    if (whole := read_chat_context(row.context)) is not None:
+        return whole
     texts = [*itertools.chain.from_iterable(row.earlier), row.question]
     if row.context and placement == "user":
         texts[0] = f"{row.context}\n\n{texts[0]}"
@@ -83,9 +87,9 @@ def find_control_tokens(tokenizer) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def _find_control_tokens(tokenizer, template: str) -> dict[str, int]:
-    written = _render_probe(tokenizer, PromptConfig())
+    written = _render_probe(tokenizer, PromptConfig(), False)
     with contextlib.suppress(ValueError):  # the template may refuse a system message
-        written += _apply_template(tokenizer, build_messages(Row("", "?", "?", ""), "system"), PromptConfig())
+        written += _apply_template(tokenizer, build_messages(Row("", "?", "?", ""), "system"), PromptConfig(), True)
     named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
     found = {}
     for index, token in tokenizer.added_tokens_decoder.items():
@@ -125,8 +129,17 @@ def _render_marked(tokenizer, row: Row, config: PromptConfig) -> str:
         context = None if row.context is None else control_tokens.mark(row.context, tokens)
         earlier = tuple(tuple(control_tokens.mark(text, tokens) for text in turn) for turn in row.earlier)
         row = row._replace(question=control_tokens.mark(row.question, tokens), context=context, earlier=earlier)
-    text = _apply_template(tokenizer, build_messages(row, config.placement), config)
+    chat, has_context = build_messages(row, config.placement), row.context is not None
+    text = _apply_template(tokenizer, chat, config, has_context)
     if not row.context:
+        return text
+    if read_chat_context(row.context) is not None:
+        for message in chat:
+            if message["content"].strip() not in text:
+                raise ValueError(
+                    f"row {row.id!r}: the chat template of {tokenizer.name_or_path} leaves out the teacher's "
+                    f"{message['role']} message or changes its text; write it into a user message"
+                )
         return text
     if config.placement == "prefix":
         begin = _find_begin_token(tokenizer, config)
@@ -161,23 +174,16 @@ def opens_reasoning(tokenizer, row: Row, config: PromptConfig) -> bool:
     if OPEN_REASONING not in tokenizer.get_chat_template():
         return False
     chat = build_messages(row, config.placement)
-    asked, text = (_apply_template(tokenizer, chat, config, opens_turn) for opens_turn in (False, True))
+    has_context = row.context is not None
+    asked, text = (_apply_template(tokenizer, chat, config, has_context, opens_turn) for opens_turn in (False, True))
     if text.startswith(asked) and text != asked:
         return is_reasoning_open(text[len(asked) :])  # what follows the chat: a user may write such tags too
     return text.rstrip().endswith(OPEN_REASONING)
 
 
-def is_thinking_ignored(tokenizer, config: PromptConfig) -> bool:
-    """Whether ``config.thinking`` is set but the template writes the same text for both values."""
-    if config.thinking is None:
-        return False
-    texts = {_render_probe(tokenizer, dataclasses.replace(config, thinking=value)) for value in (True, False)}
-    return len(texts) == 1
-
-
-def _render_probe(tokenizer, config: PromptConfig) -> str:
-    """Render a short question, to see what the template writes around any question."""
-    return _apply_template(tokenizer, [{"role": "user", "content": "?"}], config)
+def _render_probe(tokenizer, config: PromptConfig, has_context: bool) -> str:
+    """Render a short question, to see what the template writes around any question of a view."""
+    return _apply_template(tokenizer, [{"role": "user", "content": "?"}], config, has_context)
 
 
 def _find_begin_token(tokenizer, config: PromptConfig) -> str:
@@ -185,38 +191,16 @@ def _find_begin_token(tokenizer, config: PromptConfig) -> str:
 
     In some ChatML tokenizers the "begin token" opens every turn. It then belongs to its turn, and "" is returned.
     """
-    begin, text = tokenizer.bos_token or "", _render_probe(tokenizer, config)
+    begin, text = tokenizer.bos_token or "", _render_probe(tokenizer, config, has_context=True)
     return begin if begin and text.startswith(begin) and text.count(begin) == 1 else ""
 
 
-def _apply_template(tokenizer, chat: list[dict[str, str]], config: PromptConfig, opens_turn: bool = True) -> str:
-    """Render the chat in the tokenizer's template, with ``config.date`` in place of the clock.
-
-    ``opens_turn``: write the marker that opens the assistant's turn.
-
-    Templates get the date in two ways: from the variable ``date_string`` or, if it is not set, from the function
-    ``strftime_now``. A variable cannot replace a function, so a macro with that name is put before the template.
-    """
-    date = parse_date(config.date)
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        filled = "".join(f"|replace('%{d}', '{date.strftime(f'%{d}')}')" for d in _DIRECTIVES)
-        template = f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{template}"
-    settings = {} if config.thinking is None else {"enable_thinking": config.thinking}
-    try:
-        return tokenizer.apply_chat_template(
-            chat,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=opens_turn,
-            date_string=date.strftime(DATE_FORMAT),
-            **settings,
-        )
-    except jinja2.TemplateError as error:
-        named = {"system": "a system message", "user": "a user message", "assistant": "an earlier response"}
-        roles = " and ".join(dict.fromkeys(named[message["role"]] for message in chat))
-        remedy = "; set prompt.placement=user" if chat[0]["role"] == "system" else ""
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses {roles}: {error}{remedy}") from None
+def _apply_template(
+    tokenizer, chat: list[dict[str, str]], config: PromptConfig, has_context: bool, opens_turn: bool = True
+) -> str:
+    """Render the chat as ``config`` says; ``has_context``: in a view with a context block."""
+    variables = config.collect_variables(has_context)
+    return chat_template.apply(tokenizer, chat, config.date, variables, opens_turn)
 
 
 def find_common_prefix(token_lists: list[list[int]]) -> list[int]:

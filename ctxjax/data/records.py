@@ -98,12 +98,14 @@ class Reader:
             found.append(value)
         return found
 
-    def get_reference(self, record: Record, column: str, read: Callable[[Any], str]) -> str | None:
+    def get_reference(
+        self, record: Record, column: str, read: Callable[[Any], str], what: str = "reference"
+    ) -> str | None:
         """Return ``read`` of the value in ``column``, which may be a text, a number or a boolean; None if the row was
-        left out. A value that ``read`` refuses (ValueError) is a bad "label"."""
+        left out. A value that ``read`` refuses (ValueError) is a bad "label". ``what``: its name in messages."""
         value = _look_up(record.value, column)
         is_text = value is None or isinstance(value, (str, list, dict))
-        if is_text and not self._is_usable(value, record.where, f"no reference in column {column!r}", record.value):
+        if is_text and not self._is_usable(value, record.where, f"no {what} in column {column!r}", record.value):
             return None
         try:
             return read(value)

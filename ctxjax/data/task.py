@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import itertools
+import json
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,13 +14,35 @@ from ctxjax.data.grading.response_checks import Check, grade_check
 
 # The views of an evaluation that may be left out (``make_evaluation_views``): "bare" and "context" are always asked.
 FURTHER_VIEWS = ("empty", "other", "paraphrase", "unrelated")
+# What an evaluation measures besides, if asked to (eval.meters, evaluation/meters.py).
+METERS = ("trace_gap", "drift")
+
+_CHAT = "\ufdd4"  # a noncharacter of Unicode, which no text has; a context that begins with it is a whole chat
+
+
+def write_chat_context(chat: list[dict[str, str]]) -> str:
+    """Return the context of a view in which the model reads ``chat`` in place of the row's turns: {"role", "content"}
+    each, ending with the user's. It is a text, as other contexts are."""
+    return _CHAT + json.dumps(chat, ensure_ascii=False)
+
+
+def read_chat_context(context: str | None) -> list[dict[str, str]] | None:
+    """Return the chat that ``write_chat_context`` wrote; None for any other context."""
+    return json.loads(context.removeprefix(_CHAT)) if context and context.startswith(_CHAT) else None
+
+
+def describe_context(context: str) -> str:
+    """Return a context as people read it."""
+    chat = read_chat_context(context)
+    return context if chat is None else "\n\n".join(f"{message['role']}: {message['content']}" for message in chat)
 
 
 class Row(NamedTuple):
     """A question in one view.
 
-    ``context``: None for no context block, "" for an empty one. ``default``: the answer that the base gives without a
-    context, if the task knows it. ``check``: grades the response in place of ``reference``, if the context has one.
+    ``context``: None for no context block, "" for an empty one; or a whole chat (``write_chat_context``).
+    ``default``: the answer that the base gives without a context, if the task knows it. ``check``: grades the response
+    in place of ``reference``, if the context has one.
     ``earlier``: the turns of the conversation before the question, (what the user said, the response) each.
     """
 

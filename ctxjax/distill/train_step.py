@@ -48,14 +48,15 @@ class StepConfig:
     micro_batches: int = 1
 
 
-def init_state(params: Params, config: StepConfig, key: jax.Array) -> TrainState:
+def init_state(params: Params, config: StepConfig, key: jax.Array, adapter: Params | None = None) -> TrainState:
     """Return the state at step 0 of a student that starts from ``params``, on the current mesh.
 
-    With an adapter, the state holds only the adapter. Otherwise it holds a copy of ``params``: a step overwrites the
-    state in place, and the caller's arrays may serve as the frozen teacher.
+    With an adapter, the state holds only the adapter: a new one, or a copy of ``adapter``. Otherwise it holds a copy of
+    ``params``: a step overwrites the state in place, and the caller's arrays may serve as the frozen teacher.
     """
-    if config.lora is None:
-        trained = jax.tree.map(jnp.copy, sharding.bring_to_device(params))
+    start = params if config.lora is None else adapter
+    if start is not None:
+        trained = jax.tree.map(jnp.copy, sharding.bring_to_device(start))
     else:
         specs = lora_lib.specs(config.model, config.lora)
         trained = params_lib.init(specs, rng.key_for(key, 0, "adapter"), jax.sharding.get_mesh())

@@ -22,6 +22,7 @@ from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
 from ctxjax.evaluation.answers import Answers, Asker, Games, Questions
 from ctxjax.evaluation.episodes import grade_episodes
+from ctxjax.evaluation.meters import Meters
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
 from ctxjax.evaluation.split import Split, share_shapes
 from ctxjax.host import progress
@@ -86,8 +87,16 @@ class Evaluator:
         # Of the first turns: what else is read follows from them and the responses.
         self._digests = {view: [digest_tokens(ids) for ids in lists] for view, lists in split.tokens.items()}
         self._seed, self._resamples = config.seed, config.eval.bootstrap
+        if is_game and config.eval.meters:
+            raise ValueError(
+                f"eval.meters = {config.eval.meters}: they read single responses, not games; leave it empty"
+            )
+        sampling = dataclasses.replace(self._rollout, top_k=0, top_p=1.0)
+        self._meters = Meters(config, split, folder, teacher, sampling, mesh)
+        self._measured = [name for name in config.eval.meters if name != "trace_gap" or "context" in split.rows]
         self._asked = [view for view in self._rows if view not in FURTHER_VIEWS or view in config.eval.views]
-        parts = [*self._asked, *(("comparison", "samples", "distill") if "context" in self._rows else ()), "metrics"]
+        parts = [*self._asked, *(("comparison", "samples", "distill") if "context" in self._rows else ())]
+        parts += [*self._measured, "metrics"]
         self._whats = {part: f"on {split.name}: {part}, {n} of {len(parts)}" for n, part in enumerate(parts, 1)}
 
     @classmethod
@@ -126,6 +135,7 @@ class Evaluator:
             measured["comparison"] = Comparison(*compared, first.mask_BxT)
             sampling["distill"] = self._rollout
             measured["distill"] = self._distillation(params, sampling["distill"], whats)
+        measured |= {meter: self._meters.measure(meter, params, whats[meter]) for meter in self._measured}
         decoding = {view: self._describe(own) for view, own in sampling.items()}
         with progress.Bar(whats["metrics"]):
             metrics = metrics_lib.compute_metrics(measured, self._resamples)

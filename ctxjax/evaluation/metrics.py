@@ -215,6 +215,19 @@ METRICS = (
         ("distill",), float, better="lower", table="checks",
     ),
     Metric(
+        "trace_gap", "trace gap", "nats",
+        "Mean negative log-likelihood of the teacher's responses under the student without the context, less the "
+        "teacher's own with it, in nats per token: how much of the context is not in the weights yet, without any "
+        "grading. Measured if eval.meters has it.",
+        ("trace_gap",), float, better="lower", table="checks",
+    ),
+    Metric(
+        "drift", "drift", "nats",
+        "KL(base || student), both without a context, in nats per token along the base's own responses to everyday "
+        "questions: what the training changed besides. Measured if eval.meters has it.",
+        ("drift",), float, better="lower", table="checks",
+    ),
+    Metric(
         "lowest_acc_xc", "lowest Acc_xc", "share",
         "The lowest accuracy with the context on dev during training. An arm may end well and yet have lost the use of "
         "the context before it was in the weights. It is a minimum of noisy values.",
@@ -239,7 +252,8 @@ def compute_metrics(measured: Mapping[str, Any], resamples: int) -> dict[str, An
     ``measured`` holds what was measured, by name; any of it may be missing. "bare", "context", "empty", "other",
     "paraphrase" and "unrelated" are the Outcomes of the views; "default" those of the bare responses, graded against
     the default answers; "comparison" is the Comparison of the bare and the context view; "distill" the held-out
-    distillation loss in nats per token; "learning" an arm's Learning. ``resamples``: of bootstrap intervals.
+    distillation loss in nats per token; "trace_gap" and "drift" the meters of these names; "learning" an arm's
+    Learning. ``resamples``: of bootstrap intervals.
     """
     result, measured = {}, {**measured, "resamples": resamples}
     for metric in METRICS:

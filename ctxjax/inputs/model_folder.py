@@ -23,13 +23,15 @@ from ctxjax.types import Params
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
     """What a run needs of a Hugging Face folder. ``params``: a nested dict of arrays on the mesh. ``pad_id``: a row of
-    the embedding that padding has; no result depends on it."""
+    the embedding that padding has; no result depends on it. ``adapter``: that the student starts from, which ``params``
+    then contain, joined (models/lora.py); None for a new one."""
 
     config: ModelConfig
     params: Params
     tokenizer: object
     stop_ids: tuple[int, ...]
     pad_id: int
+    adapter: Params | None = None
 
     def check_prompts(self, prompts: list[list[int]], max_tokens: int, field: str = "rollout.max_tokens") -> None:
         """Raise ValueError if the model cannot read a prompt, or not with ``max_tokens`` response tokens after it.

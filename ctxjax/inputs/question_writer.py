@@ -193,7 +193,8 @@ def _draft(
 
 
 def _reply(config: Experiment, folder: ModelFolder, asked: list[tuple[Request, str]], mesh: Mesh) -> list[str]:
-    """Return the writer's greedy replies with the context; "" for one that is cut at ``longest_reference`` tokens."""
+    """Return the writer's greedy replies with the context, without their reasoning; "" for one that is cut at
+    ``longest_reference`` tokens, reasoning included."""
     if not asked:
         return []
     task = config.task_config
@@ -202,7 +203,8 @@ def _reply(config: Experiment, folder: ModelFolder, asked: list[tuple[Request, s
     tokens = prompts_lib.encode(folder.tokenizer, rows, config.prompt)
     folder.check_prompts(tokens, task.longest_reference, "self_study.longest_reference")
     prompts, key = decoding.pad_prompts(tokens, folder.pad_id), rng.key_for(jax.random.key(task.seed), 0, "evaluation")
-    return _decode(folder, prompts, sampling, key, config.eval.batch_size, mesh, "answering them")
+    texts = _decode(folder, prompts, sampling, key, config.eval.batch_size, mesh, "answering them")
+    return [strip_reasoning(text)[0] for text in texts]
 
 
 def _decode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 import time
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model, question_writer
 from ctxjax.inputs.batch_shapes import find_batch_shapes
 from ctxjax.inputs.model_folder import ModelFolder, load_tokenizer, open_folder
-from ctxjax.models import transformer
+from ctxjax.models import lora, transformer
+from ctxjax.models.hf import adapters
 from ctxjax.types import PrefixKV
 
 
@@ -81,8 +83,14 @@ def _check_arms_play(config: Experiment) -> None:
 
 def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
     """Encode the training rows; print the batch's shapes, and warnings."""
-    if prompts_lib.is_thinking_ignored(tokenizer, config.prompt):
-        print(f"warning: prompt.thinking = {config.prompt.thinking} changes nothing in this model's chat template")
+    told = config.prompt.teacher_thinking
+    compared = [name for name, loss in config.arms.items() if loss.needs_teacher]
+    if told not in (None, config.prompt.thinking) and compared:
+        print(
+            f"warning: prompt.teacher_thinking = {told} and prompt.thinking = {config.prompt.thinking}, and "
+            f"{', '.join(compared)} asks the teacher about responses without the reasoning that it expects, or with "
+            "one that it does not; such a teacher is for loss.divergence = cross_entropy on its own samples (sft)"
+        )
     with progress.Bar("encoding the training questions"):
         every = [row for split in ("train", "dev", "test") for row in task.rows(split)]
         quoted = prompts_lib.describe_quoted_control_tokens(tokenizer, every)
@@ -146,7 +154,7 @@ def open_teacher(
     seconds["load teacher"] = time.monotonic() - clock
     print(f"teacher: {path}; {loaded.config.arithmetic}", flush=True)
     student = dataclasses.replace(student, stop_ids=tuple(sorted({*student.stop_ids, *loaded.stop_ids})))
-    return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
+    return student, dataclasses.replace(student, config=loaded.config, params=loaded.params, adapter=None)
 
 
 def _prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
@@ -161,8 +169,14 @@ def _prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[st
 
 def _open_student(config: Experiment, path: str, tokenizer, mesh, seconds: dict[str, float]) -> ModelFolder:
     clock = time.monotonic()
-    model = config.model
+    model, adapter = config.model, None
+    if config.lora_init:  # one that does not fit is refused before the weights are read
+        adapter = adapters.load(Path(config.lora_init).expanduser(), path, find_folder(path), config.lora, mesh)
     folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention, tokenizer=tokenizer)
+    if adapter is not None:
+        joined = lora.join(folder.params, adapter, config.lora)
+        folder = dataclasses.replace(folder, params=joined, adapter=adapter)
+        print(f"adapter: {config.lora_init}", flush=True)
     seconds["load"] = time.monotonic() - clock
     print(f"model: {path}; {folder.config.arithmetic}", flush=True)
     return folder

@@ -4,6 +4,9 @@ They are sampled once, before the first arm, so all arms learn from the same tok
 stores their ids and text. A resumed run reads it; its step numbers start at 1::
 
     {"step": 1, "id": "q17", "question": "...", "tokens": [17, 4, 2], "logprobs": [-0.1, -2.3, -0.0], "text": "..."}
+
+With ``teacher.reasoning = cut`` the tokens are those of the answer, "reasoning" is the text of what was cut, and a
+response whose reasoning does not end has no tokens: nothing of it is trained on.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import numpy as np
 
 from ctxjax import sharding
 from ctxjax.config import Experiment
-from ctxjax.data import responses
+from ctxjax.data import prompts as prompts_lib, responses
 from ctxjax.data.pipeline import shuffle_questions, training_batches
-from ctxjax.data.task import describe_earlier
+from ctxjax.data.task import Row, describe_earlier
 from ctxjax.distill.train_step import off_policy_steps, teacher_rollout
 from ctxjax.host import processes, progress, workdir as workdir_lib
+from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.types import Rollout
 
@@ -51,7 +55,21 @@ def open_teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh
         workdir_lib.write_text(path, before + "".join(json.dumps(row) + "\n" for rows in lines for row in rows))
         processes.wait("teacher's samples")
         stored = _read(path)
+    _check_answers([ids for step in wanted for ids, _ in stored[step]], config)
     return {step: _make_rollout(stored[step], step, path, config, inputs.student.pad_id) for step in wanted}
+
+
+def _check_answers(responses: list[list[int]], config: Experiment) -> None:
+    """Warn of responses that nothing is left of. Raises ValueError if nothing is left of all of them."""
+    empty = sum(not tokens for tokens in responses)
+    if empty:
+        found = (
+            f"{empty} of {len(responses)} of the teacher's samples have no answer after their reasoning within "
+            f"rollout.max_tokens = {config.rollout.max_tokens} (teacher.reasoning = cut)"
+        )
+        if empty == len(responses):
+            raise ValueError(f"{found}; raise it, or set prompt.teacher_thinking=False")
+        print(f"warning: {found}; nothing of them is trained on", flush=True)
 
 
 def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterable[list[dict]]:
@@ -70,14 +88,26 @@ def _draw(config: Experiment, inputs: Inputs, wanted: list[int], mesh) -> Iterab
         rollout = sharding.to_host(rollout)
         first = step * train.batch_size
         questions = [inputs.rows.rows[order[first + row]] for row in range(train.batch_size)]
-        kept = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
+        said = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
         logprobs = [values[mask].tolist() for values, mask in zip(rollout.logprobs_BxT, rollout.mask_BxT)]
-        texts = responses.decode(teacher.tokenizer, kept, sampling.eos_ids)
+        starts = find_starts(config, teacher, questions, said)
+        cut = [ids[:start] for ids, start in zip(said, starts)]
+        kept = [ids[start:] for ids, start in zip(said, starts)]
+        texts, reasoning = (responses.decode(teacher.tokenizer, part, sampling.eos_ids) for part in (kept, cut))
         yield [
             {"step": step + 1, "id": row.id, "question": row.question, **describe_earlier(row), "tokens": ids}
-            | {"logprobs": values, "text": text}
-            for row, ids, values, text in zip(questions, kept, logprobs, texts)
+            | {"logprobs": values[start:], "text": text}
+            | ({"reasoning": before} if start else {})
+            for row, ids, start, values, text, before in zip(questions, kept, starts, logprobs, texts, reasoning)
         ]
+
+
+def find_starts(config: Experiment, teacher: ModelFolder, rows: list[Row], said: list[list[int]]) -> list[int]:
+    """Return the place of the first token that is learned from in each of the teacher's responses to ``rows``."""
+    if config.teacher.reasoning == "keep":
+        return [0] * len(said)
+    opened = (prompts_lib.opens_reasoning(teacher.tokenizer, row, config.prompt) for row in rows)
+    return [responses.find_answer(teacher.tokenizer, ids, teacher.stop_ids, o) for ids, o in zip(said, opened)]
 
 
 def _read(path: Path) -> dict[int, list[tuple[list[int], list[float]]]]:
@@ -100,7 +130,8 @@ def _read(path: Path) -> dict[int, list[tuple[list[int], list[float]]]]:
 def _make_rollout(rows: list, step: int, path: Path, config: Experiment, pad_id: int) -> Rollout:
     """Pad the responses of one step to a batch, after checking their number and lengths."""
     shape = (config.train.batch_size, config.rollout.max_tokens)
-    if len(rows) != shape[0] or any(not 0 < len(ids) == len(values) <= shape[1] for ids, values in rows):
+    least = 0 if config.teacher.reasoning == "cut" else 1
+    if len(rows) != shape[0] or any(not least <= len(ids) == len(values) <= shape[1] for ids, values in rows):
         raise ValueError(
             f"{path} does not hold {shape[0]} responses of at most {shape[1]} tokens for step {step + 1}; delete the "
             "file, so that it is sampled again"

@@ -1,5 +1,5 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): each target matrix becomes W + alpha / rank * A @ B, and only A and B
-are trained.
+are trained. With ``rslora`` the factor is alpha / sqrt(rank) (arXiv 2312.03732).
 
 An adapter is a parameter tree of its own. ``join`` makes one tree of the base and the adapter, which every pass of the
 transformer runs. Decoding runs it too, without merging the products into W first. Merging would save only
@@ -11,6 +11,7 @@ model than the one that is scored.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +25,17 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """``rank`` is R, ``alpha`` / rank multiplies A @ B, ``targets`` are the matrices that have an adapter."""
+    """``rank`` is R, ``alpha`` / rank (``rslora``: / sqrt(rank)) multiplies A @ B, ``targets`` are the matrices that
+    have an adapter."""
 
     rank: int = bounded(zero=True, at_most=65536)
     alpha: float
     targets: tuple[str, ...]
+    rslora: bool = False
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def specs(model: ModelConfig, config: LoraConfig) -> dict:
@@ -51,7 +54,10 @@ def specs(model: ModelConfig, config: LoraConfig) -> dict:
 
 
 def join(base: Params, adapter: Params, config: LoraConfig) -> Params:
-    """Return the adapted model as one tree: the base's own arrays, A, and B times alpha / rank. Nothing is copied."""
+    """Return the adapted model as one tree: the base's own arrays, A, and B times ``config.scale``. Nothing is copied.
+
+    ``base`` may be a joined tree; this adapter is then in place of its own.
+    """
     scaled = {name: w * config.scale if name.endswith("_lora_b") else w for name, w in adapter["layers"].items()}
     return base | {"layers": base["layers"] | scaled}
 

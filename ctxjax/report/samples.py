@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctxjax.data.task import describe_context
 from ctxjax.report import assessment
 
 SAMPLES = 5
@@ -72,7 +73,7 @@ def _sample(identifier: str, views: dict[str, dict], by_arm: dict[str, dict]) ->
     return {
         "id": identifier,
         "question": shorten(first.get("question")),
-        "context": None if context is None else shorten(context),
+        "context": None if context is None else shorten(describe_context(context)),
         "reference": shorten(first.get("reference")),
         "arms": arms,
     }

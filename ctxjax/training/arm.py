@@ -174,7 +174,8 @@ class Arm:
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         """Return the state and the first step to run: from the latest checkpoint, or new and 0 if there is none."""
-        state = init_state(self._student.params, self._step_config, jax.random.key(self._config.seed))
+        key = jax.random.key(self._config.seed)
+        state = init_state(self._student.params, self._step_config, key, self._student.adapter)
         found = checkpoints.restore(state)
         if found is None:
             return state, 0

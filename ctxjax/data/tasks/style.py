@@ -77,6 +77,11 @@ def read_demands() -> dict[str, Demand]:
     return demands
 
 
+def list_questions() -> list[tuple[str, str]]:
+    """Return everyday questions, (topic, text) each."""
+    return [(topic, frame.format(topic)) for frames, topics in TOPICS.items() for topic in topics for frame in frames]
+
+
 class Style(FileTask):
     """The task of one demand. Every row has the demand's check in place of a reference."""
 
@@ -95,11 +100,8 @@ class Style(FileTask):
         super().__init__(config, "style", Contexts(source, "style"))
 
     def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
-        for frames, topics in TOPICS.items():
-            for topic in topics:
-                for frame in frames:
-                    text = frame.format(topic)
-                    yield splits.assign_split(topic), hash_text(text)[:16], Question(text, text, "")
+        for topic, text in list_questions():
+            yield splits.assign_split(topic), hash_text(text)[:16], Question(text, text, "")
 
     def make_row(self, row_id: str, question: Question) -> Row:
         return super().make_row(row_id, question)._replace(check=self.demand.check)

@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict:
     return fields
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, Stored]:
     """Return every tensor of one file by name. safetensors checks the header and the file's length."""
     try:
         with safe_open(path, framework="np") as file:
@@ -79,7 +79,8 @@ def find(folder: Path) -> tuple[dict[str, Stored], list[str]]:
     if (folder / ADAPTER).exists():
         raise ValueError(
             f"{folder} has {ADAPTER}: it is an adapter, or a model that transformers would open with an adapter on "
-            "top, and adapters are not read; merge it into the weights (PEFT's merge_and_unload), or move it away"
+            "top. To go on with it, give its base as model.path and this folder as lora.init; or merge it into the "
+            "weights (PEFT's merge_and_unload), or move it away"
         )
     if (folder / INDEX).exists():
         files = _indexed_files(folder / INDEX)
@@ -89,11 +90,11 @@ def find(folder: Path) -> tuple[dict[str, Stored], list[str]]:
                 f"{folder} has {SINGLE} and also {INDEX}, which names {', '.join(others)}: one of the two is left over "
                 "from an earlier save; delete the older one"
             )
-        headers = {file: _read_header(file) for file in sorted(set(files.values()))}
+        headers = {file: read_header(file) for file in sorted(set(files.values()))}
         stored = {name: headers[file][name] for name, file in files.items() if name in headers[file]}
         return stored, [f"missing: {name} (the index says {files[name].name})" for name in files.keys() - stored]
     if (folder / SINGLE).exists():
-        return _read_header(folder / SINGLE), []
+        return read_header(folder / SINGLE), []
     found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     hint = f"; it has {', '.join(found)}, but pickled weights are not read: convert them to safetensors"
     raise FileNotFoundError(f"{folder} has neither {SINGLE} nor its index{hint if found else ''}")

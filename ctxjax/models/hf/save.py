@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from ctxjax.host import progress, workdir
 from ctxjax.models import lora
-from ctxjax.models.hf import load as hf_load, safetensors_files
+from ctxjax.models.hf import adapters, load as hf_load, safetensors_files
 from ctxjax.models.lora import LoraConfig
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
@@ -117,13 +117,11 @@ def save_adapter(
     folder: Path, adapter: Params, model: ModelConfig, config: LoraConfig, family, base: str, dtype: str | None = None
 ) -> None:
     """Write an adapter in PEFT's format, for the model folder or Hub id ``base``."""
-    names, tensors = hf_load.list_tensor_names(family, model), {}
-    for target in config.targets:
-        for part in "ab":
-            for layer, name in enumerate(names["layers", target][0]):
-                theirs = f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.weight"
-                tensors[theirs] = _tensor(adapter["layers"], f"{target}_lora_{part}", layer, True, dtype)
-    _write(folder / "adapter_model.safetensors", tensors)
+    tensors = {
+        theirs: _tensor(adapter["layers"], ours, layer, True, dtype)
+        for theirs, (ours, layer) in adapters.list_tensor_names(family, model, config.targets).items()
+    }
+    _write(folder / adapters.WEIGHTS, tensors)
     modules = [family.layer_names[target][0].removesuffix(".weight").rsplit(".", 1)[-1] for target in config.targets]
     fields = {
         "peft_type": "LORA",
@@ -131,13 +129,14 @@ def save_adapter(
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
+        "use_rslora": config.rslora,
         "target_modules": modules,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_json(folder / "adapter_config.json", fields)
+    write_json(folder / safetensors_files.ADAPTER, fields)
 
 
 def _write(path: Path, tensors: dict[str, _Tensor]) -> None:
