@@ -191,7 +191,8 @@ def get_config() -> ConfigDict:
     config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher from its best value
     config.alarms.context_use = 0.2  # fall of Acc_xc on dev from its best value, which may be the base's
 
-    # The arms: name -> changes to config.loss. All start from the same base, seed and data order.
+    # The arms: name -> changes to config.loss, and lr, if its optim.lr is another one. All start from the same base,
+    # seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
     config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})

@@ -123,8 +123,8 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``lora``: None if all weights are
-    trained."""
+    """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``rates``: the peak learning rates of
+    the arms that have one of their own. ``lora``: None if all weights are trained."""
 
     seed: int
     task: str
@@ -142,6 +142,11 @@ class Experiment:
     eval: EvalConfig
     alarms: AlarmsConfig
     arms: dict[str, LossConfig]
+    rates: dict[str, float]
+
+    def optim_of(self, arm: str) -> OptimConfig:
+        """Return the optimiser of an arm."""
+        return dataclasses.replace(self.optim, lr=self.rates.get(arm, self.optim.lr))
 
     @property
     def has_teacher(self) -> bool:
@@ -210,6 +215,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         eval=EvalConfig(decode=decode, **evaluation),
         alarms=_make_alarms(config.alarms),
         arms=_make_arms(config, rollout.temperature),
+        rates={name: config.arms[name].lr for name in config.run_arms if "lr" in config.arms[name]},
     )
     _check_model(result)
     if trains and result.lora is None and result.model.param_dtype != "float32":
@@ -256,7 +262,8 @@ def _make_arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
         one_of("run_arms", name, config.arms)
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise ValueError(f"run_arms: {name!r} names a folder of the workdir; use letters, digits, '_', '-' and '.'")
-        arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
+        changes = {field: value for field, value in config.arms[name].items() if field != "lr"}
+        arms[name] = LossConfig(temperature=temperature, **{**config.loss, **changes})
         _check_loss(arms[name], config)
     for taken in {"base", "teacher"} & arms.keys():
         raise ValueError(f'run_arms: "{taken}" is the name of an untrained model in the results; rename the arm')
