@@ -32,7 +32,11 @@ def main(config, workdir: str | None, only: str | None) -> None:
     if only is None:
         if (root / worker.STOP).exists():
             raise ValueError(f"{root / worker.STOP} exists, which stops the study; remove it to go on")
-        worker.work(folder, lambda text: print(text, flush=True))
+        try:
+            worker.work(folder, lambda text: print(text, flush=True))
+        except worker.Stopped as stop:
+            print(f"{stop}: the study stops; remove the file, and the same command goes on")
+            return
     if only != "progress":
         from ctxjax.study import report
 
@@ -45,9 +49,7 @@ def command_line() -> None:
     config = config_flags.DEFINE_config_file("config", command.find_config("configs/study.py"), "The study's tables.")
     options = (
         flags.DEFINE_string("workdir", None, "Folder of the cells and the report, shared by all processes."),
-        flags.DEFINE_enum(
-            "only", None, ["progress", "report"], "Run nothing: only the progress, or the report so far."
-        ),
+        flags.DEFINE_enum("only", None, ["progress", "report"], "Run nothing: show the progress, or write the report."),
     )
     try:
         command.run(lambda _: main(config.value, *(option.value for option in options)), config)
