@@ -73,6 +73,12 @@ def mean_value(values: Sequence[float], variances: Sequence[float]) -> Rate:
     return Rate(mean, (mean - half, mean + half))
 
 
+def mean_ratio(runs: Sequence[Sums], resamples: int) -> Rate:
+    """Return the mean over runs of a ratio that need not be a rate, and its 95 % interval for other seeds."""
+    runs = [run for run in runs if run.whole.sum() > 0]
+    return mean_value([run.value for run in runs], [bootstrap_variance(share, run, resamples) for run in runs])
+
+
 def mean_difference(arm: Sequence[Sums], first: Sequence[Sums], resamples: int) -> Rate:
     """Return the mean over runs of arm minus first, and its 95 % interval for other seeds.
 

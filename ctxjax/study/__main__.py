@@ -16,8 +16,8 @@ from ml_collections import config_flags
 from ctxjax.host import command, preemption, progress
 
 
-def main(config, workdir: str | None, only: str | None) -> None:
-    """Run the command with the values of its flags (see ``command_line``)."""
+def main(config, workdir: str | None, only: str | None) -> int:
+    """Run the command with the values of its flags (see ``command_line``). Return its exit code: 1 if a cell failed."""
     if workdir is None:
         raise ValueError("--workdir is missing; give a folder for the cells and the report, shared by all processes")
     command.quieten()
@@ -36,11 +36,12 @@ def main(config, workdir: str | None, only: str | None) -> None:
             worker.work(folder, lambda text: print(text, flush=True))
         except worker.Stopped as stop:
             print(f"{stop}: the study stops; remove the file, and the same command goes on")
-            return
+            return 0
     if only != "progress":
         from ctxjax.study import report
 
         print(f"report: {report.write_report(folder)}")
+    return int(any(folder.state(cell) == worker.FAILED for cell in folder.costs))
 
 
 def command_line() -> None:

@@ -52,9 +52,10 @@ class Folder:
             return FAILED
         if claim_lib.find_holder(folder) is not None or _is_in_use(self.run_of(cell)):
             return RUNNING
-        return WAITING if cell.phase == grid.RATE or self._is_rated(cell.configuration) else BLOCKED
+        return WAITING if cell.phase == grid.RATE or self.is_rated(cell.configuration) else BLOCKED
 
-    def _is_rated(self, configuration: str) -> bool:
+    def is_rated(self, configuration: str) -> bool:
+        """Whether the first phase of a configuration is done."""
         first = [c for c in self.costs if (c.configuration, c.phase) == (configuration, grid.RATE)]
         return all(self.state(cell) == DONE for cell in first)
 
