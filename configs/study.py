@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
     config.rate_changes = {
         "eval": {"views": ()},
         "rules": {"test_questions": 32},
-        "tiny_policy": {"test_questions": 32},
-        "tiny_scratch": {"test_questions": 32},
+        "policy": {"test_questions": 32},
+        "scratch": {"test_questions": 32},
         "tiny_grid": {"test_questions": 32},
     }
     return config

@@ -54,6 +54,9 @@ class ModelSource:
     attention: str
 
 
+FAMILIES = ("llama", "qwen2", "qwen3")  # the families of models/hf that a base can have
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
     """A base model to train from scratch; see configs/base.py, ``config.base``."""
@@ -72,6 +75,7 @@ class BaseConfig:
     head_dim: int
     mlp_width: int = bounded(at_most=262144)
     rope_theta: float
+    family: str = "llama"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +332,7 @@ def _check_model(config: Experiment) -> None:
             f"teacher_base.steps = {from_scratch}: only task = {' or '.join(WORLDS)} can train one; set teacher.path"
         )
     for name, base in (("base", config.base), ("teacher_base", config.teacher_base)):
+        one_of(f"{name}.family", base.family, FAMILIES)
         if base.query_heads % base.kv_heads:
             raise ValueError(
                 f"{name}.query_heads = {base.query_heads} is not a multiple of {name}.kv_heads = {base.kv_heads}"
