@@ -122,8 +122,8 @@ class Evaluator:
         if "context" in outcomes:
             first, prompts = answers["bare"].rollout, self._asker.prompts(answers["bare"])
             fixed = self._batch, self._mesh, whats["comparison"]
-            compared = views_lib.compare(params, self._folder.config, *prompts, first, *fixed)
-            measured["comparison"] = Comparison(*compared, first.mask_BxT)
+            kl, cosines, cka = views_lib.compare(params, self._folder.config, *prompts, first, *fixed)
+            measured["comparison"] = Comparison(kl, cosines, first.mask_BxT, cka)
             sampling["distill"] = self._rollout
             measured["distill"] = self._distillation(params, sampling["distill"], whats)
         decoding = {view: self._describe(own) for view, own in sampling.items()}

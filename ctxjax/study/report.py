@@ -15,7 +15,7 @@ from ctxjax.host.workdir import write_text
 from ctxjax.report import plots
 from ctxjax.report.formatting import DASH, decimals, interval, p_value, percent, signed_percent
 from ctxjax.study import results as results_lib, worker
-from ctxjax.study.results import COSINE, HEADERS, UNITS, Results
+from ctxjax.study.results import HEADERS, UNITS, VALUES, Results
 from ctxjax.study.worker import Folder
 
 Row = Sequence[str]
@@ -85,7 +85,7 @@ def _escape(text: str) -> str:
 
 
 def _form(key: str, value: float | None) -> str:
-    if UNITS[key] == "cosine":
+    if key in VALUES:
         return decimals(value)
     return (signed_percent if UNITS[key] == "change" else percent)(value)
 
@@ -93,7 +93,7 @@ def _form(key: str, value: float | None) -> str:
 def _with_interval(key: str, value: float | None, ends: tuple) -> str:
     if None in ends:
         return _form(key, value)
-    if key == COSINE:
+    if key in VALUES:
         return f"{decimals(value)} [{decimals(ends[0])}, {decimals(ends[1])}]"
     return f"{_form(key, value)} {interval(ends, signed=UNITS[key] == 'change')}"
 
@@ -105,7 +105,7 @@ def metrics_table(rows: list[dict]) -> tuple[Row, list[Row]]:
         own = lines.setdefault((row["configuration"], row["arm"]), {})
         own[row["metric"]] = _with_interval(row["metric"], row["mean"], (row["low"], row["high"]))
         own["seeds"] = str(row["seeds"])
-    units = {key: "" if key == COSINE else " %" for key in HEADERS}
+    units = {key: "" if key in VALUES else " %" for key in HEADERS}
     header = ("configuration", "arm", "seeds", *(HEADERS[key] + units[key] for key in HEADERS))
     body = [(*names, own["seeds"], *(own.get(key, DASH) for key in HEADERS)) for names, own in lines.items()]
     return header, body

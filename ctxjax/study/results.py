@@ -49,8 +49,9 @@ MEASURES = {  # by their key in evaluation/metrics.py, which defines them
     "obedience": Measure(("other",), lambda other: other.correct, _everything),
     "dlen": Measure(BOTH, lambda x, xc: xc.length - x.length, lambda x, xc: x.length, is_rate=False),
 }
-COSINE = "cosine_by_layer"  # one value of a run: its questions are not kept
-HEADERS = {metric.key: metric.header for metric in METRICS if metric.key in (*MEASURES, COSINE)}
+# Means over layers, one value of a run: its questions are not kept.
+VALUES = ("cosine_by_layer", "cosine_control_by_layer", "cka_by_layer", "cka_control_by_layer")
+HEADERS = {metric.key: metric.header for metric in METRICS if metric.key in (*MEASURES, *VALUES)}
 UNITS = {metric.key: metric.unit for metric in METRICS if metric.key in HEADERS}
 
 
@@ -92,8 +93,8 @@ def _reduce(seed: int, outcomes: Views, row: dict) -> RunResult:
         sums[key] = Sums(np.bincount(clusters, part), np.bincount(clusters, measure.whole(*views)))
         if measure.is_rate and views[0].samples == 1:
             events[key] = part
-    cosine = mean_over_layers(row.get(COSINE))
-    return RunResult(seed, sums, events, {} if cosine is None else {COSINE: cosine})
+    means = {key: mean_over_layers(row.get(key)) for key in VALUES}
+    return RunResult(seed, sums, events, {key: value for key, value in means.items() if value is not None})
 
 
 def _runs_with(runs: Sequence[RunResult], key: str) -> list[RunResult]:
