@@ -62,7 +62,7 @@ def export(
     config = stored_arms.read_experiment(workdir)
     if adapter and config.lora is None:
         raise ValueError("--adapter: this run trained all weights (lora.rank = 0); leave --adapter out")
-    arm, step = _choose_checkpoint(workdir, config, arm, step)
+    arm, step = choose_checkpoint(workdir, config, arm, step)
     stop_ids = workdir_lib.read_stop_ids(workdir)
     name = stored_arms.find_source(config)
     source = find_folder(name)
@@ -117,7 +117,8 @@ def _write_stop_ids(folder: Path, stop_ids: list[int]) -> None:
             hf_save.write_json(path, fields | {"eos_token_id": stop_ids})
 
 
-def _choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:
+def choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:
+    """Return the arm and the step of a checkpoint, as ``export`` takes them. Raises ValueError that names all."""
     steps = stored_arms.list_steps(workdir, config)
     saved = stored_arms.describe_steps(workdir, steps)
     if arm is None:

@@ -13,7 +13,7 @@ ROOMS = [
     "models", "models.hf", "distill",
     "monitoring", "games", "data.grading", "data", "data.worlds", "data.tasks",
     "config_fields", "config", "inputs", "evaluation", "report", "training",
-    "api", "__init__", "study", "plan", "export", "audit", "chat", "evaluate", "main", "__main__",
+    "api", "__init__", "plan", "export", "study", "audit", "chat", "evaluate", "main", "__main__",
 ]  # fmt: skip
 CORE = {"types", "rng", "masks", "sharding", "models", "distill"}
 OUTSIDE = {"ml_collections", "transformers", "grain", "time", "pathlib"}  # the world, which arrays know nothing of
