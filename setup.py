@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ctxjax", "ctxjax.*"]),
     entry_points={"console_scripts": ["ctxjax=ctxjax.__main__:main"]},
-    package_data={"ctxjax.report": ["*.j2"], "ctxjax.data": ["*.jsonl"]},
+    package_data={"ctxjax.report": ["*.j2"], "ctxjax.study": ["*.j2"], "ctxjax.data": ["*.jsonl"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",  # flax.struct PyTrees

@@ -8,7 +8,9 @@ Wilson's for the true design effect 1 + (samples - 1) correlation, which a run d
 of the mean widths. ``least`` is that quotient for an interval that knows the design effect except in runs without any
 event (or without any other outcome), which say nothing about it: there the interval has to allow for equal samples.
 The obedience cells have few clusters of many questions, as other contexts are. Prints one JSON object as the last line.
-Recorded numbers: benchmarks/README.md.
+Then intervals of means over seeds (``over_seeds.mean_rate``): each seed has its own rate, from a beta distribution, and
+many questions. ``coverage_of_two_thirds`` is that of an interval of two thirds of the width around the same value; if
+it were 95 %, the interval would be half wider than needed. Recorded numbers: benchmarks/README.md.
 """
 
 import argparse
@@ -17,11 +19,17 @@ import json
 
 import numpy as np
 
-from ctxjax.evaluation import statistics
+from ctxjax.evaluation import over_seeds, statistics
 
 CORRELATIONS = (0.0, 0.2, 0.5, 1.0)
 QUESTIONS = [*itertools.product((0.01, 0.05, 0.3), (20, 50, 128, 500), (1, 2, 4, 8), CORRELATIONS)]
 OBEDIENCE = [*itertools.product((0.05, 0.3, 0.5, 0.95), (12, 24, 60), (8, 25), CORRELATIONS)]
+# Seeds, questions of each, mean and intra-cluster correlation of the seeds' rates.
+SEEDS = [
+    *((seeds, 512, p, c) for seeds in (3, 5) for p in (0.15, 0.5) for c in (0.0, 0.01, 0.1)),
+    (3, 512, 0.02, 0.0), (3, 512, 0.02, 0.01), (3, 512, 0.5, 0.3), (5, 512, 0.98, 0.01), (10, 128, 0.3, 0.1),
+]  # fmt: skip
+SKEWED = [(3, 512, 0.15, 0.3), (3, 512, 0.02, 0.05), (5, 512, 0.98, 0.05), (10, 512, 0.02, 0.05)]
 QUICK = [(0.01, 20, 8, 1.0), (0.05, 50, 2, 0.5), (0.3, 20, 4, 0.2), (0.3, 50, 8, 0.0)]
 
 
@@ -53,6 +61,22 @@ def simulate(p: float, clusters: int, size: int, correlation: float, runs: int) 
     }  # fmt: skip
 
 
+def simulate_seeds(seeds: int, questions: int, p: float, correlation: float, runs: int) -> dict:
+    """Return coverage and width of the interval over seeds of one cell."""
+    rng, found = np.random.default_rng([seeds, questions, round(1000 * p), round(100 * correlation)]), []
+    right = draw_events(rng, p, correlation, (runs, seeds), questions)
+    for counts in right:
+        sums = [over_seeds.Sums((np.arange(questions) < count).astype(float), np.ones(questions)) for count in counts]
+        value, (low, high) = over_seeds.mean_rate(sums, 100)
+        narrow = value - (value - low) / 1.5 <= p <= value + (high - value) / 1.5
+        found.append((low <= p <= high, narrow, high - low))
+    covered, narrow, width = np.mean(found, axis=0)
+    return {
+        "seeds": seeds, "questions": questions, "p": p, "correlation": correlation, "coverage": round(covered, 4),
+        "coverage_of_two_thirds": round(narrow, 4), "width": round(width, 4),
+    }  # fmt: skip
+
+
 def summarise(cells: list[tuple], runs: int) -> dict:
     found = [simulate(*cell, runs) for cell in cells]
     return {
@@ -79,9 +103,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four cells, 300 runs of each")
     options = parser.parse_args()
     if options.quick:
-        result = {"questions": summarise(QUICK, 300)}
+        result = {"questions": summarise(QUICK, 300), "seeds": [simulate_seeds(*SEEDS[0], 50)]}
     else:
         result = {"questions": summarise(QUESTIONS, 4000), "obedience": summarise(OBEDIENCE, 4000)}
+        result["seeds"] = [simulate_seeds(*cell, 4000) for cell in (*SEEDS, *SKEWED)]
     print(json.dumps({"benchmark": "intervals", **result, "versions": {"numpy": np.__version__}}))
 
 

@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     config.base = ConfigDict()
     config.base.seed = config.get_oneway_ref("seed")  # of its initial weights and training text
     config.base.cache = "~/.cache/ctxjax"  # folder of trained bases; the name of a base has a hash of its configuration
+    config.base.family = "llama"  # its architecture; or "qwen2": biases on q, k and v; "qwen3": norms on q and k
     config.base.steps = 0  # optimiser steps; 0: no base
     config.base.batch_size = 64  # rows per step
     config.base.lr = 2e-3  # peak learning rate, after a warm-up and before a cosine decay to 0
@@ -206,7 +207,8 @@ def get_config() -> ConfigDict:
     config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher from its best value
     config.alarms.context_use = 0.2  # fall of Acc_xc on dev from its best value, which may be the base's
 
-    # The arms: name -> changes to config.loss. All start from the same base, seed and data order.
+    # The arms: name -> changes to config.loss, and lr, if its optim.lr is another one. All start from the same base,
+    # seed and data order.
     config.arms = ConfigDict()
     config.arms.opcd = ConfigDict({"beta": 0.0, "mu": 0.0})
     config.arms.off_policy = ConfigDict({"divergence": "forward_kl", "on_policy_fraction": 0.0})
@@ -217,12 +219,15 @@ def get_config() -> ConfigDict:
     config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # the arms to run, in this order
 
     config.rules = ConfigDict()  # task rules: the built-in world of substitution tables
-    config.rules.seed = config.get_oneway_ref("seed")  # of the world: tables, questions, splits
-    config.rules.context_index = 0  # the table to internalize, 0 to 7
-    config.rules.train_questions = 4096  # questions to train on
-    config.rules.dev_questions = 128  # questions held out to watch the run
-    config.rules.test_questions = 512  # questions held out for the result
-    config.rules.empty_share = 0.0  # of the base's rows without a table, the share with an empty context block
+    config.policy = ConfigDict()  # task policy: a world of contexts of four rules, of which a question needs one or two
+    config.scratch = ConfigDict()  # task scratch: a world of tables that may suggest a draft, which nothing needs
+    for section in (config.rules, config.policy, config.scratch):
+        section.seed = config.get_oneway_ref("seed")  # of the world: tables, questions, splits
+        section.context_index = 0  # the table or policy to internalize, 0 to 7
+        section.train_questions = 4096  # questions to train on
+        section.dev_questions = 128  # questions held out to watch the run
+        section.test_questions = 512  # questions held out for the result
+        section.empty_share = 0.0  # of the base's rows without a context, the share with an empty context block
 
     config.records = ConfigDict()  # for all data files: treatment of rows that cannot be used
     # Kinds of bad rows to leave out and count; a row of another kind is an error that names the row. Kinds:

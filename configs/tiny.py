@@ -9,9 +9,11 @@ from ml_collections import ConfigDict
 from ctxjax.configs import base
 
 
-def get_config() -> ConfigDict:
+def get_config(architecture: str = "llama") -> ConfigDict:
+    """``architecture``: that of the base, a value of ``base.family``."""
     config = base.get_config()
     config.task = "rules"
+    config.base.family = architecture
     config.base.steps = 600
 
     config.model.dtype = "float32"  # on accelerators too, for the same numbers

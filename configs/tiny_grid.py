@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from ctxjax.configs import tiny
 
 
-def get_config() -> ConfigDict:
-    config = tiny.get_config()
+def get_config(architecture: str = "llama") -> ConfigDict:
+    config = tiny.get_config(architecture)
     config.task = "tiny_grid"
     config.base.steps = 1500
     config.base.batch_size = 128

@@ -56,6 +56,9 @@ class ModelSource:
     attention: str
 
 
+FAMILIES = ("llama", "qwen2", "qwen3")  # the families of models/hf that a base can have
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
     """A base model to train from scratch; see configs/base.py, ``config.base``."""
@@ -74,6 +77,7 @@ class BaseConfig:
     head_dim: int
     mlp_width: int = bounded(at_most=262144)
     rope_theta: float
+    family: str = "llama"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +131,8 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``lora``: None if all weights are
-    trained; ``lora_init``: AdapterSource.init."""
+    """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``rates``: the peak learning rates of
+    the arms that have one of their own. ``lora``: None if all weights are trained; ``lora_init``: AdapterSource.init."""
 
     seed: int
     task: str
@@ -147,6 +151,11 @@ class Experiment:
     eval: EvalConfig
     alarms: AlarmsConfig
     arms: dict[str, LossConfig]
+    rates: dict[str, float]
+
+    def optim_of(self, arm: str) -> OptimConfig:
+        """Return the optimiser of an arm."""
+        return dataclasses.replace(self.optim, lr=self.rates.get(arm, self.optim.lr))
 
     @property
     def has_teacher(self) -> bool:
@@ -218,6 +227,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         eval=EvalConfig(decode=decode, **evaluation),
         alarms=_make_alarms(config.alarms),
         arms=_make_arms(config, rollout.temperature),
+        rates={name: config.arms[name].lr for name in config.run_arms if "lr" in config.arms[name]},
     )
     _check_model(result)
     if trains and result.lora is None and result.model.param_dtype != "float32":
@@ -265,7 +275,8 @@ def _make_arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
         one_of("run_arms", name, config.arms)
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise ValueError(f"run_arms: {name!r} names a folder of the workdir; use letters, digits, '_', '-' and '.'")
-        arms[name] = LossConfig(temperature=temperature, **{**config.loss, **config.arms[name]})
+        changes = {field: value for field, value in config.arms[name].items() if field != "lr"}
+        arms[name] = LossConfig(temperature=temperature, **{**config.loss, **changes})
         _check_loss(name, arms[name], config)
     for taken in {"base", "teacher"} & arms.keys():
         raise ValueError(f'run_arms: "{taken}" is the name of an untrained model in the results; rename the arm')
@@ -337,6 +348,7 @@ def _check_model(config: Experiment) -> None:
             f"teacher_base.steps = {from_scratch}: only task = {' or '.join(WORLDS)} can train one; set teacher.path"
         )
     for name, base in (("base", config.base), ("teacher_base", config.teacher_base)):
+        one_of(f"{name}.family", base.family, FAMILIES)
         if base.query_heads % base.kv_heads:
             raise ValueError(
                 f"{name}.query_heads = {base.query_heads} is not a multiple of {name}.kv_heads = {base.kv_heads}"

@@ -32,8 +32,8 @@ def check_fields(config: ConfigDict, sections: dict[str, tuple[type, ...]], made
 
     ``sections``: name -> the dataclasses that declare its fields; "" has the fields outside of sections. Fields named
     in ``made`` as "section.field", and those that are dataclasses themselves, are not in the configuration. "arms"
-    holds variants of "loss". Raises ValueError with the field, its value and the rule if a field is missing, unknown,
-    of another type or out of its bounds.
+    holds variants of "loss", each with an optional ``optim.lr`` of its own. Raises ValueError with the field, its value
+    and the rule if a field is missing, unknown, of another type or out of its bounds.
     """
     values = config.to_dict()
     for name, classes in sections.items():
@@ -50,6 +50,7 @@ def check_fields(config: ConfigDict, sections: dict[str, tuple[type, ...]], made
             arms = _get(values, "arms")
             if not isinstance(arms, dict):
                 raise ValueError(f"arms = {arms!r} must be a section of arms: name -> what it changes in config.loss")
+            rules["lr"] = _list_rules("optim", sections["optim"], made)["lr"]
             values["arms"] = {arm: _check_section(f"arms.{arm}", changes, rules) for arm, changes in arms.items()}
     return values
 

@@ -69,7 +69,7 @@ def export(
     if scale != 1.0 and (config.lora is None or not math.isfinite(scale)):
         raise ValueError(f"--scale={scale:g} must be a number, and lora.rank of the run above 0: it scales an adapter")
     lora_config = config.lora and dataclasses.replace(config.lora, alpha=config.lora.alpha * scale)
-    arm, step = _choose_checkpoint(workdir, config, arm, step)
+    arm, step = choose_checkpoint(workdir, config, arm, step)
     stop_ids = workdir_lib.read_stop_ids(workdir)
     name = stored_arms.find_source(config)
     source = find_folder(name)
@@ -125,7 +125,8 @@ def _write_stop_ids(folder: Path, stop_ids: list[int]) -> None:
             hf_save.write_json(path, fields | {"eos_token_id": stop_ids})
 
 
-def _choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:
+def choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step: int | None) -> tuple[str, int]:
+    """Return the arm and the step of a checkpoint, as ``export`` takes them. Raises ValueError that names all."""
     steps = stored_arms.list_steps(workdir, config)
     saved = stored_arms.describe_steps(workdir, steps)
     if arm is None:

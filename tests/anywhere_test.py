@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 from ctxjax import __main__ as console
+from ctxjax.configs import base
 from ctxjax.host import command
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,15 @@ def test_a_packaged_configuration_is_found_from_any_folder(name, tmp_path, monke
     path, _, arguments = command.find_config(name).partition(":")
     assert Path(path).is_file() and Path(path).resolve().parent == ROOT / "configs"
     assert arguments == name.partition(":")[2]
+
+
+def test_a_runs_configuration_can_be_given_as_the_file_that_the_run_wrote(tmp_path):
+    written = base.get_config().to_json()
+    (tmp_path / "config.json").write_text(written)
+    config = command.load_config(str(tmp_path / "config.json"))
+    assert config.to_json() == written and config.run_arms == base.get_config().run_arms
+    config = command.load_config("llama3:medical,8b")
+    assert config.task == "medical"
 
 
 @pytest.mark.parametrize("name", ["configs/tiny.py", "tiny.py", "mine/own.py:a:b"])

@@ -533,13 +533,13 @@ def make_items(seed: int, samples: int, contexts: int = 3) -> list[dict]:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_second_implementation_computes_the_same_numbers(seed, samples):
     items = make_items(seed, samples)
-    outcomes: dict[str, Outcomes] = evaluator._collect_outcomes(items)
+    outcomes: dict[str, Outcomes] = evaluator.collect_outcomes(items)
     found = numbers.recompute(items, None, resamples=50)
     check = Check("numbers")
     check.expect("all", found, json.loads(json.dumps(metrics.compute_metrics(outcomes, 50))))
     assert not check.wrong
     first = make_items(seed + 10, samples)
-    expected = harm_difference(outcomes, evaluator._collect_outcomes(first), 50)
+    expected = harm_difference(outcomes, evaluator.collect_outcomes(first), 50)
     assert numbers.harm_difference(items, first, 50) == pytest.approx(expected)
 
 
@@ -567,7 +567,7 @@ def test_a_difference_of_two_arms_with_the_wrong_sign_is_found(copied):
         path, rng = copied / arm / "items.jsonl", np.random.default_rng(seed)
         items = [json.loads(line) | {"correct": bool(rng.random() < 0.5)} for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(item) + "\n" for item in items))
-        outcomes[arm] = evaluator._collect_outcomes(items)
+        outcomes[arm] = evaluator.collect_outcomes(items)
         results[arm] |= metrics.compute_metrics(outcomes[arm], 20)
     results[ARM] |= metrics.compare_arms(outcomes[ARM], outcomes[FIRST], FIRST, 20)
     (copied / "results.json").write_text(json.dumps(results))

@@ -16,6 +16,7 @@ from ctxjax.host import command
 DEVICES = 8
 # Other legal values; numbers and switches are changed by ``another``.
 VALUES = {
+    "base.family": "qwen2", "teacher_base.family": "qwen3",
     "task": None, "slice": "v5e:4x4", "compile_cache": "", "run_arms": ("opcd_anchored", "opcd"),
     "model.path": "/another", "model.dtype": "bfloat16", "model.param_dtype": "bfloat16", "model.attention": "splash",
     "model.remat": "full", "teacher.path": "/teacher", "teacher.param_dtype": "bfloat16",

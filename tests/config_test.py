@@ -1,6 +1,7 @@
 """The door of the configuration: every field has a type and a range, and a value outside of them is named."""
 
 import copy
+import dataclasses
 import math
 
 from hypothesis import given, settings, strategies as st
@@ -132,6 +133,16 @@ def test_whole_numbers_lists_and_numpys_numbers_serve_where_they_are_meant():
     assert type(experiment.optim.lr) is float and experiment.lora.targets == ("q", "v")
     assert type(experiment.train.steps) is int and experiment.optim.steps == 7
     hash(experiment.optim), hash(experiment.lora)
+
+
+def test_an_arm_may_have_a_rate_of_its_own():
+    config = tiny.get_config()
+    config.run_arms = ("opcd", "opcd_anchored")
+    config.arms.opcd.lr = 3e-4
+    experiment = config_lib.experiment(config, device_count=8)
+    assert experiment.optim_of("opcd") == dataclasses.replace(experiment.optim, lr=3e-4)
+    assert experiment.optim_of("opcd_anchored") == experiment.optim and experiment.arms["opcd"].beta == 0.0
+    refused("arms.opcd.lr", 3.0, "at most 1")
 
 
 @pytest.mark.parametrize("name", ["/tmp/up", "a/b", "", "a b", "a\\b", "-a"])

@@ -16,6 +16,7 @@ from ctxjax.evaluation import metrics, outcomes as outcomes_lib, statistics, vie
 from ctxjax.evaluation.outcomes import Comparison, Learning, Outcomes
 from ctxjax.inputs import decoding
 from ctxjax.types import Prompts, Rollout
+from tests import reference
 
 
 def outcomes(correct, length=None, truncated=None, parsed=None) -> Outcomes:
@@ -119,7 +120,9 @@ def test_layer_cosines_are_means_over_response_tokens_by_layer():
     mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
     cosine = np.array([[[0.5, 0.6, -9.0], [0.7, -9.0, -9.0]], [[0.1, 0.2, -9.0], [0.3, -9.0, -9.0]]])
     cosines = {"cosine": cosine, "control": cosine / 2, "centred": cosine / 10}
-    result = metrics.compute_metrics({"comparison": Comparison(np.zeros((2, 3)), cosines, mask)}, 0)
+    cka = {"context": np.array([1.0, 0.5]), "control": np.array([0.9, 0.4])}
+    result = metrics.compute_metrics({"comparison": Comparison(np.zeros((2, 3)), cosines, mask, cka)}, 0)
+    assert (result["cka_by_layer"], result["cka_control_by_layer"]) == ([1.0, 0.5], [0.9, 0.4])
     assert result["cosine_by_layer"] == pytest.approx([0.6, 0.2])
     assert result["cosine_control_by_layer"] == pytest.approx([0.3, 0.1])
     assert result["cosine_centred_by_layer"] == pytest.approx([0.06, 0.02])
@@ -339,7 +342,7 @@ def test_batches_are_as_few_and_as_even_as_they_can_be(rows, most, expected):
 
 def test_identical_views_have_no_distance_and_cosine_one(params, tiny_model, prompts, rollout, mesh):
     bare, _, control = prompts
-    kl, cosines = views.compare(params, tiny_model, bare, wider(bare, 3), control, rollout, 3, mesh)
+    kl, cosines, cka = views.compare(params, tiny_model, bare, wider(bare, 3), control, rollout, 3, mesh)
     mask = rollout.mask_BxT
     assert kl.shape == (3, 6) and cosines["cosine"].shape == (tiny_model.layers + 1, 3, 6)
     np.testing.assert_allclose(kl[mask], 0, atol=1e-5)
@@ -348,6 +351,8 @@ def test_identical_views_have_no_distance_and_cosine_one(params, tiny_model, pro
     # The embedding of a response token is the same in every view; the first window column is a prompt token.
     np.testing.assert_allclose(cosines["control"][0][:, 1:][mask[:, 1:]], 1, atol=1e-5)
     assert cosines["control"][-1][mask].max() < 0.999
+    np.testing.assert_allclose(cka["context"], 1, atol=1e-5)
+    assert cka["control"][-1] < 0.999
 
 
 @pytest.mark.slow
@@ -360,6 +365,30 @@ def test_the_comparison_does_not_depend_on_the_batch_size(params, tiny_model, pr
     np.testing.assert_allclose(filled[0][mask], whole[0][mask], rtol=1e-4, atol=1e-5)
     for name in ("cosine", "control", "centred"):
         np.testing.assert_allclose(filled[1][name][:, mask], whole[1][name][:, mask], atol=1e-5, err_msg=name)
+    for name in ("context", "control"):
+        np.testing.assert_allclose(filled[2][name], whole[2][name], atol=1e-4, err_msg=name)
+
+
+def test_cka_ignores_rotations_and_scale_and_is_small_for_states_that_have_nothing_in_common():
+    rng = np.random.default_rng(0)
+    x, other = rng.normal(size=(2, 500, 6)) * np.arange(1, 7)
+    turned = 3 * x @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    for states, expected in ((turned, 1.0), (x[:, ::-1], 1.0), (x + other, None), (other, None)):
+        products = {name: (a - a.mean(0)).T @ (b - b.mean(0)) for name, (a, b) in
+                    {"xx": (x, x), "xc": (x, states), "cc": (states, states)}.items()}  # fmt: skip
+        found = views.linear_cka(products["xx"], products["cc"], products["xc"])
+        assert found == pytest.approx(reference.cka(x, states) if expected is None else expected)
+    assert found < 0.05
+
+
+@pytest.mark.slow
+def test_cka_of_a_wide_model_is_estimated(monkeypatch, params, tiny_model, prompts, rollout, mesh):
+    exact = views.compare(params, tiny_model, *prompts, rollout, 3, mesh)[2]
+    monkeypatch.setattr(views, "MOST_FEATURES", tiny_model.width - 1)
+    near = views.compare(params, tiny_model, *prompts, rollout, 3, mesh)[2]
+    for name, values in exact.items():
+        assert near[name].shape == values.shape and not np.array_equal(near[name], values)
+        np.testing.assert_allclose(near[name], values, atol=0.2)
 
 
 @pytest.mark.slow

@@ -149,7 +149,7 @@ def test_evaluation_takes_batches_of_rows_and_the_prefix_whole(params, tiny_mode
     )
     np.testing.assert_array_equal(one.tokens_BxT, two.tokens_BxT)
     rollout = make_rollout(2, ROWS, 4)
-    kl, cosines = views.compare(params, tiny_model, shared, per_row, control, rollout, 3, mesh)
+    kl, cosines, _ = views.compare(params, tiny_model, shared, per_row, control, rollout, 3, mesh)
     np.testing.assert_allclose(kl[rollout.mask_BxT], 0, atol=1e-5)
     np.testing.assert_allclose(cosines["cosine"][:, rollout.mask_BxT], 1, atol=1e-5)
     assert cosines["control"][-1][rollout.mask_BxT].max() < 0.999

@@ -196,3 +196,11 @@ def unwalk(flat: dict[str, np.ndarray]) -> dict:
             inner = inner.setdefault(parent, {})
         inner[name] = value
     return tree
+
+
+def cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear CKA of states [tokens, D], by the centred Gram matrices of the tokens (Kornblith et al. 2019)."""
+    count = len(x)
+    centre = np.eye(count) - np.ones((count, count)) / count
+    k, l = (centre @ (states @ states.T) @ centre for states in (x, y))
+    return float((k * l).sum() / np.sqrt((k * k).sum() * (l * l).sum()))

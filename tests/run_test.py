@@ -284,6 +284,15 @@ def test_one_entry_in_the_table_of_metrics_is_enough_to_select_and_report_it(cac
     assert "<dt>long</dt><dd>Responses of more than 10 tokens. Lower is better.</dd>" in page
 
 
+def test_an_arm_is_trained_at_its_own_rate(cache):
+    config = make_config(cache)
+    config.optim.schedule, config.run_arms, config.eval.every = "constant", ("opcd", "opcd_anchored"), 0
+    config.arms.opcd_anchored.lr = 3e-4
+    run_once(config, cache / "rates")
+    last = [read_rows(cache / "rates" / arm / "metrics.jsonl")[-1]["lr"] for arm in config.run_arms]
+    assert last == pytest.approx([config.optim.lr, 3e-4])
+
+
 def test_the_sizes_of_parameters_and_optimiser_are_printed_once(cache, capsys):
     config = make_config(cache)
     config.arms.twin = config.arms.opcd_retained.copy_and_resolve_references()

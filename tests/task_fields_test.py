@@ -61,7 +61,7 @@ def files(tmp_path_factory) -> Path:
 
 
 SMALL = {
-    "rules": {"train_questions": 20, "dev_questions": 8, "test_questions": 9},
+    **dict.fromkeys(("rules", "policy", "scratch"), {"train_questions": 20, "dev_questions": 8, "test_questions": 9}),
     "tiny_safety": {"vocabulary": 400, "longest": 30, "dev_questions": 0},
     "qa_jsonl": {"dev_questions": 9, "test_questions": 8},
     "hints": {"hint": "note"},
@@ -87,6 +87,15 @@ FORMAT = {"ask_format": (False, QUESTIONS)}
 WORLD = {"seed": (5, f"contexts others paraphrase drawn facts {QUESTIONS}")}
 FIELDS = {
     "rules": WORLD | {
+        "context_index": (3, "contexts paraphrase references"), "train_questions": (11, "train"),
+        "dev_questions": (5, "dev"), "test_questions": (4, "test"), "empty_share": (0.5, "drawn facts"),
+    },
+    "policy": WORLD | {
+        "context_index": (3, "contexts paraphrase references"), "train_questions": (11, "train"),
+        "dev_questions": (5, "dev"), "test_questions": (4, "test"), "empty_share": (0.5, "drawn facts"),
+    },
+    "scratch": {
+        "seed": (5, f"{WORLD['seed'][1]} references"),  # some question is asked in both worlds
         "context_index": (3, "contexts paraphrase references"), "train_questions": (11, "train"),
         "dev_questions": (5, "dev"), "test_questions": (4, "test"), "empty_share": (0.5, "drawn facts"),
     },
@@ -210,11 +219,11 @@ def test_a_base_has_a_folder_for_all_that_determines_it(files):
     first = find("rules", {})
     settings = dataclasses.asdict(make_config("rules", files, {}).base)
     assert find("rules", {}, cache="/elsewhere") == Path("/elsewhere") / first.name
-    changed = {
-        field: find("rules", {}, **{field: 2 * value + 1}) for field, value in settings.items() if field != "cache"
-    }
+    others = {field: 2 * value + 1 for field, value in settings.items() if field not in ("cache", "family")}
+    others["family"] = "qwen3"
+    changed = {field: find("rules", {}, **{field: value}) for field, value in others.items()}
     assert len({first, *changed.values()}) == len(settings)
-    for name in ("rules", "tiny_grid", "tiny_safety"):
+    for name in ("rules", "policy", "scratch", "tiny_grid", "tiny_safety"):
         own = find(name, {})
         for field, (value, parts, *_) in FIELDS[name].items():
             assert (find(name, {field: value}) != own) == ("facts" in parts), (name, field)

@@ -335,8 +335,8 @@ def of_models(done: Done, weights: dict, teacher: dict, responses: dict, split: 
             by_place[place].append(value)
         cosines.append(reference.cosine(x, xc))
         controls.append(reference.cosine(x, other))
-        pairs.append((x, xc))
-    x, xc = (np.concatenate(states, axis=1) for states in zip(*pairs))
+        pairs.append((x, xc, other))
+    x, xc, other = (np.concatenate(states, axis=1) for states in zip(*pairs))
     centred = reference.cosine(*(states - states.mean(axis=1, keepdims=True) for states in (x, xc)))
     cosines = np.concatenate(cosines, axis=1)
     decode, distill = done.config.rollout, []
@@ -353,6 +353,8 @@ def of_models(done: Done, weights: dict, teacher: dict, responses: dict, split: 
         "cosine_by_layer": cosines.mean(axis=1), "cosine_p5_by_layer": np.percentile(cosines, 5, axis=1),
         "cosine_control_by_layer": np.concatenate(controls, axis=1).mean(axis=1),
         "cosine_centred_by_layer": centred.mean(axis=1),
+        "cka_by_layer": [reference.cka(*states) for states in zip(x, xc)],
+        "cka_control_by_layer": [reference.cka(*states) for states in zip(x, other)],
     }  # fmt: skip
 
 

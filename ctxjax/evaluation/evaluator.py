@@ -67,7 +67,7 @@ class Evaluation(NamedTuple):
         if stored["of"] != identity:
             return None
         record = (stored.get(name, {}) for name in ("decoding", "weights"))
-        return cls(stored["metrics"], items, _collect_outcomes(items), *record)
+        return cls(stored["metrics"], items, collect_outcomes(items), *record)
 
 
 class Evaluator:
@@ -126,13 +126,13 @@ class Evaluator:
         sampling = dict.fromkeys(self._asked, self._judged)
         answers = {v: self._answer(params, v, own, whats[v]) for v, own in sampling.items()}
         items = [item for view, own in answers.items() for item in self._grade(view, own)]
-        outcomes = _collect_outcomes(items)
+        outcomes = collect_outcomes(items)
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
         if "context" in outcomes:
             first, prompts = answers["bare"].rollout, self._asker.prompts(answers["bare"])
             fixed = self._batch, self._mesh, whats["comparison"]
-            compared = views_lib.compare(params, self._folder.config, *prompts, first, *fixed)
-            measured["comparison"] = Comparison(*compared, first.mask_BxT)
+            kl, cosines, cka = views_lib.compare(params, self._folder.config, *prompts, first, *fixed)
+            measured["comparison"] = Comparison(kl, cosines, first.mask_BxT, cka)
             sampling["distill"] = self._rollout
             measured["distill"] = self._distillation(params, sampling["distill"], whats)
         measured |= {meter: self._meters.measure(meter, params, whats[meter]) for meter in self._measured}
@@ -184,7 +184,7 @@ class Evaluator:
         )
 
 
-def _collect_outcomes(items: list[dict]) -> dict[str, Outcomes]:
+def collect_outcomes(items: list[dict]) -> dict[str, Outcomes]:
     """Return the outcomes by view, in the order of ``items``."""
     by_view: dict[str, list[dict]] = {}
     for item in items:

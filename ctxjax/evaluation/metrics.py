@@ -209,6 +209,16 @@ METRICS = (
         ("comparison",), outcomes.mean_centred_cosine,
     ),
     Metric(
+        "cka_by_layer", "CKA", None,
+        "Linear CKA, by layer, of the hidden states of all response tokens without and with the context: 1 if they lie "
+        "to each other as before, turned or scaled.",
+        ("comparison",), outcomes.context_cka,
+    ),
+    Metric(
+        "cka_control_by_layer", "CKA, control", None, "Linear CKA with an unrelated context, by layer.",
+        ("comparison",), outcomes.control_cka,
+    ),
+    Metric(
         "distill", "distill", "nats",
         "Held-out KL(q_x || f), from the student without the context to the teacher with it, in nats per token on the "
         "student's own samples.",

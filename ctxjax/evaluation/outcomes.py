@@ -58,12 +58,14 @@ class Comparison(NamedTuple):
 
     ``kl_nxT`` is KL(q_x || q_c) in nats. ``cosines`` has hidden-state cosines [N+1, n, T] by layer, index 0 the
     embedding: "cosine" of the bare and the context view, "control" of the bare view and one under an unrelated context,
-    "centred" as "cosine" after subtracting each view's mean state.
+    "centred" as "cosine" after subtracting each view's mean state. ``cka``: linear CKA [N+1] of the states of the bare
+    view with those of the context view, "context", and of one under an unrelated context, "control".
     """
 
     kl_nxT: np.ndarray
     cosines: dict[str, np.ndarray]
     mask_nxT: np.ndarray
+    cka: dict[str, np.ndarray] = {}
 
 
 # --- One view ---
@@ -223,6 +225,21 @@ def mean_control_cosine(comparison: Comparison) -> list[float]:
 
 def mean_centred_cosine(comparison: Comparison) -> list[float]:
     return _tokens(comparison, "centred").mean(axis=1).tolist()
+
+
+def context_cka(comparison: Comparison) -> list[float | None] | None:
+    return _list_cka(comparison, "context")
+
+
+def control_cka(comparison: Comparison) -> list[float | None] | None:
+    return _list_cka(comparison, "control")
+
+
+def _list_cka(comparison: Comparison, kind: str) -> list[float | None] | None:
+    """Return linear CKA by layer, None for a layer in which nothing varies; None if it was not computed."""
+    if kind not in comparison.cka:
+        return None
+    return [float(value) if np.isfinite(value) else None for value in comparison.cka[kind]]
 
 
 def _tokens(comparison: Comparison, kind: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import contextlib
 import errno
+import json
 import os
 from pathlib import Path
 import sys
@@ -37,10 +38,24 @@ def find_config(name: str) -> str:
 
 
 class _ConfigParser(config_flags.ConfigFileFlagParser):
-    """Read a configuration file that ``find_config`` finds."""
+    """Read a configuration file that ``find_config`` finds: a Python file with ``get_config``, or JSON, as the
+    config.json of a run."""
 
     def parse(self, path: str) -> ConfigDict:
-        return super().parse(find_config(path))
+        found = find_config(path)
+        if not found.endswith(".json"):
+            return super().parse(found)
+        return ConfigDict(json.loads(Path(found).read_text(encoding="utf-8"), object_hook=_make_tuples))
+
+
+def _make_tuples(section: dict) -> dict:
+    """Return a section of a JSON file with tuples in place of lists, as configuration files have them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+
+
+def load_config(name: str) -> ConfigDict:
+    """Return the configuration of a file as ``--config=NAME`` reads it."""
+    return _ConfigParser("config").parse(name)
 
 
 def make_parser(config) -> Callable[[list[str]], list[str]]:

@@ -1,8 +1,8 @@
 """Train a base model from scratch and write it as an ordinary Hugging Face folder.
 
 A world (data.task.World) provides the tokenizer and the training rows; the procedure is the same for all worlds. The
-run loads the folder exactly as it would load Llama. The folder's name contains a hash of everything that determines the
-base, so the base is trained again only if one of these changes.
+run loads the folder exactly as it would load Llama or Qwen. The folder's name contains a hash of everything that
+determines the base, so the base is trained again only if one of these changes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ctxjax.distill import objective, optim
 from ctxjax.distill.optim import OptimConfig
 from ctxjax.host import processes, progress
 from ctxjax.models import mesh_check, params as params_lib, transformer
-from ctxjax.models.hf import save as hf_save
+from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params, Prompts, Rollout
 
@@ -40,7 +40,7 @@ def find_base_folder(config: BaseConfig, name: str, world: World) -> Path:
     """Return the folder of this configuration's base, which need not exist yet. ``name``: the task's name."""
     facts = dataclasses.asdict(config) | world.pretraining_facts() | {"recipe": RECIPE}
     facts |= {"weights": repr(transformer.param_specs(make_model_config(config, 1)))}
-    del facts["cache"]
+    del facts["cache"], facts["family"]  # the weights tell families apart
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.cache).expanduser() / f"{name}-base-{digest}"
 
@@ -72,6 +72,7 @@ def make_model_config(config: BaseConfig, vocab_size: int) -> ModelConfig:
         head_dim=config.head_dim,
         mlp_width=config.mlp_width,
         rope_theta=config.rope_theta,
+        **hf_load.FAMILIES[config.family].parts,
     )
 
 
@@ -95,15 +96,15 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             bar.update()
-    _save(folder, sharding.to_host(params), model, tokenizer)
+    _save(folder, sharding.to_host(params), model, tokenizer, config.family)
 
 
-def _save(folder: Path, params: Params, model: ModelConfig, tokenizer) -> None:
+def _save(folder: Path, params: Params, model: ModelConfig, tokenizer, family: str) -> None:
     """Write the folder: first by the first process, then by the others if they do not share its disk."""
     for is_writer in (processes.is_first(), not processes.is_first()):
         if is_writer and not folder.exists():
             try:
-                hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+                hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), family)
             except OSError:
                 if not folder.exists():  # otherwise another run has just written the same folder
                     raise

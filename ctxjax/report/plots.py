@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 Numbers = Sequence[float | None]
+Rate = tuple[float, tuple[float, float] | None]  # a rate and its interval
 
 INK, FAINT = "#3a3a3a", "#9a9a9a"
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers say the same.
@@ -188,6 +189,33 @@ def position_lines(series: Mapping[str, Numbers], label: str) -> str:
         axes.xaxis.set_major_locator(_whole_numbers(8))
         axes.grid(axis="y")
         return _svg(figure, label)
+
+
+def rate_scatter(points: Mapping[str, Sequence[tuple[Rate, Rate]]], names: tuple[str, str], label: str) -> str:
+    """Draw one rate against another, a point with both intervals for each pair, and a key of the colours.
+
+    ``points``: by arm (in the order of ARM_STYLES), pairs of a rate in 0..1 and its interval (low, high) or None.
+    ``names``: of the two axes.
+    """
+    with _figure((5.2, 3.6)) as (figure, axes):
+        for index, (arm, pairs) in enumerate(points.items()):
+            colour, marker = arm_style(index)[0], "osD^vP*Xh<>p"[index % 12]
+            for (x, x_ends), (y, y_ends) in pairs:
+                for ends in ((x_ends or (x, x), (y, y)), ((x, x), y_ends or (y, y))):
+                    line = [[100 * value for value in side] for side in ends]
+                    axes.plot(*line, color=colour, linewidth=0.6, alpha=0.5)
+            places = [[100 * pair[side][0] for pair in pairs] for side in (0, 1)]
+            axes.plot(*places, marker, color=colour, markersize=4.5, label=arm, clip_on=False)
+        axes.set(xlim=(0, None), ylim=(0, 100), xlabel=f"{names[0]}, %", ylabel=f"{names[1]}, %")
+        axes.grid()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        return _svg(figure, label)
+
+
+def standalone(svg: str) -> str:
+    """Return an inline figure as the text of a file of its own."""
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f'<svg {spaces} style="background: white" ', 1) + "\n"
 
 
 def loss_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> str:

@@ -77,7 +77,7 @@ class Arm:
             teacher.config,
             make_sampling_config(config.rollout, student),
             config.arms[name],
-            config.optim,
+            config.optim_of(name),
             config.lora,
             config.train.micro_batches,
         )

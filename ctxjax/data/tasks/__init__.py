@@ -14,12 +14,16 @@ from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
 from ctxjax.data.tasks.self_study import SelfStudy, SelfStudyConfig
 from ctxjax.data.tasks.style import Style, StyleConfig
+from ctxjax.data.worlds.policy import Policy
 from ctxjax.data.worlds.rules import Rules, RulesConfig
+from ctxjax.data.worlds.scratch import Scratch
 from ctxjax.data.worlds.tiny_grid import TinyGrid, TinyGridConfig
 from ctxjax.data.worlds.tiny_safety import TinySafety, TinySafetyConfig
 
 TASKS = {
     "rules": (RulesConfig, Rules),
+    "policy": (RulesConfig, Policy),
+    "scratch": (RulesConfig, Scratch),
     "qa_jsonl": (QaConfig, QaJsonl),
     "medical": (MedicalConfig, Medical),
     "safety": (SafetyConfig, Safety),

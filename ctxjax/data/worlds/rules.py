@@ -12,10 +12,13 @@ applying its inverse and copying all give different answers. Each pair is one to
 Of the 720 tables, TARGETS 6-cycles are reserved as tables to internalize. Two disjoint pools are reserved to measure
 obedience on dev and test. The base and the retention rows see only the rest. Questions are split into train, dev and
 test in the same way.
+
+policy.py and scratch.py are worlds of the same make: they replace what a context, a question and a response are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import dataclasses
 import itertools
 import re
@@ -41,7 +44,7 @@ TOKEN_PATTERN = r"#\d:|[a-f]>[a-f];| ?s\d |[a-f]"
 
 @dataclasses.dataclass(frozen=True)
 class RulesConfig:
-    """See configs/base.py, ``config.rules``.
+    """See configs/base.py, ``config.rules``, ``config.policy`` and ``config.scratch``.
 
     ``seed`` determines tables, questions and splits. ``context_index`` chooses the table to internalize.
     ``empty_share``: of the base's training rows without a table, the share with an empty context block.
@@ -91,16 +94,23 @@ def is_six_cycle(table: str) -> bool:
 
 
 class Rules:
-    """The task of one world with one table to internalize."""
+    """The task of one world with one table to internalize.
 
+    ``tables``: by split, the tables of other contexts. In a subclass they are whatever ``write_context`` writes.
+    """
+
+    name = "rules"  # its section of the configuration
     skipped: dict[str, int] = {}  # it reads no files
+    repeats = REPEATS
+    pattern = TOKEN_PATTERN
+    response = r"s1 [a-f]+(?: s2 [a-f]+)?(?: s3 [a-f]+)?"  # what a readable response looks like
 
     def __init__(self, config: RulesConfig):
         self.config = config
         rng = np.random.default_rng([config.seed, 7])
-        tables = ["".join(p) for p in itertools.permutations(LETTERS)]
+        tables = self.list_tables()
         tables = [tables[i] for i in rng.permutation(len(tables))]
-        self.targets = [t for t in tables if is_six_cycle(t)][:TARGETS]
+        self.targets = [t for t in tables if self.is_target(t)][:TARGETS]
         rest = [t for t in tables if t not in self.targets]
         self.tables, start = {}, 0
         for split, size in HELD_OUT_TABLES.items():
@@ -108,18 +118,46 @@ class Rules:
             start += size
         self.tables["train"] = rest[start:]
         self.strata = self._split_questions(rng)
-        if not 0 <= config.context_index < TARGETS:
-            raise ValueError(f"rules.context_index = {config.context_index}; this world has tables 0 to {TARGETS - 1}")
-        target = self.targets[config.context_index]
-        self.context = format_table(target, rng.permutation(len(LETTERS)))
-        self.facts = {"contexts": {f"table {config.context_index}": hash_text(self.context)}}
+        index = config.context_index
+        if not 0 <= index < TARGETS:
+            raise ValueError(f"{self.name}.context_index = {index}; this world has tables 0 to {TARGETS - 1}")
+        self.context = self.write_context(self.targets[index], rng)
+        self.facts = {"contexts": {f"table {index}": hash_text(self.context)}}
 
-    @staticmethod
-    def _split_questions(rng: np.random.Generator) -> dict[str, list[list[str]]]:
+    def list_tables(self) -> list[str]:
+        return ["".join(p) for p in itertools.permutations(LETTERS)]
+
+    def is_target(self, table: str) -> bool:
+        """Whether the table may be one to internalize."""
+        return is_six_cycle(table)
+
+    def write_context(self, table: str, rng: np.random.Generator) -> str:
+        return format_table(table, rng.permutation(len(LETTERS)))
+
+    def list_questions(self) -> Iterator[list[str]]:
+        """Yield the questions of each stratum."""
+        for repeats, length in itertools.product(self.repeats, LENGTHS):
+            yield [f"#{repeats}:{''.join(s)}" for s in itertools.product(LETTERS, repeat=length)]
+
+    def vocabulary(self) -> list[str]:
+        return vocabulary()
+
+    def answer(self, question: str, context: str) -> str:
+        """Return what is right under a context."""
+        return answer(question, parse_table(context))
+
+    def default(self, question: str) -> str:
+        """Return what the base answers without a context: copies."""
+        return answer(question, {letter: letter for letter in LETTERS})
+
+    def respond(self, question: str, context: str | None, answer: str, rng: np.random.Generator) -> str:
+        """Return a response of the base's text that gives ``answer``."""
+        return answer
+
+    def _split_questions(self, rng: np.random.Generator) -> dict[str, list[list[str]]]:
         """Return split -> list of strata -> questions in random order."""
         strata = {"train": [], "dev": [], "test": []}
-        for repeats, length in itertools.product(REPEATS, LENGTHS):
-            questions = [f"#{repeats}:{''.join(s)}" for s in itertools.product(LETTERS, repeat=length)]
+        for questions in self.list_questions():
             questions = [questions[i] for i in rng.permutation(len(questions))]
             for split, share in HELD_OUT_QUESTIONS.items():
                 cut = int(share * len(questions))
@@ -134,23 +172,25 @@ class Rules:
         rotation = itertools.chain.from_iterable(itertools.zip_longest(*self.strata[split]))
         chosen = list(itertools.islice((q for q in rotation if q is not None), count))
         if len(chosen) < count:
-            raise ValueError(f"rules.{split}_questions = {count}, but the world's {split} split has {len(chosen)}")
+            raise ValueError(
+                f"{self.name}.{split}_questions = {count}, but the world's {split} split has {len(chosen)}"
+            )
         return chosen
 
     def rows(self, split: str) -> list[Row]:
-        table, copy = parse_table(self.context), {letter: letter for letter in LETTERS}
-        return [Row(q, q, self.context, answer(q, table), answer(q, copy)) for q in self.choose_questions(split)]
+        asked = self.choose_questions(split)
+        return [Row(q, q, self.context, self.answer(q, self.context), self.default(q)) for q in asked]
 
     def grade(self, response: str, reference: str) -> Grade:
-        steps = re.fullmatch(r"s1 [a-f]+(?: s2 [a-f]+)?(?: s3 [a-f]+)?", response)
+        steps = re.fullmatch(self.response, response)
         return Grade(response if steps else None, response == reference, None if steps else "no steps")
 
     def other_contexts(self, split: str) -> list[str]:
         rng = np.random.default_rng([self.config.seed, 11])
-        return [format_table(t, rng.permutation(len(LETTERS))) for t in self.tables[split]]
+        return [self.write_context(t, rng) for t in self.tables[split]]
 
     def rows_under(self, row: Row, context: str) -> list[Row]:
-        return [row._replace(context=context, reference=answer(row.question, parse_table(context)))]
+        return [row._replace(context=context, reference=self.answer(row.question, context))]
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
         pairs = row.context.split(";")[:-1]
@@ -160,15 +200,15 @@ class Rules:
         return None
 
     def tokenizer(self):
-        return word_tokenizer.build(vocabulary(), TOKEN_PATTERN)
+        return word_tokenizer.build(self.vocabulary(), self.pattern)
 
     def pretraining_facts(self) -> dict:
         seed, empty_share = self.config.seed, self.config.empty_share
-        return {"world_seed": seed, "empty_share": empty_share, "vocabulary": vocabulary()}
+        return {"world_seed": seed, "empty_share": empty_share, "vocabulary": self.vocabulary()}
 
     def longest_pretraining_row(self) -> PretrainingRow:
-        question = f"#{max(REPEATS)}:{LETTERS[0] * max(LENGTHS)}"
-        return PretrainingRow(question, self.context, answer(question, parse_table(self.context)))
+        question = f"#{max(self.repeats)}:{LETTERS[0] * max(LENGTHS)}"
+        return PretrainingRow(question, self.context, self.answer(question, self.context))
 
     def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
         """Draw a row: 70 % with a random table of the train pool; 15 % without a table, copied; 15 % without a table,
@@ -178,11 +218,10 @@ class Rules:
         stratum = strata[rng.integers(len(strata))]
         question = stratum[rng.integers(len(stratum))]
         table = self.tables["train"][rng.integers(len(self.tables["train"]))]
-        context = format_table(table, rng.permutation(len(LETTERS)))
-        kind = rng.random()
+        context = self.write_context(table, rng)
+        kind, right = rng.random(), self.answer(question, context)
         if kind < 0.7:
-            return PretrainingRow(question, context, answer(question, parse_table(context)))
+            return PretrainingRow(question, context, self.respond(question, context, right, rng))
         nothing = "" if rng.random() < self.config.empty_share else None
-        if kind < 0.85:
-            return PretrainingRow(question, nothing, answer(question, {letter: letter for letter in LETTERS}))
-        return PretrainingRow(question, nothing, answer(question, parse_table(context)))
+        right = right if kind >= 0.85 else self.default(question)
+        return PretrainingRow(question, nothing, self.respond(question, nothing, right, rng))

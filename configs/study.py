@@ -1,0 +1,63 @@
+"""A study of twelve configurations: four worlds in three architectures, with intervals over seeds and tests.
+
+    python -m ctxjax.study --config=configs/study.py --workdir=runs/study
+
+Every cell is one run, with all arms in it. In the first phase every arm is trained at every rate, with ``rate_seeds``,
+and the rate that is best on dev is taken; in the second phase, with ``seeds``, every arm is trained at its own rate.
+docs/study.md says how to start it on several machines, to stop it and to read its report.
+"""
+
+from ml_collections import ConfigDict
+
+WORLDS = {"rules": "tiny", "policy": "tiny_policy", "scratch": "tiny_scratch", "grid": "tiny_grid"}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+ARMS = {  # name -> changes to config.loss
+    "off_policy": {"divergence": "forward_kl", "on_policy_fraction": 0.0},
+    "opcd": {},
+    "anchored": {"beta": 0.5},
+    "retained": {"beta": 0.5, "mu": 1.0},
+    "retention_alone": {"mu": 1.0},
+    "handover": {"beta": 0.5, "anchor": "handover"},
+    "ema": {"beta": 0.5, "anchor": "ema"},
+    "teacher_bare": {"beta": 0.5, "anchor": "teacher_bare"},
+    "joint": {"beta": 0.5, "anchor": "joint"},
+    "symkl": {"beta": 0.5, "anchor": "symmetric"},
+    "dualopd": {"beta": 0.5, "anchor": "teacher"},
+    "gated": {"beta": 0.5, "gate": "token"},
+}
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    # Name -> the configuration file of its runs.
+    config.configurations = {
+        f"{world}_{architecture}": f"configs/{file}.py:{architecture}"
+        for world, file in WORLDS.items()
+        for architecture in ARCHITECTURES
+    }
+    config.arms = ARMS  # name -> changes to config.loss
+    config.run_arms = ("off_policy", "opcd", "anchored", "retained", "retention_alone")  # in every configuration
+    # Configuration -> its further arms.
+    further = ("handover", "ema", "teacher_bare", "joint", "symkl", "dualopd", "gated")
+    config.more_arms = dict.fromkeys(("rules_llama", "policy_qwen2", "scratch_qwen3"), further)
+    config.first_arm = "opcd"  # the arm that others are compared with
+
+    config.rates = (3e-4, 1e-3, 3e-3)  # the learning rates to choose from; one alone: nothing to choose
+    config.rate_seeds = (100,)  # seeds of the first phase; none of them is one of seeds
+    config.seeds = (0, 1, 2)  # seeds of the second phase: of the world, its base and the run
+    # The metrics on dev that choose an arm's rate, the second one only if the first ones are equal; with a minus sign
+    # the lower the better.
+    config.select = ("both_correct", "-distill")
+
+    # Changes to the fields of all runs. No alarm stops a run, since its other arms are to go on.
+    config.changes = {"alarms": {"stop": ()}, "eval": {"every": 0}, "train": {"keep": 1}}
+    # Changes to those of the first phase, which are judged on dev only.
+    config.rate_changes = {
+        "eval": {"views": ()},
+        "rules": {"test_questions": 32},
+        "policy": {"test_questions": 32},
+        "scratch": {"test_questions": 32},
+        "tiny_grid": {"test_questions": 32},
+    }
+    return config

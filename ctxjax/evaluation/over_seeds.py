@@ -1,0 +1,140 @@
+"""Statistics over several runs that differ in their seed: intervals of means over seeds, and paired tests.
+
+Seeds and questions are two levels. The questions of one run share its base and its training, so a thousand questions of
+three seeds say as much about a fourth seed as three numbers do, and are never pooled. Each run gives one value and,
+from a bootstrap of its own questions, the variance that another draw of questions would add. Resampling the seeds too,
+the usual hierarchical bootstrap, covers 75 % instead of 95 % with three of them, which have only ten different
+resamples; Student's t of the seeds' values takes the place of that level. benchmarks/intervals.py measures how often
+the intervals cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from ctxjax.evaluation.statistics import Rate, Z, binomial_interval, share
+
+
+class Sums(NamedTuple):
+    """A ratio of sums in one run: what each cluster of questions adds to the numerator and the denominator, [K]."""
+
+    part: np.ndarray
+    whole: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """NaN if the denominator is 0."""
+        return float(share(self.part, self.whole))
+
+
+def bootstrap_variance(statistic: Callable, arrays: Sequence[np.ndarray], resamples: int, seed: int = 0) -> float:
+    """Return the variance of ``statistic(*arrays, axis)`` if the clusters are drawn anew; each keeps its entry in every
+    array. Draws with a value that is not finite are left out."""
+    rng, count = np.random.default_rng(seed), len(arrays[0])
+    index = rng.integers(count, size=(resamples, count))
+    values = statistic(*(np.asarray(array)[index] for array in arrays), axis=-1)
+    values = values[np.isfinite(values)]
+    return float(np.var(values)) if len(values) else 0.0
+
+
+def mean_rate(runs: Sequence[Sums], resamples: int) -> Rate:
+    """Return the mean over runs of a rate, each run counted once, and its 95 % interval for other seeds.
+
+    The interval is that of a binomial rate for as many independent outcomes as have the variance of ``mean_variance``.
+    Runs without a denominator are left out. The interval is None for fewer than two runs.
+    """
+    runs = [run for run in runs if run.whole.sum() > 0]
+    if not runs:
+        return Rate(None, None)
+    values = np.array([run.value for run in runs])
+    variance = mean_variance(values, [bootstrap_variance(share, run, resamples) for run in runs])
+    mean = float(values.mean())
+    if variance is None:
+        return Rate(mean, None)
+    most = sum(np.count_nonzero(run.whole) for run in runs)
+    n = min(mean * (1 - mean) / variance, most) if variance > 0 else most
+    low, high = binomial_interval(np.array(mean * n), np.array(float(n)))
+    return Rate(mean, (float(low), float(high)))
+
+
+def mean_value(values: Sequence[float], variances: Sequence[float]) -> Rate:
+    """Return the mean over runs of any value and its 95 % interval for other seeds; ``variances``: of each value, by
+    drawing other questions. The interval is None for fewer than two runs, and if nothing varies."""
+    if not len(values):
+        return Rate(None, None)
+    mean, variance = float(np.mean(values)), mean_variance(values, variances)
+    if not variance:
+        return Rate(mean, None)
+    half = float(Z * np.sqrt(variance))
+    return Rate(mean, (mean - half, mean + half))
+
+
+def mean_ratio(runs: Sequence[Sums], resamples: int) -> Rate:
+    """Return the mean over runs of a ratio that need not be a rate, and its 95 % interval for other seeds."""
+    runs = [run for run in runs if run.whole.sum() > 0]
+    return mean_value([run.value for run in runs], [bootstrap_variance(share, run, resamples) for run in runs])
+
+
+def mean_difference(arm: Sequence[Sums], first: Sequence[Sums], resamples: int) -> Rate:
+    """Return the mean over runs of arm minus first, and its 95 % interval for other seeds.
+
+    Both were asked the same questions in each run, and are resampled together.
+    """
+    pairs = [(a, b) for a, b in zip(arm, first, strict=True) if a.whole.sum() > 0 and b.whole.sum() > 0]
+
+    def difference(a_part, a_whole, b_part, b_whole, axis):
+        return share(a_part, a_whole, axis) - share(b_part, b_whole, axis)
+
+    variances = [bootstrap_variance(difference, (*a, *b), resamples) for a, b in pairs]
+    return mean_value([a.value - b.value for a, b in pairs], variances)
+
+
+def mean_variance(values: Sequence[float], variances: Sequence[float]) -> float | None:
+    """Return the variance of the mean of S values, such that 1.96 standard deviations are half of a 95 % interval.
+
+    It is the larger one of two: of the values between seeds, which holds the noise of questions, too, with Student's t
+    for S - 1 degrees of freedom; and of the questions alone, since few seeds may agree by chance. None if S is 1.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    between = (stats.t.ppf(0.975, count - 1) / Z) ** 2 * np.var(values, ddof=1) / count
+    return float(max(between, np.sum(variances) / count**2))
+
+
+def combined_mcnemar(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Return the two-sided p-value that two arms have the same rate in every run.
+
+    ``pairs``: for each run the outcomes [n] bool of both on the same questions. Each run gives the exact one-sided
+    p-values of McNemar's test; Fisher's method combines those of each direction, and the smaller one is doubled
+    (Pearson's method: Owen 2009). Runs that disagree in their direction weaken each other. For one run it is McNemar's
+    exact test.
+    """
+    counts = [(int(np.sum(a & ~b)), int(np.sum(~a & b))) for a, b in pairs]
+    sides = (
+        [stats.binom.sf(count[side] - 1, sum(count), 0.5) for count in counts]  # as many as these, or more
+        for side in (0, 1)
+    )
+    return float(min(1.0, 2 * min(stats.combine_pvalues(side, method="fisher").pvalue for side in sides)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number by Holm's method, in the given order."""
+    order, adjusted, highest = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = float(highest)
+    return adjusted
+
+
+def sign_test(differences: Sequence[float]) -> tuple[int, int, float]:
+    """Return how many differences are below 0, how many above, and the exact two-sided p-value that both are as likely.
+
+    Differences of 0 are left out.
+    """
+    below, above = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
+    return below, above, float(stats.binomtest(below, below + above).pvalue) if below + above else 1.0

@@ -1,0 +1,163 @@
+"""The report of a study: every number from planted runs, computed a second time by hand."""
+
+import csv
+import json
+import math
+from xml.etree import ElementTree
+
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+from scipy import stats
+
+from ctxjax.study import grid, report, results, worker
+from ctxjax.study.grid import FINAL, Cell, Study
+
+N, CONTEXTS = 120, 12
+# Arm -> by seed, how many of the N questions are right without the context, how many of these are harmed by it, and how
+# many answers are right under other contexts.
+RIGHT = {
+    "opcd": {0: (100, 40, 10), 1: (110, 20, 12), 2: (120, 6, 4)},
+    "anchored": {0: (100, 2, 8), 1: (110, 0, 10), 2: (119, 0, 5)},
+    "retained": {0: (101, 1, 119), 1: (112, 1, 120), 2: (120, 0, 120)},
+}
+
+
+def write_items(folder, x_right: int, harmed: int, obeyed: int, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(N)  # of the questions, the same in all arms of a run
+    lines = []
+    for view in ("bare", "context", "other"):
+        for place in range(N):
+            rank = int(order[place])
+            right = {"bare": rank < x_right, "context": harmed <= rank < x_right, "other": rank < obeyed}[view]
+            item = {
+                "view": view, "sample": 0, "correct": right, "parsed": "s", "truncated": False, "lenient": None,
+                "reason": None, "length": 12 if view == "context" else 10, "context": f"c{place % CONTEXTS}",
+            }  # fmt: skip
+            lines.append(json.dumps(item) + "\n")
+    folder.mkdir(parents=True)
+    (folder / "items.jsonl").write_text("".join(lines))
+
+
+def write_run(run, arms, seed) -> None:
+    for arm, counts in arms.items():
+        write_items(run / arm, *counts, seed)
+    rows = {arm: {"cosine_by_layer": [1.0, 0.9, 0.7 + 0.01 * seed]} for arm in arms}
+    (run / "results.json").write_text(json.dumps(rows))
+    (run / "run.json").write_text(json.dumps({"commit": "abc", "device": "cpu", "seconds": {"total": 60.0}}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two configurations of three seeds; in the second one the arms are the other way round in one seed."""
+    fields = {
+        "configurations": {"one": "configs/debug.py", "two_b": "configs/debug.py"},
+        "arms": {arm: {} for arm in RIGHT}, "run_arms": tuple(RIGHT), "more_arms": {}, "first_arm": "opcd",
+        "rates": (1e-3,), "rate_seeds": (), "seeds": (0, 1, 2, 3), "select": ("both_correct",),
+        "changes": {}, "rate_changes": {},
+    }  # fmt: skip
+    study = Study.of(ConfigDict(fields))
+    made = worker.Folder(tmp_path_factory.mktemp("study"), study, grid.check_study(study))
+    for configuration in study.configurations:
+        for seed in (0, 1, 2):  # seed 3 is not done yet
+            run = made.run_of(Cell(configuration, FINAL, seed))
+            arms = {"base": (0, 0, 120)} | {arm: counts[seed] for arm, counts in RIGHT.items()}
+            if (configuration, seed) == ("two_b", 0):
+                arms["opcd"], arms["anchored"] = arms["anchored"], arms["opcd"]
+            run.mkdir(parents=True)
+            write_run(run, arms, seed)
+    report.write_report(made)
+    return made
+
+
+def table(folder, name):
+    with (folder.root / "report" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def find(rows, **keys):
+    (row,) = (row for row in rows if all(row[key] == value for key, value in keys.items()))
+    return row
+
+
+def test_means_and_intervals_are_of_runs_and_not_of_their_questions(folder):
+    rows = table(folder, "metrics")
+    row = find(rows, configuration="one", arm="opcd", metric="harm")
+    each = [harmed / right for right, harmed, _ in RIGHT["opcd"].values()]
+    mean = np.mean(each)
+    assert float(row["mean"]) == pytest.approx(mean) and row["seeds"] == "3"
+    assert (float(row["lowest_seed"]), float(row["highest_seed"])) == pytest.approx((min(each), max(each)))
+    # Wilson's interval for the number of outcomes whose standard error is that of Student's t of the three seeds.
+    z, error = stats.norm.ppf(0.975), stats.t.ppf(0.975, 2) * stats.sem(each)
+    n = mean * (1 - mean) / (error / z) ** 2
+    centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+    assert float(row["low"]) <= centre - half + 1e-9 and float(row["high"]) >= centre + half - 1e-9
+    assert float(row["high"]) - float(row["low"]) < 1.3 * 2 * half
+    assert float(find(rows, configuration="one", arm="opcd", metric="acc_x")["mean"]) == pytest.approx(330 / 360)
+    assert float(find(rows, configuration="one", arm="opcd", metric="acc_xc")["mean"]) == pytest.approx(264 / 360)
+    assert float(find(rows, configuration="one", arm="retained", metric="obedience")["mean"]) == pytest.approx(
+        359 / 360
+    )
+    assert float(find(rows, configuration="one", arm="opcd", metric="benefit")["mean"]) == 0.0
+    assert float(find(rows, configuration="one", arm="opcd", metric="dlen")["mean"]) == pytest.approx(0.2)
+    cosine = find(rows, configuration="one", arm="base", metric="cosine_by_layer")
+    ends = stats.t.interval(0.95, 2, 0.805, stats.sem([0.8, 0.805, 0.81]))
+    assert (float(cosine["low"]), float(cosine["high"])) == pytest.approx(ends)
+    assert not [row for row in rows if row["arm"] == "base" and row["metric"] == "harm"]  # nothing was right
+
+
+def test_arms_are_tested_on_the_same_questions_and_adjusted_for_the_configurations(folder):
+    rows = table(folder, "tests")
+    row = find(rows, configuration="one", arm="anchored", metric="harm")
+    each = [
+        RIGHT["anchored"][seed][1] / RIGHT["anchored"][seed][0] - RIGHT["opcd"][seed][1] / RIGHT["opcd"][seed][0]
+        for seed in (0, 1, 2)
+    ]
+    assert float(row["difference"]) == pytest.approx(np.mean(each))
+    # The ranks of harmed questions begin at 0 in both arms: anchored's are among opcd's.
+    sides = [0.5 ** (RIGHT["opcd"][seed][1] - RIGHT["anchored"][seed][1]) for seed in (0, 1, 2)]
+    p = 2 * stats.chi2.sf(-2 * np.sum(np.log(sides)), 6)
+    assert float(row["p"]) == pytest.approx(p)
+    other = find(rows, configuration="two_b", arm="anchored", metric="harm")
+    assert float(other["p"]) > float(row["p"])
+    assert float(row["p_holm"]) == pytest.approx(2 * p)
+    assert float(other["p_holm"]) == pytest.approx(max(2 * p, float(other["p"])))
+    assert not [row for row in rows if row["arm"] == "opcd"]
+    lengths = find(rows, configuration="one", arm="anchored", metric="dlen")
+    assert (lengths["difference"], lengths["p"], lengths["low"]) == ("0.0", "", "")
+    signs = find(table(folder, "signs"), arm="retained", metric="harm")
+    assert (signs["below"], signs["above"], float(signs["p"]), signs["configurations"]) == ("2", "0", 0.5, "2")
+
+
+def test_questions_under_one_context_are_not_independent(folder):
+    runs = results.read_results(folder)["one"]["opcd"]
+    assert all(len(run.sums["obedience"].whole) == CONTEXTS for run in runs)
+    assert all(len(run.sums["harm"].whole) == N for run in runs)
+
+
+def test_the_page_has_every_table_and_the_figure_every_arm(folder):
+    place = folder.root / "report"
+    page = (place / "index.html").read_text()
+    assert len(page) < 2**20 and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "two_b" in page and "6 done" in page and "abc" in page and "Of the questions answered right" in page
+    figure = (place / "harm_obedience.svg").read_text()
+    ElementTree.fromstring(figure)
+    assert all(arm in figure for arm in RIGHT) and ">base<" not in figure
+    for name in ("metrics", "tests", "signs"):
+        lines = (place / f"{name}.tex").read_text().splitlines()
+        rows = [line for line in lines if line.endswith(r"\\")]
+        assert len({line.count("&") - line.count(r"\&") for line in rows}) == 1 and lines[0].startswith(
+            r"\begin{tabular}"
+        )
+        assert not any("_" in line.replace(r"\_", "") for line in lines)
+    assert [row["state"] for row in table(folder, "runs")].count("done") == 6
+    rates = table(folder, "rates")
+    assert {(row["arm"], row["rate"]) for row in rates} == {(arm, "0.001") for arm in RIGHT}
+
+
+def test_a_study_without_a_finished_run_has_no_report(tmp_path, folder):
+    empty = worker.Folder(tmp_path, folder.study, folder.costs)
+    with pytest.raises(ValueError, match="no run of the phase 'final' is done"):
+        report.write_report(empty)
+    assert not list(tmp_path.iterdir())
