@@ -132,7 +132,8 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``rates``: the peak learning rates of
-    the arms that have one of their own. ``lora``: None if all weights are trained; ``lora_init``: AdapterSource.init."""
+    the arms that have one of their own. ``lora``: None if all weights are trained. ``lora_init``: AdapterSource.init.
+    """
 
     seed: int
     task: str
