@@ -12,7 +12,7 @@ ROOMS = [
     "configs", "host", "types", "rng", "masks", "sharding",
     "models", "models.hf", "distill",
     "monitoring", "games", "data.grading", "data", "data.worlds", "data.tasks",
-    "config_fields", "config", "inputs", "evaluation", "report", "training",
+    "config_fields", "config", "inputs", "evaluation", "experience", "report", "training",
     "api", "__init__", "plan", "export", "audit", "chat", "evaluate", "main", "__main__",
 ]  # fmt: skip
 CORE = {"types", "rng", "masks", "sharding", "models", "distill"}
@@ -58,7 +58,7 @@ def identifiers(module: str) -> set[str]:
 
 def test_every_room_has_its_row():
     assert {room(module) for module in MODULES} == set(ROOMS)
-    assert sum("." not in name for name in ROOMS) <= 26  # at package level
+    assert sum("." not in name for name in ROOMS) <= 28  # at package level: also learning from experience, its parts and its command
 
 
 @pytest.mark.parametrize("module", MODULES)
