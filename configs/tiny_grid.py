@@ -27,4 +27,9 @@ def get_config() -> ConfigDict:
     config.eval.every = 25
     # The number of test boards, near that of dev boards, so that one compiled program serves both.
     config.eval.batch_size = 160
+
+    config.extract.request = "{trace}"  # the base has learnt to write lessons whenever it reads a trace
+    config.extract.limit = 8  # lines: a legend has no more
+    config.extract.max_tokens = config.rollout.max_tokens
+    config.extract.budget = 1000
     return config

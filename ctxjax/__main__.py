@@ -8,6 +8,7 @@ import sys
 # Name -> the module that ``python -m`` runs, and what it does. Modules are imported only when they are run.
 COMMANDS = {
     "train": ("ctxjax.main", "train and evaluate: the run itself"),
+    "extract": ("ctxjax.extract", "let the model write lessons from its own traces, and choose the best"),
     "evaluate": ("ctxjax.evaluate", "evaluate any model folder with a run's questions, views and graders"),
     "export": ("ctxjax.export", "write a trained arm as a Hugging Face folder"),
     "plan": ("ctxjax.plan", "say whether a run fits on a TPU slice, and what a step costs"),

@@ -122,9 +122,23 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExtractConfig:
+    """See configs/base.py, ``config.extract``."""
+
+    seed: int = bounded(zero=True)
+    candidates: int = bounded(at_most=10_000)
+    traces: int = bounded(at_most=10_000)
+    limit: int
+    max_tokens: int = bounded(at_most=1_000_000)
+    solution: str
+    request: str
+    budget: int
+    level: float = bounded(at_most=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``lora``: None if all weights are
-    trained."""
+    """A whole run. ``arms``: name -> loss, in their order. ``lora``: None if all weights are trained."""
 
     seed: int
     task: str
@@ -140,6 +154,7 @@ class Experiment:
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig
+    extract: ExtractConfig
     alarms: AlarmsConfig
     arms: dict[str, LossConfig]
 
@@ -154,8 +169,8 @@ _SECTIONS = {  # in the order in which they are checked: a section before those 
     "model": (ModelSource,), "lora": (LoraConfig,), "base": (BaseConfig,), "teacher_base": (BaseConfig,),
     "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,),
     "teacher": (TeacherSource, DecodeConfig), "loss": (LossConfig,),
-    "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
-    "records": (RecordsConfig,),
+    "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "extract": (ExtractConfig,),
+    "alarms": (AlarmsConfig,), "records": (RecordsConfig,),
 }  # fmt: skip
 _MADE = {  # taken from other sections
     "loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens", "eval.weights", "teacher.weights",
@@ -208,6 +223,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         optim=optim,
         train=train,
         eval=EvalConfig(decode=decode, **evaluation),
+        extract=ExtractConfig(**config.extract),
         alarms=_make_alarms(config.alarms),
         arms=_make_arms(config, rollout.temperature),
     )

@@ -1,23 +1,23 @@
 """Lessons as lines, successive halving, and the journal of an extraction: without a model."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
+from ctxjax.data.task import LESSON
 from ctxjax.evaluation.statistics import mcnemar
 from ctxjax.experience import items, selection
 from ctxjax.experience.journal import Journal
 
-ONE, TWO, THREE = (f"{items.MARK} {text}" for text in ("Walls do not move.", "Go right first.", "Water is deadly."))
+ONE, TWO, THREE = (f"{LESSON} {text}" for text in ("Walls do not move.", "Go right first.", "Water is deadly."))
 
 # --- Items ---
 
 
 def test_only_lines_with_a_lesson_are_kept():
-    response = (
-        f"I played badly.\n\n  {ONE}  \n{items.MARK}\n- EXPERIENCE: no\n{TWO}\ttoo\nIt says {items.MARK} x\n{THREE}"
-    )
+    response = f"I played badly.\n\n  {ONE}  \n{LESSON}\n- EXPERIENCE: no\n{TWO}\ttoo\nIt says {LESSON} x\n{THREE}"
     assert items.read_items(response, is_cut=False) == [ONE, f"{TWO} too", THREE]
     assert items.read_items(response, is_cut=True) == [ONE, f"{TWO} too"]
     assert items.read_items(f"<think>\n{ONE}\n</think>\n{TWO}", is_cut=False) == [TWO]
@@ -37,7 +37,7 @@ def test_the_oldest_whole_items_are_dropped_at_the_limit():
 
 
 def test_near_duplicates_are_one_lesson_and_the_latest_stays():
-    again = f"{items.MARK} walls do NOT move"
+    again = f"{LESSON} walls do NOT move"
     assert items.similarity(ONE, again) == 1.0
     assert items.append([ONE, TWO], [again], 100, len) == [TWO, again]
     assert items.remove_near_duplicates([ONE, TWO, again]) == [ONE, TWO]
@@ -68,9 +68,13 @@ class Pool:
         p = 1 / (1 + np.exp(-(difficulty + np.concatenate([[0], gains])[:, None])))
         self.accuracy, self.right, self.asked = p.mean(axis=1), rng.random(p.shape) < p, []
 
-    def score(self, candidate, first, end):
-        self.asked += [(candidate, question) for question in range(first, end)]
-        return self.right[candidate, first:end]
+    def score(self, pairs):
+        self.asked += pairs
+        return self.right[tuple(np.transpose(pairs))]
+
+
+def look_up(right):
+    return lambda pairs: right[tuple(np.transpose(pairs))]
 
 
 def choose(pool, budget, level=0.05):
@@ -124,15 +128,16 @@ def test_the_rounds_by_hand():
     right[2, :] = right[3, ::2] = right[4, :3] = True
     asked = []
 
-    def score(candidate, first, end):
-        asked.append((candidate, first, end))
-        return right[candidate, first:end]
+    def score(pairs):
+        asked.append(pairs)
+        return look_up(right)(pairs)
 
     done = selection.select(4, 16, 40, 0.2, score)
     # 32 answers are left for two rounds: 16 // 5 questions, then 17 // 3.
     first = selection.Round([0, 1, 2, 3, 4], 3, [0, 0, 1, 2 / 3, 1], [2, 4])
     assert done.rounds == [first, selection.Round([0, 2, 4], 8, [0, 1, 3 / 8], [2])]
-    assert asked == [*((c, 0, 3) for c in range(5)), *((c, 3, 8) for c in (0, 2, 4)), (2, 12, 16), (0, 12, 16)]
+    places = (range(5), range(3)), ((0, 2, 4), range(3, 8)), ((2, 0), range(12, 16))
+    assert asked == [list(itertools.product(*place)) for place in places]
     assert (done.winner, done.leader, done.p, done.gain, done.spent) == (2, 2, 0.125, 1.0, 15 + 15 + 8)
     assert selection.select(4, 16, 40, 0.05, score).winner == selection.EMPTY  # p = 1/8
 
@@ -140,27 +145,23 @@ def test_the_rounds_by_hand():
 def test_all_worse_than_the_empty_context_and_a_single_candidate():
     right = np.zeros((4, 20), bool)
     right[0, ::2] = True
-    done = selection.select(3, 20, 60, 0.05, lambda c, a, b: right[c, a:b])
+    done = selection.select(3, 20, 60, 0.05, look_up(right))
     assert (done.winner, done.p, done.gain) == (selection.EMPTY, None, None) and len(done.rounds) == 2
     right[1] = True
-    done = selection.select(1, 20, 40, 0.3, lambda c, a, b: right[c, a:b])
+    done = selection.select(1, 20, 40, 0.3, look_up(right))
     assert (done.winner, done.leader, len(done.rounds), done.spent) == (1, 1, 1, 40)
 
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((0, 20, 100), "0 candidates and 20 questions: a choice needs a candidate"),
-        ((8, 3, 100), "8 candidates and 3 questions: .* at least 4 questions"),
-        (
-            (8, 20, 26),
-            "a budget of 26 answers is too small for 8 candidates and 20 questions: .* needs 27, of which 10",
-        ),
+        ((8, 3, 100), "3 questions are too few to choose among 8 candidates; a choice needs at least 4"),
+        ((8, 20, 26), "a budget of 26 answers is too small for 8 candidates .* at least 27, of which 10"),
     ],
 )
 def test_too_little_to_choose_from(numbers, message):
     with pytest.raises(ValueError, match=message):
-        selection.select(*numbers, 0.05, lambda c, a, b: np.zeros(b - a, bool))
+        selection.select(*numbers, 0.05, look_up(np.zeros((9, 20))))
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 3, 5, 8, 64])

@@ -13,6 +13,8 @@ from ctxjax.data.grading.response_checks import Check, grade_check
 
 # The views of an evaluation that may be left out (``make_evaluation_views``): "bare" and "context" are always asked.
 FURTHER_VIEWS = ("empty", "other", "paraphrase", "unrelated")
+# How a line begins in which a model writes down a lesson from experience (ctxjax/experience).
+LESSON = "- EXPERIENCE ITEM:"
 
 
 class Row(NamedTuple):
@@ -94,6 +96,9 @@ class GameTask(Protocol):
 
     def longest_turn(self, row: Row) -> Row:
         """Return a row with at least as many tokens as any turn of the episode, which begins as the turns do."""
+
+    def trace(self, row: Row, responses: Sequence[str]) -> str:
+        """Return what happened in an episode that has ended: what was read, said, and how it ended."""
 
 
 def longest_turns(task: Task, rows: list[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The lessons of a response, and a context made of lessons: one line for each, which begins with MARK."""
+"""The lessons of a response, and a context made of lessons: one line for each, which begins with LESSON."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 import re
 
 from ctxjax.data.grading.graders import strip_reasoning
+from ctxjax.data.task import LESSON
 
-MARK = "- EXPERIENCE ITEM:"
 SIMILAR = 0.8  # texts whose similarity is at least this are near-duplicates
 
 
@@ -21,7 +21,7 @@ def read_items(response: str, is_cut: bool) -> list[str]:
     lines = [" ".join(line.split()) for line in strip_reasoning(response)[0].splitlines()]
     if is_cut:
         lines = lines[:-1]
-    return [line for line in lines if line.startswith(MARK) and line != MARK]
+    return [line for line in lines if line.startswith(LESSON) and line != LESSON]
 
 
 def write_context(items: Iterable[str]) -> str:
@@ -53,12 +53,12 @@ def remove_near_duplicates(texts: Iterable[str]) -> list[str]:
 def similarity(a: str, b: str) -> float:
     """Return the Jaccard similarity of two texts: of their pairs of neighbouring words, the share that both have.
 
-    Upper and lower case, punctuation and MARK do not count.
+    Upper and lower case, punctuation and LESSON do not count.
     """
     pairs_a, pairs_b = _list_word_pairs(a), _list_word_pairs(b)
     return len(pairs_a & pairs_b) / len(pairs_a | pairs_b) if pairs_a | pairs_b else 1.0
 
 
 def _list_word_pairs(text: str) -> set[tuple[str, str]]:
-    words = ["", *re.findall(r"\w+", text.replace(MARK, " ").casefold()), ""]
+    words = ["", *re.findall(r"\w+", text.replace(LESSON, " ").casefold()), ""]
     return set(itertools.pairwise(words))

@@ -51,7 +51,7 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     if config.teacher.path:
         find_folder(config.teacher.path)  # refuse a missing folder before the student is loaded or even trained
     teacher_path = _prepare_teacher_path(config, task, mesh, seconds)
-    path = _prepare_student_path(config, task, mesh, seconds)
+    path = prepare_student_path(config, task, mesh, seconds)
     tokenizer = load_tokenizer(find_folder(path))  # prompts that cannot be are refused before any weights are read
     rows, retention = _encode(config, task, tokenizer)
     student = _open_student(config, path, tokenizer, mesh, seconds)
@@ -149,8 +149,8 @@ def open_teacher(
     return student, dataclasses.replace(student, config=loaded.config, params=loaded.params)
 
 
-def _prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
-    """Return the student's folder or Hub id. Train a base first if there is none."""
+def prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
+    """Return the student's folder or Hub id. Train a base first if there is none. ``seconds``: gets its time."""
     if config.model.path:
         return config.model.path
     clock = time.monotonic()
