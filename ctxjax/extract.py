@@ -112,7 +112,7 @@ def describe(done) -> str:
 def command_line() -> None:
     """Read the flags and run the command. It ends with 0 if it wrote a context, with EMPTY_WINS if the empty context
     wins, and with 2 and one message after bad input."""
-    preemption.listen("the extraction ends; the same command goes on")
+    preemption.listen(preemption.RUN_ENDS)
     config = config_flags.DEFINE_config_file("config", None, "The run's configuration, such as configs/tiny_grid.py.")
     workdir = flags.DEFINE_string("workdir", None, "Folder for candidates.jsonl and experience.txt.")
     resume = flags.DEFINE_enum("resume", "auto", workdir_lib.RESUME, "As for ctxjax train.")

@@ -235,7 +235,7 @@ class TinyGrid:
         return [self._make_row(board, parse_legend(context), context)]
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
-        return _shuffle_lines(row.context.split("\n"), rng)
+        return _shuffle_lines(sorted(row.context.split("\n")), rng)
 
     def unrelated(self) -> None:
         return None
