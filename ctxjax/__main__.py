@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "train": ("ctxjax.main", "train and evaluate: the run itself"),
     "extract": ("ctxjax.extract", "let the model write lessons from its own traces, and choose the best"),
+    "rounds": ("ctxjax.rounds", "extract and train, again and again"),
     "evaluate": ("ctxjax.evaluate", "evaluate any model folder with a run's questions, views and graders"),
     "export": ("ctxjax.export", "write a trained arm as a Hugging Face folder"),
     "plan": ("ctxjax.plan", "say whether a run fits on a TPU slice, and what a step costs"),

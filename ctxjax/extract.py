@@ -41,9 +41,10 @@ def main(config: ConfigDict, workdir: str | None, resume: str) -> int:
     return 0
 
 
-def extract(config: ConfigDict, place: Path, resume: str = "auto"):
+def extract(config: ConfigDict, place: Path, resume: str = "auto", first: int = 0):
     """Extract and choose; write the journal and, if a context wins, ``experience.txt``. Return the Extraction.
 
+    ``first``: the place of the first question to solve, in the order of the seed; those before it are left out.
     An extraction that was interrupted in the same folder goes on. Raises ValueError or OSError with the remedy.
     """
     with progress.Bar("importing the libraries"):
@@ -75,10 +76,10 @@ def extract(config: ConfigDict, place: Path, resume: str = "auto"):
         print(f"model: {path}; {folder.config.arithmetic}", flush=True)
         lock.take()
         with progress.Bar("computing the digests of weights and questions"):
-            inputs = {"model": compute_fingerprint(folder.params), "stop_ids": list(folder.stop_ids)}
+            inputs = {"model": compute_fingerprint(folder.params), "stop_ids": list(folder.stop_ids), "first": first}
             inputs["rows"] = {split: compute_digest(task.rows(split)) for split in ("train", "dev")}
         workdir_lib.claim(place, facts, inputs)
-        done = extraction.Extractor(experiment, task, folder, mesh, Journal(place / JOURNAL))()
+        done = extraction.Extractor(experiment, task, folder, mesh, Journal(place / JOURNAL), first)()
         if done.chosen is not None:
             workdir_lib.write_text(place / EXPERIENCE, done.chosen + "\n")
         processes.wait("experience written")

@@ -81,10 +81,13 @@ class _OneTurn:
 
 
 class Extractor:
-    """Extract and choose with ``folder``'s model. ``journal``: has the results of all steps that are done."""
+    """Extract and choose with ``folder``'s model. ``journal``: has the results of all steps that are done. ``first``:
+    the place of the first question to solve, in the order of the seed."""
 
-    def __init__(self, config: Experiment, task: Task, folder: ModelFolder, mesh: Mesh, journal: Journal):
-        self._config, self._task, self._folder, self._journal = config, task, folder, journal
+    def __init__(
+        self, config: Experiment, task: Task, folder: ModelFolder, mesh: Mesh, journal: Journal, first: int = 0
+    ):
+        self._config, self._task, self._folder, self._journal, self._first = config, task, folder, journal, first
         self._batch, self._key = config.eval.batch_size, jax.random.key(config.extract.seed)
         self._reader = Player(_OneTurn(), folder, config.prompt, self._batch, mesh)
         self._player = self._reader
@@ -118,7 +121,7 @@ class Extractor:
         """Answer training questions without a context, or play. Return the traces, those of a candidate in a row."""
         extract, rows = self._config.extract, self._task.rows("train")
         order = np.random.default_rng([extract.seed, len(rows)]).permutation(len(rows))
-        asked = [rows[order[i % len(rows)]] for i in range(extract.candidates * extract.traces)]
+        asked = [rows[order[(self._first + i) % len(rows)]] for i in range(extract.candidates * extract.traces)]
         asked = [row._replace(context=None) for row in asked]
         traces = []
         for start, stop in self._chunks("solving or playing", len(asked)):
