@@ -87,6 +87,8 @@ def _set_math(config: ConfigDict) -> None:
     config.prompt.thinking = True
     config.rollout.max_tokens = 16384
     config.rollout.temperature = 0.6
+    config.extract.max_tokens = 16384
+    config.extract.limit = 14336  # with a problem of 2,048 tokens the most that a prompt may have
     config.eval.batch_size = 128
 
 

@@ -247,6 +247,33 @@ def test_the_command_writes_no_file_if_the_empty_context_wins(started, tmp_path,
     assert "the empty context wins: no experience.txt is written" in capsys.readouterr().out
 
 
+# --- The real sampler ---
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_devices")
+def test_an_extraction_with_the_real_sampler_goes_on_bit_for_bit(grid, tmp_path, monkeypatch):
+    """The model is untrained, and half of what it says are lines of lessons: such are the tokens of its world."""
+    grid.base.cache, grid.base.steps, grid.base.warmup_steps = str(tmp_path / "cache"), 2, 1
+    grid.base.width, grid.base.layers, grid.base.head_dim, grid.base.mlp_width = 32, 1, 8, 48
+    grid.base.batch_size, grid.compile_cache = 16, ""
+    whole = command.extract(grid, tmp_path / "whole")
+    store, steps = Journal.do, itertools.count()
+
+    def die(self, step, compute):
+        if next(steps) == 7:
+            raise KeyboardInterrupt
+        return store(self, step, compute)
+
+    monkeypatch.setattr(Journal, "do", die)
+    with pytest.raises(KeyboardInterrupt):
+        command.extract(grid, tmp_path / "killed")
+    monkeypatch.setattr(Journal, "do", store)
+    assert command.extract(grid, tmp_path / "killed") == whole
+    journals = [(tmp_path / name / "candidates.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert journals[0] == journals[1] and len(whole.candidates) == 3
+
+
 # --- Bad input ---
 
 
