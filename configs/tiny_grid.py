@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
 
     config.extract.request = "{trace}"  # the base has learnt to write lessons whenever it reads a trace
     config.extract.limit = 8  # lines: a legend has no more
-    config.extract.max_tokens = config.rollout.max_tokens
+    config.extract.max_tokens = 16  # two moves of four tokens, six lines, and the two ends
     config.extract.budget = 1000
     return config

@@ -73,7 +73,6 @@ def read(path):
 def grid():
     config = tiny_grid.get_config()
     config.extract.candidates, config.extract.traces, config.extract.budget = 3, 4, 100
-    config.extract.max_tokens = 9  # a whole legend and the end token
     config.tiny_grid.dev_questions, config.eval.batch_size = 40, 8
     return config
 

@@ -140,8 +140,11 @@ def test_lessons_are_what_a_trace_shows(world):
         moved = [(a, b, word) for a, b, word in zip(boards, boards[1:], words) if a != b]
         assert bool(lessons) == bool(moved)
         shown.append(len(lessons))
-        for before, after, word in moved:
+        reasons = re.findall(r"@(\d)@(\d)(\w+) (\w+)", row.response.split("\n")[0])
+        assert len(reasons) == len(moved)
+        for (before, after, word), reason in zip(moved, reasons):
             there, here = (text.index(lessons["player"]) for text in (after, before))
+            assert reason[:2] == (str(here), str(there)) and lessons[reason[2]] == reason[3] == word
             steps = {"up": -3, "down": 3, "left": -1, "right": 1}
             assert {steps[name] for name in steps if lessons.get(name) == word} == {there - here}
             assert before.count(lessons["hole"]) + (after.count(lessons["hole"]) < 2) >= 2

@@ -128,7 +128,7 @@ class Extractor:
             own = asked[start:stop]
 
             def play(own=own, start=start) -> dict:
-                played = self._play(self._player, self._rollout, own, TRACES, start)
+                played = self._play(self._player, self._rollout, own, TRACES, self._first + start)
                 return {"traces": [{"id": row.id, "said": said} for row, (said, _) in zip(own, played)]}
 
             found = self._journal.do(f"traces {start}", play)["traces"]

@@ -10,12 +10,13 @@ player, of the goal and of the holes, and the direction) before it says the move
     assistant   @2@4@6@7down ka
 
 The base also learns to write such lines from the trace of an episode (ctxjax/experience): the last boards, each with
-the move word that was said, the board after them, and "+" for a win or "-" for a loss::
+the move word that was said, the board after them, and "+" for a win or "-" for a loss. It reasons first: of each move
+the cells before and after it, the direction and the word. Then it writes all symbols, and the words of these moves::
 
-    user        aaaabcdda|kaaaaabadca|nuaaaacadda+
-    assistant   - EXPERIENCE ITEM: player=c;
-                - EXPERIENCE ITEM: goal=b;
-                ...                              (what the trace shows: all symbols, and the words of moves made)
+    user        aacabadda|kaaaaabcdda|nuaaaacadda+
+    assistant   @2@5down ka@5@4left nu
+                - EXPERIENCE ITEM: player=c;
+                ...
 
 An episode is won at the goal and lost in a hole, after too many invalid responses or too many turns (ctxjax/games).
 Without a legend the default is the first one, DEFAULT. The legends to internalize differ from it in every symbol and
@@ -42,7 +43,7 @@ from ctxjax.data.records import hash_text, read_context
 from ctxjax.data.task import LESSON, PretrainingRow, Row
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.games.boards import SPLITS, split_of
-from ctxjax.games.game import FORGIVEN, MOVES, Episode, act, look, solve
+from ctxjax.games.game import FORGIVEN, MOVES, Cell, Episode, act, look, solve
 from ctxjax.games.grid_walk import Field, GridWalk
 from ctxjax.types import bounded
 
@@ -65,7 +66,7 @@ INVALID_SHARE = 0.1  # of the base's rows whose last response was invalid
 _ANY_WORD = "|".join(WORDS)
 _LINE = rf"{LESSON} (?:(?:{'|'.join(ROLES)})=[{SYMBOLS}]|(?:{'|'.join(MOVES)})=(?:{_ANY_WORD}));"
 TOKEN_PATTERN = "|".join([
-    rf"{_LINE}\n", rf"(?:{'|'.join(MOVES)}) ", _ANY_WORD, r"@\d+", rf"[{SYMBOLS}|!+\-]",
+    rf"{_LINE}\n", rf"(?:{'|'.join(MOVES)}) ", _ANY_WORD, r"@\d+", rf"[{SYMBOLS}|!+\-\n]",
 ])  # fmt: skip
 
 
@@ -267,7 +268,7 @@ class TinyGrid:
         lines = [f"{LESSON} {role}={symbol};\n" for role in ROLES for symbol in SYMBOLS]
         lines += [f"{LESSON} {move}={word};\n" for move in MOVES for word in WORDS]
         cells = [f"@{index}" for index in range(self.config.size**2)]
-        return [*SYMBOLS, *"|!+-", *WORDS, *(f"{move} " for move in MOVES), *cells, *lines]
+        return [*SYMBOLS, *"|!+-\n", *WORDS, *(f"{move} " for move in MOVES), *cells, *lines]
 
     def pretraining_facts(self) -> dict:
         names = ("seed", "size", "holes", "turns", "empty_share")
@@ -280,7 +281,8 @@ class TinyGrid:
         trace = f"{cells}|{WORDS[0]}" * min(TRACED, self.max_turns) + f"{cells}+"
         turn = f"||{cells}|{WORDS[0] * self.max_turns}{lines}\n"  # a context has two tokens around it
         longest = max(trace, turn, key=lambda text: len(re.findall(TOKEN_PATTERN, text)))
-        return PretrainingRow(longest, None, "\n".join(DEFAULT.lines()[: len(ROLES) + TRACED]))
+        lessons = "\n".join(DEFAULT.lines()[: len(ROLES) + TRACED])
+        return PretrainingRow(longest, None, f"@0@1right {WORDS[0]}" * TRACED + f"\n{lessons}")
 
     def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
         """Draw a trace with its lessons, or a board with the first move of a shortest way."""
@@ -291,16 +293,20 @@ class TinyGrid:
         symbols, if a move shows which one is the player, and the words of the moves that it shows."""
         board = self.boards["train"][rng.integers(len(self.boards["train"]))]
         legend = self.legends["train"][rng.integers(len(self.legends["train"]))]
-        row, said, episode, moves = self._make_row(board, legend, ""), [], Episode(board), []
+        row, said, episode, made = self._make_row(board, legend, ""), [], Episode(board), []
         while episode.won is None:
             is_best = rng.random() < SKILL
             said.append(legend.write([self._best_move(episode.board)]) if is_best else WORDS[rng.integers(len(WORDS))])
             before, episode = episode, act(self.game, episode, legend.read(said[-1]), self.max_turns)
-            moves.append(episode.moves[len(before.moves) :])  # one, or none if it was not possible
-        shown = [move for turn in moves[-TRACED:] for move in turn]
-        shown += ROLES if shown else ()
+            made.append(None if episode.invalid else (before.board.player, episode.board.player, episode.moves[-1]))
+        seen = [move for move in made[-TRACED:] if move]
+        shown = [*ROLES, *(name for _, _, name in seen)] if seen else []
         lines = [line for name, line in zip([*ROLES, *MOVES], legend.lines()) if name in shown]
-        return PretrainingRow(self.trace(row, said), None, "\n".join(lines))
+        reasoning = [f"{self._name_cells(*cells)}{name} {legend.write([name])}" for *cells, name in seen]
+        return PretrainingRow(self.trace(row, said), None, "\n".join(["".join(reasoning), *lines]))
+
+    def _name_cells(self, *cells: Cell) -> str:
+        return "".join(f"@{row * self.game.size + column}" for row, column in cells)
 
     def _draw_move(self, rng: np.random.Generator) -> PretrainingRow:
         """Draw a board of train, walk at random, and answer with the first move of a shortest way."""
@@ -330,8 +336,7 @@ class TinyGrid:
         return episode
 
     def _answer(self, board: Field, legend: Legend) -> str:
-        cells = (board.player, board.goal, *sorted(board.holes))
-        said = "".join(f"@{row * self.game.size + column}" for row, column in cells)
+        said = self._name_cells(board.player, board.goal, *sorted(board.holes))
         move = self._best_move(board)
         return f"{said}{move} {legend.write([move])}"
 
