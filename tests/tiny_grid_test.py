@@ -140,7 +140,7 @@ def test_lessons_are_what_a_trace_shows(world):
         moved = [(a, b, word) for a, b, word in zip(boards, boards[1:], words) if a != b]
         assert bool(lessons) == bool(moved)
         shown.append(len(lessons))
-        reasons = re.findall(r"@(\d)@(\d)(\w+) (\w+)", row.response.split("\n")[0])
+        reasons = re.findall(r"@(\d)@(\d)(\w+) (\w+)", row.response)
         assert len(reasons) == len(moved)
         for (before, after, word), reason in zip(moved, reasons):
             there, here = (text.index(lessons["player"]) for text in (after, before))

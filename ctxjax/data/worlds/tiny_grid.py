@@ -10,13 +10,14 @@ player, of the goal and of the holes, and the direction) before it says the move
     assistant   @2@4@6@7down ka
 
 The base also learns to write such lines from the trace of an episode (ctxjax/experience): the last boards, each with
-the move word that was said, the board after them, and "+" for a win or "-" for a loss. It reasons first: of each move
-the cells before and after it, the direction and the word. Then it writes all symbols, and the words of these moves::
+the move word that was said, the board after them, and "+" for a win or "-" for a loss. It writes all symbols, reasons
+(of each move the cells of the player before and after it, the direction and the word), and writes these words::
 
     user        aacabadda|kaaaaabcdda|nuaaaacadda+
-    assistant   @2@5down ka@5@4left nu
-                - EXPERIENCE ITEM: player=c;
+    assistant   - EXPERIENCE ITEM: player=c;
                 ...
+                @2@5down ka@5@4left nu
+                - EXPERIENCE ITEM: down=ka; ...
 
 An episode is won at the goal and lost in a hole, after too many invalid responses or too many turns (ctxjax/games).
 Without a legend the default is the first one, DEFAULT. The legends to internalize differ from it in every symbol and
@@ -282,7 +283,7 @@ class TinyGrid:
         turn = f"||{cells}|{WORDS[0] * self.max_turns}{lines}\n"  # a context has two tokens around it
         longest = max(trace, turn, key=lambda text: len(re.findall(TOKEN_PATTERN, text)))
         lessons = "\n".join(DEFAULT.lines()[: len(ROLES) + TRACED])
-        return PretrainingRow(longest, None, f"@0@1right {WORDS[0]}" * TRACED + f"\n{lessons}")
+        return PretrainingRow(longest, None, f"{lessons}\n" + f"@0@1right {WORDS[0]}" * TRACED + "\n")
 
     def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
         """Draw a trace with its lessons, or a board with the first move of a shortest way."""
@@ -300,10 +301,10 @@ class TinyGrid:
             before, episode = episode, act(self.game, episode, legend.read(said[-1]), self.max_turns)
             made.append(None if episode.invalid else (before.board.player, episode.board.player, episode.moves[-1]))
         seen = [move for move in made[-TRACED:] if move]
-        shown = [*ROLES, *(name for _, _, name in seen)] if seen else []
-        lines = [line for name, line in zip([*ROLES, *MOVES], legend.lines()) if name in shown]
+        lines, shown = dict(zip([*ROLES, *MOVES], legend.lines())), [name for _, _, name in seen]
         reasoning = [f"{self._name_cells(*cells)}{name} {legend.write([name])}" for *cells, name in seen]
-        return PretrainingRow(self.trace(row, said), None, "\n".join(["".join(reasoning), *lines]))
+        written = [*(lines[role] for role in ROLES), "".join(reasoning), *(lines[m] for m in MOVES if m in shown)]
+        return PretrainingRow(self.trace(row, said), None, "\n".join(written if seen else []))
 
     def _name_cells(self, *cells: Cell) -> str:
         return "".join(f"@{row * self.game.size + column}" for row, column in cells)
