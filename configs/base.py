@@ -192,6 +192,22 @@ def get_config() -> ConfigDict:
     # Higher is better; with a minus sign ("-distill") lower is better. Of equal steps the later one is taken.
     config.eval.select = "both_correct"
 
+    config.extract = ConfigDict()  # lessons that the model writes from its own traces: python -m ctxjax.extract
+    config.extract.seed = config.get_oneway_ref("seed")  # of the choice of training questions, and of all sampling
+    config.extract.candidates = 16  # contexts to choose among, each from traces of its own
+    config.extract.traces = 8  # training questions (in a game, episodes) for a candidate
+    config.extract.limit = 2048  # most tokens of a context; beyond it the oldest lessons are dropped
+    config.extract.max_tokens = 512  # most tokens of a response with lessons, end token included
+    # The trace of a question, from {question} and {response}; that of a game is made by its task.
+    config.extract.solution = "Problem:\n{question}\n\nYour solution:\n{response}"
+    # What asks for lessons from a {trace}. Lines of the response that begin as shown here are kept.
+    config.extract.request = (
+        "{trace}\n\nThis is what happened. What did you learn from it that helps with other problems of this kind? "
+        'Write general lessons, each in one line that begins with "- EXPERIENCE ITEM:".'
+    )
+    config.extract.budget = 2000  # answers to dev questions (in a game, episodes) to choose among the candidates
+    config.extract.level = 0.05  # the best candidate must beat the empty context with a p-value below this
+
     # Warnings of a run, each given once (ctxjax/monitoring/alarms.py). A threshold of 0 switches its alarm off.
     config.alarms = ConfigDict()
     # Alarms that end the run. Their names: "not_finite" (loss or gradient; such a step is skipped), "no_end" (no
@@ -316,6 +332,7 @@ def get_config() -> ConfigDict:
     config.tiny_grid = ConfigDict()  # task tiny_grid: a game of several turns, with a base of its own
     config.tiny_grid.seed = config.get_oneway_ref("seed")  # of the legends and of the order of boards
     config.tiny_grid.context_index = 0  # the legend to internalize, 0 to 7
+    config.tiny_grid.context_file = ""  # lessons in place of the legend, such as experience.txt; "": the legend
     config.tiny_grid.size = 3  # rows and columns of the grid
     config.tiny_grid.holes = 2  # holes in the grid
     config.tiny_grid.turns = 5  # most responses in an episode

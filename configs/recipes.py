@@ -85,6 +85,8 @@ def _set_math(config: ConfigDict) -> None:
     config.prompt.max_context_tokens = 16384
     config.rollout.max_tokens = 16384
     config.rollout.temperature = 0.6
+    config.extract.max_tokens = 16384
+    config.extract.limit = 14336  # with a problem of 2,048 tokens the most that a prompt may have
     config.eval.batch_size = 128
 
 

@@ -27,4 +27,9 @@ def get_config(architecture: str = "llama") -> ConfigDict:
     config.eval.every = 25
     # The number of test boards, near that of dev boards, so that one compiled program serves both.
     config.eval.batch_size = 160
+
+    config.extract.request = "{trace}"  # the base has learnt to write lessons whenever it reads a trace
+    config.extract.limit = 8  # lines: a legend has no more
+    config.extract.max_tokens = 16  # two moves of four tokens, six lines, and the two ends
+    config.extract.budget = 1000
     return config

@@ -8,6 +8,8 @@ import sys
 # Name -> the module that ``python -m`` runs, and what it does. Modules are imported only when they are run.
 COMMANDS = {
     "train": ("ctxjax.main", "train and evaluate: the run itself"),
+    "extract": ("ctxjax.extract", "let the model write lessons from its own traces, and choose the best"),
+    "rounds": ("ctxjax.rounds", "extract and train, again and again"),
     "evaluate": ("ctxjax.evaluate", "evaluate any model folder with a run's questions, views and graders"),
     "study": ("ctxjax.study", "run a grid of runs, on any number of machines, and report over its seeds"),
     "dose": ("ctxjax.study.dose", "evaluate a trained arm with its change scaled"),

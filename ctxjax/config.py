@@ -1,8 +1,8 @@
 """Check a configuration and convert it: a ConfigDict goes in, frozen dataclasses come out.
 
 No other module below the commands sees a ConfigDict. The dataclass of a part is declared in the module that it
-configures, with its types and bounds; those that configure the run itself are declared here, and so are the rules
-between fields.
+configures, with its types and bounds; those that configure the run itself are in config_sections.py. The rules between
+fields are here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctxjax.config_fields import check_fields, one_of, require
+from ctxjax.config_sections import (
+    FAMILIES,
+    BaseConfig,
+    DecodeConfig,
+    EvalConfig,
+    Experiment,
+    ExtractConfig,
+    ModelSource,
+    RunConfig,
+    TeacherSource,
+    TrainConfig,
+)
 from ctxjax.data.chat_template import parse_date
 from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig
@@ -30,147 +42,14 @@ from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
 from ctxjax.sharding import DECODE_RULES, MeshConfig, check_divisible, fit_mesh
-from ctxjax.types import bounded
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The fields outside of sections; see configs/base.py."""
-
-    seed: int = bounded(zero=True)
-    task: str
-    compile_cache: str
-    cpu_devices: int = bounded(zero=True, at_most=1024)
-    slice: str
-    run_arms: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """The folder or Hub id of the model, its number types, and how it is computed."""
-
-    path: str
-    dtype: str
-    param_dtype: str
-    remat: str
-    attention: str
-
-
-FAMILIES = ("llama", "qwen2", "qwen3")  # the families of models/hf that a base can have
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseConfig:
-    """A base model to train from scratch; see configs/base.py, ``config.base``."""
-
-    seed: int = bounded(zero=True)
-    cache: str
-    steps: int = bounded(zero=True)
-    batch_size: int = bounded(at_most=1_000_000)
-    lr: float = bounded(at_most=1.0)
-    warmup_steps: int = bounded(zero=True)
-    weight_decay: float = bounded(zero=True, at_most=1.0)
-    width: int = bounded(at_most=65536)
-    layers: int = bounded(at_most=1000)
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int = bounded(at_most=262144)
-    rope_theta: float
-    family: str = "llama"
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """How responses are sampled, before the model's end tokens are known; see sampling.SamplingConfig."""
-
-    max_tokens: int = bounded(at_most=1_000_000)
-    temperature: float = bounded(zero=True, at_most=100.0)
-    top_k: int = bounded(zero=True)
-    top_p: float = bounded(at_most=1.0)
-    weights: str
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherSource:
-    """See configs/base.py, ``config.teacher``. ``decode``: how the samples for off-policy steps are drawn."""
-
-    path: str
-    param_dtype: str
-    offload: bool
-    decode: DecodeConfig
-    reasoning: str = "keep"
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """See configs/base.py, ``config.train``. In an Experiment, ``retention_rows`` is the resolved number of rows."""
-
-    steps: int
-    batch_size: int = bounded(at_most=1_000_000)
-    micro_batches: int
-    retention_rows: int = bounded(zero=True)
-    save_every: int
-    keep: int
-    log_every: int
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """See configs/base.py, ``config.eval``. ``decode`` has its temperature, top_k and top_p."""
-
-    every: int = bounded(zero=True)
-    batch_size: int = bounded(at_most=1_000_000)
-    views: tuple[str, ...]
-    samples: int
-    bootstrap: int = bounded(at_most=1_000_000)
-    select: str
-    decode: DecodeConfig
-    meters: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A whole run. ``arms``: name -> loss, in the order in which the arms run. ``rates``: the peak learning rates of
-    the arms that have one of their own. ``lora``: None if all weights are trained. ``lora_init``: AdapterSource.init.
-    """
-
-    seed: int
-    task: str
-    task_config: Any
-    model: ModelSource
-    teacher: TeacherSource
-    lora: LoraConfig | None
-    lora_init: str
-    base: BaseConfig
-    teacher_base: BaseConfig
-    mesh: MeshConfig
-    prompt: PromptConfig
-    rollout: DecodeConfig
-    optim: OptimConfig
-    train: TrainConfig
-    eval: EvalConfig
-    alarms: AlarmsConfig
-    arms: dict[str, LossConfig]
-    rates: dict[str, float]
-
-    def optim_of(self, arm: str) -> OptimConfig:
-        """Return the optimiser of an arm."""
-        return dataclasses.replace(self.optim, lr=self.rates.get(arm, self.optim.lr))
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the teacher is another model; otherwise the student's initial weights are the teacher."""
-        return bool(self.teacher.path or self.teacher_base.steps)
-
 
 _SECTIONS = {  # in the order in which they are checked: a section before those that take values from it
     "": (RunConfig,),
     "model": (ModelSource,), "lora": (LoraConfig, AdapterSource), "base": (BaseConfig,), "teacher_base": (BaseConfig,),
     "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,),
     "teacher": (TeacherSource, DecodeConfig), "loss": (LossConfig,),
-    "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
-    "records": (RecordsConfig,),
+    "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "extract": (ExtractConfig,),
+    "alarms": (AlarmsConfig,), "records": (RecordsConfig,),
 }  # fmt: skip
 _MADE = {  # taken from other sections
     "loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens", "eval.weights", "teacher.weights",
@@ -226,6 +105,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         optim=optim,
         train=train,
         eval=EvalConfig(decode=decode, **evaluation),
+        extract=ExtractConfig(**config.extract),
         alarms=_make_alarms(config.alarms),
         arms=_make_arms(config, rollout.temperature),
         rates={name: config.arms[name].lr for name in config.run_arms if "lr" in config.arms[name]},

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 
 from ctxjax import sharding
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.host import command, preemption, progress, workdir as workdir_lib
 from ctxjax.host.checksum import compute_checksums, hash_file
 from ctxjax.host.hub import find_folder

@@ -10,7 +10,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-STREAMS = {"init": 0, "rollout": 1, "retention": 2, "evaluation": 3, "pretraining": 4, "adapter": 5, "policy": 6}
+STREAMS = {
+    "init": 0, "rollout": 1, "retention": 2, "evaluation": 3, "pretraining": 4, "adapter": 5, "policy": 6,
+    "experience": 7,
+}  # fmt: skip
 
 
 def key_for(root: jax.Array, step: jax.Array | int, stream: str) -> jax.Array:

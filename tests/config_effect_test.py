@@ -116,8 +116,8 @@ def expected_paths(field: str, value, task: str, before: dict) -> dict[str, obje
     elif field in NO_DATACLASS:
         found = {}
     more = {
-        "seed": {path: value for path in ("base.seed", "teacher_base.seed", "task_config.seed") if path in before}
-        | {path: value for path in ("task_config.context_seed",) if path in before},
+        "seed": {path: value for path in ("base.seed", "teacher_base.seed", "extract.seed") if path in before}
+        | {path: value for path in ("task_config.seed", "task_config.context_seed") if path in before},
         "model.param_dtype": {"teacher.param_dtype": value},
         "model.path": {"task_config.writer": value} if task == "self_study" else {},
         "base.cache": {"task_config.cache": value} if task == "self_study" else {},

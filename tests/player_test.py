@@ -163,7 +163,7 @@ def test_a_step_has_the_turns_of_whole_episodes_and_empty_places_after_them(worl
     taken = rollout.mask_BxT.any(axis=1).reshape(4, 5)
     assert np.all(np.diff(taken.astype(int)) <= 0) and 2 <= taken.sum(axis=1).min() < taken.sum(axis=1).max()
     for place in range(20):
-        system = f"<|system|>{world.context}<|end|>"
+        system = f"<|system|>{world.context}\n<|end|>"
         assert context[place] == bare[place].replace("<|begin|>", f"<|begin|>{system}")
         if not taken.reshape(-1)[place]:
             assert bare[place] == bare[place // 5 * 5] and not rollout.logprobs_BxT[place].any()
@@ -241,7 +241,7 @@ def test_the_views_are_compared_along_all_turns_of_the_bare_view(world, folder, 
         unrelated = split.rows["other"][number].context
         for text, system in ((bare, None), (context, world.context), (control, unrelated)):
             assert f"<|user|>{row.question}<|end|>" in text
-            assert (f"<|system|>{system}<|end|>" in text) == (system is not None)
+            assert (f"<|system|>{system}\n<|end|>" in text) == (system is not None)
 
 
 def test_the_control_is_the_context_that_has_least_to_do_with_the_questions():

@@ -46,6 +46,7 @@ def files(tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     for name in "ab":
         (folder / f"{name}.txt").write_text(f"Context {name}.")
+    (folder / "lessons.txt").write_text("- EXPERIENCE ITEM: up=ka;\n")
     texts = [f"{n} you @user ! {'fine day ' * (n % 4)}" for n in range(90)]
     (folder / "offensive").mkdir()
     for split, own in (("train", texts[:60]), ("val", texts[60:75]), ("test", texts[75:])):
@@ -133,6 +134,7 @@ FIELDS = {
         "context_index": (3, f"contexts paraphrase {QUESTIONS}"),
         "size": (4, f"vocabulary contexts drawn facts {QUESTIONS}"), "holes": (1, f"contexts drawn facts {QUESTIONS}"),
         "turns": (3, "turns drawn facts"), "empty_share": (0.5, "drawn facts"),
+        "context_file": ("FILES/lessons.txt", "contexts paraphrase"),
     },
 }  # fmt: skip
 # ``records`` is a section of its own (records_test.py), ``required`` no field of a configuration; folders of published

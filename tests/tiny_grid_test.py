@@ -1,5 +1,8 @@
 """The grid game as a world: legends, boards, episodes, and the base's training text."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 
@@ -7,12 +10,14 @@ from ctxjax.data import prompts
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import GameTask, World, make_evaluation_views
+from ctxjax.data.worlds import tiny_grid
 from ctxjax.data.worlds.tiny_grid import DEFAULT, Legend, TinyGrid, TinyGridConfig, parse_legend
 from ctxjax.games.boards import measure
+from ctxjax.games.game import MOVES
 from ctxjax.games.grid_walk import Field, GridWalk
 
 LEGEND = Legend("cbda", ("mi", "ka", "nu", "lo"))  # player, goal, hole, ground; up, down, left, right
-TEXT = "".join(LEGEND.pairs())
+TEXT = "\n".join(LEGEND.lines())
 # The player is above the goal, one row of ground between them; a hole is to the right of the player.
 BOARD = Field(frozenset({(0, 1), (2, 2)}), (2, 0), (0, 0))
 
@@ -74,12 +79,12 @@ def test_the_answer_to_the_docstrings_example(world):
 
 
 def test_the_environment_follows_the_legend_also_where_the_player_does_not_see_it(world, row):
-    for shown in (None, "", "".join(DEFAULT.pairs())):
+    for shown in (None, "", "\n".join(DEFAULT.lines())):
         assert world.play(row._replace(context=shown), ["ka", "ka"]).correct
 
 
 def test_under_another_legend_the_same_board_looks_different(world, row):
-    (other,) = world.rows_under(row, "".join(DEFAULT.pairs()))
+    (other,) = world.rows_under(row, "\n".join(DEFAULT.lines()))
     assert (other.id, other.question) == (row.id, "acddddbdc|")
     assert world.play(other, ["lo", "lo"]).correct and not world.play(other, ["ka", "ka"]).correct
 
@@ -99,17 +104,69 @@ def test_pools_of_legends_and_grids_of_splits_are_disjoint(world):
 def test_the_base_sees_no_board_or_legend_that_is_held_out(world):
     rng = np.random.default_rng(0)
     drawn = [world.pretraining_row(rng) for _ in range(3000)]
-    legends = {parse_legend(row.context) for row in drawn if row.context}
-    assert legends <= set(world.legends["train"]) and abs(np.mean([bool(r.context) for r in drawn]) - 0.7) < 0.03
+    traces = [row for row in drawn if row.question[-1] in "+-"]
+    assert abs(len(traces) / len(drawn) - tiny_grid.LESSON_SHARE) < 0.03
+    moves = [row for row in drawn if row not in traces]
+    assert abs(np.mean([bool(row.context) for row in moves]) - 0.7) < 0.03
     grids = {(board.holes, board.goal) for board in world.boards["train"]}
-    for row in drawn:
-        if row.context:
+    lines = [row.context.count("\n") + 1 for row in moves if row.context]
+    assert set(lines) == {6, 7, 8} and abs(np.mean(np.array(lines) < 8) - tiny_grid.PARTIAL_SHARE) < 0.03
+    legends = [legend for legend in world.legends["train"] if legend != DEFAULT]
+    for row in moves:
+        if row.context and row.context.count("\n") == 7:
             legend = parse_legend(row.context)
             board = world._read_board(row.question, legend)
-            assert (board.holes, board.goal) in grids
+            assert legend in legends and (board.holes, board.goal) in grids
             assert row.response == world._answer(board, legend)
-    nothing = [row.context for row in drawn if not row.context]
+    nothing = [row.context for row in moves if not row.context]
     assert abs(np.mean([context == "" for context in nothing]) - 0.25) < 0.05
+    assert {row.context for row in traces} == {None}
+
+
+def test_a_trace_by_hand(world, row):
+    assert world.trace(row, ["ka", "@1ka"]) == "cdaaaabad|kaadacaabad|kaadaaaacad+"
+    assert world.trace(row, ["lo"]) == "cdaaaabad|loacaaaabad-"
+    # The last two turns; an invalid move changes nothing, and neither does silence.
+    assert world.trace(row, ["ka", "mi", "nu", "what?"]) == "cdaaaabad|nucdaaaabad|cdaaaabad-"
+
+
+def test_lessons_are_what_a_trace_shows(world):
+    """A second reader of traces: whoever moved is the player; two cells are holes; words are where the player goes."""
+    rng, shown = np.random.default_rng(1), []
+    for row in (world._draw_lessons(rng) for _ in range(300)):
+        boards = re.split(r"\|(?:ka|lo|mi|nu)?", row.question[:-1])
+        words = re.findall(r"\|(ka|lo|mi|nu)", row.question)
+        lessons = dict(re.findall(r"(\w+)=(\w+);", row.response))
+        moved = [(a, b, word) for a, b, word in zip(boards, boards[1:], words) if a != b]
+        assert bool(lessons) == bool(moved)
+        shown.append(len(lessons))
+        reasons = re.findall(r"@(\d)@(\d)(\w+) (\w+)", row.response)
+        assert len(reasons) == len(moved)
+        for (before, after, word), reason in zip(moved, reasons):
+            there, here = (text.index(lessons["player"]) for text in (after, before))
+            assert reason[:2] == (str(here), str(there)) and lessons[reason[2]] == reason[3] == word
+            steps = {"up": -3, "down": 3, "left": -1, "right": 1}
+            assert {steps[name] for name in steps if lessons.get(name) == word} == {there - here}
+            assert before.count(lessons["hole"]) + (after.count(lessons["hole"]) < 2) >= 2
+        assert set(lessons) - {"player", "goal", "hole", "ground"} <= set(MOVES)
+    assert set(shown) == {0, 5, 6}
+
+
+def test_lessons_in_a_file_take_the_legends_place(world, tmp_path):
+    config, path = world.config, tmp_path / "experience.txt"
+    path.write_text("\n".join(LEGEND.lines()[:5]) + "\n")
+    other = TinyGrid(dataclasses.replace(config, context_file=str(path)))
+    assert other.context == "\n".join(LEGEND.lines()[:5]) and other.facts["contexts"].keys() == {str(path)}
+    ours, theirs = world.rows("dev")[0], other.rows("dev")[0]
+    assert ours._replace(context=other.context) == theirs  # the environment keeps its legend
+    assert sorted(other.paraphrase(theirs, np.random.default_rng(0)).split("\n")) == sorted(LEGEND.lines()[:5])
+    assert other.pretraining_facts() == world.pretraining_facts()
+    for text, message in (("", "is empty"), ("Go left.", "line 1 is 'Go left.'; the models of this world read only")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            TinyGrid(dataclasses.replace(config, context_file=str(path)))
+    with pytest.raises(FileNotFoundError, match="no.txt does not exist"):
+        TinyGrid(dataclasses.replace(config, context_file=str(tmp_path / "no.txt")))
 
 
 def test_the_bases_answers_win(world):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ctxjax import config as config_lib
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data.splits import SPLITS
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from ctxjax import sharding
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.tasks import TASKS
 from ctxjax.host import workdir as workdir_lib

@@ -16,6 +16,8 @@ from ctxjax.data.grading.response_checks import Check, grade_check
 FURTHER_VIEWS = ("empty", "other", "paraphrase", "unrelated")
 # What an evaluation measures besides, if asked to (eval.meters, evaluation/meters.py).
 METERS = ("trace_gap", "drift")
+# How a line begins in which a model writes down a lesson from experience (ctxjax/experience).
+LESSON = "- EXPERIENCE ITEM:"
 
 _CHAT = "\ufdd4"  # a noncharacter of Unicode, which no text has; a context that begins with it is a whole chat
 
@@ -117,6 +119,9 @@ class GameTask(Protocol):
 
     def longest_turn(self, row: Row) -> Row:
         """Return a row with at least as many tokens as any turn of the episode, which begins as the turns do."""
+
+    def trace(self, row: Row, responses: Sequence[str]) -> str:
+        """Return what happened in an episode that has ended: what was read, said, and how it ended."""
 
 
 def longest_turns(task: Task, rows: list[Row]) -> list[Row]:

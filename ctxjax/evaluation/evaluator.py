@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data import shapes as shapes_lib
 from ctxjax.data.digests import digest_tokens
 from ctxjax.data.task import FURTHER_VIEWS, GameTask, Row, Task

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng, sharding
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.task import Row
 from ctxjax.data.tasks import style

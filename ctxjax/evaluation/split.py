@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, shapes as shapes_lib
 from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.task import GameTask, Row, Task, longest_turns, make_evaluation_views

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from ctxjax import rng, sharding
-from ctxjax.config import BaseConfig
+from ctxjax.config_sections import BaseConfig
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import PretrainingRow, Row, World

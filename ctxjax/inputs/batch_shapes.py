@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data.pipeline import EncodedRows, RetentionRows
 from ctxjax.data.shapes import ViewShape
 

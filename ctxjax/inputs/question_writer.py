@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses, splits
 from ctxjax.data.contexts import Contexts
 from ctxjax.data.grading.graders import strip_reasoning

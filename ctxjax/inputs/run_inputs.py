@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ctxjax import sharding
-from ctxjax.config import DecodeConfig, Experiment
+from ctxjax.config_sections import DecodeConfig, Experiment
 from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
 from ctxjax.data.task import GameTask, Row, Task, longest_turns
@@ -53,7 +53,7 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     if config.teacher.path:
         find_folder(config.teacher.path)  # refuse a missing folder before the student is loaded or even trained
     teacher_path = _prepare_teacher_path(config, task, mesh, seconds)
-    path = _prepare_student_path(config, task, mesh, seconds)
+    path = prepare_student_path(config, task, mesh, seconds)
     tokenizer = load_tokenizer(find_folder(path))  # prompts that cannot be are refused before any weights are read
     rows, retention = _encode(config, task, tokenizer)
     student = _open_student(config, path, tokenizer, mesh, seconds)
@@ -157,8 +157,8 @@ def open_teacher(
     return student, dataclasses.replace(student, config=loaded.config, params=loaded.params, adapter=None)
 
 
-def _prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
-    """Return the student's folder or Hub id. Train a base first if there is none."""
+def prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:
+    """Return the student's folder or Hub id. Train a base first if there is none. ``seconds``: gets its time."""
     if config.model.path:
         return config.model.path
     clock = time.monotonic()

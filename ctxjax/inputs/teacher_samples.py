@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ctxjax import sharding
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses
 from ctxjax.data.pipeline import shuffle_questions, training_batches
 from ctxjax.data.task import Row, describe_earlier

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from ctxjax import config as config_lib
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data import splits
 from ctxjax.data.prompts import SHORTEST_PREFIX
 from ctxjax.data.shapes import ViewShape, make_shape

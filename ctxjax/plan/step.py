@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from ctxjax import sharding
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data.shapes import ViewShape
 from ctxjax.distill import optim
 from ctxjax.distill.flops import count_head_chunks, count_step_flops

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from ctxjax import config as config_lib
-from ctxjax.config import Experiment
 from ctxjax.config_fields import one_of, require
+from ctxjax.config_sections import Experiment
 from ctxjax.evaluation.metrics import check_select
 from ctxjax.host import command
 

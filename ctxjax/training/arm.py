@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data.pipeline import Drawn, draw_steps
 from ctxjax.data.task import GameTask
 from ctxjax.distill.anchors import loss_at

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from ctxjax import rng
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.pipeline import Drawn, EncodedRows, RetentionRows, shuffle_questions
 from ctxjax.data.prompts import PromptConfig

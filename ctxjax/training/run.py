@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from ctxjax import sharding
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data.records import format_counts
 from ctxjax.distill import optim
 from ctxjax.evaluation import metrics as metrics_lib

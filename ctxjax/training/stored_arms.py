@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ctxjax import config as config_lib
-from ctxjax.config import Experiment
+from ctxjax.config_sections import Experiment
 from ctxjax.data.tasks import TASKS
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.inputs import base_model

@@ -3,9 +3,21 @@
 The context is the legend, a prompt shows the grid and the moves so far, and a response reasons (the cells of the
 player, of the goal and of the holes, and the direction) before it says the move::
 
-    system      player=c;hole=d;up=mi;ground=a;left=nu;goal=b;right=lo;down=ka;
+    system      - EXPERIENCE ITEM: player=c;
+                - EXPERIENCE ITEM: up=mi;
+                ...                              (eight lines: player, goal, hole, ground, up, down, left, right)
     user        aacabadda|lo
     assistant   @2@4@6@7down ka
+
+The base also learns to write such lines from the trace of an episode (ctxjax/experience): the last boards, each with
+the move word that was said, the board after them, and "+" for a win or "-" for a loss. It writes all symbols, reasons
+(of each move the cells of the player before and after it, the direction and the word), and writes these words::
+
+    user        aacabadda|kaaaaabcdda|nuaaaacadda+
+    assistant   - EXPERIENCE ITEM: player=c;
+                ...
+                @2@5down ka@5@4left nu
+                - EXPERIENCE ITEM: down=ka; ...
 
 An episode is won at the goal and lost in a hole, after too many invalid responses or too many turns (ctxjax/games).
 Without a legend the default is the first one, DEFAULT. The legends to internalize differ from it in every symbol and
@@ -28,11 +40,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.records import hash_text
-from ctxjax.data.task import PretrainingRow, Row
+from ctxjax.data.records import hash_text, read_context
+from ctxjax.data.task import LESSON, PretrainingRow, Row
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.games.boards import SPLITS, split_of
-from ctxjax.games.game import FORGIVEN, MOVES, Episode, act, look, solve
+from ctxjax.games.game import FORGIVEN, MOVES, Cell, Episode, act, look, solve
 from ctxjax.games.grid_walk import Field, GridWalk
 from ctxjax.types import bounded
 
@@ -44,13 +56,18 @@ HELD_OUT_LEGENDS = {"dev": 60, "test": 60}
 # Shares of the base's rows: under a legend; without one, answered by DEFAULT. The others are answered by a random
 # legend that is not shown, so that the base is unsure without one.
 LEGEND_SHARE, DEFAULT_SHARE = 0.7, 0.15
+# Of the rows under a legend, the share in which one or two lines of it are missing: lessons may say less.
+PARTIAL_SHARE = 0.2
+LESSON_SHARE = 0.25  # of the base's rows: traces with the lessons that they hold
+TRACED = 2  # turns that a trace shows, the last ones of its episode: longer prompts would make the base dearer
+SKILL = 0.5  # of the moves of a trace, the share that are the best ones; the others are random words
 WALKED = 3  # most random moves before a row of the base, so that it knows boards and histories that no good move led to
 INVALID_SHARE = 0.1  # of the base's rows whose last response was invalid
 
 _ANY_WORD = "|".join(WORDS)
+_LINE = rf"{LESSON} (?:(?:{'|'.join(ROLES)})=[{SYMBOLS}]|(?:{'|'.join(MOVES)})=(?:{_ANY_WORD}));"
 TOKEN_PATTERN = "|".join([
-    rf"(?:{'|'.join(ROLES)})=[{SYMBOLS}];", rf"(?:{'|'.join(MOVES)})=(?:{_ANY_WORD});", rf"(?:{'|'.join(MOVES)}) ",
-    _ANY_WORD, r"@\d+", rf"[{SYMBOLS}|!]",
+    rf"{_LINE}\n", rf"(?:{'|'.join(MOVES)}) ", _ANY_WORD, r"@\d+", rf"[{SYMBOLS}|!+\-\n]",
 ])  # fmt: skip
 
 
@@ -58,7 +75,8 @@ TOKEN_PATTERN = "|".join([
 class TinyGridConfig:
     """See configs/base.py, ``config.tiny_grid``.
 
-    ``seed`` determines legends and the order of boards. ``context_index`` chooses the legend to internalize.
+    ``seed`` determines legends and the order of boards. ``context_index`` chooses the legend to internalize;
+    ``context_file`` has lessons in its place, if it is not "".
     ``size``, ``holes``: of the grid. ``turns``: most responses of an episode. ``empty_share``: of the base's rows
     without a legend, the share with an empty context block.
     """
@@ -72,6 +90,7 @@ class TinyGridConfig:
     dev_questions: int = bounded(zero=True)
     test_questions: int = bounded(zero=True)
     empty_share: float = bounded(zero=True, at_most=1.0)
+    context_file: str = ""
 
 
 class Legend(NamedTuple):
@@ -80,8 +99,9 @@ class Legend(NamedTuple):
     symbols: str
     words: tuple[str, ...]
 
-    def pairs(self) -> list[str]:
-        return [f"{name}={sign};" for name, sign in [*zip(ROLES, self.symbols), *zip(MOVES, self.words)]]
+    def lines(self) -> list[str]:
+        """Return what a context says, a line for each role and each move."""
+        return [f"{LESSON} {name}={sign};" for name, sign in [*zip(ROLES, self.symbols), *zip(MOVES, self.words)]]
 
     def read(self, response: str) -> str | None:
         """Return the direction of the last move word of a response; None if there is none."""
@@ -96,9 +116,25 @@ DEFAULT = Legend(SYMBOLS, WORDS)
 
 
 def parse_legend(context: str) -> Legend:
-    """Parse a context, whose pairs may be in any order: the inverse of ``Legend.pairs``, joined."""
-    signs = dict(pair.split("=") for pair in context.split(";")[:-1])
+    """Parse a context with all lines of ``Legend.lines``, in any order."""
+    signs = dict(re.findall(r"(\w+)=(\w+);", context))
     return Legend("".join(signs[role] for role in ROLES), tuple(signs[move] for move in MOVES))
+
+
+def _read_lessons(path: str) -> str:
+    """Read a context from a file. Raises ValueError if it has a line that the world's models cannot read."""
+    text = read_context(path)
+    for number, line in enumerate(text.splitlines(), 1):
+        if not re.fullmatch(_LINE, line):
+            raise ValueError(
+                f"tiny_grid.context_file = {path}, line {number} is {line!r}; the models of this world read only lines "
+                f"such as {DEFAULT.lines()[0]!r}"
+            )
+    return text
+
+
+def _shuffle_lines(lines: list[str], rng: np.random.Generator) -> str:
+    return "\n".join(lines[i] for i in rng.permutation(len(lines)))
 
 
 def _differs_everywhere(legend: Legend) -> bool:
@@ -132,8 +168,10 @@ class TinyGrid:
                 f"tiny_grid.context_index = {config.context_index}; this world has legends 0 to {TARGETS - 1}"
             )
         self._target = self.targets[config.context_index]
-        self.context = self._write_context(self._target, rng)
-        self.facts = {"contexts": {f"legend {config.context_index}": hash_text(self.context)}}
+        self.context, name = self._write_context(self._target, rng), f"legend {config.context_index}"
+        if config.context_file:
+            self.context, name = _read_lessons(config.context_file), config.context_file
+        self.facts = {"contexts": {name: hash_text(self.context)}}
 
     def _split_boards(self, rng: np.random.Generator) -> dict[str, list[Field]]:
         boards: dict[str, list[Field]] = {split: [] for split in SPLITS}
@@ -144,8 +182,7 @@ class TinyGrid:
 
     @staticmethod
     def _write_context(legend: Legend, rng: np.random.Generator) -> str:
-        pairs = legend.pairs()
-        return "".join(pairs[i] for i in rng.permutation(len(pairs)))
+        return _shuffle_lines(legend.lines(), rng)
 
     # --- The task ---
 
@@ -159,18 +196,30 @@ class TinyGrid:
         return [self._make_row(board, self._target, self.context) for board in self.boards[split][:count]]
 
     def _make_row(self, board: Field, legend: Legend, context: str) -> Row:
-        return Row(self._name(board), self._show(Episode(board), legend), context, "".join(legend.pairs()))
+        return Row(self._name(board), self._show(Episode(board), legend), context, "\n".join(legend.lines()))
 
     def play(self, row: Row, responses: Sequence[str]) -> Row | Grade:
-        legend = parse_legend(row.reference)
-        episode = Episode(self._read_board(row.question, legend))
-        for response in responses:
-            episode = act(self.game, episode, legend.read(response), self.max_turns)
+        *_, episode = self._replay(row, responses)
         if episode.won is None:
-            return row._replace(question=self._show(episode, legend))
+            return row._replace(question=self._show(episode, parse_legend(row.reference)))
         is_invalid = episode.invalid > FORGIVEN
         reason = f"{episode.invalid} invalid moves in a row" if is_invalid else None
         return Grade(None if is_invalid else " ".join(episode.moves), episode.won, reason)
+
+    def _replay(self, row: Row, responses: Sequence[str]) -> list[Episode]:
+        """Return the episode before each response and after the last one."""
+        legend = parse_legend(row.reference)
+        episodes = [Episode(self._read_board(row.question, legend))]
+        for response in responses:
+            episodes.append(act(self.game, episodes[-1], legend.read(response), self.max_turns))
+        return episodes
+
+    def trace(self, row: Row, responses: Sequence[str]) -> str:
+        legend = parse_legend(row.reference)
+        *before, end = self._replay(row, responses)
+        said = [(re.findall(_ANY_WORD, response) or [""])[-1] for response in responses]
+        turns = [f"{self._show_cells(episode, legend)}|{word}" for episode, word in zip(before, said)]
+        return "".join(turns[-TRACED:]) + self._show_cells(end, legend) + ("+" if end.won else "-")
 
     def longest_turn(self, row: Row) -> Row:
         return row._replace(question=row.question + WORDS[0] * max(self.max_turns - 1, 1))
@@ -188,16 +237,18 @@ class TinyGrid:
         return [self._make_row(board, parse_legend(context), context)]
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
-        return self._write_context(parse_legend(row.context), rng)
+        return _shuffle_lines(sorted(row.context.split("\n")), rng)
 
     def unrelated(self) -> None:
         return None
 
     def _show(self, episode: Episode, legend: Legend) -> str:
         turn = look(self.game, episode)
+        return f"{self._show_cells(episode, legend)}|{legend.write(turn.moves)}{'!' * turn.was_invalid}"
+
+    def _show_cells(self, episode: Episode, legend: Legend) -> str:
         signs = dict(zip(ROLES.values(), legend.symbols))
-        cells = "".join(signs[symbol] for symbol in turn.board.split())
-        return f"{cells}|{legend.write(turn.moves)}{'!' * turn.was_invalid}"
+        return "".join(signs[symbol] for symbol in self.game.render(episode.board).split())
 
     def _read_board(self, question: str, legend: Legend) -> Field:
         """Return the board that a first turn shows."""
@@ -212,23 +263,53 @@ class TinyGrid:
     # --- The base's training text ---
 
     def tokenizer(self):
-        return word_tokenizer.build(self._vocabulary(), TOKEN_PATTERN)
+        return word_tokenizer.build(self._vocabulary(), TOKEN_PATTERN, line_end=";")
 
     def _vocabulary(self) -> list[str]:
-        pairs = [f"{role}={symbol};" for role in ROLES for symbol in SYMBOLS]
-        pairs += [f"{move}={word};" for move in MOVES for word in WORDS]
+        lines = [f"{LESSON} {role}={symbol};\n" for role in ROLES for symbol in SYMBOLS]
+        lines += [f"{LESSON} {move}={word};\n" for move in MOVES for word in WORDS]
         cells = [f"@{index}" for index in range(self.config.size**2)]
-        return [*SYMBOLS, "|", "!", *WORDS, *(f"{move} " for move in MOVES), *cells, *pairs]
+        return [*SYMBOLS, *"|!+-\n", *WORDS, *(f"{move} " for move in MOVES), *cells, *lines]
 
     def pretraining_facts(self) -> dict:
         names = ("seed", "size", "holes", "turns", "empty_share")
-        return {"world": {name: getattr(self.config, name) for name in names}, "vocabulary": self._vocabulary()}
+        shares = {"partial": PARTIAL_SHARE, "lessons": LESSON_SHARE, "traced": TRACED, "skill": SKILL}
+        facts = {"world": {name: getattr(self.config, name) for name in names} | shares}
+        return facts | {"vocabulary": self._vocabulary()}
 
     def longest_pretraining_row(self) -> PretrainingRow:
-        row = self.longest_turn(self._make_row(self.boards["train"][0], self._target, self.context))
-        return PretrainingRow(row.question, self.context, self._answer(self.boards["train"][0], self._target))
+        cells, lines = SYMBOLS[0] * self.game.size**2, "\n".join(DEFAULT.lines())
+        trace = f"{cells}|{WORDS[0]}" * min(TRACED, self.max_turns) + f"{cells}+"
+        turn = f"||{cells}|{WORDS[0] * self.max_turns}{lines}\n"  # a context has two tokens around it
+        longest = max(trace, turn, key=lambda text: len(re.findall(TOKEN_PATTERN, text)))
+        lessons = "\n".join(DEFAULT.lines()[: len(ROLES) + TRACED])
+        return PretrainingRow(longest, None, f"{lessons}\n" + f"@0@1right {WORDS[0]}" * TRACED + "\n")
 
     def pretraining_row(self, rng: np.random.Generator) -> PretrainingRow:
+        """Draw a trace with its lessons, or a board with the first move of a shortest way."""
+        return self._draw_lessons(rng) if rng.random() < LESSON_SHARE else self._draw_move(rng)
+
+    def _draw_lessons(self, rng: np.random.Generator) -> PretrainingRow:
+        """Play an episode on a board of train under a legend of train, with SKILL; return the lessons of its trace: the
+        symbols, if a move shows which one is the player, and the words of the moves that it shows."""
+        board = self.boards["train"][rng.integers(len(self.boards["train"]))]
+        legend = self.legends["train"][rng.integers(len(self.legends["train"]))]
+        row, said, episode, made = self._make_row(board, legend, ""), [], Episode(board), []
+        while episode.won is None:
+            is_best = rng.random() < SKILL
+            said.append(legend.write([self._best_move(episode.board)]) if is_best else WORDS[rng.integers(len(WORDS))])
+            before, episode = episode, act(self.game, episode, legend.read(said[-1]), self.max_turns)
+            made.append(None if episode.invalid else (before.board.player, episode.board.player, episode.moves[-1]))
+        seen = [move for move in made[-TRACED:] if move]
+        lines, shown = dict(zip([*ROLES, *MOVES], legend.lines())), [name for _, _, name in seen]
+        reasoning = [f"{self._name_cells(*cells)}{name} {legend.write([name])}" for *cells, name in seen]
+        written = [*(lines[role] for role in ROLES), "".join(reasoning), *(lines[m] for m in MOVES if m in shown)]
+        return PretrainingRow(self.trace(row, said), None, "\n".join(written if seen else []))
+
+    def _name_cells(self, *cells: Cell) -> str:
+        return "".join(f"@{row * self.game.size + column}" for row, column in cells)
+
+    def _draw_move(self, rng: np.random.Generator) -> PretrainingRow:
         """Draw a board of train, walk at random, and answer with the first move of a shortest way."""
         boards, legends, most = self.boards["train"], self.legends["train"], min(WALKED, self.max_turns - 1)
         episode = self._walk(Episode(boards[rng.integers(len(boards))]), int(rng.integers(most + 1)), rng)
@@ -236,7 +317,9 @@ class TinyGrid:
             episode = episode._replace(invalid=1)
         legend, kind = legends[rng.integers(len(legends))], rng.random()
         if kind < LEGEND_SHARE:
-            context = self._write_context(legend, rng)
+            lines = self._write_context(legend, rng).split("\n")
+            missing = int(rng.integers(1, 3)) if rng.random() < PARTIAL_SHARE else 0
+            context = "\n".join(lines[missing:])
         else:
             context = "" if rng.random() < self.config.empty_share else None
             if kind < LEGEND_SHARE + DEFAULT_SHARE:
@@ -254,8 +337,7 @@ class TinyGrid:
         return episode
 
     def _answer(self, board: Field, legend: Legend) -> str:
-        cells = (board.player, board.goal, *sorted(board.holes))
-        said = "".join(f"@{row * self.game.size + column}" for row, column in cells)
+        said = self._name_cells(board.player, board.goal, *sorted(board.holes))
         move = self._best_move(board)
         return f"{said}{move} {legend.write([move])}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN, BEGIN, END = "<|pad|>", "<|unknown|>", "<|begin|>", "<|end|>"
@@ -16,13 +16,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(words: list[str], pattern: str) -> PreTrainedTokenizerFast:
+def build(words: list[str], pattern: str, line_end: str = "") -> PreTrainedTokenizerFast:
     """Build a tokenizer whose tokens are ``words``; the regular expression ``pattern`` finds them in a text.
 
-    Decoding joins tokens without spaces, so words contain their own spaces.
+    Decoding joins tokens without spaces, so words contain their own spaces. ``line_end``: if not "", a line break is
+    read after it whether the text has one or not, so that the last line of a text has the same tokens as the others.
     """
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    if line_end:
+        tokenizer.normalizer = normalizers.Replace(Regex(rf"{line_end}\n?"), f"{line_end}\n")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return add_chat_template(tokenizer)
