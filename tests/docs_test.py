@@ -87,6 +87,18 @@ def test_files_that_are_named_exist(path):
     assert not missing
 
 
+def test_the_readme_is_read_in_five_minutes():
+    """What it says at length belongs to docs/; .ci/run reads the marked commands."""
+    text = TEXTS[0].read_text()
+    assert len(text.splitlines()) <= 130
+    for marker in ("# install", "# run the tests", "# run it"):
+        assert sum(marker in line for line in text.splitlines()) == 1, marker
+    order = ["figure.svg", "## Two commands", "## What you should see", "## Your prompt, your model, your questions"]
+    order += ["## Results", "## Compared with others", "## Hardware", "## Map", "## Citation"]
+    assert [text.count(part) for part in order] == [1] * len(order)
+    assert sorted(order, key=text.index) == order
+
+
 def test_fields_that_are_named_exist():
     config = base.get_config()
     sections = "|".join(name for name in config if name not in ("seed", "task", "slice"))
