@@ -27,6 +27,7 @@ from ctxjax.models.architecture import ATTENTION
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
+from ctxjax.monitoring.trackers import LoggingConfig
 from ctxjax.sharding import DECODE_RULES, MeshConfig, check_divisible, fit_mesh
 from ctxjax.types import bounded
 
@@ -141,6 +142,7 @@ class Experiment:
     train: TrainConfig
     eval: EvalConfig
     alarms: AlarmsConfig
+    logging: LoggingConfig
     arms: dict[str, LossConfig]
 
     @property
@@ -155,7 +157,7 @@ _SECTIONS = {  # in the order in which they are checked: a section before those 
     "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,),
     "teacher": (TeacherSource, DecodeConfig), "loss": (LossConfig,),
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "alarms": (AlarmsConfig,),
-    "records": (RecordsConfig,),
+    "logging": (LoggingConfig,), "records": (RecordsConfig,),
 }  # fmt: skip
 _MADE = {  # taken from other sections
     "loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens", "eval.weights", "teacher.weights",
@@ -209,6 +211,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         train=train,
         eval=EvalConfig(decode=decode, **evaluation),
         alarms=_make_alarms(config.alarms),
+        logging=LoggingConfig(**config.logging),
         arms=_make_arms(config, rollout.temperature),
     )
     _check_model(result)

@@ -2,6 +2,7 @@
 is interrupted from the keyboard."""
 
 import io
+import json
 import re
 import signal
 import sys
@@ -11,7 +12,7 @@ import forked
 import pytest
 from tqdm import std
 
-from ctxjax.host import progress
+from ctxjax.host import compile_times, progress
 from ctxjax.training.checkpoint import saved_steps
 
 
@@ -72,6 +73,20 @@ def test_a_log_file_gets_whole_lines_and_few_of_them(shown):
     assert "1200/1200" in lines[-1] and "<" in lines[0] and not {"\r", "\x1b"} & {*written.getvalue()}
 
 
+def test_a_log_file_gets_the_last_state_once(shown, monkeypatch):
+    written = shown(io.StringIO())
+    monkeypatch.setattr(progress, "FILE", 0.0)  # every state is due
+    with progress.Bar("counted", 2, "response") as bar:
+        for _ in range(2):
+            time.sleep(0.25)
+            bar.update()
+    with progress.Bar("clock"):
+        time.sleep(0.3)
+    lines = written.getvalue().splitlines()
+    assert sum("2/2" in line for line in lines) == 1 and lines[-1] == "clock: 00:00"
+    assert all(first != second for first, second in zip(lines, lines[1:]))
+
+
 def test_a_terminal_sees_the_clock_tick_while_the_first_batch_is_compiled(shown):
     written = shown(Terminal())
     with progress.Bar("view", 2, "response", compiles=True) as bar:
@@ -92,6 +107,23 @@ def test_a_terminal_that_has_no_size_sees_the_bar_too(shown, monkeypatch, total)
         time.sleep(0.3)
         bar.update()
     assert "training" in written.getvalue()
+
+
+def test_compiling_says_how_long_it_took_last_time(shown, monkeypatch, tmp_path):
+    def compile_it(program) -> str:
+        written = shown(io.StringIO())
+        with compile_times.show("compiling", program):
+            time.sleep(0.3)
+        return written.getvalue()
+
+    monkeypatch.setattr(compile_times.jax.config, "jax_compilation_cache_dir", str(tmp_path / "xla"), raising=False)
+    assert compile_it(("step", 8)).startswith("compiling: 00:00")
+    (known,) = json.loads((tmp_path / "xla" / "seconds.json").read_text().replace("0.", "20.")).items()
+    (tmp_path / "xla" / "seconds.json").write_text(json.dumps(dict([known])))
+    assert compile_it(("step", 8)).startswith("compiling (last time 20 s): 00:00")
+    assert "last" not in compile_it(("step", 16))
+    (tmp_path / "xla" / "seconds.json").write_text("[1")
+    assert "last" not in compile_it(("step", 8))
 
 
 def test_a_bar_without_a_name_or_of_another_process_is_not_shown(shown, monkeypatch):
