@@ -39,7 +39,7 @@ TASKS = {
     "configs/tiny.py": dict.fromkeys([f"rules.{split}" for split in SPLITS], 16),
     "configs/tiny_grid.py": {f"tiny_grid.{split}": 8 for split in SPLITS},
     "configs/bake.py": {
-        "self_study.questions": 48, "self_study.longest_reference": 64, "qa_jsonl.dev_questions": 4,
+        "self_study.questions": 48, "self_study.longest_question": 12, "eval.batch_size": 16, "qa_jsonl.dev_questions": 4,
         "qa_jsonl.test_questions": 4, "qa_jsonl.other_contexts_file": "others.jsonl",
         "self_study.other_contexts_file": "others.jsonl",
     },
@@ -119,7 +119,7 @@ def shrink(words: list[str], runs: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize(("words", "typed"), list_once())
 def test_a_documented_command_runs(words, typed, place, runs):
     module, *arguments = shrink(words, runs)
-    ended = forked.run(module, arguments, folder=place, typed=typed or "What is your name?\n/quit\n")
+    ended = forked.run(module, arguments, seconds=580, folder=place, typed=typed or "What is your name?\n/quit\n")
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
