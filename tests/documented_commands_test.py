@@ -26,22 +26,20 @@ NOT_RUN = {
 }
 # Settings of every run: one step of one arm. The others are those of the command.
 SMALL = {
-    "cpu_devices": 1, "train.steps": 1, "train.batch_size": 4, "eval.batch_size": 4, "eval.every": 0, "eval.views": (),
-    "eval.temperature": 1.0,
-    "eval.bootstrap": 20, "rollout.max_tokens": 6, "optim.warmup_steps": 1, "run_arms": ("opcd",),
-    "model.remat": "none",
+    "cpu_devices": 1, "train.steps": 1, "train.batch_size": 4, "optim.warmup_steps": 1, "rollout.max_tokens": 6,
+    "run_arms": ("opcd",), "model.remat": "none", "compile_cache": "cache/xla",
+    "eval.every": 0, "eval.batch_size": 4, "eval.temperature": 1.0, "eval.views": (), "eval.bootstrap": 20,
     "base.steps": 1, "base.batch_size": 4, "base.warmup_steps": 1, "base.width": 16, "base.layers": 1,
     "base.query_heads": 2, "base.kv_heads": 1, "base.head_dim": 8, "base.mlp_width": 16, "base.cache": "cache",
-    "compile_cache": "cache/xla",
 }  # fmt: skip
 SPLITS = ("train_questions", "dev_questions", "test_questions")
 TASKS = {
     "configs/tiny.py": dict.fromkeys([f"rules.{split}" for split in SPLITS], 16),
     "configs/tiny_grid.py": {f"tiny_grid.{split}": 8 for split in SPLITS},
     "configs/bake.py": {
-        "self_study.questions": 48, "self_study.longest_question": 12, "eval.batch_size": 16, "qa_jsonl.dev_questions": 4,
-        "qa_jsonl.test_questions": 4, "qa_jsonl.other_contexts_file": "others.jsonl",
-        "self_study.other_contexts_file": "others.jsonl",
+        "self_study.questions": 48, "self_study.longest_question": 12, "eval.batch_size": 16,
+        "self_study.other_contexts_file": "others.jsonl", "qa_jsonl.other_contexts_file": "others.jsonl",
+        "qa_jsonl.dev_questions": 4, "qa_jsonl.test_questions": 4,
     },
     "configs/smollm2.py:handbook": {f"handbook.{split}": 8 for split in SPLITS} | {"model.path": "models/my-llama"},
     "configs/smollm2.py:style,lora": {f"style.{split}": 8 for split in SPLITS} | {"model.path": "models/my-llama"},
