@@ -51,6 +51,10 @@ setup(
         # IF-Eval of exported folders; installs about 50 packages, among them datasets, pandas and scikit-learn.
         "ifeval": ["lm-eval[hf,ifeval]>=0.4.13", "torch>=2.13"],
         "games": ["textarena>=0.7"],  # text games
+        # Where metrics go besides metrics.jsonl, if logging.wandb or logging.trackio names a project; see
+        # ctxjax/monitoring/trackers.py.
+        "wandb": ["wandb>=0.31"],
+        "trackio": ["trackio>=0.43"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
     },

@@ -223,6 +223,11 @@ def get_config() -> ConfigDict:
     config.alarms.agreement = 0.2  # fall of the smoothed top1_agreement of student and teacher from its best value
     config.alarms.context_use = 0.2  # fall of Acc_xc on dev from its best value, which may be the base's
 
+    # Projects that get what metrics.jsonl gets, too; "": off. Packages: pip install "ctxjax[wandb]" or "[trackio]".
+    config.logging = ConfigDict()
+    config.logging.wandb = ""  # project of Weights & Biases
+    config.logging.trackio = ""  # project of Trackio, kept on this machine unless TRACKIO_SPACE_ID names a Space
+
     # The arms: name -> changes to config.loss, and lr, if its optim.lr is another one. All start from the same base,
     # seed and data order.
     config.arms = ConfigDict()

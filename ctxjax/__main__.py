@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nctxjax COMMAND --help shows a command's flags and an example.")
         return 0
     if name not in COMMANDS:
-        print(f"ctxjax: {name!r} is not a command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: {name!r} is not a command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv[1:] = rest
     try:

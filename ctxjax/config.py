@@ -41,6 +41,7 @@ from ctxjax.models.hf.adapters import AdapterSource
 from ctxjax.models.lora import TARGETS, LoraConfig
 from ctxjax.models.remat import POLICIES
 from ctxjax.monitoring.alarms import ALARMS, AlarmsConfig
+from ctxjax.monitoring.trackers import LoggingConfig
 from ctxjax.sharding import DECODE_RULES, MeshConfig, check_divisible, fit_mesh
 
 _SECTIONS = {  # in the order in which they are checked: a section before those that take values from it
@@ -49,7 +50,7 @@ _SECTIONS = {  # in the order in which they are checked: a section before those 
     "mesh": (MeshConfig,), "prompt": (PromptConfig,), "rollout": (DecodeConfig,),
     "teacher": (TeacherSource, DecodeConfig), "loss": (LossConfig,),
     "optim": (OptimConfig,), "train": (TrainConfig,), "eval": (EvalConfig, DecodeConfig), "extract": (ExtractConfig,),
-    "alarms": (AlarmsConfig,), "records": (RecordsConfig,),
+    "alarms": (AlarmsConfig,), "logging": (LoggingConfig,), "records": (RecordsConfig,),
 }  # fmt: skip
 _MADE = {  # taken from other sections
     "loss.temperature", "optim.steps", "eval.max_tokens", "teacher.max_tokens", "eval.weights", "teacher.weights",
@@ -107,6 +108,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         eval=EvalConfig(decode=decode, **evaluation),
         extract=ExtractConfig(**config.extract),
         alarms=_make_alarms(config.alarms),
+        logging=LoggingConfig(**config.logging),
         arms=_make_arms(config, rollout.temperature),
         rates={name: config.arms[name].lr for name in config.run_arms if "lr" in config.arms[name]},
     )

@@ -13,6 +13,7 @@ from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.optim import OptimConfig
 from ctxjax.models.lora import LoraConfig
 from ctxjax.monitoring.alarms import AlarmsConfig
+from ctxjax.monitoring.trackers import LoggingConfig
 from ctxjax.sharding import MeshConfig
 from ctxjax.types import bounded
 
@@ -151,6 +152,7 @@ class Experiment:
     eval: EvalConfig
     extract: ExtractConfig
     alarms: AlarmsConfig
+    logging: LoggingConfig
     arms: dict[str, LossConfig]
     rates: dict[str, float]
 

@@ -75,7 +75,7 @@ def evaluate(config: ConfigDict, split: str):
     DataRecord)."""
     from ctxjax import config as config_lib, sharding
     from ctxjax.data import prompts as prompts_lib, splits
-    from ctxjax.data.records import format_counts
+    from ctxjax.data.records import describe_left_out
     from ctxjax.data.tasks import TASKS
     from ctxjax.evaluation.evaluator import Evaluator
     from ctxjax.inputs.data_record import DataRecord
@@ -96,12 +96,8 @@ def evaluate(config: ConfigDict, split: str):
         quoted = prompts_lib.describe_quoted_control_tokens(folder.tokenizer, task.rows(split))
         if quoted:
             print(f"warning: {quoted}")
-        left_out = format_counts(task.skipped) or "none"
-        print(
-            f"{len(task.rows(split))} {split} questions; over-long and dropped: {evaluator.dropped}; rows of data "
-            f"files left out: {left_out}",
-            flush=True,
-        )
+        left_out = describe_left_out({split: evaluator.dropped}, task.skipped)
+        print(f"{len(task.rows(split))} {split} questions; left out: {left_out}", flush=True)
         facts = {"task": task.facts, "split": split, "rows_left_out": dict(task.skipped)}
         return evaluator(folder.params), facts, DataRecord(task)
 

@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{out}: {done.arm}, step {done.step}; weights: {done.weights}{hint}")
 
     remedy = "export in the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.export ..."
-    return command.end_readably(run, "ctxjax.export", remedy)
+    return command.end_readably(run, remedy)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The commands work from any folder: configuration files are found, and installed from a wheel."""
 
+import importlib
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -10,17 +12,19 @@ import pytest
 
 from ctxjax import __main__ as console
 from ctxjax.configs import base
-from ctxjax.host import command
+from ctxjax.host import command, preemption
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str, folder: Path, package: Path = ROOT, module: str = "ctxjax") -> subprocess.CompletedProcess:
+def run(
+    *arguments: str, folder: Path, package: Path = ROOT, module: str = "ctxjax", typed: str = ""
+) -> subprocess.CompletedProcess:
     """Run the console command in ``folder``, with ``package`` as the only folder that Python imports from."""
     environment = {"PYTHONPATH": str(package), "HOME": str(folder), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
     environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     line = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, cwd=folder, env=environment, input=typed, capture_output=True, text=True, timeout=580)
 
 
 @pytest.mark.parametrize("name", ["configs/tiny.py", "tiny.py", "tiny", "configs/llama3.py:medical,8b", "llama3:math"])
@@ -49,13 +53,16 @@ def test_the_callers_own_file_comes_first(name, tmp_path, monkeypatch):
     assert command.find_config(name) == name
 
 
-@pytest.mark.parametrize("name", ["configs/none.py", "mine/tiny.py", "/somewhere/configs/tiny.py", "none:8b"])
+@pytest.mark.parametrize(
+    "name", ["configs/none.py", "mine/tiny.py", "/somewhere/configs/tiny.py", "none:8b", "configs/recipes.py"]
+)
 def test_a_missing_configuration_is_refused_with_both_places(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="does not exist") as refused:
         command.find_config(name)
     places = str(tmp_path / name.partition(":")[0]), str(ROOT / "ctxjax" / "configs"), "tiny"
     assert all(place in str(refused.value) for place in places)
+    assert "recipes" not in str(refused.value).partition("there are only")[2]  # which is no configuration
 
 
 def test_the_console_lists_its_commands(capsys):
@@ -64,7 +71,7 @@ def test_the_console_lists_its_commands(capsys):
         lines = capsys.readouterr().out.splitlines()
         assert all(any(line.split()[:1] == [name] for line in lines) for name in console.COMMANDS)
     assert console.main(["trian"]) == 2
-    assert "'trian' is not a command; choose from train, evaluate" in capsys.readouterr().err
+    assert "error: 'trian' is not a command; choose from train, evaluate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", console.COMMANDS)
@@ -72,6 +79,24 @@ def test_every_command_handles_ctrl_c(name):
     path = ROOT.joinpath(*console.COMMANDS[name][0].split("."))
     file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     assert "preemption.listen(" in file.read_text()
+
+
+BAD = {
+    "export": ["--workdir=none", "--out=model"], "report": ["--workdir=none"], "audit": ["none"],
+    "games": ["frozenlake", "--size=99"], "chat": ["--workdir=none"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_command_ends_on_bad_input_with_one_line_that_begins_alike(name, tmp_path, monkeypatch, capsys):
+    """train, evaluate and plan: tests/bad_input_test.py."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "prepare", lambda config: None)
+    module = importlib.import_module(console.COMMANDS[name][0])
+    module = module if hasattr(module, "main") else importlib.import_module(f"{module.__name__}.__main__")
+    monkeypatch.setattr(preemption, "listen", lambda *given: None)
+    assert module.main(BAD[name]) == 2
+    assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow
@@ -100,16 +125,28 @@ def test_a_wheel_works_in_an_empty_folder(tmp_path):
     )
 
     (folder / "own.py").write_text("from ctxjax.configs import debug\nget_config = debug.get_config\n")
-    planned = run("plan", "--config=configs/tiny.py", "--devices=1", folder=folder, package=package)
+    small = (
+        "--config.base.layers=1",
+        "--config.base.width=32",
+        "--config.base.mlp_width=32",
+        "--config.model.remat=none",
+    )
+    planned = run("plan", "--config=tiny", "--devices=1", *small, folder=folder, package=package)
     assert planned.returncode == 0 and "FLOPs" in planned.stdout, planned.stdout + planned.stderr
     assert "Unable to initialize" not in planned.stderr, planned.stderr
+    assert any((folder / ".cache" / "ctxjax" / "xla").iterdir())  # what a plan compiles is kept, too
     trained = run("train", "--config=own.py", "--workdir=runs/debug", folder=folder, package=package)
     assert trained.returncode == 0, trained.stdout + trained.stderr
+    (folder / "runs" / "debug" / "report.html").unlink()
     reported = run("--workdir=runs/debug", folder=folder, package=package, module="ctxjax.report")
     assert reported.returncode == 0 and (folder / "runs" / "debug" / "report.html").exists()
     exported = ("--workdir=runs/debug", "--arm=off_policy", "--out=model")
     done = run("export", *exported, folder=folder, package=package)
     assert done.returncode == 0, done.stdout + done.stderr
+    for who in ("--workdir=runs/debug", "--model=model"):  # the run's context, and none
+        talked = run("chat", who, "--max_tokens=4", folder=folder, package=package, typed="#1:abc\n/quit\n")
+        assert talked.returncode == 0 and "without the context" in talked.stdout, talked.stdout + talked.stderr
+        assert ("with the context" in talked.stdout) == (who == "--workdir=runs/debug")
     asked = ("--task=rules", "--config.rules.test_questions=4", "--config.rollout.max_tokens=4")
     done = run("evaluate", "--model=model", *asked, "--out=evaluation", folder=folder, package=package)
     assert done.returncode == 0, done.stdout + done.stderr

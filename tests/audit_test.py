@@ -509,7 +509,7 @@ def test_a_path_that_is_no_run_ends_with_one_line(tmp_path, capsys):
     (tmp_path / "run.json").write_text("[]")
     assert main([str(tmp_path)]) == 2
     printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == 3 and all(line.startswith("ctxjax.audit: ") for line in printed)
+    assert len(printed) == 3 and all(line.startswith("error: ") for line in printed)
     assert "is not the folder of a run or of an evaluation" in printed[0] and "no configuration" in printed[2]
 
 

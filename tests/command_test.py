@@ -62,6 +62,20 @@ def test_programs_that_compile_fast_are_kept_too(tmp_path, monkeypatch):
     assert told["jax_persistent_cache_min_compile_time_secs"] == 0
 
 
+def test_more_than_the_machines_memory_is_warned_of_on_cpus_only(tmp_path, monkeypatch, capsys):
+    (tmp_path / "max").write_text(f"{3 << 30}\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(command.memory, "CONTAINER_LIMITS", (tmp_path / "absent", tmp_path / "none", tmp_path / "max"))
+    assert command.memory.count_bytes() == min(3 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    command.memory.warn_if_too_large(3 << 30, "weights")
+    assert capsys.readouterr().err == ""
+    command.memory.warn_if_too_large(int(3.5 * 2**30), "weights")
+    assert "warning: weights need 3.5 GiB, and this machine has 3.0 GiB" in capsys.readouterr().err
+    monkeypatch.setattr(command.memory.jax, "default_backend", lambda: "tpu")
+    command.memory.warn_if_too_large(1 << 50, "weights")
+    assert capsys.readouterr().err == ""
+
+
 def test_devices_in_use_stay_as_they_are(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     before = jax.devices()

@@ -3,6 +3,7 @@ environment, and take the devices that their configurations say."""
 
 import os
 from pathlib import Path
+import random
 import string
 import subprocess
 
@@ -212,6 +213,46 @@ def world():
     from ctxjax.data.worlds import rules
 
     return rules.Rules(rules.RulesConfig(0, 0, 64, 16, 16, 0.0))
+
+
+@pytest.fixture(scope="session")
+def safety_sets(tmp_path_factory) -> Path:
+    """Tweets, test cases and comments of random words, in the published layouts; one in six is too long."""
+    folder, rng = tmp_path_factory.mktemp("published"), random.Random(0)
+    (folder / "offensive").mkdir()
+    words = [
+        "the",
+        "@user",
+        "you",
+        "!",
+        "?",
+        "#",
+        "is",
+        "a",
+        "fine",
+        "bad",
+        "day",
+        "for",
+        "men",
+        "and",
+        "women",
+        "who",
+        "like",
+        "it",
+    ]
+
+    def texts(count: int) -> list[str]:
+        lengths = [rng.choice((2, 4, 5, 6, 7, 60)) for _ in range(count)]
+        return [f"{n} {' '.join(rng.choices(words, k=length))}" for n, length in enumerate(lengths)]
+
+    for split, count in (("train", 60), ("val", 20), ("test", 20)):
+        (folder / "offensive" / f"{split}_text.txt").write_text("\n".join(texts(count)) + "\n")
+        (folder / "offensive" / f"{split}_labels.txt").write_text("\n".join(rng.choices("01", k=count)) + "\n")
+    cases = [f'{n},"{text}",{rng.choice(("hateful", "non-hateful"))},{n}\n' for n, text in enumerate(texts(60))]
+    (folder / "test_suite_cases.csv").write_text("case_id,test_case,label_gold,templ_id\n" + "".join(cases))
+    comments = [f"{text};{rng.choice((0.0, 1.0))}\n" for text in texts(60)]
+    (folder / "Ethos_Dataset_Binary.csv").write_text("comment;isHate\n" + "".join(comments))
+    return folder
 
 
 @pytest.fixture(scope="session")

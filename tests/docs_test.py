@@ -15,6 +15,7 @@ import sys
 from absl import app
 import pytest
 
+from ctxjax import __main__ as console
 from ctxjax.configs import base
 from ctxjax.monitoring.alarms import ALARMS
 from docs import write_configuration
@@ -26,15 +27,20 @@ TEXTS = [ROOT / "README.md", ROOT / "tpu" / "README.md", ROOT / "CONTRIBUTING.md
 _FORK = multiprocessing.get_context("forkserver")
 
 
-def list_commands(text: str) -> Iterator[list[str]]:
-    """Yield the arguments of every ``python -m ctxjax...`` in a fenced block."""
+def list_commands(text: str) -> Iterator[tuple[list[str], str]]:
+    """Yield module and arguments of every command of this project in a fenced block, and what printf types into it."""
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("python -m ctxjax"):
-                yield shlex.split(line, comments=True)[2:]
+            printed, _, command = line.rpartition(" | ")
+            if found := re.fullmatch(r"(python -m ctxjax|ctxjax )(.*)", command):
+                name, *rest = shlex.split(found[2], comments=True)
+                module = f"ctxjax{name}" if name.startswith(".") else console.COMMANDS[name][0]
+                yield [module, *rest], shlex.split(printed)[1].replace("\\n", "\n") if printed else ""
 
 
-COMMANDS = [(path.relative_to(ROOT), words) for path in TEXTS for words in list_commands(path.read_text())]
+COMMANDS = [
+    (path.relative_to(ROOT), words, typed) for path in TEXTS for words, typed in list_commands(path.read_text())
+]
 
 
 def _parse(words: list[str]) -> None:
@@ -52,10 +58,12 @@ def _parse(words: list[str]) -> None:
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 15 and {words[0] for _, words in COMMANDS} >= {"ctxjax.main", "ctxjax.evaluate"}
+    assert len(COMMANDS) >= 15 and {words[0] for _, words, _ in COMMANDS} >= {"ctxjax.main", "ctxjax.evaluate"}
+    piped = "```\nprintf '/arm a\\nWhy?\\n' | ctxjax chat --workdir=a  # talk\nctxjax/\n```\n"
+    assert list(list_commands(piped)) == [(["ctxjax.chat", "--workdir=a"], "/arm a\nWhy?\n")]
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: str(value) if isinstance(value, Path) else "")
+@pytest.mark.parametrize(("page", "words"), [pytest.param(*one[:2], id=str(one[0])) for one in COMMANDS])
 def test_a_documented_command_is_accepted(page, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     process = _FORK.Process(target=_parse, args=(words,))
@@ -85,6 +93,18 @@ def test_files_that_are_named_exist(path):
     named = re.findall(r"`((?:ctxjax|configs|tests|tpu|docs|notebooks|benchmarks|examples)/[\w./]+)`", text)
     missing = [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_readme_is_read_in_five_minutes():
+    """What it says at length belongs to docs/; .ci/run reads the marked commands."""
+    text = TEXTS[0].read_text()
+    assert len(text.splitlines()) <= 130
+    for marker in ("# install", "# run the tests", "# run it"):
+        assert sum(marker in line for line in text.splitlines()) == 1, marker
+    order = ["figure.svg", "## Two commands", "## What you should see", "## Your prompt, your model, your questions"]
+    order += ["## Results", "## Compared with others", "## Hardware", "## Map", "## Citation"]
+    assert [text.count(part) for part in order] == [1] * len(order)
+    assert sorted(order, key=text.index) == order
 
 
 def test_fields_that_are_named_exist():

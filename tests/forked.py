@@ -5,10 +5,11 @@ Importing takes longer than most of these tests run. Tests that begin with ``pyt
 
 from __future__ import annotations
 
-import importlib
+import io
 import multiprocessing
 import os
 from pathlib import Path
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,25 +27,35 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def _run(module: str, arguments: list[str], out: Path, err: Path) -> None:
+def _run(module: str, arguments: list[str], out: Path, err: Path, folder: Path, typed: str) -> None:
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
-    os.chdir(ROOT)
+    sys.stdin = io.StringIO(typed)
+    os.chdir(folder)
     sys.argv = [module, *arguments]
-    importlib.import_module(module).command_line()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 class Command:
-    """A running ``python -m MODULE ARGUMENTS`` in the project's folder; it ends with the tests at the latest.
+    """A running ``python -m MODULE ARGUMENTS`` in ``folder``; it ends with the tests at the latest.
 
-    ``err``: the file of its standard error; None: ``out``, with its standard output.
+    ``err``: the file of its standard error; None: ``out``, with its standard output. ``typed``: its standard input.
     """
 
-    def __init__(self, module: str, arguments: list[str], out: Path, err: Path | None = None):
+    def __init__(
+        self,
+        module: str,
+        arguments: list[str],
+        out: Path,
+        err: Path | None = None,
+        folder: Path = ROOT,
+        typed: str = "",
+    ):
         for path in {out, err or out}:
             path.write_text("")
-        self._process = _CONTEXT.Process(target=_run, args=(module, arguments, out, err or out), daemon=True)
+        given = (module, arguments, out, err or out, folder, typed)
+        self._process = _CONTEXT.Process(target=_run, args=given, daemon=True)
         self._process.start()
 
     def poll(self) -> int | None:
@@ -65,11 +76,13 @@ class Command:
         self._process.kill()
 
 
-def run(module: str, arguments: list[str], seconds: float = 300) -> subprocess.CompletedProcess:
+def run(
+    module: str, arguments: list[str], seconds: float = 300, folder: Path = ROOT, typed: str = ""
+) -> subprocess.CompletedProcess:
     """Run the command to its end; return its exit code and everything that it printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        command = Command(module, arguments, out, err)
+    with tempfile.TemporaryDirectory() as logs:
+        out, err = Path(logs, "out"), Path(logs, "err")
+        command = Command(module, arguments, out, err, folder, typed)
         try:
             code = command.wait(seconds)
         finally:

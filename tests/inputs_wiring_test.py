@@ -435,8 +435,7 @@ def test_a_run_prints_how_many_rows_each_split_lost(folder, monkeypatch, tmp_pat
     kept = [row for row in opened.inputs.task.rows("train") if len(row.question) < 100]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == (
-        f"{len(kept)} training questions; over-long and dropped: train {24 - len(kept)}, dev 3, test 5; rows of data "
-        "files left out: none"
+        f"{len(kept)} training questions; left out: prompts that are too long: dev 3, test 5, train {24 - len(kept)}"
     )
     assert (opened.dev, opened.test) == tuple(lost) and 5 < len(kept) < 19
 

@@ -9,10 +9,12 @@ import numpy as np
 from ctxjax.monitoring import metric_writer
 from ctxjax.monitoring.alarms import Alarms, AlarmsConfig
 from ctxjax.monitoring.metric_writer import Writer
+from ctxjax.monitoring.trackers import LoggingConfig, Trackers
 
 
 def writer(folder, from_step: int) -> Writer:
-    return Writer(folder, "arm", 9, from_step, 1, Alarms(AlarmsConfig(), "arm"))
+    off = Trackers(LoggingConfig("", ""), folder, {})
+    return Writer(folder, "arm", 9, from_step, 1, Alarms(AlarmsConfig(), "arm"), off)
 
 
 def write(to: Writer, steps) -> None:

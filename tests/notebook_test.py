@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import re
+import sys
 
 import nbclient
 import nbformat
@@ -41,6 +42,29 @@ def execute(cells: list) -> str:
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def test_the_badge_and_the_clone_name_one_repository(notebook):
+    badge, *_ = notebook.cells
+    (name,) = re.findall(r"\]\(https://colab\.research\.google\.com/github/([\w-]+/[\w.-]+)/blob/main/", badge.source)
+    assert "(https://colab.research.google.com/assets/colab-badge.svg)]" in badge.source
+    assert badge.source.count("/blob/main/notebooks/quickstart_tpu.ipynb)") == 1
+    (source,) = (cell.source for cell in notebook.cells if "pip install" in cell.source)
+    assert f'REPOSITORY = "{name}"' in source and "https://github.com/{REPOSITORY}" in source
+    assert PATH.read_text().count(name) == 2
+
+
+@pytest.mark.parametrize("extra", ["[tpu]", "[cuda]"])
+def test_it_stops_with_one_sentence_if_jax_does_not_see_the_machines_accelerator(extra, notebook, monkeypatch, capsys):
+    (source,) = (cell.source for cell in notebook.cells if "device_kind" in cell.source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_PLATFORMS")
+        with pytest.raises(SystemExit, match=rf"JAX sees only CPUs.*ctxjax\{extra}.*restart") as stopped:
+            exec(source, {"extra": extra, "os": os, "sys": sys})
+        assert str(stopped.value).count(".") == 1
+        exec(source, {"extra": "", "os": os, "sys": sys})  # a runtime without an accelerator
+    exec(source, {"extra": extra, "os": os, "sys": sys})  # CPUs are what was asked for
+    assert capsys.readouterr().out.count("(cpu)") == 2
 
 
 @pytest.mark.slow

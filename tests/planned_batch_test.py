@@ -138,7 +138,7 @@ def test_lengths_take_the_place_of_data(folders, questions):
     batch, line = plan_batch(experiment, "qa_jsonl", mesh, run.Lengths(1500, 90))
     assert batch.bare.tokens_BxP.shape == batch.context.tokens_BxP.shape == (8, 96)
     assert batch.context.prefix_C.shape == (1500,) and batch.other.tokens_BxP.shape == (4, 1664)
-    assert "bare 96 after 0 shared tokens (longest 90); context 96 after 1500 shared tokens (longest 1590)" in line
+    assert "90 without the context (padded to 96), 1590 with it (1500 shared by all rows, padded to 1596), " in line
     config.hints.path, config.task = "", "hints"
     batch, _ = plan_batch(config_lib.experiment(config, 2), "hints", mesh, run.Lengths(1500, 90))
     assert batch.context.prefix_C is None and batch.context.tokens_BxP.shape == (8, 1664)

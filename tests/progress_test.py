@@ -2,6 +2,7 @@
 is interrupted from the keyboard."""
 
 import io
+import json
 import re
 import signal
 import sys
@@ -11,7 +12,7 @@ import forked
 import pytest
 from tqdm import std
 
-from ctxjax.host import progress
+from ctxjax.host import compile_times, progress
 from ctxjax.training.checkpoint import saved_steps
 
 
@@ -51,9 +52,8 @@ def test_a_phase_without_a_count_says_what_goes_on_and_how_long_it_took(shown):
     with progress.Bar("compiling a step"):
         time.sleep(0.4)
         assert re.fullmatch(r"(compiling a step: 00:0\d\n)+", written.getvalue())
-        lines = written.getvalue().count("\n")
-    assert re.fullmatch(r"(compiling a step: 00:0\d\n)+", written.getvalue())
-    assert written.getvalue().count("\n") > lines
+        time.sleep(1)
+    assert re.fullmatch(r"(compiling a step: 00:0\d\n)+compiling a step: 00:0[1-9]\n", written.getvalue())
 
 
 def test_a_log_file_gets_whole_lines_and_few_of_them(shown):
@@ -70,6 +70,19 @@ def test_a_log_file_gets_whole_lines_and_few_of_them(shown):
     most = 2 + (time.monotonic() - started) / progress.FILE
     assert 2 <= sum(line.startswith("training: ") for line in lines) <= most, lines
     assert "1200/1200" in lines[-1] and "<" in lines[0] and not {"\r", "\x1b"} & {*written.getvalue()}
+
+
+def test_a_log_file_gets_the_last_state_once(shown):
+    written = shown(io.StringIO())
+    with progress.Bar("counted", 2, "response") as bar:
+        for seconds in (0.3, 0.7):  # both are shown, the last one by update
+            time.sleep(seconds)
+            bar.update()
+    with progress.Bar("clock"):
+        time.sleep(0.3)
+    lines = written.getvalue().splitlines()
+    assert sum("2/2" in line for line in lines) == 1
+    assert [line for line in lines if "clock" in line] == ["clock: 00:00"]
 
 
 def test_a_terminal_sees_the_clock_tick_while_the_first_batch_is_compiled(shown):
@@ -92,6 +105,31 @@ def test_a_terminal_that_has_no_size_sees_the_bar_too(shown, monkeypatch, total)
         time.sleep(0.3)
         bar.update()
     assert "training" in written.getvalue()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """The folder of the compile cache, during a test."""
+    before = progress.jax.config.jax_compilation_cache_dir
+    progress.jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+    yield tmp_path / "xla"
+    progress.jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiling_says_how_long_it_took_last_time(shown, cache):
+    def compile_it(program) -> str:
+        written = shown(io.StringIO())
+        with compile_times.show("compiling", program):
+            time.sleep(0.3)
+        return written.getvalue()
+
+    assert compile_it(("step", 8)).startswith("compiling: 00:00")
+    (known,) = json.loads((cache / "seconds.json").read_text().replace("0.", "20.")).items()
+    (cache / "seconds.json").write_text(json.dumps(dict([known])))
+    assert compile_it(("step", 8)).startswith("compiling (last time 20 s): 00:00")
+    assert "last" not in compile_it(("step", 16))
+    (cache / "seconds.json").write_text("[1")
+    assert "last" not in compile_it(("step", 8))
 
 
 def test_a_bar_without_a_name_or_of_another_process_is_not_shown(shown, monkeypatch):

@@ -5,6 +5,7 @@ tiny_safety_test.py has a whole run on eight devices.
 
 import json
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -306,6 +307,12 @@ def test_the_sizes_of_parameters_and_optimiser_are_printed_once(cache, capsys):
     assert json.loads((cache / "sizes" / "run.json").read_text())["arithmetic"] == "float32, reference attention"
     # Rank 2 on matrices of 32 x 32, 32 x 16 (twice), 32 x 32 and 32 x 48 (three times); Adam keeps two moments.
     assert lines[0].startswith("parameters: 928 trained (3.71 kB), ") and lines[0].endswith("optimiser: 7.43 kB")
+    (held,) = (line for line in printed if line.startswith("twin: a step holds "))
+    assert re.fullmatch(r"twin: a step holds [\d.]+ [kM]B of this machine's memory", held)
+    assert printed[0].endswith(
+        ": 4 steps of each of opcd_retained, twin, which learn to answer without the context as "
+        "the teacher does with it"
+    )
 
 
 def test_a_run_with_a_shared_prefix_has_the_same_numbers(finished, cache, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ class Fake:
         folder.stop_ids, folder.check_prompts = (tokenizer.eos_token_id,), lambda *given: None
         monkeypatch.setattr(question_writer, "open_folder", lambda *given, **named: folder)
         monkeypatch.setattr(decoding, "decode", self.decode)
-        self.drafted, self.reply = 0, "reply number {}"
+        self.drafted, self.reply, self.replies = 0, "reply number {}", {}
 
     def decode(self, params, model, sampling, prompts, key, size, mesh, what):
         count = len(prompts.tokens_BxP)
@@ -105,7 +105,7 @@ class Fake:
             texts = [self.drafts[(self.drafted + i) % len(self.drafts)] for i in range(count)]
             self.drafted += count
         else:
-            texts = [self.reply.format(i) for i in range(count)]
+            texts = [self.replies.get(i, self.reply.format(i)) for i in range(count)]
         self.batches.append((sampling, texts))
         self.keys.append(jax.random.key_data(key).tolist())
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -229,6 +229,15 @@ def test_cut_drafts_and_cut_replies_are_thrown_away(tmp_path, monkeypatch, token
     config = make(tmp_path, **SMALL | {"self_study.longest_reference": 2})
     with pytest.raises(ValueError, match="wrote 0 usable.*left out: .*replies that are cut 48"):
         question_writer.ensure_questions(config, mesh)
+
+
+def test_replies_that_no_answer_can_be_compared_with_are_thrown_away(tmp_path, monkeypatch, tokenizer, mesh, capsys):
+    fake, config = Fake(monkeypatch, tokenizer, DRAFTS), make(tmp_path, **SMALL)
+    fake.replies = {3: "a", 5: "!", 7: ""}
+    question_writer.ensure_questions(config, mesh)
+    task = SelfStudy(config.task_config)
+    assert sum(len(task.rows(split)) for split in ("train", "dev", "test")) == 45
+    assert "replies that are cut 1, replies without a word 2" in capsys.readouterr().out
 
 
 def test_another_context_writer_or_setting_is_another_file_and_a_given_file_is_read(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-import random
 
 import jax
 import numpy as np
@@ -17,27 +16,10 @@ from ctxjax.data.worlds.tiny_safety import Instruction, TinySafety, TinySafetyCo
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.training import run
 
-TEXT = "the @user you ! ? # is a fine bad day for men and women who like it"
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Tweets, test cases and comments of random words, in the published layouts; one in six is too long."""
-    folder, rng = tmp_path_factory.mktemp("published"), random.Random(0)
-    (folder / "offensive").mkdir()
-
-    def texts(count: int) -> list[str]:
-        lengths = [rng.choice((2, 4, 5, 6, 7, 60)) for _ in range(count)]
-        return [f"{n} {' '.join(rng.choices(TEXT.split(), k=length))}" for n, length in enumerate(lengths)]
-
-    for split, count in (("train", 60), ("val", 20), ("test", 20)):
-        (folder / "offensive" / f"{split}_text.txt").write_text("\n".join(texts(count)) + "\n")
-        (folder / "offensive" / f"{split}_labels.txt").write_text("\n".join(rng.choices("01", k=count)) + "\n")
-    cases = [f'{n},"{text}",{rng.choice(("hateful", "non-hateful"))},{n}\n' for n, text in enumerate(texts(60))]
-    (folder / "test_suite_cases.csv").write_text("case_id,test_case,label_gold,templ_id\n" + "".join(cases))
-    comments = [f"{text};{rng.choice((0.0, 1.0))}\n" for text in texts(60)]
-    (folder / "Ethos_Dataset_Binary.csv").write_text("comment;isHate\n" + "".join(comments))
-    return folder
+def folder(safety_sets) -> Path:
+    return safety_sets
 
 
 def settings(folder: Path, **changes) -> TinySafetyConfig:

@@ -17,7 +17,7 @@ from absl import logging
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from ctxjax.audit import audit  # noqa: E402
-from ctxjax.host import preemption  # noqa: E402
+from ctxjax.host import command, preemption  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,17 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("exports", type=Path, nargs="*", metavar="EXPORT", help="folders that were exported from RUN")
     options = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)
-    try:
-        checks = audit.check_folder(options.run, options.exports)
-    except (OSError, ValueError) as error:
-        print(f"ctxjax.audit: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    count = 0
-    for check in checks:
-        print(check.text, flush=True)
-        count += len(check.wrong)
-    print(f"{count} contradictions" if count else "no contradiction found")
-    return 1 if count else 0
+    wrong = []
+
+    def run() -> None:
+        for check in audit.check_folder(options.run, options.exports):
+            print(check.text, flush=True)
+            wrong.extend(check.wrong)
+        print(f"{len(wrong)} contradictions" if wrong else "no contradiction found")
+
+    return command.end_readably(run) or int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on Ctrl-C stops a reply
         talk(chat)
 
-    return command.end_readably(run, "error", "use the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.chat ...")
+    return command.end_readably(run, "use the host's memory: JAX_PLATFORMS=cpu python -m ctxjax.chat ...")
 
 
 if __name__ == "__main__":

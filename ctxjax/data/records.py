@@ -177,6 +177,13 @@ def format_counts(skipped: dict[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
 
 
+def describe_left_out(overlong: dict[str, int], skipped: dict[str, int]) -> str:
+    """Return what is not asked: ``overlong`` prompts by split, ``skipped`` rows of data files by kind; or "none"."""
+    counts = {"prompts that are too long": {name: count for name, count in overlong.items() if count}}
+    counts["rows of data files"] = skipped
+    return "; ".join(f"{what}: {format_counts(found)}" for what, found in counts.items() if found) or "none"
+
+
 def read_context(path: str) -> str:
     """Read a context from a text file. A missing or empty file is an error: training without a context would look like
     success."""

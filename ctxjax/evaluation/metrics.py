@@ -1,8 +1,8 @@
 """The table of all metrics: METRICS has one entry for each.
 
-results.json, the console table, the report's columns and glossary, the README's table and ``eval.select`` read METRICS:
-one more entry is one more metric everywhere. Its order is that of results.json and of the columns. What the entries
-compute is in outcomes.py.
+results.json, the console table, the report's columns and glossary, the table of docs/report.md and ``eval.select``
+read METRICS: one more entry is one more metric everywhere. Its order is that of results.json and of the columns. What
+the entries compute is in outcomes.py.
 
 Harm alone would reward a model that ignores every prompt; read it together with obedience.
 """
@@ -25,7 +25,7 @@ class Metric:
     key         its name in results.json, in metrics.jsonl (``dev/KEY``) and in ``eval.select``
     header      its name for readers, in tables and in the glossary; metrics with the same header share a column
     unit        how its value is printed, a key of UNITS in report/formatting.py; None: it is in results.json only
-    definition  what it means, for the glossary and the README
+    definition  what it means, for the glossary and docs/report.md
     needs       what ``compute`` takes, by name (see ``compute_metrics``); without one of them the metric is left out
     compute     returns a Rate (KEY and KEY_ci in results.json), another value, or None if the metric is not defined
     better      "higher", "lower" or None

@@ -8,7 +8,7 @@ import sys
 
 from ctxjax.games import GAMES
 from ctxjax.games.boards import SPLITS, Facts, draw_boards, measure, split_of
-from ctxjax.host import preemption
+from ctxjax.host import command, preemption
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=5, choices=range(1, 9), help="most responses in an episode")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         game = GAMES[options.game](**({} if options.size is None else {"size": options.size}))
         listed = game.every_board()
         boards = None if listed is None else list(itertools.islice(listed, 100_000))
@@ -39,10 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{split:5} {_describe(measure(game, chosen, options.turns)) if chosen else 'no board'}")
         if boards is not None:
             print(f"all   {_describe(measure(game, boards, options.turns))}")
-    except ValueError as error:
-        print(f"ctxjax.games: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command.end_readably(run)
 
 
 def _describe(facts: Facts) -> str:

@@ -31,10 +31,11 @@ def find_config(name: str) -> str:
     packaged = CONFIGS / f"{Path(path).name.removesuffix('.py')}.py"
     if Path(path).is_file():
         return name
-    if Path(path).parent in (Path(), Path("configs")) and packaged.is_file():
+    known = {file for file in CONFIGS.glob("*.py") if "def get_config(" in file.read_text(encoding="utf-8")}
+    if Path(path).parent in (Path(), Path("configs")) and packaged in known:
         return f"{packaged}{colon}{argument}"
-    known = ", ".join(sorted(file.stem for file in CONFIGS.glob("[!_]*.py")))
-    raise ValueError(f"{Path(path).absolute()} does not exist, and in {CONFIGS} there are only {known}")
+    names = ", ".join(sorted(file.stem for file in known))
+    raise ValueError(f"{Path(path).absolute()} does not exist, and in {CONFIGS} there are only {names}")
 
 
 class _ConfigParser(config_flags.ConfigFileFlagParser):
@@ -115,20 +116,20 @@ def run(main: Callable, config, suggest_less_memory: Callable[[], str] = lambda:
         processes.exit_process(2)
 
 
-def end_readably(body: Callable[[], None], name: str, remedy: str) -> int:
-    """Call ``body``, which reads its own flags. Return 0, or 2 after one line on stderr, which begins with ``name``.
+def end_readably(body: Callable[[], None], remedy: str = "take a machine with more") -> int:
+    """Call ``body``, which reads its own flags. Return 0, or 2 after one line on stderr, which begins as in ``run``.
 
     The line is for bad input, and for memory that does not suffice, with ``remedy``. Other errors are raised.
     """
     try:
         body()
     except (OSError, ValueError) as error:
-        print(f"{name}: {redact.hide_secrets(str(error))}", file=sys.stderr)
+        print(f"error: {redact.hide_secrets(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not memory.is_exhausted(error):
             raise
-        print(f"{name}: {memory.describe_exhaustion(error)}; {remedy}", file=sys.stderr)
+        print(f"error: {memory.describe_exhaustion(error)}; {remedy}", file=sys.stderr)
         return 2
     return 0
 
@@ -151,8 +152,13 @@ def prepare(config: ConfigDict) -> None:
     """Set up logging, CPU devices and the compile cache. Call it before the first use of jax's backends."""
     quieten()
     _split_cpu(config.get("cpu_devices", 0))
-    if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
+    keep_programs(config.compile_cache)
+
+
+def keep_programs(folder: str) -> None:
+    """Keep compiled programs in a folder, and take those that are there; "": do not."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         # By default programs that compile in less than a second are not cached, and a run has some fifty of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

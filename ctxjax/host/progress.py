@@ -35,7 +35,7 @@ class Bar(tqdm):
     ):
         moves = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._period, self._due, self._ended = TERMINAL if moves else FILE, time.monotonic() + QUIET, threading.Event()
-        self._note, self._shown = "compiling, or the first batch" if compiles else None, False
+        self._note, self._shown = "compiling, or the first batch" if compiles else None, None
         hidden = not what or (jax.distributed.is_initialized() and not processes.is_first())
         super().__init__(
             desc=what,
@@ -67,13 +67,18 @@ class Bar(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if time.monotonic() < self._due:
             return False
-        self._due, self._shown = time.monotonic() + self._period, True
+        self._due, self._shown = time.monotonic() + self._period, self._state()
         return super().display(msg, pos)
 
+    def _state(self) -> tuple:
+        """Return what a reader can see of the phase: the count, or the seconds if nothing is counted."""
+        return (self.n, self.postfix) if self.total else (int(self.format_dict["elapsed"]),)
+
     def close(self) -> None:
-        """Show the end, if the bar was shown, so that the next print starts on its own line."""
+        """Show the end, if the bar was shown, so that the next print starts on its own line. A log file has it already
+        if the last line says the same."""
         self._ended.set()
-        if self._shown:
+        if self._shown and (self._period == TERMINAL or self._shown != self._state()):
             self._due = 0.0
         else:
             self._due, self.leave = math.inf, False

@@ -30,7 +30,7 @@ PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 # it saves, not what it computes.
 CHANGEABLE = (
     "mesh", "cpu_devices", "compile_cache", "model.remat", "model.attention", "rollout.weights", "train.micro_batches",
-    "train.save_every", "train.keep",
+    "train.save_every", "train.keep", "logging",
 )  # fmt: skip
 RESUME = ("auto", "never", "must")  # see check_workdir
 FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json

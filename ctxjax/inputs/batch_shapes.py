@@ -29,18 +29,23 @@ class BatchShapes(NamedTuple):
         return max(view.longest for view in (self.bare, self.context, self.other) if view is not None)
 
     def describe(self) -> str:
-        """Return one line: rows, response columns, and the columns and shared tokens of each view."""
-        views = {"bare": self.bare, "context": self.context}
+        """Return one line: rows, the longest response, and the longest prompt of each view with what is padded."""
+        views = {"without the context": self.bare, "with it": self.context}
         if self.other is not None:
-            views[f"other, {self.retention_rows} rows,"] = self.other
-        prompts = [
-            f"{name} {view.columns} after {view.prefix} shared tokens (longest {view.longest})"
-            for name, view in views.items()
-        ]
+            views[f"in {self.retention_rows} rows under other contexts"] = self.other
+        prompts = [f"{view.longest} {name}{_describe_columns(view)}" for name, view in views.items()]
+        parts = f" in {self.parts} micro-batches" if self.parts > 1 else ""
         return (
-            f"{self.rows} rows in {self.parts} micro-batches; responses of {self.responses} columns; prompts of: "
-            f"{'; '.join(prompts)}"
+            f"{self.rows} rows a step{parts}; responses of up to {self.responses} tokens; the longest prompts have "
+            f"{', '.join(prompts)}"
         )
+
+
+def _describe_columns(view: ViewShape) -> str:
+    """Return what a view's length does not say, in brackets: tokens that all rows share, and the padded length."""
+    notes = [f"{view.prefix} shared by all rows"] if view.prefix else []
+    notes += [f"padded to {view.prefix + view.columns}"] if view.prefix + view.columns != view.longest else []
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def make_batch_shapes(

@@ -22,7 +22,7 @@ from ctxjax import rng
 from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses, splits
 from ctxjax.data.contexts import Contexts
-from ctxjax.data.grading.graders import strip_reasoning
+from ctxjax.data.grading.graders import read_short, strip_reasoning
 from ctxjax.data.records import hash_text
 from ctxjax.data.task import Row
 from ctxjax.data.tasks.self_study import SelfStudyConfig, find_questions_file
@@ -121,9 +121,10 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict[str
     rows = [
         {"id": hash_text(key)[:16], "question": question, "reference": reply, "about": request.about}
         for (key, (request, question)), reply in zip(kept.items(), replies)
-        if reply
+        if reply and _has_words(reply)
     ]
-    left_out["replies that are cut"] = len(kept) - len(rows)
+    left_out["replies that are cut"] = sum(not reply for reply in replies)
+    left_out["replies without a word"] = sum(bool(reply) and not _has_words(reply) for reply in replies)
     why = ", ".join(f"{name} {count}" for name, count in left_out.items() if count) or "none"
     print(f"{len(rows)} questions with replies, of {drafted} drafts; left out: {why}", flush=True)
     if len(rows) < task.questions // 2:
@@ -134,6 +135,15 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict[str
             "self_study.path"
         )
     return rows
+
+
+def _has_words(reply: str) -> bool:
+    """Whether a reply can be a reference: the grader compares words, and articles are none."""
+    try:
+        read_short(reply)
+    except ValueError:
+        return False
+    return True
 
 
 def split_parts(context: str) -> list[str]:

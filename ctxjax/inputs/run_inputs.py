@@ -107,7 +107,7 @@ def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, Ret
         print(f"warning: {outliers}")
     turns = task.max_turns if isinstance(task, GameTask) else 1
     print(f"batch: {find_batch_shapes(config, rows, retention, turns).describe()}")
-    print(f"a prompt without the context saves {rows.saved_tokens} tokens", flush=True)
+    print(f"the context takes {rows.saved_tokens} tokens of a prompt, which the student will not need", flush=True)
     return rows, retention
 
 

@@ -15,6 +15,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from ctxjax.host import processes, progress
 from ctxjax.monitoring.alarms import Alarms
 from ctxjax.monitoring.step_rows import StepRows
+from ctxjax.monitoring.trackers import Trackers
 
 
 class Writer:
@@ -22,10 +23,20 @@ class Writer:
 
     ``from_step``: the step of the checkpoint from which the run resumes, 0 for a new run. Rows of later steps and
     unfinished lines are dropped; the other rows are ``kept``, and the event file is rewritten from them. ``alarms``
-    observe every row, kept ones too. Methods that write raise StopRun if an alarm ends the run.
+    observe every row, kept ones too. ``trackers`` get every new row. Methods that write raise StopRun if an alarm ends
+    the run.
     """
 
-    def __init__(self, folder: Path, name: str, steps: int, from_step: int, log_every: int, alarms: Alarms):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        steps: int,
+        from_step: int,
+        log_every: int,
+        alarms: Alarms,
+        trackers: Trackers,
+    ):
         self._rows = StepRows(folder / "metrics.jsonl", from_step)
         self.kept = self._rows.kept
         is_first = processes.is_first()  # the other processes only watch for alarms
@@ -34,7 +45,7 @@ class Writer:
             if is_first:
                 self._events.add(row)
             alarms.observe(row["step"], row, quiet=True)
-        self._alarms = alarms
+        self._alarms, self._trackers = alarms, trackers
         self._name, self._steps, self._from_step, self._bar = name, steps, from_step, None
         self._log_every, self._pending, self._since = log_every, None, time.monotonic()
 
@@ -79,6 +90,7 @@ class Writer:
         row = {"step": step, "time": round(time.time(), 3)} | numbers
         self._rows.append(row)
         self._events.add(row)
+        self._trackers.log(row)
 
     def sync(self) -> None:
         """Write everything up to the last step to the disk, since a checkpoint of that step may follow."""

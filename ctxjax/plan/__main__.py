@@ -51,6 +51,7 @@ def main(_) -> int:
         raise ValueError("give --prefix and --question together, or neither of them to read the lengths from the data")
     command.quieten()
     if _DEVICES.value and _DEVICES.value > 0:
+        command.keep_programs(config.get("compile_cache"))  # the compiler of slices that are not here has no cache
         jax.config.update("jax_num_cpu_devices", _DEVICES.value)
     from ctxjax.plan import run  # after the number of devices is set
 

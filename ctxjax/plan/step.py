@@ -20,7 +20,7 @@ from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import count_passes, needs_ema
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.distill.train_step import StepConfig, train_step
-from ctxjax.host import progress
+from ctxjax.host import compile_times
 from ctxjax.inputs.batch_shapes import BatchShapes
 from ctxjax.models import lora, mesh_check, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
@@ -100,7 +100,8 @@ def make_plan(
         floor = _compute_hbm_floor(step, buffers, shapes, mesh)
         refused, used, sent = "", 0, None
         try:
-            with progress.Bar(f"compiling the step for {len(devices)} x {devices[0].device_kind}"):
+            what = f"compiling the step for {len(devices)} x {devices[0].device_kind}"
+            with compile_times.show(what, (step, shapes, effort, config.mesh)):
                 compiled = lowered.compile(compiler_options=EFFORTS[effort])
             memory = compiled.memory_analysis()
             used = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

@@ -6,7 +6,7 @@ import argparse
 import pathlib
 import sys
 
-from ctxjax.host import preemption, progress
+from ctxjax.host import command, preemption, progress
 from ctxjax.report import results_table, write_report
 from ctxjax.report.run_files import read_results
 
@@ -25,16 +25,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--workdir", required=True, type=pathlib.Path, metavar="DIR", help="folder that holds results.json"
     )
     workdir = parser.parse_args(arguments).workdir
-    try:
+
+    def run() -> None:
         results = read_results(workdir)
         with progress.Bar("drawing the report"):
             path = write_report(workdir)
-    except (OSError, ValueError) as error:
-        print(f"ctxjax.report: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(results_table(results))
-    print(path)
-    return 0
+        print(results_table(results))
+        print(path)
+
+    return command.end_readably(run)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ctxjax.distill.rollouts import Questions, RolloutSource, StepInputs, Teache
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.metrics import parse_select
-from ctxjax.host import preemption, progress
+from ctxjax.host import compile_times, memory, preemption
 from ctxjax.inputs.data_record import ROWS_FILE
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.inputs.teacher_samples import steps_with_samples
@@ -30,6 +30,7 @@ from ctxjax.models import lora as lora_lib, params as params_lib, transformer
 from ctxjax.monitoring.alarms import Alarms, StopRun
 from ctxjax.monitoring.metric_writer import Writer
 from ctxjax.monitoring.step_rows import StepRows
+from ctxjax.monitoring.trackers import Trackers
 from ctxjax.report.formatting import shorten
 from ctxjax.training import nonfinite
 from ctxjax.training.checkpoint import Checkpoints, best_step, read_params, saved_steps
@@ -96,7 +97,8 @@ class Arm:
         train = self._config.train
         checkpoints = Checkpoints(self._folder / "checkpoints", train.keep, self._scores)
         state, first = self._restore_or_init(checkpoints)
-        writer = Writer(self._folder, self._name, train.steps, first, train.log_every, self.alarms)
+        trackers = Trackers(self._config.logging, self._folder, self._shared.record["config"])
+        writer = Writer(self._folder, self._name, train.steps, first, train.log_every, self.alarms, trackers)
         dev_rows = {row["step"]: row for row in writer.kept if _has_dev_metrics(row)}
         for taken, row in dev_rows.items():
             self._note(taken, row)
@@ -149,6 +151,7 @@ class Arm:
                 raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
             finally:
                 writer.end_bar()
+                trackers.close()
                 checkpoints.close()
         return self._join_student(state)
 
@@ -216,23 +219,27 @@ class Arm:
     def _compile_programs(self, state: TrainState, source: RolloutSource, steps: range) -> dict[StepKind, Any]:
         """Compile every kind of step among ``steps`` before the first one runs: once training has begun, no
         compilation delays the end on SIGTERM. Print what the steps cost at most."""
-        programs, flops, costs = {}, {}, []
+        programs, flops, costs, held = {}, {}, [], 0
         for step in steps:
             kinds = []
             for inputs in source.examples(step):
                 kinds.append(kind := self._find_kind(step, inputs))
                 if kind not in programs:
                     config = dataclasses.replace(self._step_config, loss=kind.loss)
-                    with progress.Bar(f"compiling a training step of {self._name}"):
+                    with compile_times.show(f"compiling a training step of {self._name}", (config, kind)):
                         traced = train_step.trace(state, self._frozen, config=config, **inputs._asdict())
                         flops[kind] = count_step_flops(traced.jaxpr.jaxpr, config)
                         programs[kind] = traced.lower().compile()
+                    held = max(held, _count_held_bytes(programs[kind].memory_analysis()))
             costs.append(max(flops[kind] for kind in kinds))
         responses = sum(len(prompts.tokens_BxP) for prompts in (inputs.batch.bare, inputs.batch.other) if prompts)
         tokens = responses * self._step_config.sampling.max_tokens
         each = f"{tokens:,} response tokens and {shorten(max(costs))}FLOPs"
         every = f"{tokens * len(steps):,} response tokens and {shorten(sum(costs))}FLOPs"
         print(f"{self._name}: {len(steps)} steps of up to {each}; in all up to {every}", flush=True)
+        held *= len(jax.local_devices())
+        print(f"{self._name}: a step holds {shorten(held)}B of this machine's memory", flush=True)
+        memory.warn_if_too_large(held, f"the steps of {self._name}")
         return programs
 
     def _find_kind(self, step: int, inputs: StepInputs) -> StepKind:
@@ -270,6 +277,12 @@ class Arm:
 
     def _join_student(self, state: TrainState) -> Params:
         return student_params(state.params, self._frozen, self._step_config)
+
+
+def _count_held_bytes(program) -> int:
+    """Return the bytes of a device that a program holds while it runs. ``program``: of ``Compiled.memory_analysis``."""
+    written = max(program.output_size_in_bytes - program.alias_size_in_bytes, 0)
+    return program.argument_size_in_bytes + program.temp_size_in_bytes + written
 
 
 def _make_dev_row(evaluation: Evaluation) -> dict[str, float]:

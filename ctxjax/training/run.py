@@ -13,17 +13,18 @@ from jax.sharding import Mesh
 
 from ctxjax import sharding
 from ctxjax.config_sections import Experiment
-from ctxjax.data.records import format_counts
+from ctxjax.data.records import describe_left_out
 from ctxjax.distill import optim
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.outcomes import Learning
-from ctxjax.host import processes, progress, retry, workdir as workdir_lib
+from ctxjax.host import memory, processes, progress, retry, workdir as workdir_lib
 from ctxjax.inputs.data_record import FILE as DATA_FILE, DataRecord
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import Inputs, compute_digests, compute_teacher_prefix, open_inputs
 from ctxjax.inputs.teacher_samples import open_teacher_samples
 from ctxjax.models import lora as lora_lib, params as params_lib
+from ctxjax.monitoring import trackers
 from ctxjax.report import results_table, write_report
 from ctxjax.report.formatting import shorten
 from ctxjax.training.arm import Arm, Shared
@@ -38,8 +39,14 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     interrupted resumes: each arm from its latest checkpoint, and finished evaluations are not repeated.
     """
     metrics_lib.check_select(config.eval.select)
+    trackers.check_installed(config.logging)
     started = time.monotonic()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    print(
+        f"{workdir}: {config.train.steps} steps of each of {', '.join(config.arms)}, which learn to answer without the "
+        "context as the teacher does with it",
+        flush=True,
+    )
     with workdir_lib.Lock(workdir) as lock, jax.set_mesh(mesh):
         opened = _open(config, workdir, facts, mesh, lock, started)
         models, base_on_dev = _evaluate_untrained(opened)
@@ -106,13 +113,12 @@ def _open(
     inputs = open_inputs(config, mesh, seconds)
     task, student, teacher, rows, _ = inputs
     print(_describe_sizes(config, student, teacher, mesh), flush=True)
+    memory.warn_if_too_large(_count_held_bytes(config, student, teacher, mesh), "weights, gradients and optimiser")
     prefix = compute_teacher_prefix(teacher, rows)
     dev, test = Evaluator.of_splits(config, task, ("dev", "test"), student, teacher, mesh)
-    print(
-        f"{len(rows.rows)} training questions; over-long and dropped: train {rows.dropped}, dev {dev.dropped}, "
-        f"test {test.dropped}; rows of data files left out: {format_counts(task.skipped) or 'none'}",
-        flush=True,
-    )
+    dropped = {"train": rows.dropped, "dev": dev.dropped, "test": test.dropped}
+    left_out = describe_left_out(dropped, task.skipped)
+    print(f"{len(rows.rows)} training questions; left out: {left_out}", flush=True)
     lock.take()
     with progress.Bar("computing the digests of weights and questions"):
         data, digests = DataRecord(task, rows, inputs.retention), compute_digests(inputs)
@@ -207,16 +213,13 @@ def _print_summary(results: dict[str, dict], seconds: dict[str, float], page: Pa
 
 def _describe_sizes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh: Mesh) -> str:
     """Describe the sizes of weights and optimiser state, in scalars and in bytes on all devices together."""
-    trained = student.params
-    if config.lora is not None:
-        trained = params_lib.abstract(lora_lib.specs(student.config, config.lora), mesh)
-    optimiser = jax.eval_shape(optim.optimizer(config.optim).init, trained)
+    trained, optimiser = _make_trained(config, student, mesh)
 
     def count(tree) -> str:
         return shorten(sum(leaf.size for leaf in jax.tree.leaves(tree))).strip()
 
     def size(tree) -> str:
-        return shorten(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))) + "B"
+        return shorten(_count_bytes(tree)) + "B"
 
     if config.lora is None:
         frozen = {"frozen in the teacher": teacher}
@@ -227,3 +230,22 @@ def _describe_sizes(config: Experiment, student: ModelFolder, teacher: ModelFold
     held = [f"{count(trained)} trained ({size(trained)})"]
     held += [f"{count(model.params)} {role} ({size(model.params)})" for role, model in frozen.items()]
     return f"parameters: {', '.join(held)}; optimiser: {size(optimiser)}"
+
+
+def _make_trained(config: Experiment, student: ModelFolder, mesh: Mesh) -> tuple:
+    """Return what is trained, and the state of its optimiser; both may be abstract."""
+    trained = student.params
+    if config.lora is not None:
+        trained = params_lib.abstract(lora_lib.specs(student.config, config.lora), mesh)
+    return trained, jax.eval_shape(optim.optimizer(config.optim).init, trained)
+
+
+def _count_held_bytes(config: Experiment, student: ModelFolder, teacher: ModelFolder, mesh: Mesh) -> int:
+    """Return the bytes, on all devices together, of weights, gradients and optimiser: what every step holds."""
+    trained, optimiser = _make_trained(config, student, mesh)
+    frozen = [student.params] + [teacher.params] * (teacher is not student)  # a run keeps its start for the next arm
+    return sum(map(_count_bytes, [trained, trained, optimiser, *frozen]))
+
+
+def _count_bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
