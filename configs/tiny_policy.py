@@ -14,6 +14,6 @@ from ctxjax.configs import tiny
 def get_config(architecture: str = "llama") -> ConfigDict:
     config = tiny.get_config(architecture)
     config.task = "policy"
-    config.base.steps = 2000  # with 800 it has learned half of the operations
+    config.base.steps = 2000  # after 800 it follows few policies yet: Acc_xc 7 %
     config.rollout.max_tokens = 11  # two steps, each the name of a rule and four letters; and the end token
     return config
