@@ -71,7 +71,7 @@ def test_the_console_lists_its_commands(capsys):
         lines = capsys.readouterr().out.splitlines()
         assert all(any(line.split()[:1] == [name] for line in lines) for name in console.COMMANDS)
     assert console.main(["trian"]) == 2
-    assert "error: 'trian' is not a command; choose from train, evaluate" in capsys.readouterr().err
+    assert "error: 'trian' is not a command; choose from train, extract" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", console.COMMANDS)

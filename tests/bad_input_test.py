@@ -60,7 +60,11 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("task", "chess", "task = 'chess' is not known; choose from .*hints, math, medical, qa_jsonl, rules, safety"),
+        (
+            "task",
+            "chess",
+            "task = 'chess' is not known; choose from .*hints, math, medical, policy, qa_jsonl, rules, safety",
+        ),
         ("train.batch_size", 12, r"train.batch_size = 12 is not divisible by mesh data\*fsdp = 8; use 8 or 16"),
         ("train.batch_size", -3, "train.batch_size = -3 must be above 0"),
         ("loss.anchor_every", 10**6, "loss.anchor_every = 1000000 must be at most train.steps = 200"),

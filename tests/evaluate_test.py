@@ -184,7 +184,7 @@ def test_the_context_of_the_command_is_the_only_source_of_contexts(task):
     config = base.get_config()
     section = config[task]
     given = {field: value for field, value in SOURCES.items() if field in section}
-    assert given
+    assert given or task == "tiny_grid"  # its only other context is its own legend
     section.update(given | {"context_file": "own.txt"})
     evaluate.apply_flags(config, "folder", None if task == config.task else task, None)
     assert {field: section[field] for field in given} == given and section.context_file == "own.txt"

@@ -87,7 +87,8 @@ def test_no_other_field_may_change(tmp_path, facts):
 
     assert list_changeable(facts["config"]) == {
         "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices", "cpu_devices", "compile_cache", "model.remat",
-        "model.attention", "rollout.weights", "train.micro_batches", "train.save_every", "train.keep",
+        "model.attention", "rollout.weights", "train.micro_batches", "train.save_every", "train.keep", "logging.wandb",
+        "logging.trackio",
     }  # fmt: skip
 
 

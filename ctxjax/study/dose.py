@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         workdir_lib.write_json(out, found)
         print(f"{format_doses(found['doses'])}\n\n{out}: {found['arm']}, step {found['step']}, on {found['split']}")
 
-    return command.end_readably(run, "ctxjax.dose", "evaluate in the host's memory: JAX_PLATFORMS=cpu")
+    return command.end_readably(run, "evaluate in the host's memory: JAX_PLATFORMS=cpu")
 
 
 if __name__ == "__main__":
