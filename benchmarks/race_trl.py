@@ -41,8 +41,9 @@ def race(task: dict) -> dict:
     )
     with tempfile.TemporaryDirectory() as folder:
         config = SDFTConfig(
-            output_dir=folder, per_device_train_batch_size=task["batch"], num_generations=1, max_steps=task["steps"] + 1,
-            max_prompt_length=None, max_completion_length=task["new"], temperature=1.0, shuffle_dataset=False,
+            output_dir=folder, per_device_train_batch_size=task["batch"], num_generations=1,
+            max_steps=task["steps"] + 1, max_prompt_length=None, max_completion_length=task["new"], temperature=1.0,
+            shuffle_dataset=False,
             distillation_mode="full_logits", distillation_topk=None, distillation_alpha=1.0, distillation_is_clip=None,
             teacher_model_kind="base", teacher_prompt_template="{privileged_context}\n\n{prompt}",
             learning_rate=rows["lr"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, use_cpu=True,

@@ -5,7 +5,8 @@
 
 The questions are kept, and their file is printed: read it. Accuracy is agreement with the model's own replies with the
 prompt; ``distill`` (held out, nats per token) falls if the prompt goes in. The rates are for models of billions of
-parameters with all weights trained; for small ones set optim.lr=1e-4, for an adapter lora.rank=16 and optim.lr=2e-4.
+parameters with all weights trained; for small ones (SmolLM2-135M) set optim.lr=2e-4, for an adapter lora.rank=16 and
+optim.lr=1e-3.
 With questions of your own: ``--config.task=qa_jsonl`` (docs/data.md).
 """
 

@@ -15,7 +15,7 @@ COMMANDS = {
     "dose": ("ctxjax.study.dose", "evaluate a trained arm with its change scaled"),
     "export": ("ctxjax.export", "write a trained arm as a Hugging Face folder"),
     "plan": ("ctxjax.plan", "say whether a run fits on a TPU slice, and what a step costs"),
-    "report": ("ctxjax.report", "rebuild the page of a finished or running run"),
+    "report": ("ctxjax.report", "rebuild the page of a finished run"),
     "audit": ("ctxjax.audit", "check a run against what it wrote down"),
     "chat": ("ctxjax.chat", "talk to a model or a run's arms, without the context and with it"),
     "games": ("ctxjax.games", "say what a game's boards are worth"),

@@ -63,7 +63,7 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
         (
             "task",
             "chess",
-            "task = 'chess' is not known; choose from .*hints, math, medical, policy, qa_jsonl, rules, safety",
+            "task = 'chess' is not known; choose from .*math, medical, policy, qa_jsonl, rules, safety",
         ),
         ("train.batch_size", 12, r"train.batch_size = 12 is not divisible by mesh data\*fsdp = 8; use 8 or 16"),
         ("train.batch_size", -3, "train.batch_size = -3 must be above 0"),

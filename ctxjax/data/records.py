@@ -190,7 +190,7 @@ def read_context(path: str) -> str:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
-        raise FileNotFoundError(f"context file {path} does not exist") from None
+        raise FileNotFoundError(f"context file {path} does not exist, seen from {Path.cwd()}") from None
     except IsADirectoryError:
         raise ValueError(f"context file {path} is a folder; name the text file itself") from None
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Rebuild the page of a finished or running run: ``python -m ctxjax.report --workdir=DIR``."""
+"""Rebuild the page of a finished run: ``python -m ctxjax.report --workdir=DIR``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="ctxjax report",
-        description="Rebuild the page of a finished or running run.",
+        description="Rebuild the page of a finished run.",
         epilog="example: ctxjax report --workdir=runs/tiny",
     )
     parser.add_argument(
