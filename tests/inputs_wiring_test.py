@@ -416,7 +416,9 @@ def test_results_compare_every_arm_with_the_first_and_resample_as_configured(fol
 def test_the_summary_is_in_seconds_and_gibibytes(monkeypatch, capsys):
     monkeypatch.setattr(run_lib.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**19))  # KiB
     run_lib._print_summary({"base": {"acc_x": 0.5}}, {"load": 1.26, "total": 8.0}, Path("a/report.html"))
-    last = "seconds: load 1.3, total 8.0\npeak memory of the host process: 1.50 GiB\nreport: a/report.html\n"
+    last = (
+        "seconds of this start: load 1.3, total 8.0\npeak memory of the host process: 1.50 GiB\nreport: a/report.html\n"
+    )
     assert capsys.readouterr().out.endswith(last)
 
 
@@ -438,6 +440,14 @@ def test_a_run_prints_how_many_rows_each_split_lost(folder, monkeypatch, tmp_pat
         f"{len(kept)} training questions; left out: prompts that are too long: dev 3, test 5, train {24 - len(kept)}"
     )
     assert (opened.dev, opened.test) == tuple(lost) and 5 < len(kept) < 19
+
+
+@pytest.mark.parametrize(("batch", "warned"), [(24, False), (32, True)])
+def test_fewer_questions_than_a_batch_are_warned_of(batch, warned, folder, mesh, capsys):
+    config = settings(folder, **{"train.batch_size": batch, "run_arms": ("opcd",)})
+    run_inputs.open_inputs(config_lib.experiment(config, 1), mesh, {})
+    said = "warning: there are only 24 training questions for batches of 32"
+    assert (said in capsys.readouterr().out) == warned
 
 
 def test_the_digests_of_inputs_tell_what_has_changed(folder, mesh):

@@ -102,6 +102,11 @@ def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, Ret
             f"warning: retention leaves out {retention.left_out} other contexts and keeps {len(retention.contexts)}: "
             f"with the longest question they exceed prompt.max_context_tokens = {config.prompt.max_context_tokens}"
         )
+    if len(rows.rows) < config.train.batch_size:
+        print(
+            f"warning: there are only {len(rows.rows)} training questions for batches of {config.train.batch_size}, so "
+            "that every step asks each several times; lower train.batch_size"
+        )
     outliers = describe_outliers(rows, retention)
     if outliers:
         print(f"warning: {outliers}")

@@ -242,7 +242,7 @@ def _facts(run: dict) -> list[tuple[str, str]]:
     facts = [(key, str(run[key])) for key in ("started", "device", "command") if run.get(key)]
     seconds = _times(run.get("seconds"))
     if seconds:
-        facts.insert(min(2, len(facts)), ("time", seconds))
+        facts.insert(min(2, len(facts)), ("time of the last start", seconds))
     versions = run.get("versions")
     if isinstance(versions, dict) and versions:
         facts.append(("versions", ", ".join(f"{package} {version}" for package, version in versions.items())))

@@ -82,7 +82,9 @@ class _OpenRun:
         identity = {"step": taken} | workdir_lib.select_code_facts(self.manifest)
         found = Evaluation.load(folder, identity)
         if not processes.ask_first(found is not None):
-            found = evaluator(sharding.bring_to_device(params), folder.relative_to(self.workdir).parts[0])
+            name, *part = folder.relative_to(self.workdir).parts
+            label = f"{name}, best on dev," if part == ["selected"] else name
+            found = evaluator(sharding.bring_to_device(params), label)
             found.save(folder, identity)
         if found is None:
             raise FileNotFoundError(
@@ -206,7 +208,7 @@ def _write_results(run: _OpenRun, results: dict[str, dict]) -> Path | None:
 
 def _print_summary(results: dict[str, dict], seconds: dict[str, float], page: Path | None) -> None:
     print(f"\n{results_table(results)}\n")
-    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    print("seconds of this start: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     print(f"peak memory of the host process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     print(f"report: {page}")
 
