@@ -69,7 +69,7 @@ def test_a_step_learns_from_the_turns_that_were_taken(finished):
         assert row["untrained"] == row["skipped"] == 0 and row["logprob_gap_max"] < 1e-4
         turns = row["response_tokens"] / row["response_length"]
         assert abs(turns - round(turns)) < 1e-3 and BOARDS <= round(turns) <= 5 * BOARDS
-        assert row["retain"] >= 0
+        assert row["retain"] > -1e-6  # a sum that rounds
 
 
 def test_a_run_that_stops_and_goes_on_is_the_same(finished, cache, tmp_path, capsys):
