@@ -358,8 +358,7 @@ def get_config() -> ConfigDict:
         section.dev_questions = 128  # at most, of the tenth that is held out by a hash of the question; 0: all
         section.test_questions = 500  # at most; 0: all
 
-    # The context to internalize: set one of context, context_file, context_files and
-    # context_column.
+    # The context to internalize: set one of context, context_file, context_files and context_column.
     for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.self_study):
         section.context = ""  # the text itself
         section.context_file = ""  # a text file

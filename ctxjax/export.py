@@ -142,6 +142,13 @@ def choose_checkpoint(workdir: Path, config: Experiment, arm: str | None, step: 
     return arm, step
 
 
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``choose_checkpoint`` takes, and the run's folder."""
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--arm", help="arm; default: the only one that has checkpoints")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; default: the latest")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Export and print the folder's name. Return 0, or 2 after one line on stderr if it fails."""
     parser = argparse.ArgumentParser(
@@ -149,10 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Export a trained arm as a Hugging Face folder.",
         epilog="example: ctxjax export --workdir=runs/tiny --arm=opcd_anchored --out=my-model",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    add_checkpoint_flags(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must not exist")
-    parser.add_argument("--arm", help="arm; default: the only one that has checkpoints")
-    parser.add_argument("--step", type=int, help="step of the checkpoint; default: the latest")
     parser.add_argument("--adapter", action="store_true", help="write only the adapter, in PEFT's format")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="factor of an adapter's update; 0: the base; default: 1, as trained"

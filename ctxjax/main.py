@@ -19,8 +19,8 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ctxjax.host import command, preemption, processes, progress, redact, workdir
-from ctxjax.monitoring.alarms import StopRun
+from ctxjax.host import command, preemption, processes, progress, workdir
+from ctxjax.monitoring import run_end
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, for example configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results, report, metrics and checkpoints.")
@@ -73,14 +73,8 @@ def command_line() -> None:
     2, without a traceback. An alarm that stops the run (config.alarms.stop) ends it with one message and exit code 3.
     SIGTERM ends it with preemption.EXIT_CODE, Ctrl-C with INTERRUPTED; the same command then resumes the run.
     """
-    try:
+    with run_end.exit_readably():
         command.run(main, _CONFIG, _suggest_less_memory)
-    except preemption.Preempted as ended:
-        print(ended, file=sys.stderr)
-        sys.exit(ended.code)
-    except StopRun as stop:
-        print(f"\nstopped: {redact.hide_secrets(str(stop))}", file=sys.stderr)
-        processes.exit_process(3)
 
 
 if __name__ == "__main__":

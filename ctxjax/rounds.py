@@ -21,8 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ctxjax import extract as extract_lib
-from ctxjax.host import command, preemption, progress, redact, workdir as workdir_lib
-from ctxjax.monitoring.alarms import StopRun
+from ctxjax.host import command, preemption, progress, workdir as workdir_lib
+from ctxjax.monitoring import run_end
 
 
 def main(config: ConfigDict, workdir: str | None, rounds: int, arm: str | None) -> int:
@@ -102,14 +102,8 @@ def command_line() -> None:
     workdir = flags.DEFINE_string("workdir", None, "Folder with a folder for each round.")
     rounds = flags.DEFINE_integer("rounds", 2, "Rounds in all; a later call may ask for more.", lower_bound=1)
     arm = flags.DEFINE_string("arm", None, "The arm to train; default: the last one of config.run_arms.")
-    try:
+    with run_end.exit_readably():
         command.run(lambda _: sys.exit(main(config.value, workdir.value, rounds.value, arm.value)), config)
-    except preemption.Preempted as ended:
-        print(ended, file=sys.stderr)
-        sys.exit(ended.code)
-    except StopRun as stop:
-        print(f"\nstopped: {redact.hide_secrets(str(stop))}", file=sys.stderr)
-        sys.exit(3)
 
 
 if __name__ == "__main__":

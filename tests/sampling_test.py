@@ -203,7 +203,7 @@ def test_a_prompt_is_read_once_for_all_its_samples(params, tiny_model, prompts, 
         config = dataclasses.replace(CONFIG, samples=samples)
         return products(lambda *a: compiled(a[0], tiny_model, config, *a[1:]), params, *inputs)
 
-    def reads(samples, rows):  # products with all columns of so many prompts; on CPUs these are one axis
+    def reads(samples, rows):  # products with all columns of ``rows`` prompts; on CPUs these are one axis
         return [shape for shape in shapes(samples) if shape[:2] == (rows, 7) or shape[0] == rows * 7]
 
     assert reads(4, 6) and reads(4, 6) == reads(1, 6)

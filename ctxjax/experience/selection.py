@@ -65,7 +65,7 @@ def smallest_budget(candidates: int, questions: int) -> int:
 
 
 def check_sizes(candidates: int, questions: int, budget: int) -> None:
-    """Raise ValueError if the questions or the budget are too few to choose among so many candidates."""
+    """Raise ValueError if the questions or the budget are too few for a choice among the candidates."""
     held, least = count_test_questions(questions), count_rounds(candidates)
     if held < 1 or questions - held < least:
         raise ValueError(

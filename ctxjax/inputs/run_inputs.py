@@ -105,7 +105,7 @@ def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, Ret
     if len(rows.rows) < config.train.batch_size:
         print(
             f"warning: there are only {len(rows.rows)} training questions for batches of {config.train.batch_size}, so "
-            "that every step asks each several times; lower train.batch_size"
+            "that a step asks some of them more than once; lower train.batch_size"
         )
     outliers = describe_outliers(rows, retention)
     if outliers:

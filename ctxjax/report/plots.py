@@ -20,8 +20,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from ctxjax.evaluation.statistics import Rate
+
 Numbers = Sequence[float | None]
-Rate = tuple[float, tuple[float, float] | None]  # a rate and its interval
 
 INK, FAINT = "#3a3a3a", "#9a9a9a"
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers say the same.
@@ -194,7 +195,7 @@ def position_lines(series: Mapping[str, Numbers], label: str) -> str:
 def rate_scatter(points: Mapping[str, Sequence[tuple[Rate, Rate]]], names: tuple[str, str], label: str) -> str:
     """Draw one rate against another, a point with both intervals for each pair, and a key of the colours.
 
-    ``points``: by arm (in the order of ARM_STYLES), pairs of a rate in 0..1 and its interval (low, high) or None.
+    ``points``: by arm (in the order of ARM_STYLES), pairs of rates in 0..1.
     ``names``: of the two axes.
     """
     with _figure((5.2, 3.6)) as (figure, axes):

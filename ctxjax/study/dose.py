@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ctxjax import sharding
 from ctxjax.evaluation.evaluator import Evaluator
 from ctxjax.evaluation.metrics import METRICS
-from ctxjax.export import choose_checkpoint
+from ctxjax.export import add_checkpoint_flags, choose_checkpoint
 from ctxjax.host import command, preemption, workdir as workdir_lib
 from ctxjax.inputs.run_inputs import open_inputs
 from ctxjax.models import change, lora
@@ -66,10 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Evaluate a trained arm with its change scaled.",
         epilog="example: ctxjax dose --workdir=runs/tiny --arm=opcd --out=dose.json",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    add_checkpoint_flags(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write; must not exist")
-    parser.add_argument("--arm", help="arm; default: the only one that has checkpoints")
-    parser.add_argument("--step", type=int, help="step of the checkpoint; default: the latest")
     parser.add_argument("--scales", default=SCALES, help=f"multiples of the change; default: {SCALES}")
     parser.add_argument("--split", default="test", choices=("dev", "test"), help="the questions to ask")
     options = parser.parse_args(arguments)
