@@ -1,5 +1,6 @@
 """Games: rules against TextArena's (if it is installed), facts by hand and by search, splits, actions."""
 
+import functools
 import random
 
 import numpy as np
@@ -168,12 +169,21 @@ def test_every_board_that_is_drawn_can_be_won(name):
         (lambda: Sokoban(3), "3 x 3"),
         (lambda: Sokoban(4, 2).draw(np.random.default_rng(0)), "none of 10000 rooms"),
         (lambda: IceSlide(2, 3), "2 x 2"),
+        *((functools.partial(game, 21), "21 x 21 cells is too large to show") for game in GAMES.values()),
         (lambda: draw_boards(FrozenLake(3, 2), "dev", 5, 0), "different boards for dev, not 5"),
     ],
 )
 def test_settings_without_boards_are_refused(make, named):
     with pytest.raises(ValueError, match=named):
         make()
+
+
+def test_boards_that_are_too_many_are_drawn_and_not_listed(monkeypatch, capsys):
+    assert all(GAMES[name](size=12, holes=5).every_board() is None for name in ("frozenlake", "grid_walk"))
+    monkeypatch.setattr(command, "MOST_SEARCHED", 100)
+    assert command.main(["grid_walk", "--boards=2", "--turns=1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" 2 boards: ") == 3 and "all" not in out
 
 
 def test_the_command_prints_facts_by_split_and_one_line_for_bad_settings(capsys):

@@ -103,7 +103,7 @@ def record_stages(patch) -> list[tuple]:
     def compare(params, model, bare, context, control, rollout, batch, mesh, what):
         calls.append(("compare", params, bare, context, control, rollout, batch))
         cosines = dict.fromkeys(("cosine", "control", "centred"), np.zeros((3, *rollout.mask_BxT.shape)))
-        return np.zeros(rollout.mask_BxT.shape), cosines
+        return np.zeros(rollout.mask_BxT.shape), cosines, dict.fromkeys(("context", "control"), np.zeros(3))
 
     def distillation(params, teacher, model, teacher_model, loss, bare, context, rollout, batch, mesh, what):
         calls.append(("distill", params, teacher, loss, bare, context, rollout))
@@ -249,7 +249,7 @@ def make_arm(folder, monkeypatch, tmp_path, mesh, **changes):
 
     monkeypatch.setattr(arm_lib, "Writer", writer)
     fed_rows = SimpleNamespace(describe=lambda step, drawn: (step, drawn))
-    shared = arm_lib.Shared(config, inputs, "prefix", {}, mesh, {}, fed_rows)
+    shared = arm_lib.Shared(config, inputs, "prefix", {}, mesh, {"config": {}}, fed_rows)
     found.arm = arm_lib.Arm(shared, "opcd_retained", tmp_path)
     with pytest.raises(Recorded):
         found.arm.train(None, None, 0.0, {})
@@ -534,8 +534,8 @@ def test_an_arm_steps_evaluates_and_saves_in_turn(folder, monkeypatch, tmp_path,
     assert [own for own in done if own[0] in ("write", "step", "evaluate", "save")] == [
         ("write", 0, {"dev/acc_x": 0.25}), ("step", 1, {"loss": 0.0}), ("step", 2, {"loss": 1.0}),
         ("evaluate", 2, 2, "dev"),
-        ("step", 3, {"loss": 2.0}), ("save", 3, 3, {"data_position": 3}), ("step", 4, {"loss": 3.0}),
-        ("evaluate", 4, 4, "dev"), ("step", 5, {"loss": 4.0}), ("save", 5, 5, {"data_position": 5}),
+        ("step", 3, {"loss": 2.0}), ("save", 3, 3, {"config": {}, "data_position": 3}), ("step", 4, {"loss": 3.0}),
+        ("evaluate", 4, 4, "dev"), ("step", 5, {"loss": 4.0}), ("save", 5, 5, {"config": {}, "data_position": 5}),
     ]  # fmt: skip
     saves = [place for place, own in enumerate(done) if own[0] == "save"]
     assert all(done[place - 2 : place] == [("sync",), ("fed",)] for place in saves)

@@ -198,6 +198,8 @@ def test_no_row_is_longer_than_the_longest(world):
 def test_too_many_boards_and_unknown_legends_are_refused(world):
     config = world.config
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    with pytest.raises(ValueError, match="GridWalk with 9 x 9 cells has more than 200,000 boards"):
+        TinyGrid(TinyGridConfig(**fields | {"size": 9}))
     with pytest.raises(ValueError, match="tiny_grid.context_index = 8; this world has legends 0 to 7"):
         TinyGrid(TinyGridConfig(**fields | {"context_index": 8}))
     with pytest.raises(ValueError, match="tiny_grid.test_questions = 2000, but the world's test split has 160"):

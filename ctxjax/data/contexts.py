@@ -84,7 +84,8 @@ class Contexts:
         field that makes them of the rows."""
         if self.columns:
             return {"column": self.columns[0]}
-        return {name: hash_text(t) for name, t in self.texts.items()} or {"made by": self._given}
+        made = {"made by": self._given} if self._given else {}
+        return {name: hash_text(t) for name, t in self.texts.items()} or made
 
 
 class OtherContexts:

@@ -10,6 +10,8 @@ from ctxjax.games import GAMES
 from ctxjax.games.boards import SPLITS, Facts, draw_boards, measure, split_of
 from ctxjax.host import command, preemption
 
+MOST_SEARCHED = 10_000  # boards; of more, a sample is searched
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Print facts by split; ``arguments`` are the command line's by default.
@@ -31,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
         game = GAMES[options.game](**({} if options.size is None else {"size": options.size}))
         listed = game.every_board()
-        boards = None if listed is None else list(itertools.islice(listed, 100_000))
+        boards = None if listed is None else list(itertools.islice(listed, MOST_SEARCHED + 1))
+        boards = None if boards is None or len(boards) > MOST_SEARCHED else boards
         for split in SPLITS:
             if boards is None:
                 chosen = draw_boards(game, split, options.boards, options.seed)

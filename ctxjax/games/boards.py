@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOVES, Episode, Game, act, solve
+from ctxjax.games.game import MOST_LISTED, MOVES, Episode, Game, act, solve
 
 SPLITS = ("train", "dev", "test")
 # A board's split is a function of the board alone, so that no seed can put one board into two splits: its digest as a
@@ -44,6 +44,17 @@ def draw_boards(game: Game, split: str, count: int, seed: int) -> list[Hashable]
             "for fewer, or make the board larger"
         )
     return list(found)
+
+
+def list_boards(game: Game) -> list[Hashable]:
+    """Return all boards of a game. Raises ValueError if they are too many to list."""
+    listed = game.every_board()
+    if listed is None:
+        raise ValueError(
+            f"{type(game).__name__} with {game.size} x {game.size} cells has more than {MOST_LISTED:,} boards, too "
+            "many to list; give a smaller size or fewer pieces"
+        )
+    return list(listed)
 
 
 class Facts(NamedTuple):

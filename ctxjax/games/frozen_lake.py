@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import is_inside, render_grid, solve, step
+from ctxjax.games.game import MOST_LISTED, check_size, is_inside, render_grid, solve, step
 
 
 class Lake(NamedTuple):
@@ -26,6 +27,7 @@ class FrozenLake:
     """``size``: rows and columns. ``holes``: how many."""
 
     def __init__(self, size: int = 3, holes: int = 2):
+        check_size(size)
         self.size, self.holes = size, holes
         cells = itertools.product(range(size), repeat=2)
         self._free = [cell for cell in cells if cell not in ((0, 0), self.goal)]
@@ -46,7 +48,9 @@ class FrozenLake:
             if self._has_path(board):
                 return board
 
-    def every_board(self) -> Iterator[Lake]:
+    def every_board(self) -> Iterator[Lake] | None:
+        if math.comb(len(self._free), self.holes) > MOST_LISTED:
+            return None
         boards = (Lake(frozenset(holes), (0, 0)) for holes in itertools.combinations(self._free, self.holes))
         return (board for board in boards if self._has_path(board))
 

@@ -14,12 +14,19 @@ import numpy as np
 
 Cell = tuple[int, int]  # (row, column)
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # (rows, columns)
+LARGEST = 20  # rows and columns: a larger board is too long to show
+MOST_LISTED = 200_000  # boards that are listed one by one; of more, a sample is drawn
 FORGIVEN = 1  # invalid responses in a row that do not end the episode; as TextArena counts them
 _BRACKETS = re.compile(r"\[\s*(\w+)\s*\]")
 
 
 class Game(Protocol):
-    """A single-player game on a grid. Boards are immutable and hashable; a board includes where the player is."""
+    """A single-player game on a grid. Boards are immutable and hashable; a board includes where the player is.
+
+    ``size``: rows and columns.
+    """
+
+    size: int
 
     def draw(self, rng: np.random.Generator) -> Hashable:
         """Draw a board that can be won. Raises ValueError if the settings allow none."""
@@ -58,6 +65,12 @@ class Episode(NamedTuple):
     invalid: int = 0
     invalid_total: int = 0
     won: bool | None = None
+
+
+def check_size(size: int) -> None:
+    """Raise ValueError for a board with more than LARGEST rows and columns."""
+    if size > LARGEST:
+        raise ValueError(f"a board of {size} x {size} cells is too large to show; give a size of at most {LARGEST}")
 
 
 def step(cell: Cell, direction: str) -> Cell:

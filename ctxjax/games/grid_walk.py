@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import is_inside, is_solved_in, render_grid, step
+from ctxjax.games.game import MOST_LISTED, check_size, is_inside, is_solved_in, render_grid, step
 
 
 class Field(NamedTuple):
@@ -23,9 +24,10 @@ class GridWalk:
     """``size``: rows and columns. ``holes``: how many. ``solution``: (fewest, most) moves of a solution."""
 
     def __init__(self, size: int = 3, holes: int = 2, solution: tuple[int, int] = (2, 4)):
+        check_size(size)
         self.size, self.holes, self.solution = size, holes, solution
         self._cells = list(itertools.product(range(size), repeat=2))
-        if next(self.every_board(), None) is None:
+        if next(self._list_boards(), None) is None:
             raise ValueError(
                 f"no grid of {size} x {size} cells with {holes} holes is solved in {solution[0]} to {solution[1]} "
                 "moves; change the size, the holes or the moves"
@@ -39,7 +41,12 @@ class GridWalk:
             if is_solved_in(self, board, self.solution):
                 return board
 
-    def every_board(self) -> Iterator[Field]:
+    def every_board(self) -> Iterator[Field] | None:
+        cells = len(self._cells)
+        too_many = math.comb(cells, self.holes) * math.perm(cells - self.holes, 2) > MOST_LISTED
+        return None if too_many else self._list_boards()
+
+    def _list_boards(self) -> Iterator[Field]:
         for holes in itertools.combinations(self._cells, self.holes):
             for goal, player in itertools.permutations([cell for cell in self._cells if cell not in holes], 2):
                 board = Field(frozenset(holes), goal, player)

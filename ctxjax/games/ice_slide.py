@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import is_inside, is_solved_in, render_grid, step
+from ctxjax.games.game import check_size, is_inside, is_solved_in, render_grid, step
 
 DRAWS = 10_000  # boards that are tried before the settings are called impossible
 
@@ -24,6 +24,7 @@ class IceSlide:
     """``size``: rows and columns. ``rocks``: how many. ``solution``: (fewest, most) moves of a solution."""
 
     def __init__(self, size: int = 5, rocks: int = 4, solution: tuple[int, int] = (2, 5)):
+        check_size(size)
         if size < 2 or not 0 <= rocks <= size * size - 2:
             raise ValueError(f"an ice rink of {size} x {size} cells has no room for {rocks} rocks, a player and a goal")
         self.size, self.rocks, self.solution = size, rocks, solution

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOVES, is_solved_in, render_grid, step
+from ctxjax.games.game import MOVES, check_size, is_solved_in, render_grid, step
 
 DRAWS = 10_000  # boards that are tried before the settings are called impossible
 
@@ -29,6 +29,7 @@ class Sokoban:
     """``size``: rows and columns, the border of walls included. ``solution``: (fewest, most) moves of a solution."""
 
     def __init__(self, size: int = 6, boxes: int = 1, solution: tuple[int, int] = (1, 5)):
+        check_size(size)
         if size < 4 or boxes < 1:
             raise ValueError(
                 f"Sokoban of {size} x {size} cells with {boxes} boxes has no board; give at least 4 x 4 cells, whose "

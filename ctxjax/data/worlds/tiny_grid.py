@@ -43,7 +43,7 @@ from ctxjax.data.grading.grade import Grade
 from ctxjax.data.records import hash_text, read_context
 from ctxjax.data.task import LESSON, PretrainingRow, Row
 from ctxjax.data.worlds import word_tokenizer
-from ctxjax.games.boards import SPLITS, split_of
+from ctxjax.games.boards import SPLITS, list_boards, split_of
 from ctxjax.games.game import FORGIVEN, MOVES, Cell, Episode, act, look, solve
 from ctxjax.games.grid_walk import Field, GridWalk
 from ctxjax.types import bounded
@@ -175,7 +175,7 @@ class TinyGrid:
 
     def _split_boards(self, rng: np.random.Generator) -> dict[str, list[Field]]:
         boards: dict[str, list[Field]] = {split: [] for split in SPLITS}
-        every = list(self.game.every_board())
+        every = list_boards(self.game)
         for index in rng.permutation(len(every)):
             boards[split_of(self.game, every[index]._replace(player=None))].append(every[index])
         return boards
