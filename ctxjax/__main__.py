@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": ("ctxjax.evaluate", "evaluate any model folder with a run's questions, views and graders"),
     "study": ("ctxjax.study", "run a grid of runs, on any number of machines, and report over its seeds"),
     "dose": ("ctxjax.study.dose", "evaluate a trained arm with its change scaled"),
+    "angles": ("ctxjax.study.angles", "measure the angles between the gradients of an arm's terms"),
     "export": ("ctxjax.export", "write a trained arm as a Hugging Face folder"),
     "plan": ("ctxjax.plan", "say whether a run fits on a TPU slice, and what a step costs"),
     "report": ("ctxjax.report", "rebuild the page of a finished run"),

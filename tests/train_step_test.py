@@ -25,6 +25,7 @@ from ctxjax.distill.train_step import (
     off_policy_steps,
     rollout_step,
     teacher_rollout,
+    term_gradients,
     train_step,
     update_step,
 )
@@ -174,6 +175,18 @@ def test_fewer_rows_may_be_retained_than_are_distilled(halves):
     rollout, other = halves.rollouts
     assert rollout.tokens_BxT.shape == (ROWS, 6) and other.tokens_BxT.shape == (RETAINED, 6)
     assert halves.metrics["retain"] > 0.01
+
+
+@pytest.mark.slow
+def test_the_gradients_of_the_terms_add_up_to_that_of_the_step(config, batch, start, make_params, mesh):
+    state, rollouts = start
+    frozen, data = Frozen(make_params(config.model, 1, mesh)), put_batch(batch, mesh)
+    parts = term_gradients(state, frozen, data, config)
+    rows = train_step_module._weighted_rows(data, *rollouts, config)
+    whole = jax.jit(lambda state: train_step_module._gradient(state, frozen, rows, config)[1])(state)
+    assert set(parts) == {"distill", "anchor", "retain"}
+    total = jax.tree.map(lambda *own: sum(own), *parts.values())
+    assert largest_difference(total, whole) < 1e-5 < largest_difference(parts["distill"], whole)
 
 
 @pytest.mark.slow

@@ -119,6 +119,16 @@ def objective(
     return loss, metrics
 
 
+def term_loss(
+    networks: Networks, config: LossConfig, term: Term, rows: WeightedBatch, step: jax.Array | int
+) -> jax.Array:
+    """One term alone, with its weight at ``step``: the terms of an objective add up to L."""
+    rollout, weight_BxT = rows.rollout, rows.weight_BxT
+    if term.is_on_other:
+        rollout, weight_BxT = rows.other_rollout, rows.other_weight_BxT
+    return _sweep(networks, config, (term,), rows.batch, rollout, weight_BxT, step)[0]
+
+
 def distillation_values(networks: Networks, config: LossConfig, rows: WeightedBatch) -> jax.Array:
     """L_distill of every response token, nats, float32 [B, T]; 0 for tokens of weight 0."""
     mine = (losses.distillation_term(config),)

@@ -164,16 +164,20 @@ def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None
     return WeightedBatch(batch, rollout, weights(rollout), *other)
 
 
+def _networks(trained: Params, state: TrainState, frozen: Frozen, config: StepConfig) -> Networks:
+    """The student of ``trained``, and what it is compared with."""
+    student, teacher = student_params(trained, frozen, config), _teacher_params(state.ema, frozen, config)
+    ema = student_params(state.ema, frozen, config) if state.ema is not None else None
+    prefix = frozen.teacher_prefix if config.loss.teacher == "frozen" else None
+    return Networks(student, teacher, ema, config.model, config.teacher_model, prefix)
+
+
 def _gradient(state: TrainState, frozen: Frozen, rows: WeightedBatch, config: StepConfig):
     """Return ((loss, {metric: Mean or Max}), gradient with respect to the trained weights), over the whole batch."""
-    ema = student_params(state.ema, frozen, config) if state.ema is not None else None
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(trained, rows):
-        student, teacher = student_params(trained, frozen, config), _teacher_params(state.ema, frozen, config)
-        prefix = frozen.teacher_prefix if config.loss.teacher == "frozen" else None
-        networks = Networks(student, teacher, ema, config.model, config.teacher_model, prefix)
-        return objective.objective(networks, config.loss, rows, state.step)
+        return objective.objective(_networks(trained, state, frozen, config), config.loss, rows, state.step)
 
     count = config.micro_batches
     if count == 1:
@@ -191,6 +195,21 @@ def _gradient(state: TrainState, frozen: Frozen, rows: WeightedBatch, config: St
         return jax.tree.map(operator.add, total, loss_of(state.params, part), is_leaf=is_metric), None
 
     return lax.scan(add, nothing, parts)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def term_gradients(state: TrainState, frozen: Frozen, batch: Batch, config: StepConfig) -> dict[str, Params]:
+    """Return the gradient of each term of the objective alone, by the term's name, on responses that are sampled now.
+
+    With their weights, they add up to the gradient of a step without micro-batches.
+    """
+    rollout, other_rollout = rollout_step(state, frozen, batch, config)
+    rows = _weighted_rows(batch, rollout, other_rollout, config)
+
+    def loss_of(trained, term):
+        return objective.term_loss(_networks(trained, state, frozen, config), config.loss, term, rows, state.step)
+
+    return {term.name: jax.grad(loss_of)(state.params, term) for term in objective.terms(config.loss)}
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")

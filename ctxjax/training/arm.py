@@ -66,6 +66,13 @@ class StepKind(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
+def make_step_config(config: Experiment, arm: str, loss: LossConfig, inputs: Inputs) -> StepConfig:
+    """Return what is static about the steps of an arm, with the objective ``loss``."""
+    student, teacher = inputs.student, inputs.teacher
+    sampling, optim = make_sampling_config(config.rollout, student), config.optim_of(arm)
+    return StepConfig(student.config, teacher.config, sampling, loss, optim, config.lora, config.train.micro_batches)
+
+
 class Arm:
     """One arm: the same base, seed and data order as the other arms, its own loss. ``folder`` is the arm's folder in
     the workdir."""
@@ -73,15 +80,7 @@ class Arm:
     def __init__(self, shared: Shared, name: str, folder: Path):
         config, student, teacher = shared.config, shared.inputs.student, shared.inputs.teacher
         self._shared, self._config, self._student, self._name, self._folder = shared, config, student, name, folder
-        self._step_config = StepConfig(
-            student.config,
-            teacher.config,
-            make_sampling_config(config.rollout, student),
-            config.arms[name],
-            config.optim_of(name),
-            config.lora,
-            config.train.micro_batches,
-        )
+        self._step_config = make_step_config(config, name, config.arms[name], shared.inputs)
         self._frozen = Frozen(teacher.params, student.params if config.lora else None, shared.teacher_prefix)
         # taken -> the dev metric that chooses checkpoints (config.eval.select); higher is better.
         self._scores: dict[int, float] = {}
