@@ -325,6 +325,16 @@ def get_config() -> ConfigDict:
     config.self_study.longest_reference = config.rollout.get_oneway_ref("max_tokens")  # tokens; as for questions
     config.self_study.seed = config.get_oneway_ref("seed")  # of the requests and of the drafts
 
+    config.text_game = ConfigDict()  # task text_game: a game of several turns, for any model (ctxjax/games)
+    config.text_game.game = "frozenlake"  # or "sokoban", "ice_slide", "grid_walk"
+    config.text_game.size = 4  # rows and columns
+    config.text_game.pieces = 3  # holes (frozenlake, grid_walk), boxes (sokoban) or rocks (ice_slide)
+    config.text_game.turns = 7  # most responses in an episode; all boards can be won within them
+    config.text_game.seed = config.get_oneway_ref("seed")  # of the choice of boards and of their order
+    config.text_game.train_questions = 0  # boards; 0: all, if they are few enough to be listed
+    config.text_game.dev_questions = 0  # boards held out to watch the run; 0: as above
+    config.text_game.test_questions = 0  # boards held out for the result; 0: as above
+
     config.tiny_safety = ConfigDict()  # task tiny_safety: the texts of safety as a world with its own base
     config.tiny_safety.path = config.safety.get_oneway_ref("path")  # as safety.path
     config.tiny_safety.seed = config.get_oneway_ref("seed")  # of the contexts and of which ones are held out
@@ -359,7 +369,7 @@ def get_config() -> ConfigDict:
         section.test_questions = 500  # at most; 0: all
 
     # The context to internalize: set one of context, context_file, context_files and context_column.
-    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.self_study):
+    for section in (config.qa_jsonl, config.medical, config.safety, config.math, config.self_study, config.text_game):
         section.context = ""  # the text itself
         section.context_file = ""  # a text file
         section.context_files = ()  # several text files; context_seed and a row's id decide which one the row gets
@@ -368,6 +378,7 @@ def get_config() -> ConfigDict:
         section.context_column = ""  # a column of the data with each row's own context
     for section in (
         config.qa_jsonl, config.medical, config.safety, config.math, config.hints, config.style, config.self_study,
+        config.text_game,
     ):  # fmt: skip
         # Other contexts, for retention and to measure obedience: "builtin", the 72 contexts of
         # ctxjax/data/other_contexts.jsonl, or a file of the same form; "": none. Every second one is held out from

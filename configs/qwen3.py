@@ -25,7 +25,7 @@ LONG = {
     "1.7b": ("v5p:2x2x4", 4, 4),
 }
 
-THINKING = {"math": True, "frozenlake": False, "sokoban": False}  # task -> prompt.thinking
+THINKING = {"math": True, "text_game": False}  # task -> prompt.thinking
 
 
 def get_config(arguments: str = "") -> ConfigDict:

@@ -50,29 +50,35 @@ def _set_file(config: ConfigDict) -> None:
 
 
 def _set_game(config: ConfigDict) -> None:
-    """Internalize lessons from experience, which are written in the user's turn before the board.
-
-    Planned is one turn of 64 episodes. A run's step has all turns, up to 5, as rows of one batch; with five times as
-    many micro-batches it needs about the same memory.
-    """
+    """Internalize lessons from experience (text_game.context_file), which are written in the user's turn before the
+    board. A step learns from all turns of 64 episodes."""
     _set_common(config)
+    config.task = "text_game"
     config.train.batch_size = 64
     config.prompt.placement = "user"
     config.prompt.max_bare_tokens = 1024
     config.prompt.max_context_tokens = 8192
     config.rollout.max_tokens = 1024
     config.rollout.temperature = 0.7
+    config.extract.max_tokens = 1024
+    config.extract.limit = 7168  # with a turn of 1,024 tokens the most that a prompt may have
     config.eval.batch_size = 64
 
 
 def _set_frozenlake(config: ConfigDict) -> None:
+    """Deviation: 4 x 4 cells with three holes, of which there are 334 boards, and seven turns, as they need six moves.
+    The paper's boards of 3 x 3 cells are only 19: text_game.size=3, text_game.pieces=2, text_game.turns=5."""
     _set_game(config)
-    config.task = "frozenlake"
+    game = config.text_game
+    game.game, game.size, game.pieces, game.turns = "frozenlake", 4, 3, 7
 
 
 def _set_sokoban(config: ConfigDict) -> None:
+    """Rooms of 6 x 6 cells, walls included, with one box. Deviation: all can be solved in the five turns."""
     _set_game(config)
-    config.task = "sokoban"
+    game = config.text_game
+    game.game, game.size, game.pieces, game.turns = "sokoban", 6, 1, 5
+    game.train_questions, game.dev_questions, game.test_questions = 512, 64, 128
 
 
 def _set_math(config: ConfigDict) -> None:

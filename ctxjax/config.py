@@ -31,7 +31,7 @@ from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig
 from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.task import FURTHER_VIEWS, METERS
-from ctxjax.data.tasks import TASKS, WORLDS, check_task_name
+from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.anchors import ANCHORS, GATES
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.distill.losses import CROSS_ENTROPY, LossConfig
@@ -65,7 +65,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     """
     sections = _SECTIONS | {name: (task,) for name, (task, _) in TASKS.items()}
     config = ConfigDict(check_fields(config, sections, _MADE))
-    check_task_name(config.task)
+    one_of("task", config.task, TASKS)
     task_class, _ = TASKS[config.task]
     rollout = DecodeConfig(**config.rollout)
     one_of("rollout.weights", rollout.weights, DECODE_RULES)

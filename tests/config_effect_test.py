@@ -37,7 +37,10 @@ VALUES = {
     "arms.off_policy.divergence": "jsd", "arms.sft.divergence": "reverse_kl", "hints.template": "Use {hint}.",
 }  # fmt: skip
 GRADED = {f"{task}.grading": "letter" for task in ("qa_jsonl", "hints")}
-LISTS = {f"{task}.context_files": ("/a", "/b") for task in ("qa_jsonl", "medical", "safety", "math", "self_study")}
+LISTS = {
+    f"{task}.context_files": ("/a", "/b")
+    for task in ("qa_jsonl", "medical", "safety", "math", "self_study", "text_game")
+}
 VALUES |= GRADED | LISTS
 # What a field needs besides, to be legal or to have an effect.
 NEEDED = {
@@ -177,9 +180,9 @@ def test_every_field_of_the_dataclasses_is_reached_by_a_field_of_the_configurati
                 reached |= {(task, path) if path.startswith("task_") else path for path in changes_of(field, task)[0]}
         paths = leaves(start(task, **{"lora.rank": 4}))
         present |= {(task, path) if path.startswith("task_") else path for path in paths}
-    # The command that evaluates sets whether a context is required; two tasks have no files with a column of contexts.
+    # The command that evaluates sets whether a context is required; three tasks have no column of contexts.
     made = {(task, "task_config.required") for task in TASKS}
-    made |= {(task, "task_config.context_column") for task in ("safety", "self_study")}
+    made |= {(task, "task_config.context_column") for task in ("safety", "self_study", "text_game")}
     assert present - made == reached
 
 

@@ -4,7 +4,9 @@ import pytest
 
 from ctxjax import config as config_lib
 from ctxjax.configs import base, llama3, qwen3, qwen25, recipes, smollm2
+from ctxjax.data.splits import SPLITS
 from ctxjax.data.tasks import TASKS
+from ctxjax.data.tasks.text_game import TextGame
 from ctxjax.plan import chips
 
 FILES = {"llama3": llama3, "qwen25": qwen25, "qwen3": qwen3}
@@ -38,8 +40,6 @@ def test_a_setting_overrides_fields_of_base_and_is_an_experiment_on_its_slice(na
     assert set(fields(config)) == set(fields(base.get_config()))
     generation = chips.parse_generation(config.slice)
     assert generation in chips.CHIPS
-    if config.task not in TASKS:
-        config.task = "qa_jsonl"  # as python -m ctxjax.plan does
     experiment = config_lib.experiment(config, chips.count_chips(config.slice))
     assert list(experiment.arms) == ["opcd", "opcd_anchored"]
     assert experiment.arms["opcd_anchored"].beta == 0.5
@@ -64,14 +64,23 @@ def test_an_argument_that_is_not_known_is_answered_with_those_that_are():
         load("llama3:medical,70b")
 
 
-def test_a_game_cannot_be_run_yet_and_says_so():
-    config = load("qwen3:frozenlake")
-    with pytest.raises(ValueError, match="'frozenlake' is not part of this version of ctxjax.*ctxjax.plan"):
-        config_lib.experiment(config, chips.count_chips(config.slice))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "thinking"), [("frozenlake", False), ("sokoban", None), ("sokoban,4b", False)])
+def test_a_games_recipe_has_boards_for_its_steps_and_turns_that_win_them(name, thinking):
+    config = load(f"qwen3:{name}")  # the default model of sokoban never thinks, and has no switch
+    assert (config.prompt.placement, config.prompt.thinking, config.rollout.temperature) == ("user", thinking, 0.7)
+    with pytest.raises(ValueError, match="text_game has no context; set text_game.context_file"):
+        TextGame(config_lib.experiment(config, 8).task_config)
+    config.text_game.context = "Look first."
+    task = TextGame(config_lib.experiment(config, 8).task_config)
+    sizes = {split: len(task.rows(split)) for split in SPLITS}
+    assert sizes["train"] >= config.train.batch_size and min(sizes.values()) >= 59
+    assert all(task.facts["boards"][split]["ceiling"] == 1.0 for split in ("dev", "test"))
 
 
 def test_every_recipe_is_covered_by_a_setting():
-    assert {load(name).task for name in NCA + OTHERS} == set(recipes.RECIPES) - {"file"} | {"qa_jsonl"}
+    covered = {name.partition(":")[2].partition(",")[0] or "file" for name in NCA + OTHERS}
+    assert covered == set(recipes.RECIPES)
 
 
 @pytest.mark.parametrize("arguments", ["", "handbook", "style", "lora", "style,lora", "lora,handbook"])

@@ -178,15 +178,15 @@ def letters():
     return word_tokenizer.build([*string.printable[:95], "\n"], r"[\s\S]")
 
 
-def write_random_model(folder: Path, tokenizer, **sizes) -> Path:
-    """Write a random Llama of these sizes, on two devices, as a Hugging Face folder."""
-    from ctxjax.models.hf import save as hf_save
+def write_random_model(folder: Path, tokenizer, family: str = "llama", **sizes) -> Path:
+    """Write a random model of these sizes, on two devices, as a Hugging Face folder."""
+    from ctxjax.models.hf import load as hf_load, save as hf_save
 
-    model = ModelConfig(len(tokenizer), **sizes)
+    model = ModelConfig(len(tokenizer), **hf_load.FAMILIES[family].parts, **sizes)
     mesh = make_mesh(fsdp=2, devices=ALL_DEVICES[:2])
     with jax.set_mesh(mesh):
         params = params_lib.init(param_specs(model), jax.random.key(0), mesh)
-    hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type="llama")
+    hf_save.save(folder, params, model, tokenizer, (tokenizer.eos_token_id,), model_type=family)
     return folder
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ctxjax.games import GAMES, __main__ as command
-from ctxjax.games.boards import SPLITS, draw_boards, measure, split_of
+from ctxjax.games.boards import SPLITS, describe_players, draw_boards, measure, split_of
 from ctxjax.games.frozen_lake import FrozenLake, Lake
 from ctxjax.games.game import MOVES, Episode, act, look, read_action, solve
 from ctxjax.games.ice_slide import IceSlide, Rink
@@ -150,6 +150,32 @@ def test_splits_are_disjoint_whatever_the_seeds(name):
 
 
 @pytest.mark.parametrize("name", GAMES)
+def test_a_walk_that_moves_nothing_stays_in_its_split(name):
+    game = GAMES[name]()
+    for board in draw_boards(game, "test", 4, 0):
+        after = [game.move(board, direction) for direction in DIRECTIONS]
+        walks = [there for there in after if there is not None and there == board._replace(player=there.player)]
+        assert {split_of(game, there) for there in walks} <= {"test"}
+
+
+def test_lakes_may_be_held_to_a_number_of_moves():
+    boards = list(FrozenLake(4, 3).every_board())
+    assert len(boards) == 334 == len(list(FrozenLake(4, 3, (6, 7)).every_board()))
+    longest = []
+    for solution in (None, (1, 8)):
+        game, rng = FrozenLake(5, 10, solution), np.random.default_rng(0)
+        longest.append(max(len(solve(game, game.draw(rng), 25)) for _ in range(200)))
+    assert longest[0] > 8 == longest[1]
+
+
+def test_the_best_fixed_path_of_too_many_sequences_is_not_known():
+    game = FrozenLake(3, 2)
+    facts = measure(game, list(game.every_board()), 10)
+    assert (facts.fixed, facts.fixed_path, facts.ceiling) == (None, None, 1.0)
+    assert describe_players(1.0, 0.016, None) == "random moves win 1.6 %, perfect play 100.0 %"
+
+
+@pytest.mark.parametrize("name", GAMES)
 def test_every_board_that_is_drawn_can_be_won(name):
     game = GAMES[name]()
     rng = np.random.default_rng(1)
@@ -166,11 +192,12 @@ def test_every_board_that_is_drawn_can_be_won(name):
     [
         (lambda: FrozenLake(3, 5), "3 x 3 cells with 5 holes"),
         (lambda: FrozenLake(1, 0), "1 x 1"),
+        (lambda: FrozenLake(4, 3, (1, 5)), "is solved in 1 to 5 moves: the shortest way has 6; change the moves"),
         (lambda: Sokoban(3), "3 x 3"),
         (lambda: Sokoban(4, 2).draw(np.random.default_rng(0)), "none of 10000 rooms"),
         (lambda: IceSlide(2, 3), "2 x 2"),
         *((functools.partial(game, 21), "21 x 21 cells is too large to show") for game in GAMES.values()),
-        (lambda: draw_boards(FrozenLake(3, 2), "dev", 5, 0), "different boards for dev, not 5"),
+        (lambda: draw_boards(FrozenLake(3, 2), "dev", 8, 0), "different boards for dev, not 8"),
     ],
 )
 def test_settings_without_boards_are_refused(make, named):
@@ -191,7 +218,7 @@ def test_the_command_prints_facts_by_split_and_one_line_for_bad_settings(capsys)
     out = capsys.readouterr().out
     assert "all   19 boards: solved in 4 100.0 %" in out and "random moves win 1.6 %" in out
     assert command.main(["frozenlake", "--turns=3"]) == 0
-    assert capsys.readouterr().out.count(" boards: solved not within the turns 100.0 %") == 3  # none is of dev
+    assert capsys.readouterr().out.count(" boards: solved not within the turns 100.0 %") == 4
     assert command.main(["frozenlake", "--size=1"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -81,9 +81,9 @@ def make_config(case: str, folders: dict[str, Path], questions: Path):
     return config
 
 
-def plan_batch(experiment, task: str, mesh, lengths=None):
+def plan_batch(experiment, mesh, lengths=None):
     """The batch that is planned for the arm with retention, and the line of its shapes."""
-    views = run.find_views(experiment, task, lengths)
+    views = run.find_views(experiment, lengths)
     shapes = make_batch_shapes(experiment, views.bare, views.context, views.other, views.turns)
     model = ModelConfig(8, width=8, layers=1, query_heads=1, kv_heads=1, head_dim=8, mlp_width=8)
     step = plan_step.make_step_config(experiment, experiment.arms["opcd_retained"], model, model)
@@ -105,7 +105,7 @@ def test_the_planned_batch_is_the_runs_and_both_print_one_line(case, folders, qu
             inputs.rows, inputs.retention, seed=0, batch_size=8, retention_rows=train.retention_rows, pad_id=0
         )
         real = sharding.put_batch(next(batches), mesh)
-        planned, line = plan_batch(experiment, config.task, mesh)
+        planned, line = plan_batch(experiment, mesh)
     printed = [text for text in capsys.readouterr().out.splitlines() if text.startswith("batch: ")]
     assert printed == [f"batch: {line}"]
     assert describe(planned) == describe(real)
@@ -126,7 +126,7 @@ def test_a_games_planned_batch_has_the_turns_of_all_episodes(capsys):
         student = SimpleNamespace(tokenizer=tokenizer, stop_ids=(tokenizer.eos_token_id,), pad_id=0)
         inputs = run_inputs.Inputs(task, student, student, rows, retention)
         (real,) = GameEpisodes.of_run(experiment, inputs, True, lambda params: params, mesh).examples(0)
-        planned, line = plan_batch(experiment, config.task, mesh)
+        planned, line = plan_batch(experiment, mesh)
     assert f"batch: {line}" in capsys.readouterr().out.splitlines()
     assert describe(planned) == describe(real.batch) and planned.bare.tokens_BxP.shape[0] == 8 * task.max_turns
 
@@ -135,24 +135,27 @@ def test_lengths_take_the_place_of_data(folders, questions):
     config = make_config("file", folders, questions)
     config.qa_jsonl.path, config.model.path = "", "meta-llama/Llama-3.1-8B-Instruct"
     experiment, mesh = config_lib.experiment(config, 2), sharding.make_mesh(fsdp=2)
-    batch, line = plan_batch(experiment, "qa_jsonl", mesh, run.Lengths(1500, 90))
+    batch, line = plan_batch(experiment, mesh, run.Lengths(1500, 90))
     assert batch.bare.tokens_BxP.shape == batch.context.tokens_BxP.shape == (8, 96)
     assert batch.context.prefix_C.shape == (1500,) and batch.other.tokens_BxP.shape == (4, 1664)
     assert "90 without the context (padded to 96), 1590 with it (1500 shared by all rows, padded to 1596), " in line
     config.hints.path, config.task = "", "hints"
-    batch, _ = plan_batch(config_lib.experiment(config, 2), "hints", mesh, run.Lengths(1500, 90))
+    batch, _ = plan_batch(config_lib.experiment(config, 2), mesh, run.Lengths(1500, 90))
     assert batch.context.prefix_C is None and batch.context.tokens_BxP.shape == (8, 1664)
-    short, _ = plan_batch(experiment, "qa_jsonl", mesh, run.Lengths(prompts.SHORTEST_PREFIX - 1, 90))
+    short, _ = plan_batch(experiment, mesh, run.Lengths(prompts.SHORTEST_PREFIX - 1, 90))
     assert short.context.prefix_C is None
+    config.task = "text_game"  # whose turns are rows, also if their lengths are given
+    batch, line = plan_batch(config_lib.experiment(config, 2), mesh, run.Lengths(1500, 90))
+    assert batch.bare.tokens_BxP.shape == (8 * config.text_game.turns, 96) and f"{8 * 7} rows a step" in line
 
 
 @pytest.mark.parametrize(
     ("task", "path", "message"),
     [
         (
-            "frozenlake",
+            "text_game",
             "rows.jsonl",
-            "'frozenlake' is not part of this version. Or give .*--prefix=N.*--question=N",
+            "text_game has no context; set text_game.context_file .*Or give .*--prefix=N.*--question=N",
         ),
         ("qa_jsonl", "none.jsonl", "data file .*none.jsonl' does not exist.*--prefix=N.*--question=N"),
         ("qa_jsonl", "rows.jsonl", "model folder none does not exist.*--prefix=N.*--question=N"),
@@ -160,9 +163,9 @@ def test_lengths_take_the_place_of_data(folders, questions):
 )
 def test_without_data_the_flags_are_named(task, path, message, folders, questions):
     config = make_config("file", folders, questions)
-    config.qa_jsonl.path, config.model.path = str(questions / path), "none"
+    config.qa_jsonl.path, config.model.path, config.task = str(questions / path), "none", task
     with pytest.raises(ValueError, match=message):
-        run.find_views(config_lib.experiment(config, 2), task, None)
+        run.find_views(config_lib.experiment(config, 2), None)
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ SMALL = {
     "tiny_safety": {"vocabulary": 400, "longest": 30, "dev_questions": 0},
     "qa_jsonl": {"dev_questions": 9, "test_questions": 8},
     "hints": {"hint": "note"},
+    "text_game": {"size": 3, "pieces": 2, "turns": 5},
 }
 QUESTIONS = "train dev test"
 LIMITS = {
@@ -119,6 +120,11 @@ FIELDS = {
         "hint": ("answer", "contexts"), "template": ("Hint: {hint}", "contexts"), "grading": ("exact", "grades"),
     },
     "safety": CONTEXTS | LIMITS | FORMAT | {"sets": (("ethos",), QUESTIONS)},
+    "text_game": CONTEXTS | {
+        "game": ("grid_walk", QUESTIONS), "size": ({"size": 4, "turns": 7}, QUESTIONS, {"turns": 7}),
+        "pieces": (1, f"contexts {QUESTIONS}"), "turns": (4, "turns"), "seed": (5, QUESTIONS),
+        "train_questions": (4, "train"), "dev_questions": (2, "dev"), "test_questions": (3, "test"),
+    },
     "style": POOL | LIMITS | {"demand": ("french", "contexts paraphrase grades")},
     "handbook": LIMITS | {
         "seed": (5, f"contexts others paraphrase unrelated {QUESTIONS}"),
@@ -144,6 +150,7 @@ OTHERS |= {"safety": {"records", "required", "path", "context_column"}, "tiny_sa
 WRITER = {
     "writer", "questions", "unrelated_share", "temperature", "longest_question", "longest_reference", "seed", "cache",
 }  # fmt: skip
+OTHERS["text_game"] = {"records", "required", "context_column"}
 OTHERS["self_study"] = {"records", "required", "context_column"} | WRITER
 
 

@@ -136,8 +136,9 @@ class Weights:
             check.unchecked.append("the model card: results.json was written anew since the export")
             return
         results = self._folder.json("results.json")
-        table = results_table({name: results[name] for name in ("base", arm) if name in results}).splitlines()
-        card = [line for line in (place / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+        text = results_table({name: results[name] for name in ("base", arm) if name in results})
+        said = (place / "README.md").read_text(encoding="utf-8")
+        table, card = ([line for line in one.splitlines() if line.startswith("|")] for one in (text, said))
         if not card:
             check.unchecked.append("the model card has no results: the arm was exported before it was evaluated")
             return

@@ -87,6 +87,7 @@ class Evaluator:
         # Of the first turns: what else is read follows from them and the responses.
         self._digests = {view: [digest_tokens(ids) for ids in lists] for view, lists in split.tokens.items()}
         self._seed, self._resamples = config.seed, config.eval.bootstrap
+        self._boards = split.task.facts.get("boards", {}).get(split.name)
         if is_game and config.eval.meters:
             raise ValueError(
                 f"eval.meters = {config.eval.meters}: they read single responses, not games; leave it empty"
@@ -128,6 +129,7 @@ class Evaluator:
         items = [item for view, own in answers.items() for item in self._grade(view, own)]
         outcomes = collect_outcomes(items)
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
+        measured |= {"boards": self._boards} if self._boards else {}
         if "context" in outcomes:
             first, prompts = answers["bare"].rollout, self._asker.prompts(answers["bare"])
             fixed = self._batch, self._mesh, whats["comparison"]

@@ -249,6 +249,19 @@ METRICS = (
         ("learning",), outcomes.context_loss, better="lower", table="checks",
     ),
     Metric(
+        "random_moves", "random moves", "share", "In a game, the share of the boards that uniformly random moves win.",
+        ("boards",), lambda boards: boards["random"], table="checks",
+    ),
+    Metric(
+        "fixed_path", "best fixed path", "share",
+        "In a game, the share of the boards that one and the same sequence of moves wins, the best one for them.",
+        ("boards",), lambda boards: boards["fixed"], table="checks",
+    ),
+    Metric(
+        "perfect_play", "perfect play", "share", "In a game, the share of the boards that can be won within the turns.",
+        ("boards",), lambda boards: boards["ceiling"], table="checks",
+    ),
+    Metric(
         "harm_minus", "harm minus {arm}", "points",
         "Harm minus the harm of the first arm, with a paired bootstrap interval over the questions.",
         better="lower", table="checks", compare=outcomes.harm_difference,
@@ -263,7 +276,8 @@ def compute_metrics(measured: Mapping[str, Any], resamples: int) -> dict[str, An
     "paraphrase" and "unrelated" are the Outcomes of the views; "default" those of the bare responses, graded against
     the default answers; "comparison" is the Comparison of the bare and the context view; "distill" the held-out
     distillation loss in nats per token; "trace_gap" and "drift" the meters of these names; "learning" an arm's
-    Learning. ``resamples``: of bootstrap intervals.
+    Learning; "boards" what the boards of a game are worth (data.boards.measure_boards). ``resamples``: of bootstrap
+    intervals.
     """
     result, measured = {}, {**measured, "resamples": resamples}
     for metric in METRICS:

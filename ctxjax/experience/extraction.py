@@ -60,7 +60,7 @@ def check_task(config: Experiment) -> None:
     if not hasattr(section, "context_file") or name == "self_study":
         raise ValueError(
             f"task = {name!r} has no extraction, since its contexts cannot be a file of lessons; choose from math, "
-            "qa_jsonl, medical, safety, tiny_grid"
+            "qa_jsonl, medical, safety, text_game, tiny_grid"
         )
     given = [f"{name}.{field}" for field in SOURCES if getattr(section, field, None)]
     if given:

@@ -7,7 +7,7 @@ import itertools
 import sys
 
 from ctxjax.games import GAMES
-from ctxjax.games.boards import SPLITS, Facts, draw_boards, measure, split_of
+from ctxjax.games.boards import SPLITS, Facts, describe_players, draw_boards, measure, split_of
 from ctxjax.host import command, preemption
 
 MOST_SEARCHED = 10_000  # boards; of more, a sample is searched
@@ -52,10 +52,8 @@ def _describe(facts: Facts) -> str:
         return "not within the turns" if moves is None else f"in {moves}"
 
     solved = ", ".join(f"{name(moves)} {100 * count / facts.boards:.1f} %" for moves, count in facts.moves.items())
-    return (
-        f"{facts.boards} boards: solved {solved}; random moves win {100 * facts.random:.1f} %, the best fixed path "
-        f"({' '.join(facts.fixed_path)}) {100 * facts.fixed:.1f} %, perfect play {100 * facts.ceiling:.1f} %"
-    )
+    players = describe_players(facts.ceiling, facts.random, facts.fixed, facts.fixed_path)
+    return f"{facts.boards} boards: solved {solved}; {players}"
 
 
 if __name__ == "__main__":

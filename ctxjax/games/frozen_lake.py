@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOST_LISTED, check_size, is_inside, render_grid, solve, step
+from ctxjax.games.game import MOST_LISTED, check_size, is_inside, is_solved_in, render_grid, step
 
 
 class Lake(NamedTuple):
@@ -24,11 +24,11 @@ class Lake(NamedTuple):
 
 
 class FrozenLake:
-    """``size``: rows and columns. ``holes``: how many."""
+    """``size``: rows and columns. ``holes``: how many. ``solution``: (fewest, most) moves of a solution; None: any."""
 
-    def __init__(self, size: int = 3, holes: int = 2):
+    def __init__(self, size: int = 3, holes: int = 2, solution: tuple[int, int] | None = None):
         check_size(size)
-        self.size, self.holes = size, holes
+        self.size, self.holes, self.solution = size, holes, solution or (1, size**2)
         cells = itertools.product(range(size), repeat=2)
         self._free = [cell for cell in cells if cell not in ((0, 0), self.goal)]
         if size < 2 or not 0 <= holes <= len(self._free) - (2 * size - 3):
@@ -36,23 +36,29 @@ class FrozenLake:
                 f"a lake of {size} x {size} cells with {holes} holes has no path to the goal; give a size of 2 or more "
                 f"and 0 to {max(len(self._free) - (2 * size - 3), 0)} holes"
             )
+        fewest, most = self.solution
+        if not fewest <= 2 * size - 2 <= most:
+            raise ValueError(
+                f"no lake of {size} x {size} cells is solved in {fewest} to {most} moves: the shortest way has "
+                f"{2 * size - 2}; change the moves, or the size"
+            )
 
     @property
     def goal(self) -> tuple[int, int]:
         return (self.size - 1, self.size - 1)
 
     def draw(self, rng: np.random.Generator) -> Lake:
-        while True:  # ends: __init__ has checked that some board has a path, and every board may be drawn
+        while True:  # ends: some board leaves a shortest way free, as __init__ has checked, and each may be drawn
             chosen = rng.choice(len(self._free), self.holes, replace=False)
             board = Lake(frozenset(self._free[index] for index in chosen), (0, 0))
-            if self._has_path(board):
+            if is_solved_in(self, board, self.solution):
                 return board
 
     def every_board(self) -> Iterator[Lake] | None:
         if math.comb(len(self._free), self.holes) > MOST_LISTED:
             return None
         boards = (Lake(frozenset(holes), (0, 0)) for holes in itertools.combinations(self._free, self.holes))
-        return (board for board in boards if self._has_path(board))
+        return (board for board in boards if is_solved_in(self, board, self.solution))
 
     def move(self, board: Lake, direction: str) -> Lake | None:
         there = step(board.player, direction)
@@ -67,6 +73,3 @@ class FrozenLake:
     def render(self, board: Lake) -> str:
         symbols = dict.fromkeys(board.holes, "H") | {self.goal: "G"} | {board.player: "P"}
         return render_grid(self.size, symbols)
-
-    def _has_path(self, board: Lake) -> bool:
-        return solve(self, board, self.size**2) is not None

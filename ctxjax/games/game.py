@@ -6,7 +6,7 @@ Nothing here has a random number of its own or a clock: an episode is a function
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 import re
 from typing import NamedTuple, Protocol
 
@@ -21,7 +21,8 @@ _BRACKETS = re.compile(r"\[\s*(\w+)\s*\]")
 
 
 class Game(Protocol):
-    """A single-player game on a grid. Boards are immutable and hashable; a board includes where the player is.
+    """A single-player game on a grid. A board is a named tuple of immutable fields, one of which is ``player``, where
+    the player is. A game is made from its size, the number of its pieces, and (fewest, most) moves of a solution.
 
     ``size``: rows and columns.
     """
@@ -114,6 +115,14 @@ def act(game: Game, episode: Episode, action: str | None, max_turns: int) -> Epi
         return episode._replace(responses=responses, invalid=invalid, invalid_total=episode.invalid_total + 1, won=won)
     won = True if game.is_won(after) else False if game.is_lost(after) or responses >= max_turns else None
     return Episode(after, (*episode.moves, action), responses, 0, episode.invalid_total, won)
+
+
+def replay(game: Game, board: Hashable, actions: Iterable[str | None], max_turns: int) -> list[Episode]:
+    """Return the episode before each response, whose actions are given, and after the last one."""
+    episodes = [Episode(board)]
+    for action in actions:
+        episodes.append(act(game, episodes[-1], action, max_turns))
+    return episodes
 
 
 def solve(game: Game, board: Hashable, most: int) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from ctxjax.config_sections import Experiment
 from ctxjax.data import splits
 from ctxjax.data.prompts import SHORTEST_PREFIX
 from ctxjax.data.shapes import ViewShape, make_shape
-from ctxjax.data.task import GameTask, Task
+from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.objective import needs_ema
@@ -68,8 +68,8 @@ def plan(
     """
     generation = chips.parse_generation(topology) if topology else None
     chosen = chips.make_tpu_devices(topology) if topology else chips.get_local_devices(devices)
-    experiment = _make_experiment(config, len(chosen))
-    views = find_views(experiment, config.task, lengths)
+    experiment = config_lib.experiment(config, len(chosen))
+    views = find_views(experiment, lengths)
     made, facts = _plan_step(config, chosen, arm, effort if topology else "full", views)
     facts["devices"] = topology or f"{devices} x {chosen[0].device_kind} ({chosen[0].platform})"
     suggested = []
@@ -103,15 +103,8 @@ def _plan_with_flag(
         return None
 
 
-def _make_experiment(config: ConfigDict, devices: int) -> Experiment:
-    """Check the configuration. A task that is not part of this version gets another one's rules."""
-    config = config.copy_and_resolve_references()
-    config.task = config.task if config.task in TASKS else "qa_jsonl"
-    return config_lib.experiment(config, devices)
-
-
 def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, views: Views) -> tuple[Plan, dict]:
-    experiment = _make_experiment(config, len(devices))
+    experiment = config_lib.experiment(config, len(devices))
     loss_name = arm or max(experiment.arms, key=lambda name: _count_passes(experiment.arms[name]))
     if loss_name not in experiment.arms:
         raise ValueError(f"--arm={arm} is not known; choose from run_arms: {', '.join(experiment.arms)}")
@@ -145,7 +138,7 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, 
     return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, effort), facts
 
 
-def find_views(config: Experiment, task: str, lengths: Lengths | None) -> Views:
+def find_views(config: Experiment, lengths: Lengths | None) -> Views:
     """Return the shapes of the prompts: those of ``lengths``, or else of the task's rows, encoded as a run does.
 
     Raises ValueError if the rows or the tokenizer are not on this machine.
@@ -154,7 +147,7 @@ def find_views(config: Experiment, task: str, lengths: Lengths | None) -> Views:
         return _make_views(config, lengths)
     try:
         with progress.Bar("reading the questions"):
-            opened, tokenizer = _open_task(config, task)
+            opened, tokenizer = _open_task(config)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         raise ValueError(
             f"the lengths of prompts cannot be read: {error}. Or give them in tokens: --prefix=N, what all prompts "
@@ -163,33 +156,40 @@ def find_views(config: Experiment, task: str, lengths: Lengths | None) -> Views:
     with progress.Bar("encoding the training questions"):
         encoded, retention = encode_training_rows(config, opened, tokenizer)
     other = retention.shape if retention else None
-    notes, turns = [describe_outliers(encoded, retention)], 1
-    if isinstance(opened, GameTask):
-        turns = opened.max_turns
-        notes.append(f"all {turns} turns of every episode are planned as sampled at once; a run samples one at a time")
+    notes = [describe_outliers(encoded, retention), _describe_turns(turns := _count_turns(config))]
     return Views(**encoded.shapes, other=other, note="; ".join(filter(None, notes)), turns=turns)
 
 
-def _open_task(config: Experiment, task: str) -> tuple[Task, object]:
+def _count_turns(config: Experiment) -> int:
+    """Return the most turns of an episode; 1 if the task is no game (GameTask)."""
+    return getattr(config.task_config, "turns", 1)
+
+
+def _describe_turns(turns: int) -> str:
+    planned = f"all {turns} turns of every episode are planned as sampled at once; a run samples one at a time"
+    return planned if turns > 1 else ""
+
+
+def _open_task(config: Experiment) -> tuple[Task, object]:
     """Return the task with its rows, and the student's tokenizer."""
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is not part of this version")
-    opened, path = TASKS[task][1](config.task_config), config.model.path
+    opened, path = TASKS[config.task][1](config.task_config), config.model.path
     splits.check_splits(opened)
     return opened, load_tokenizer(find_folder(path, weights=False)) if path else opened.tokenizer()
 
 
 def _make_views(config: Experiment, lengths: Lengths) -> Views:
-    prefix, question = lengths
+    (prefix, question), turns = lengths, _count_turns(config)
     if prefix < 0 or question < 1:
         raise ValueError(f"--prefix={prefix} --question={question}: give 0 or more and 1 or more tokens")
     shared = prefix if _is_context_shared(config) and prefix >= SHORTEST_PREFIX else 0
     has_other = any(loss.mu > 0 for loss in config.arms.values())
+    notes = ["prompts have the lengths of --prefix and --question; no data was read", _describe_turns(turns)]
     return Views(
         make_shape(question, 0),
         make_shape(prefix + question, shared),
         make_shape(prefix + question, 0) if has_other else None,
-        "prompts have the lengths of --prefix and --question; no data was read",
+        "; ".join(filter(None, notes)),
+        turns,
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 from ctxjax.evaluation import metrics as metrics_lib
 from ctxjax.evaluation.metrics import Metric
+from ctxjax.games.boards import describe_players
 from ctxjax.report import assessment
 from ctxjax.report.assessment import BASE, TEACHER
 from ctxjax.report.formatting import DASH, UNITS, finite, finite_list, interval, mean, percent
@@ -72,7 +73,8 @@ def units_note() -> str:
 def results_table(results: dict) -> str:
     """Format results.json as aligned text that is also a Markdown table, without a newline at the end.
 
-    ``results``: metrics by arm; rates in 0..1, KL in nats per token. Missing values are printed as a dash.
+    ``results``: metrics by arm; rates in 0..1, KL in nats per token. Missing values are printed as a dash. Below the
+    scores of a game is what players without skill reach on its boards.
     """
     shown = columns("results")
     header = ["arm"] + [c.header + (" [95 % CI]" if c.key == WITH_INTERVAL else "") for c in shown]
@@ -85,7 +87,14 @@ def results_table(results: dict) -> str:
         body.append(texts)
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    return "\n".join(_line(texts, widths) for texts in [header, rule, *body])
+    return "\n".join([*(_line(texts, widths) for texts in [header, rule, *body]), *_board_lines(results)])
+
+
+def _board_lines(results: dict) -> list[str]:
+    """Return a line about the boards of a game, after an empty one; [] if it is no game. All arms play on the same."""
+    keys = ("perfect_play", "random_moves", "fixed_path")
+    ceiling, random, fixed = (next((finite(row[key]) for row in results.values() if key in row), None) for key in keys)
+    return [] if ceiling is None or random is None else ["", f"boards: {describe_players(ceiling, random, fixed)}"]
 
 
 def result_rows(results: dict) -> list[tuple[str, list[Cell]]]:

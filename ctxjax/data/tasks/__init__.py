@@ -14,6 +14,7 @@ from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.tasks.safety import Safety, SafetyConfig
 from ctxjax.data.tasks.self_study import SelfStudy, SelfStudyConfig
 from ctxjax.data.tasks.style import Style, StyleConfig
+from ctxjax.data.tasks.text_game import TextGame, TextGameConfig
 from ctxjax.data.worlds.policy import Policy
 from ctxjax.data.worlds.rules import Rules, RulesConfig
 from ctxjax.data.worlds.scratch import Scratch
@@ -32,21 +33,9 @@ TASKS = {
     "handbook": (HandbookConfig, Handbook),
     "style": (StyleConfig, Style),
     "self_study": (SelfStudyConfig, SelfStudy),
+    "text_game": (TextGameConfig, TextGame),
     "tiny_safety": (TinySafetyConfig, TinySafety),
     "tiny_grid": (TinyGridConfig, TinyGrid),
 }
 # Tasks that can train their own base.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))
-# Text games: configs/ has their recipes, so they can be planned, but not run.
-PLANNED = ("frozenlake", "sokoban")
-
-
-def check_task_name(name: str) -> None:
-    """Raise ValueError, with the known names, if there is no task of this name."""
-    if name in PLANNED:
-        raise ValueError(
-            f"task = {name!r} is not part of this version of ctxjax, which has {', '.join(TASKS)}; "
-            "python -m ctxjax.plan shows what its configuration needs"
-        )
-    if name not in TASKS:
-        raise ValueError(f"task = {name!r} is not known; choose from {', '.join(sorted(TASKS))}")

@@ -39,12 +39,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ctxjax.data.boards import grade_end, measure_boards, name_board
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.records import hash_text, read_context
 from ctxjax.data.task import LESSON, PretrainingRow, Row
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.games.boards import SPLITS, list_boards, split_of
-from ctxjax.games.game import FORGIVEN, MOVES, Cell, Episode, act, look, solve
+from ctxjax.games.game import MOVES, Cell, Episode, act, look, replay, solve
 from ctxjax.games.grid_walk import Field, GridWalk
 from ctxjax.types import bounded
 
@@ -171,13 +172,14 @@ class TinyGrid:
         self.context, name = self._write_context(self._target, rng), f"legend {config.context_index}"
         if config.context_file:
             self.context, name = _read_lessons(config.context_file), config.context_file
-        self.facts = {"contexts": {name: hash_text(self.context)}}
+        boards = measure_boards(self.game, self._choose_boards, self.max_turns)
+        self.facts = {"contexts": {name: hash_text(self.context)}, "boards": boards}
 
     def _split_boards(self, rng: np.random.Generator) -> dict[str, list[Field]]:
         boards: dict[str, list[Field]] = {split: [] for split in SPLITS}
         every = list_boards(self.game)
         for index in rng.permutation(len(every)):
-            boards[split_of(self.game, every[index]._replace(player=None))].append(every[index])
+            boards[split_of(self.game, every[index])].append(every[index])
         return boards
 
     @staticmethod
@@ -187,32 +189,31 @@ class TinyGrid:
     # --- The task ---
 
     def rows(self, split: str) -> list[Row]:
+        return [self._make_row(board, self._target, self.context) for board in self._choose_boards(split)]
+
+    def _choose_boards(self, split: str) -> list[Field]:
         count = getattr(self.config, f"{split}_questions") or len(self.boards[split])
         if count > len(self.boards[split]):
             raise ValueError(
                 f"tiny_grid.{split}_questions = {count}, but the world's {split} split has {len(self.boards[split])}; "
                 "ask for fewer (0: all), or make the grid larger"
             )
-        return [self._make_row(board, self._target, self.context) for board in self.boards[split][:count]]
+        return self.boards[split][:count]
 
     def _make_row(self, board: Field, legend: Legend, context: str) -> Row:
-        return Row(self._name(board), self._show(Episode(board), legend), context, "\n".join(legend.lines()))
+        return Row(name_board(self.game, board), self._show(Episode(board), legend), context, "\n".join(legend.lines()))
 
     def play(self, row: Row, responses: Sequence[str]) -> Row | Grade:
         *_, episode = self._replay(row, responses)
         if episode.won is None:
             return row._replace(question=self._show(episode, parse_legend(row.reference)))
-        is_invalid = episode.invalid > FORGIVEN
-        reason = f"{episode.invalid} invalid moves in a row" if is_invalid else None
-        return Grade(None if is_invalid else " ".join(episode.moves), episode.won, reason)
+        return grade_end(episode)
 
     def _replay(self, row: Row, responses: Sequence[str]) -> list[Episode]:
         """Return the episode before each response and after the last one."""
         legend = parse_legend(row.reference)
-        episodes = [Episode(self._read_board(row.question, legend))]
-        for response in responses:
-            episodes.append(act(self.game, episodes[-1], legend.read(response), self.max_turns))
-        return episodes
+        board, actions = self._read_board(row.question, legend), map(legend.read, responses)
+        return replay(self.game, board, actions, self.max_turns)
 
     def trace(self, row: Row, responses: Sequence[str]) -> str:
         legend = parse_legend(row.reference)
@@ -256,9 +257,6 @@ class TinyGrid:
         places = {sign: [divmod(i, self.game.size) for i, cell in enumerate(cells) if cell == sign] for sign in SYMBOLS}
         player, goal, holes, _ = (places[sign] for sign in legend.symbols)
         return Field(frozenset(holes), goal[0], player[0])
-
-    def _name(self, board: Field) -> str:
-        return self.game.render(board).replace(" ", "").replace("\n", "/")
 
     # --- The base's training text ---
 
