@@ -192,7 +192,7 @@ def test_the_cascade_lowers_for_cuda_to_two_kernels_a_pass(on, own_rows, ways, m
 def test_a_model_reads_a_prefix_and_rows_behind_it_by_kernels(
     on, tiny_model, make_params, make_prompts, cudnn_of_plain_products, monkeypatch, request
 ):
-    """Gradients through the prefix's keys and values too. Several devices share the prefix out by the reference path."""
+    """Gradients through the prefix's keys and values too. On several devices the prefix's own pass has no kernel."""
     mesh, seen, run_kernel = request.getfixturevalue(on), [], kernels.cudnn
     on_xla = functools.partial(kernels.run_per_device, functools.partial(cudnn.attend, implementation="xla"))
 
