@@ -6,8 +6,10 @@ Needs only jax, flax and optax, and runs on any platform; ``--quick`` uses sizes
 responses have no end token. Each part is compiled, run once, and then timed; the fastest of several runs counts.
 
 machine    FLOP/s of bfloat16 matrix products and bytes/s of a copy (read and written), measured in the same run
-attention  forward and backward pass of the reference path and of the platform's kernel (model.attention). For both in
-           bfloat16: distance from the reference path in float32, relative to its norm
+attention  forward and backward pass of the reference path and of the platform's kernel (model.attention), the last
+           one behind a shared prefix, at the step's sizes. For both in bfloat16: distance of the output and of the
+           gradients (queries, keys, values, the prefix's keys and values) from the reference path in float32, relative
+           to its norm
 head       loss and gradients of three distributions (losses.py), with all logits at once and in chunks of tokens
 sampler    tokens/s, and the share of the floor: the time to read the weights and the filled cache of all rows once per
            token, at the copy's rate, and the time of the prompts' arithmetic
@@ -38,7 +40,7 @@ from ctxjax.distill.train_step import StepConfig, init_state, rollout_step, upda
 from ctxjax.models import params as params_lib, transformer
 from ctxjax.models.attention import choose_kind, self_attention
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.types import Frozen, Prompts
+from ctxjax.types import Frozen, PrefixKV, Prompts
 
 LLAMA32_1B = ModelConfig(
     128256, 2048, 16, 32, 8, 64, 8192, rope_theta=500000.0, tied_embeddings=True, dtype="bfloat16", remat="full",
@@ -94,45 +96,51 @@ def machine(sizes: Sizes) -> dict:
 
 
 def attention(sizes: Sizes) -> dict:
-    model, result = sizes.model, {}
-    for columns in sizes.columns:
-        rows = max(1, sizes.tokens // columns)
-        shapes = [
-            (rows, heads, columns, model.head_dim) for heads in (model.query_heads, model.kv_heads, model.kv_heads)
-        ]
-        *qkv, d_out = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([*shapes, shapes[0]]))
-        start_B = np.random.default_rng(0).integers(0, columns // 4, rows)
-        real_BxL = jnp.asarray(np.arange(columns) >= start_B[:, None])
-        d_out = jnp.where(real_BxL[:, None, :, None], d_out, 0)
-        heads = sharding.batch_spec("heads", None, None)
-        d_out, *qkv = (jax.reshard(x, heads) for x in (d_out, *qkv))
-        real_BxL = jax.reshard(real_BxL, sharding.batch_spec(None))
+    shapes = [(max(1, sizes.tokens // columns), columns, 0) for columns in sizes.columns]
+    shapes.append((sizes.step_batch, sizes.prompt // 4 + sizes.new - 1, sizes.context))  # of the step's passes
+    return {
+        f"{rows}x{columns}" + (f" behind {prefix}" if prefix else ""): attention_of(sizes, rows, columns, prefix)
+        for rows, columns, prefix in shapes
+    }
 
-        def both(kind, d_out, real_BxL, *qkv):
-            masked = lambda *qkv: jnp.where(  # noqa: E731
-                real_BxL[:, None, :, None], self_attention(kind, *qkv, real_BxL, None), 0
-            )
-            out, back = jax.vjp(masked, *qkv)
-            return out, back(d_out.astype(out.dtype))
 
-        kinds = {"reference": "reference", "auto": model.attention}
-        programs = {name: jax.jit(functools.partial(both, kind)) for name, kind in kinds.items()}
-        half = [x.astype(jnp.bfloat16) for x in qkv]
-        times = {kind: seconds(sizes.runs, program, d_out, real_BxL, *half) for kind, program in programs.items()}
-        with jax.default_matmul_precision("highest"):
-            exact = jax.tree.leaves(programs["reference"](d_out, real_BxL, *(x.astype(jnp.float32) for x in half)))
-        far = {}
-        for kind, program in programs.items():
-            outs = jax.tree.leaves(program(d_out, real_BxL, *half))
-            far[kind] = [
-                float(jnp.linalg.norm((x - y).ravel()) / jnp.linalg.norm(y.ravel())) for x, y in zip(outs, exact)
-            ]
-        result[f"{rows}x{columns}"] = {
-            **{f"{kind}_ms": 1000 * value for kind, value in times.items()},
-            "times_faster": times["reference"] / times["auto"],
-            **{f"{kind}_error_of_output_and_gradients": errors for kind, errors in far.items()},
-        }
-    return result
+def attention_of(sizes: Sizes, rows: int, columns: int, prefix_columns: int) -> dict:
+    model = sizes.model
+    shapes = [(rows, heads, columns, model.head_dim) for heads in (model.query_heads, model.kv_heads, model.kv_heads)]
+    *qkv, d_out = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([*shapes, shapes[0]]))
+    start_B = np.random.default_rng(0).integers(0, columns // 4, rows)
+    real_BxL = jnp.asarray(np.arange(columns) >= start_B[:, None])
+    d_out = jnp.where(real_BxL[:, None, :, None], d_out, 0)
+    heads = sharding.batch_spec("heads", None, None)
+    d_out, *qkv = (jax.reshard(x, heads) for x in (d_out, *qkv))
+    real_BxL = jax.reshard(real_BxL, sharding.batch_spec(None))
+    prefix = None
+    if prefix_columns:
+        shape, place = (model.kv_heads, prefix_columns, model.head_dim), sharding.weight_spec(("kv_heads", None, None))
+        prefix = PrefixKV(*(jax.reshard(jax.random.normal(jax.random.key(i), shape), place) for i in (4, 5)))
+
+    def both(kind, d_out, real_BxL, q, k, v, prefix):
+        masked = lambda q, k, v, prefix: jnp.where(  # noqa: E731
+            real_BxL[:, None, :, None], self_attention(kind, q, k, v, real_BxL, prefix), 0
+        )
+        out, back = jax.vjp(masked, q, k, v, prefix)
+        return out, back(d_out.astype(out.dtype))
+
+    kinds = {"reference": "reference", "auto": model.attention}
+    programs = {name: jax.jit(functools.partial(both, kind)) for name, kind in kinds.items()}
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (*qkv, prefix))
+    times = {kind: seconds(sizes.runs, program, d_out, real_BxL, *half) for kind, program in programs.items()}
+    with jax.default_matmul_precision("highest"):
+        exact = programs["reference"](d_out, real_BxL, *jax.tree.map(lambda x: x.astype(jnp.float32), half))
+    far = {}
+    for kind, program in programs.items():
+        pairs = zip(jax.tree.leaves(program(d_out, real_BxL, *half)), jax.tree.leaves(exact), strict=True)
+        far[kind] = [float(jnp.linalg.norm((x - y).ravel()) / jnp.linalg.norm(y.ravel())) for x, y in pairs]
+    return {
+        **{f"{kind}_ms": 1000 * value for kind, value in times.items()},
+        "times_faster": times["reference"] / times["auto"],
+        **{f"{kind}_error_of_output_and_gradients": errors for kind, errors in far.items()},
+    }
 
 
 def head(sizes: Sizes) -> dict:

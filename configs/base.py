@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
     config.model.param_dtype = "float32"
     # Attention over whole sequences: "reference" (plain products), "splash" (TPUs), "cudnn" (GPUs), or "auto": the
     # kernel of the platform if it can run the model and the model computes in bfloat16, otherwise the reference. A
-    # kernel that cannot run the model is an error. Short passes, and with cudnn those behind a shared prefix, take the
-    # reference path. Speed: benchmarks/README.md (accelerator.py); what was checked: ctxjax/models/kernels.py.
+    # kernel that cannot run the model is an error. Short passes take the reference path. Speed: benchmarks/README.md
+    # (accelerator.py); what was checked: ctxjax/models/kernels.py.
     config.model.attention = "auto"
     # What each layer stores for the backward pass; the rest is recomputed. "none": everything is stored; "dots":
     # products with weights; "full": only the layer's input, for a third more arithmetic; "offload": the layer's input,

@@ -261,23 +261,23 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there(small):
 @pytest.mark.skipif(not chips.has_libtpu(), reason="libtpu is not installed")
 def test_the_plan_of_a_tpu_has_its_attention_kernel_in_the_step(small, monkeypatch):
     """Behind a shared prefix too. The kernels are those of the planned devices, not of the host."""
-    long, seen = small.copy_and_resolve_references(), []
+    long, seen, lengths = small.copy_and_resolve_references(), [], run.Lengths(prefix=160, question=140)
     long.prompt.max_bare_tokens, long.prompt.max_context_tokens = 140, 300
     long.model.dtype = "bfloat16"
     run_kernel = attention.KERNELS["splash"]
     monkeypatch.setitem(
         attention.KERNELS, "splash", lambda *arguments: seen.append(arguments[-1] is None) or run_kernel(*arguments)
     )
-    result = run.plan(long, "v5e:2x4", None, effort="memory")
+    result = run.plan(long, "v5e:2x4", None, effort="memory", lengths=lengths)
     assert result["verdict"] == "fits" and "bfloat16, splash attention" in result["step"]
     assert set(seen) == {True, False}
     long.model.attention = "reference"
     seen.clear()
-    plain = run.plan(long, "v5e:2x4", None, effort="memory")
+    plain = run.plan(long, "v5e:2x4", None, effort="memory", lengths=lengths)
     assert "bfloat16, reference attention" in plain["step"] and not seen
     long.model.attention = "cudnn"
     with pytest.raises(ValueError, match="'cudnn' runs on gpu, and the devices are tpu; use 'auto'"):
-        run.plan(long, "v5e:2x4", None, effort="memory")
+        run.plan(long, "v5e:2x4", None, effort="memory", lengths=lengths)
 
 
 @pytest.mark.skipif(not chips.has_libtpu(), reason="libtpu is not installed")

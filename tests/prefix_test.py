@@ -17,7 +17,7 @@ from ctxjax.distill.objective import Networks, WeightedBatch, objective
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.evaluation import views
 from ctxjax.inputs import decoding
-from ctxjax.models import attention, transformer
+from ctxjax.models import attention, params as params_lib, transformer
 from ctxjax.models.architecture import LayerKind
 from ctxjax.sharding import put_batch
 from ctxjax.types import Batch
@@ -122,6 +122,18 @@ def test_keys_of_the_prefix_are_never_repeated_for_the_rows(params, tiny_model, 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def sampled(params, model, config, prompts, ids):
     return sample(params, model, config, prompts, rng.row_keys(jax.random.key(5), ids))
+
+
+@pytest.mark.parametrize("layers", [2, 9])  # unrolled and scanned
+def test_nor_are_they_in_decoding(layers, tiny_model, make_view, mesh):
+    """The scores of one column, [K, B, G, C], are a product per key head; the prompts' have 6 columns of queries."""
+    model, config = dataclasses.replace(tiny_model, layers=layers), SamplingConfig(max_tokens=4, eos_ids=(2,), pad_id=0)
+    params = params_lib.abstract(transformer.param_specs(model), mesh)
+    view, ids = put_batch((make_view(1, 29, 6)[0], np.arange(ROWS)), mesh)
+    program = re.sub(r"@\([a-z,]*\)|@[a-z]*", "", str(sampled.trace(params, model, config, view, ids).jaxpr))
+    K, G, Dh = model.kv_heads, model.query_heads // model.kv_heads, model.head_dim
+    assert f"[{K},{ROWS},{G},29]" in program
+    assert f"[{ROWS},{K},29,{Dh}]" not in program and f"[{ROWS},{K},{G},29]" not in program
 
 
 @pytest.mark.slow

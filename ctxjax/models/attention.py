@@ -69,6 +69,7 @@ def self_attention(
 ) -> jax.Array:
     """Attention of whole sequences, in training, scoring and reading prompts: every column reads its row's columns up
     to itself and ``prefix``. ``kind`` is one of ATTENTION."""
+    prefix = None if prefix is None or not prefix.keys.shape[-2] else prefix
     kernel = kernel_for(kind, q_BxHxLxDh, prefix, window)
     if kernel is not None:
         return kernel(q_BxHxLxDh, k_BxKxLxDh, v_BxKxLxDh, real_BxL, prefix)
@@ -81,8 +82,8 @@ def choose_kind(kind: str, config: ModelConfig, device: jax.Device) -> str:
 
     ``kind``: one of ATTENTION, or "auto": the kernel of the platform if it can run this model and the model computes in
     half precision, in which the reference path is no more exact; otherwise "reference". Raises ValueError, with the
-    remedy, if ``kind`` names a kernel that cannot run this model there, or splash is chosen and the installed JAX has
-    another one than the known.
+    remedy, if ``kind`` names a kernel that cannot run this model there, or one is chosen of which the installed JAX has
+    another than the known.
     """
     obstacles = {name: kernels.find_obstacle(name, config, device) for name in KERNELS}
     if kind == "auto":
@@ -90,8 +91,8 @@ def choose_kind(kind: str, config: ModelConfig, device: jax.Device) -> str:
         kind = able[0] if able else "reference"
     if obstacles.get(kind):
         raise ValueError(f"model.attention = {kind!r} {obstacles[kind]}; use 'auto'")
-    if kind == "splash":
-        kernels.check_splash()
+    if kind in KERNELS:
+        kernels.check_library(kind)
     return kind
 
 
@@ -99,9 +100,12 @@ def kernel_for(kind: str, q_BxHxLxDh: jax.Array, prefix: PrefixKV | None, window
     """Return the kernel for such queries, or None: the reference path.
 
     No kernel has windows: layers with one take the reference path, and so do all layers of a model if windows differ
-    between its layers. cudnn knows no prefix, and fewer columns than a block of splash are not worth a kernel.
+    between its layers. Few keys are not worth a kernel; splash, which pads rows to blocks, needs as many columns.
     """
-    if window is not None or q_BxHxLxDh.shape[2] < kernels.LEAST_BLOCK or (kind == "cudnn" and prefix is not None):
+    keys = q_BxHxLxDh.shape[2]
+    if kind == "cudnn" and prefix is not None:
+        keys += prefix.keys.shape[1]
+    if window is not None or keys < kernels.LEAST_KEYS:
         return None
     return KERNELS.get(kind)
 

@@ -96,7 +96,9 @@ def prefix_kv(params: Params, config: ModelConfig, prefix_C: jax.Array | None) -
     tokens_RxL = jnp.pad(prefix_C, (0, rows * stretch - C)).reshape(rows, stretch)
     x = _embed(params, config, jax.reshard(tokens_RxL, batch_spec(None)))
     positions_RxL = jax.reshard(jnp.arange(rows * stretch).reshape(rows, stretch), batch_spec(None))
-    layout = Layout(positions_RxL, make_rope(config, positions_RxL), jnp.ones((1, C), bool), positions_RxL)
+    # One stretch is a whole sequence, which a kernel can read.
+    columns_RxL = None if rows == 1 else positions_RxL
+    layout = Layout(positions_RxL, make_rope(config, positions_RxL), jnp.ones((1, C), bool), columns_RxL)
 
     def join_stretches(x_RxKxLxDh):
         x = jax.reshard(x_RxKxLxDh, weight_spec((None, "kv_heads", None, None))).swapaxes(0, 1)
@@ -104,8 +106,8 @@ def prefix_kv(params: Params, config: ModelConfig, prefix_C: jax.Array | None) -
         return jnp.reshape(x, shape, out_sharding=place)[:, :C]
 
     def store(k, v):
-        k, v = join_stretches(k), join_stretches(v)
-        return k, v, PrefixKV(k, v)
+        prefix = PrefixKV(join_stretches(k), join_stretches(v))
+        return (k, v, prefix) if rows == 1 else (prefix.keys, prefix.values, prefix)
 
     def layer(x, kind, weights):
         return run_layer(config, weights, kind, layout, x, store=store)
