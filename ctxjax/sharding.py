@@ -163,6 +163,26 @@ def repeat_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
     return jnp.reshape(apart, whole, out_sharding=P(*jax.typeof(x).sharding.spec))
 
 
+def split_devices(x: jax.Array) -> jax.Array:
+    """Return x [B, ...] as [W, B / W, ...]: the rows of each of the W devices (``batch_ways``). Nothing moves."""
+    ways, spec = batch_ways(), jax.typeof(x).sharding.spec[1:]
+    return jnp.reshape(x, (ways, x.shape[0] // ways, *x.shape[1:]), out_sharding=P(BATCH, None, *spec))
+
+
+def take_own_rows(x: jax.Array, place_WxR: jax.Array, axis: int = 0) -> jax.Array:
+    """Return R rows of each device along ``axis``, by their places among the device's own rows. Nothing moves between
+    devices. ``place_WxR`` is sharded as ``split_devices`` leaves it."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.shard_map(lambda x, place_1xR: jnp.take(x, place_1xR[0], axis), out_specs=spec)(x, place_WxR)
+
+
+def put_own_rows(x: jax.Array, place_WxR: jax.Array, rows: jax.Array) -> jax.Array:
+    """Return x with ``rows`` in the places from which ``take_own_rows`` takes them along axis 0."""
+    spec = jax.typeof(x).sharding.spec
+    put = lambda x, place_1xR, rows: x.at[place_1xR[0]].set(rows)  # noqa: E731
+    return jax.shard_map(put, out_specs=spec)(x, place_WxR, rows)
+
+
 def split_micro_batches(x: jax.Array, count: int) -> jax.Array:
     """Split x [B, ...] into [count, B / count, ...]. Every part has rows of every device, so nothing moves between
     them."""

@@ -132,6 +132,13 @@ class KVCache:
         keys, values = padded(self.keys, -1), padded(self.values, -2)
         return self.replace(keys=keys, values=values, mask_BxM=jnp.pad(self.mask_BxM, [(0, 0), (0, more)]))
 
+    def map_rows(self, function: Callable[[jax.Array, int], jax.Array]) -> KVCache:
+        """Return the same cache with function(x, its axis of rows) for every array x; the prefix, which has no rows, is
+        unchanged."""
+        axis = 0 if isinstance(self.keys, tuple) else 1
+        keys, values = jax.tree.map(lambda x: function(x, axis), (self.keys, self.values))
+        return self.replace(keys=keys, values=values, mask_BxM=function(self.mask_BxM, 0))
+
 
 @struct.dataclass
 class TrainState:

@@ -7,19 +7,21 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from ctxjax import config as config_lib
+from ctxjax import config as config_lib, rng
 from ctxjax.configs import tiny
 from ctxjax.data.shapes import ViewShape
 from ctxjax.distill import flops
 from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.sampling import sample
 from ctxjax.inputs.batch_shapes import BatchShapes
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips, hlo, remedies, report, run, step as plan_step
 from ctxjax.plan.remedies import Remedy
 from ctxjax.plan.step import Plan
-from ctxjax.sharding import MeshConfig
+from ctxjax.sharding import MeshConfig, put_batch
 
 GIB = 2**30
 STUDENT = ModelConfig(
@@ -243,6 +245,18 @@ def test_decode_loops_count_from_the_bound_of_the_previous_one():
     assert [trips(loop) for loop in (*loops, head, *loops, head)] == [7, 8, 8, 3, 7, 8, 8, 3]
     assert flops.count_head_chunks(dataclasses.replace(step, loss=LossConfig(chunk=7))) == 3
     assert flops.count_head_chunks(dataclasses.replace(step, loss=LossConfig(chunk=128))) == 1
+
+
+def test_the_loops_of_a_sampler_count_for_responses_of_full_length(make_params, make_prompts, mesh):
+    """Four loops with growing caches, and three for fewer and fewer rows, which run only if rows end early."""
+    step = make_step(rollout__max_tokens=128)[1]
+    prompts, keys = put_batch((make_prompts(0, 32, 5), np.arange(32)), mesh)
+
+    def roll_out(params):
+        return sample(params, STUDENT, step.sampling, prompts, rng.row_keys(jax.random.key(0), keys))
+
+    trips, loops = flops._Trips(step), find_whiles(roll_out, make_params(STUDENT, 0, mesh))
+    assert [trips(loop) for loop in loops * 2] == [31, 32, 32, 32, 0, 0, 0] * 2
 
 
 def test_the_bound_of_a_loop_is_the_largest_constant_that_it_compares_with():

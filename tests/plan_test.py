@@ -12,6 +12,7 @@ import pytest
 from ctxjax import config as config_lib
 from ctxjax.configs import tiny
 from ctxjax.distill import flops
+from ctxjax.distill.sampling import FEWER_ROWS
 from ctxjax.inputs import base_model
 from ctxjax.models import attention, params as params_lib, transformer
 from ctxjax.plan import architectures, chips, hlo, run
@@ -72,6 +73,14 @@ def test_decode_loops_run_from_bound_to_bound():
     line = next(line for line in second[1].splitlines() if "%w4" in line)
     found = hlo.count_traffic(text.replace("  %w3", f"{line}\n  %w3"), head_chunks=3)
     assert found["collective-permute"].count == (20 - 1) + (50 - 20) + 3
+
+
+def test_decode_loops_for_fewer_rows_do_not_run_at_full_length():
+    whole = LOOPS.replace("STOP", "20")
+    line = next(line for line in whole.splitlines() if "%w2" in line)
+    fewer = line.replace("%w2", "%w0").replace("decode/while", f"{FEWER_ROWS}/decode/while")
+    found = hlo.count_traffic(whole.replace("  %w3", f"{fewer}\n  %w3"), head_chunks=3)
+    assert found["collective-permute"].count == (20 - 1) + 3
 
 
 def test_a_compiled_programs_collectives_are_found(mesh8):

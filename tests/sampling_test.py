@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.sampler import count_ending, count_row_steps
 from ctxjax import masks, rng
-from ctxjax.distill import divergences, scoring
+from ctxjax.distill import divergences, sampling, scoring
 from ctxjax.distill.sampling import SamplingConfig, draw_token, filter_logits, invert_cdf, sample
 from ctxjax.models import transformer
-from ctxjax.sharding import put_batch
+from ctxjax.models.transformer import LayerKind
+from ctxjax.sharding import make_mesh, put_batch
 from ctxjax.types import Prompts, Rollout
 
 CONFIG = SamplingConfig(max_tokens=8, eos_ids=(2, 5, 11, 23, 31), pad_id=0, temperature=0.7)
@@ -344,3 +346,125 @@ def test_a_batch_of_one_prompt_is_sampled(params, tiny_model, prompts, samples):
     one = rollout_of(params, tiny_model, config, rows(prompts, slice(1)), IDS[:1])
     both = rollout_of(params, tiny_model, config, rows(prompts, slice(2)), IDS[:2])
     assert same(one, jax.tree.map(lambda x: x[:samples], both))
+
+
+# --- Rows that have ended leave the batch ---
+
+KINDS = (LayerKind(window=4, rope_theta=100.0), LayerKind(rope_theta=1000.0))
+ENDING = SamplingConfig(max_tokens=24, eos_ids=(2, 5, 11), pad_id=0)
+
+
+def program_of(model, config):
+    """A new jitted sampler, which is traced anew."""
+
+    @jax.jit
+    def run(params, prompts, ids):
+        return sample(params, model, config, prompts, rng.row_keys(rng.key_for(jax.random.key(5), 3, "rollout"), ids))
+
+    return run
+
+
+def sampled(monkeypatch, limits, model, config, *arguments):
+    """(rollout, text of the compiled program), with these limits for the rows of a device."""
+    monkeypatch.setattr(sampling, "row_limits", lambda rows, max_tokens: limits)
+    program = program_of(model, config).lower(*arguments).compile()
+    return jax.device_get(program(*arguments)), program.as_text()
+
+
+def reached_limits(rollout: Rollout) -> list[int]:
+    """Two numbers of rows that are still unfinished after others have ended, and 0."""
+    lengths = np.sort(rollout.mask_BxT.sum(axis=1))[::-1]
+    reached = [limit for limit in range(len(lengths) * 3 // 4, 0, -1) if lengths[limit] < lengths[0]]
+    assert len(reached) > 1, f"the responses should differ in length, and not in {lengths}"
+    return [reached[0], reached[-1], 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of_model", "of_sampling", "has_prefix"),
+    [
+        ({}, {}, False),
+        ({}, {"temperature": 0.0, "eos_ids": (2, 5, 11, 3, 4, 6, 7, 8, 9)}, True),
+        ({}, {"samples": 2, "top_p": 0.9}, True),
+        ({"layers": 9}, {}, True),  # the cache of all layers in one array
+        ({"layer_kinds": KINDS}, {}, True),
+        ({"layers": 9, "layer_kinds": KINDS[:1] * 8 + KINDS[1:]}, {"samples": 2}, False),
+    ],
+)
+def test_rows_that_leave_change_no_response(
+    tiny_model, make_params, make_prompts, mesh, monkeypatch, of_model, of_sampling, has_prefix
+):
+    model, config = dataclasses.replace(tiny_model, **of_model), dataclasses.replace(ENDING, **of_sampling)
+    prompts = make_prompts(0, 16 // config.samples, 7)
+    prompts = prompts.replace(prefix_C=np.arange(9, dtype=np.int32) if has_prefix else None)
+    arguments = make_params(model, 0, mesh), *put_batch((prompts, np.arange(16 // config.samples) * 7), mesh)
+    whole, _ = sampled(monkeypatch, [0], model, config, *arguments)
+    fewer, _ = sampled(monkeypatch, reached_limits(whole), model, config, *arguments)
+    assert same(whole, fewer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_on_a_mesh_rows_leave_their_own_device(tiny_model, make_params, make_prompts, monkeypatch, shape):
+    """The responses are those of one device. No collective moves the cache, whose columns no other array has."""
+    prompts = make_prompts(0, 64, 7).replace(prefix_C=np.arange(9, dtype=np.int32))
+
+    def run(shape, limits):
+        mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+        with jax.set_mesh(mesh):
+            inputs = put_batch((prompts, np.arange(64)), mesh)
+            return sampled(monkeypatch, limits, tiny_model, ENDING, make_params(tiny_model, 0, mesh), *inputs)
+
+    whole, _ = run((1, 1, 1), [0])
+    ways = shape[0] * shape[1]
+    fewer, text = run(shape, [5, 2, 1, 0] if ways == 8 else [9, 4, 0])
+    by_device = np.sort(whole.mask_BxT.sum(axis=1).reshape(ways, -1), axis=1)
+    assert by_device[:, :2].max() < 24 and by_device[:, -1].min() > 2, "every device should have rows that end"
+    assert same(whole, fewer)
+    slots = str(7 + ENDING.max_tokens - 1)
+    moved = re.findall(r"= (.*?) (?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(", text)
+    assert re.search(rf"\b{slots}\b", text) and moved and not [one for one in moved if re.search(rf"\b{slots}\b", one)]
+
+
+@pytest.mark.slow
+def test_the_program_takes_the_steps_that_are_counted(tiny_model, make_params, make_prompts, mesh, monkeypatch):
+    """64 responses of up to 256 tokens, each of which is the last with probability 1/64: 1.25 rows for every token."""
+    model = dataclasses.replace(tiny_model, layers=1, vocab_size=64)
+    params = make_params(model, 0, mesh)
+    indifferent = params | {"head": params["head"] * 0}  # all tokens are equally likely
+    arguments = indifferent, *put_batch((make_prompts(0, 64, 5), np.arange(64)), mesh)
+    step, rows = transformer.decode_step, []
+
+    def counted(params, config, token_B, real_B, cache):
+        jax.debug.callback(lambda: rows.append(token_B.shape[0]))
+        return step(params, config, token_B, real_B, cache)
+
+    monkeypatch.setattr(transformer, "decode_step", counted)
+
+    def count(eos_ids):
+        rows.clear()
+        config = SamplingConfig(max_tokens=256, eos_ids=eos_ids, pad_id=0)
+        lengths = np.asarray(program_of(model, config)(*arguments).mask_BxT).sum(axis=1)
+        jax.effects_barrier()
+        return lengths, 64 + sum(rows)  # the pass over the prompts gives the first token
+
+    lengths, steps = count((0,))
+    assert steps == count_row_steps(lengths[None], 256) <= 1.25 * lengths.sum()
+    assert lengths.max() * 64 > 3.5 * lengths.sum() and 0.2 < lengths.mean() / 256 < 0.3
+    lengths, steps = count(())
+    assert steps == lengths.sum() == 64 * 256
+
+
+@pytest.mark.parametrize("rows, max_tokens, most", [(64, 256, 1.25), (128, 1024, 1.25), (64, 128, 1.5), (64, 64, 2.1)])
+def test_what_responses_of_different_lengths_cost(rows, max_tokens, most):
+    whole, fewer = count_ending(1, rows, max_tokens, batches=20)
+    assert 1 < fewer < most and whole > 3.8
+
+
+def test_few_rows_and_short_responses_are_decoded_together():
+    assert sampling.row_limits(64, 63) == sampling.row_limits(4, 512) == [0]
+    assert sampling.row_limits(64, 64) == [16, 0]
+    for rows in (5, 8, 64, 1000):
+        limits = sampling.row_limits(rows, 512)
+        assert limits == sorted(set(limits), reverse=True) and len(limits) <= 7
+        assert rows > limits[0] and limits[-2:][0] >= 4

@@ -10,6 +10,7 @@ import math
 
 from jax.extend.core import jaxprs_in_params
 
+from ctxjax.distill.sampling import FEWER_ROWS
 from ctxjax.distill.train_step import StepConfig
 
 # From a ``while`` equation to the number of times that its body runs.
@@ -75,8 +76,8 @@ def count_head_chunks(step: StepConfig) -> int:
 class _Trips:
     """The number of times that each ``while`` of a step's trace runs; call it once per equation, in order.
 
-    A decode loop starts at the bound of the previous one and ends at its own. The bound of the head's loop is data; it
-    is counted over all chunks.
+    A decode loop starts at the bound of the previous one and ends at its own; those for FEWER_ROWS do not run at full
+    length. The bound of the head's loop is data; it is counted over all chunks.
     """
 
     def __init__(self, step: StepConfig):
@@ -86,6 +87,8 @@ class _Trips:
         stop = find_loop_bound(equation)
         if stop is None:
             return count_head_chunks(self.step)
+        if FEWER_ROWS in str(equation.source_info.name_stack):
+            return 0
         self.before = 1 if stop <= self.before else self.before  # the next rollout's first loop
         trips, self.before = stop - self.before, stop
         return trips

@@ -2,7 +2,9 @@
 
     1. prefix_kv reads the shared prefix of all prompts once; prefill reads each prompt's own tokens, and the head is
        applied to the last column only.
-    2. A ``while_loop`` decodes one token per row until every row has ended or the length limit is reached.
+    2. Loops decode one token per row until every row has ended or the length limit is reached. While most rows go on,
+       the cache grows from loop to loop (``_loop_ends``); after that, rows that have ended leave the batch
+       (``row_limits``).
 
 ``sample`` is both parts in one program. ``begin`` and ``advance`` are the parts, for callers that show the tokens as
 they are sampled: they return the same tokens.
@@ -23,10 +25,11 @@ import jax.numpy as jnp
 from ctxjax import masks, rng
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
-from ctxjax.sharding import batch_spec, repeat_rows
+from ctxjax.sharding import batch_spec, batch_ways, put_own_rows, repeat_rows, split_devices, take_own_rows
 from ctxjax.types import KVCache, Params, Prompts, Rollout
 
 NEG_INF = -1e30
+FEWER_ROWS = "fewer_rows"  # the name scope of the decode loops that run only if rows end early
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +149,18 @@ def _loop_ends(max_tokens: int) -> list[int]:
     return [*range(size, max_tokens, size), max_tokens]
 
 
-def _repeat_cache_rows(cache: KVCache, count: int) -> KVCache:
-    """Repeat every row of the cache ``count`` times, copies adjacent. The prefix stays shared."""
-    rows = 0 if isinstance(cache.keys, tuple) else 1
-    keys, values = jax.tree.map(lambda kept: repeat_rows(kept, count, rows), (cache.keys, cache.values))
-    return cache.replace(keys=keys, values=values, mask_BxM=repeat_rows(cache.mask_BxM, count))
+def row_limits(rows: int, max_tokens: int) -> list[int]:
+    """Return how many unfinished rows of a device end each decode loop, in descending order down to 0; the next loop
+    decodes only so many.
+
+    The loops of ``_loop_ends`` decode all ``rows`` and end at the first limit. After them, loop i of n - 1 decodes
+    (1 - i / n)^2 of the rows, with a cache of full length. That is close to the cheapest choice if every token is
+    equally likely to be the last (benchmarks/README.md). Each loop is compiled separately, so n is 1 for every 32
+    tokens and at most 7, and no loop has fewer than four rows.
+    """
+    count = min(max_tokens // 32, 7)
+    limits = [max(4, -(-rows * left**2 // count**2)) for left in range(count - 1, 0, -1)]
+    return [limit for limit in dict.fromkeys(limits) if limit < rows] + [0]
 
 
 def prepare(params: Params, model: ModelConfig, config: SamplingConfig) -> DecodingWeights:
@@ -171,7 +181,8 @@ def begin(
     prefix = transformer.prefix_kv(params, model, prompts.prefix_C)
     hidden_BxD, cache = transformer.prefill(params, model, prompts.tokens_BxP, prompts.mask_BxP, prefix)
     if config.samples > 1:
-        hidden_BxD, cache = repeat_rows(hidden_BxD, config.samples), _repeat_cache_rows(cache, config.samples)
+        hidden_BxD = repeat_rows(hidden_BxD, config.samples)
+        cache = cache.map_rows(lambda x, axis: repeat_rows(x, config.samples, axis))
     B, T = hidden_BxD.shape[0], config.max_tokens
     rows, columns = batch_spec(), batch_spec(None)
     empty = SamplerState(
@@ -188,17 +199,47 @@ def begin(
 
 
 def advance(
-    weights: DecodingWeights, model: ModelConfig, config: SamplingConfig, state: SamplerState, stop: jax.Array | int
+    weights: DecodingWeights,
+    model: ModelConfig,
+    config: SamplingConfig,
+    state: SamplerState,
+    stop: jax.Array | int,
+    limit: int = 0,
 ) -> SamplerState:
-    """Sample until ``stop`` columns are sampled or every row has ended. The cache must have room for ``stop`` - 1
-    tokens after the prompts."""
+    """Sample until ``stop`` columns are sampled, or until no device has more than ``limit`` rows that have not ended.
+    The cache must have room for ``stop`` - 1 tokens after the prompts."""
+
+    def is_unfinished(state: SamplerState) -> jax.Array:
+        unfinished_W = jnp.sum(split_devices(~state.has_ended_B), axis=1)
+        return (state.column < stop) & (jnp.max(unfinished_W) > limit)
 
     def step(state: SamplerState) -> SamplerState:
         hidden_BxD, cache = transformer.decode_step(weights.read, model, state.token_B, ~state.has_ended_B, state.cache)
         return _add_token(weights, model, config, state, hidden_BxD, cache)
 
     with jax.named_scope("decode"):
-        return lax.while_loop(lambda s: (s.column < stop) & ~jnp.all(s.has_ended_B), step, state)
+        return lax.while_loop(is_unfinished, step, state)
+
+
+def _finish(
+    weights: DecodingWeights, model: ModelConfig, config: SamplingConfig, state: SamplerState, limits: list[int]
+) -> tuple[jax.Array, jax.Array]:
+    """Decode the at most ``limits[0]`` unfinished rows of every device to their end, without the rows that have ended.
+    Return the tokens and log-probabilities of all rows, each [B, T]."""
+    rows, *fewer = limits
+    if rows == 0:
+        return state.tokens_BxT, state.logprobs_BxT
+    place_WxR = jnp.argsort(split_devices(state.has_ended_B), axis=1, stable=True)[:, :rows]  # unfinished ones first
+    cache = state.cache.map_rows(lambda x, axis: take_own_rows(x, place_WxR, axis))
+    kept = jax.tree.map(lambda x: take_own_rows(x, place_WxR), state._replace(column=None, cache=None))
+    kept = kept._replace(column=state.column, cache=cache)
+    with jax.named_scope(FEWER_ROWS):
+        kept = advance(weights, model, config, kept, config.max_tokens, fewer[0])
+    tokens_RxT, logprobs_RxT = _finish(weights, model, config, kept, fewer)
+    return (
+        put_own_rows(state.tokens_BxT, place_WxR, tokens_RxT),
+        put_own_rows(state.logprobs_BxT, place_WxR, logprobs_RxT),
+    )
 
 
 def _add_token(
@@ -236,7 +277,9 @@ def sample(
     """
     weights = prepare(params, model, config)
     state = begin(params, weights, model, config, prompts, row_keys_B)
+    limits = row_limits(state.token_B.shape[0] // batch_ways(), config.max_tokens)
     for stop in _loop_ends(config.max_tokens):
         state = state._replace(cache=state.cache.extend(prompts.tokens_BxP.shape[1] + stop - 1))
-        state = advance(weights, model, config, state, stop)
-    return Rollout(state.tokens_BxT, masks.until_eos(state.tokens_BxT, config.eos_ids), state.logprobs_BxT)
+        state = advance(weights, model, config, state, stop, limits[0])
+    tokens_BxT, logprobs_BxT = _finish(weights, model, config, state, limits)
+    return Rollout(tokens_BxT, masks.until_eos(tokens_BxT, config.eos_ids), logprobs_BxT)

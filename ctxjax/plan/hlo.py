@@ -2,7 +2,7 @@
 
 A collective in a loop body counts as often as the loop runs. That number is the trip count that the compiler notes, or
 the constant that the loop counter is compared with. Loops over response columns can end early; here all responses have
-full length.
+full length, so the decode loops for fewer rows do not run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+
+from ctxjax.distill.sampling import FEWER_ROWS
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _OPS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
@@ -101,6 +103,8 @@ def _count_trips(computations: dict[str, list[str]], head_chunks: int) -> dict[s
         name = _NAME.search(line)
         if known:
             found[line] = int(known[1])
+        elif name and re.search(rf"{FEWER_ROWS}/decode\W*/while$", name[1]):
+            found[line] = 0
         elif name and re.search(r"decode\W*/while$", name[1]) and bounds:
             decode.append((max(bounds), line))
         else:
