@@ -4,7 +4,8 @@
       --config.self_study.context_file=prompt.txt --workdir=runs/mine
 
 The questions are kept, and their file is printed: read it. Accuracy is agreement with the model's own replies with the
-prompt; ``distill`` (held out, nats per token) falls if the prompt goes in. The rates are for models of billions of
+prompt; ``distill`` and ``trace_gap`` (held out, nats per token) fall if the prompt goes in, and ``drift`` rises if
+the model changes without the prompt, too. The rates are for models of billions of
 parameters with all weights trained; for small ones (SmolLM2-135M) set optim.lr=2e-4, for an adapter lora.rank=16 and
 optim.lr=1e-3.
 With questions of your own: ``--config.task=qa_jsonl`` (docs/data.md).
@@ -31,5 +32,6 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 64
     config.eval.every = 25
     config.eval.select = "-distill"  # needs no reference
+    config.eval.meters = ("trace_gap", "drift")  # nor do they
     config.run_arms = ("opcd", "opcd_retained")
     return config

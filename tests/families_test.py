@@ -74,6 +74,14 @@ SMOLLM3 = {
     "attention_bias": False, "layer_types": ["full_attention"] * 36, "sliding_window": None,
     "use_sliding_window": False, "max_window_layers": 28, "pretraining_tp": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+SEED_OSS = {
+    "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "attention_bias": True,
+    "attention_dropout": 0.1, "attention_out_bias": False, "bos_token_id": 0, "eos_token_id": 2, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 27648, "max_position_embeddings": 524288,
+    "mlp_bias": False, "num_attention_heads": 80, "num_hidden_layers": 64, "num_key_value_heads": 8,
+    "pad_token_id": 1, "residual_dropout": 0.1, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 10000000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 155136,
+}  # fmt: skip
 OLMO2 = {
     "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "attention_dropout": 0.0,
     "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
@@ -101,6 +109,7 @@ PUBLISHED = {  # with the number of scalars in the published files
     "Mistral-7B-v0.1": (MISTRAL_V01, 7_241_732_096),
     "Mistral-7B-v0.3": (MISTRAL_V03, 7_248_023_552),
     "SmolLM3-3B": (SMOLLM3, 3_075_098_624),
+    "Seed-OSS-36B": (SEED_OSS, 36_151_104_512),
     "OLMo-2-1124-7B": (OLMO2, 7_298_617_344),
     "gemma-3-1b": (GEMMA3, 999_885_952),
 }
@@ -264,6 +273,8 @@ def without(fields, *names):
             GEMMA3 | {"layer_types": ["chunked_attention"] * 26},
             'layer_types = .*chunked.* must have "sliding',
         ),
+        (SEED_OSS | {"attention_bias": False}, "attention_bias = False is not implemented; it must be True"),
+        (SEED_OSS | {"attention_out_bias": True}, "attention_out_bias = True is not implemented"),
         (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not implemented"),
         (
             GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
@@ -283,6 +294,7 @@ def test_what_is_not_computed_is_refused_by_name_and_value(fields, message):
         (without(LLAMA31, "hidden_size"), "hidden_size"),
         (without(QWEN3, "head_dim"), "head_dim"),
         (without(QWEN25, "num_key_value_heads"), "num_key_value_heads"),
+        (without(SEED_OSS, "head_dim"), "head_dim"),
         (without(MISTRAL_V01, "sliding_window"), "sliding_window"),
         (without(GEMMA3, "query_pre_attn_scalar"), "query_pre_attn_scalar"),
         (LLAMA31 | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),

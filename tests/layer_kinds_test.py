@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctxjax import masks
 from ctxjax.models import attention, transformer
 from ctxjax.models.architecture import LayerKind, ModelConfig
 from ctxjax.models.rope import Llama3Scaling
 from ctxjax.sharding import put_batch
+from ctxjax.types import PrefixKV
 
 ROWS, COLUMNS, READ = 3, 12, 8  # decoding starts after READ columns
 LOCAL, GLOBAL = LayerKind(window=3, rope_theta=50.0), LayerKind()
@@ -224,3 +226,86 @@ def test_layers_that_are_alike_carry_no_kinds(tiny_model, make_params, make_rows
 def test_an_architecture_that_cannot_be_is_refused(change, message, tiny_model):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny_model, **change)
+
+
+# --- What a window saves ---
+
+
+def read_in_window(q, k, v, prefix, real, size: int, first: int | None = None):
+    """``attention`` of queries in all columns, or of one in column ``first``."""
+    columns = jnp.arange(k.shape[2])[None] if first is None else jnp.full((1, 1), first)
+    own = masks.positions(real) if first is None else masks.positions(real)[:, first : first + 1]
+    window = attention.Window(size, own + (prefix.keys.shape[-2] if prefix else 0))
+    return attention.attention(q, k, v, real, columns, prefix, window)
+
+
+def make_reads(L: int, C: int, M: int, mesh, rows=2, heads=2, kv_heads=1, width=8):
+    """Queries [rows, heads, L, width], M keys and values, a prefix of C keys or None, and a mask."""
+    random = np.random.default_rng(L + C)
+    q, k, v = (
+        random.normal(size=(rows, n, m, width)).astype(np.float32)
+        for n, m in ((heads, L), (kv_heads, M), (kv_heads, M))
+    )
+    real = np.arange(M)[None] >= np.array([[0], [M // 3]])
+    prefix = (
+        PrefixKV(*(jnp.asarray(random.normal(size=(kv_heads, C, width)), jnp.float32) for _ in range(2))) if C else None
+    )
+    return *put_batch((q, k, v), mesh), prefix, *put_batch((real,), mesh)
+
+
+def read_densely(q, k, v, prefix, real, size: int):
+    """The same, each row and column with all its keys next to each other."""
+    (B, _, L, Dh), C = q.shape, prefix.keys.shape[-2] if prefix else 0
+    if prefix:
+        k, v = (
+            jnp.concatenate([jnp.broadcast_to(p, (B, *p.shape)), x], 2)
+            for p, x in zip((prefix.keys, prefix.values), (k, v))
+        )
+    place = jnp.concatenate([jnp.broadcast_to(jnp.arange(C), (B, C)), masks.positions(real) + C], 1)
+    is_key = jnp.concatenate([jnp.ones((B, C), bool), real], 1)
+    distance = place[:, C:, None] - place[:, None]
+    is_read = (
+        is_key[:, None] & (distance >= 0) & (distance < size) & (jnp.arange(C + L) <= jnp.arange(C, C + L)[:, None])
+    )
+    scores = jnp.einsum("bhld,bkmd->bhlm", q, k) * Dh**-0.5
+    return jnp.einsum("bhlm,bkmd->bhld", jax.nn.softmax(jnp.where(is_read[:, None], scores, -1e30), axis=-1), v)
+
+
+@pytest.mark.parametrize(("C", "size"), [(0, 16), (40, 16), (40, 150), (5, 1)])
+def test_a_window_in_a_long_sequence_reads_what_a_mask_leaves(C, size, mesh):
+    given = make_reads(400, C, 400, mesh)
+
+    def run(read, q, k, v, prefix, real):
+        def total(q, k, v, prefix):
+            out = jnp.where(real[:, None, :, None], read(q, k, v, prefix, real, size), 0)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3) if prefix else (0, 1, 2), has_aux=True))(q, k, v, prefix)
+
+    for one, two in zip(
+        jax.tree.leaves(run(read_in_window, *given)),
+        jax.tree.leaves(run(read_densely, *jax.device_get(given))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["decoding", "whole sequences", "behind a prefix"])
+def test_attention_in_a_window_does_not_grow_with_the_context(what, mesh):
+    def count(n):
+        L, C, M = {"decoding": (1, 0, n), "whole sequences": (n, 0, n), "behind a prefix": (1, n, 32)}[what]
+        *arrays, real = make_reads(L, C, M, mesh)
+        first = None if L == M else M - 2
+        run = jax.jit(lambda *arrays: read_in_window(*arrays, real, 16, first))
+        return run.lower(*arrays).compile().cost_analysis()["flops"] / L
+
+    assert count(2048) < 1.2 * count(512)
+    if what == "whole sequences":
+        assert "length=16" in str(jax.make_jaxpr(lambda *a: read_in_window(*a, 16))(*make_reads(2048, 0, 2048, mesh)))
+
+
+def test_layers_of_mixed_kinds_read_their_own_windows(tiny_model, make_params, make_rows, mesh):
+    """The scan over layers chooses between programs, each with a window that is a number."""
+    config = dataclasses.replace(tiny_model, **MIXED)
+    jaxpr = str(forward.trace(make_params(config, 0, mesh), config, *make_rows(5, mesh)).jaxpr)
+    assert "cond[" in jaxpr

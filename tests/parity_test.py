@@ -29,6 +29,7 @@ CLASSES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "seed_oss": (transformers.SeedOssConfig, transformers.SeedOssForCausalLM),
     "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
     "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
@@ -128,7 +129,7 @@ def test_logits_are_those_of_transformers(family, fields, dtype, seed, tmp_path,
     assert_same_logits(tmp_path, theirs, mesh, length=96, last=96)
 
 
-@pytest.mark.parametrize("family", ["mistral", "smollm3", "olmo2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["mistral", "seed_oss", "smollm3", "olmo2", "gemma3_text"])
 def test_layers_of_other_kinds_are_those_of_transformers_and_go_back_to_them(family, tmp_path, mesh):
     """96 positions of windows of 24, and the written folder opened by transformers again."""
     tied = {"tie_word_embeddings": True} if family == "smollm3" else {}
@@ -152,7 +153,7 @@ def test_logits_beyond_the_positions_of_llama_3s_training_are_those_of_transform
     assert_same_logits(tmp_path, theirs, mesh, length=8300, last=128)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "seed_oss", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize(
     "rope",
     [

@@ -197,6 +197,7 @@ SIZES = {  # scalars of the published checkpoints
     "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096, "Qwen/Qwen3-1.7B": 1_720_574_976,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552, "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
     "allenai/OLMo-2-1124-7B-Instruct": 7_298_617_344, "google/gemma-3-1b-it": 999_885_952,
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": 36_151_104_512,
 }  # fmt: skip
 
 

@@ -1,5 +1,9 @@
 """Prompts under the templates of real families: date, thinking, roles that a template refuses, folds or forgets."""
 
+from pathlib import Path
+import re
+import textwrap
+
 from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
@@ -296,3 +300,15 @@ def test_control_tokens_in_a_teachers_chat_are_text(tokenizer):
 def test_a_template_without_a_role_of_the_teachers_chat_is_named(tokenizer, family, message):
     with pytest.raises(ValueError, match=message):
         rendered(tokenizer(family), row=ROW._replace(context=write_chat_context(CHAT)))
+
+
+def test_the_documented_template_of_base_models_writes_every_role(tokenizer):
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    template = textwrap.dedent(re.search(r"```jinja\n(.*?)```", page, re.DOTALL)[1]).rstrip("\n")
+    base, row = tokenizer("llama3"), Row("0", "why?", "be kind", "", earlier=(("who?", "me"),))
+    base.chat_template = template
+    chat = "Question: who?\nAnswer: me\nQuestion: why?\nAnswer:"
+    assert prompts.render(base, row, PromptConfig()) == f"{base.bos_token}be kind\n\n{chat}"
+    assert prompts.render(base, row._replace(context=None), PromptConfig()) == base.bos_token + chat
+    user = prompts.render(base, row, PromptConfig(placement="user"))
+    assert user == base.bos_token + chat.replace("who?", "be kind\n\nwho?")

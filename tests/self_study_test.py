@@ -78,6 +78,42 @@ def test_a_draft_is_kept_if_it_is_one_question(draft, kept):
     assert clean_question(draft, REQUEST) == kept
 
 
+@pytest.mark.parametrize(
+    ("draft", "kept"),
+    [
+        (QUESTION, QUESTION),
+        ("Write a poem about the capital.", "Write a poem about the capital."),
+        ("Here is one: tell me about the motto\n", "Tell me about the motto"),
+        ("Plan a trip! Then pack.", "Plan a trip!"),
+        ('"Describe the city to a child."', "Describe the city to a child."),
+        ("Sure, here it is:\n\nPlan a trip to the capital.", "Plan a trip to the capital."),
+        ("The capital is Ironstone.", None),  # repeats the part
+        ("The user wants a poem.", None),
+        ("", None),  # was cut
+        ("Go on.", None),
+    ],
+)
+def test_a_task_need_not_be_a_question(draft, kept):
+    assert clean_question(draft, REQUEST._replace(is_task=True)) == kept
+
+
+def test_questions_tasks_and_what_is_asked_next_are_requested_of_every_part(tmp_path):
+    requests = list_requests(make(tmp_path, **{"self_study.questions": 100}).task_config)
+    about = [request for request in requests if request.row.context is not None]
+    for part in split_parts(CONTEXT):
+        asked = [request for request in about if request.about == part]
+        tasks = [request for request in asked if request.is_task]
+        follow_ups = [request for request in asked if "asks next" in request.row.question]
+        assert len(tasks) / len(asked) == pytest.approx(0.2, abs=0.07)
+        assert len(follow_ups) / len(asked) == pytest.approx(0.2, abs=0.07)
+    assert not any(request.is_task for request in requests if request.row.context is None)
+
+
+def test_a_run_without_references_is_judged_without_them():
+    config = bake.get_config()
+    assert config.eval.meters == ("trace_gap", "drift") and config.eval.select == "-distill"
+
+
 def test_a_reply_agrees_if_it_shares_half_of_the_words():
     reference = "The capital of Crystalwater is Ironstone."
     assert grade_overlap("It is Ironstone, the capital.", reference).correct  # 3 shared words of 4 and of 5: F1 2 / 3

@@ -78,8 +78,8 @@ def load_tokenizer(path: Path):
     _check_agrees_with_file(path, tokenizer, file)
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the tokenizer in {path} has no chat template; put one into its tokenizer_config.json (chat_template), "
-            "or use the folder of an instruct model"
+            f"the tokenizer in {path} has no chat template; put one into its tokenizer_config.json (chat_template), or "
+            "use the folder of an instruct model; docs/models.md has one for base models"
         )
     return tokenizer
 

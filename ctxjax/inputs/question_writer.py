@@ -1,5 +1,6 @@
-"""A model writes the questions of task self_study: it reads a part of the context, and asks for it; or it asks for
-something else. Then it answers each question with the context in its prompt.
+"""A model writes the questions of task self_study: it reads a part of the context, and asks for it, brings a task that
+it governs, or asks what a user who knows it asks next; or it asks for something else. Then it answers each question
+with the context in its prompt.
 
 What is no single, finished question is thrown away, and so are repeats. Small models need several drafts for a question
 that is kept; a line at the end says how many.
@@ -41,7 +42,9 @@ ABOUT = (
     f"{FACT}Write a question whose answer is in this fact.{ALONE}",
     f"{FACT}Write a short question that this fact answers, in other words than the fact.{ALONE}",
     f'A user has not read this: "{{part}}"\nWhat would the user ask to learn it?{ALONE}',
+    f'An assistant has just told a user this: "{{part}}"\nWrite what the user asks next.{ALONE}',
 )
+TASK = 'An assistant works by this: "{part}"\nWrite a task for which it matters. Reply with the task alone.'
 UNRELATED = f"Write a short question about {{topic}} that a user may ask an assistant.{ALONE}"
 TOPICS = (
     "animals", "books", "cooking", "football", "gardening", "geography", "health", "history", "languages",
@@ -50,11 +53,13 @@ TOPICS = (
 
 
 class Request(NamedTuple):
-    """``row``: what the model is asked. ``context``: what is asked about. ``about``: the quoted part, or the topic."""
+    """``row``: what the model is asked. ``context``: what is asked about. ``about``: the quoted part, or the topic.
+    ``is_task``: a task is asked for, which need not be a question."""
 
     row: Row
     context: str
     about: str
+    is_task: bool = False
 
 
 def ensure_questions(config: Experiment, mesh: Mesh) -> None:
@@ -160,18 +165,22 @@ def list_requests(task: SelfStudyConfig) -> list[Request]:
     for number in range(MOST_DRAFTS * task.questions):
         generator = np.random.default_rng([task.seed, number])
         context, part = parts[number % len(parts)]  # every part in turn
-        about, shown, text = part, context, ABOUT[generator.integers(len(ABOUT))].format(part=part)
+        form = generator.integers(len(ABOUT) + 1)
+        is_task = bool(form == len(ABOUT))
+        about, shown, text = part, context, (TASK if is_task else ABOUT[form]).format(part=part)
         if generator.random() < task.unrelated_share:
             about = TOPICS[generator.integers(len(TOPICS))]
-            shown, text = None, UNRELATED.format(topic=about)
-        requests.append(Request(Row(str(number), text, shown, ""), context, about))
+            shown, text, is_task = None, UNRELATED.format(topic=about), False
+        requests.append(Request(Row(str(number), text, shown, ""), context, about, is_task))
     return requests
 
 
 def clean_question(text: str, request: Request) -> str | None:
-    """Return the first question of a draft, or None if there is none that could be asked by itself."""
-    found = re.search(r'[^.?!:"\u201c\u201d\n]+\?', strip_reasoning(text)[0])
-    said = found[0].strip(" '*`-,") if found else ""
+    """Return the first question of a draft, or the first sentence of a task; None if there is none that could be asked
+    by itself."""
+    end = r"(?:[.?!]|\n|\Z)" if request.is_task else r"\?"
+    found = re.search(rf'[^.?!:"\u201c\u201d\n]*\w[^.?!:"\u201c\u201d\n]*{end}', strip_reasoning(text)[0])
+    said = found[0].strip(" '*`-,\n") if found else ""
     is_about_text = re.search(r"(?i)\b(?:facts?|text|users?|ask|answers?|questions?)\b", said)
     is_part = splits.normalize(request.about) in splits.normalize(said)
     return None if is_about_text or is_part or len(said.split()) < 3 else said[0].upper() + said[1:]

@@ -31,6 +31,8 @@ from ctxjax.types import PrefixKV
 # stays in a core's cache is twice as fast as what does not; accelerators want large products.
 CHUNK_SCORES = {"cpu": 2**21}
 CHUNK_SCORES_ELSEWHERE = 2**25
+# Least query columns of a chunk that a window alone asks for: smaller products waste more than they save.
+LEAST_CHUNK = 128
 
 KERNELS = {"splash": kernels.splash, "cudnn": kernels.cudnn}
 
@@ -39,23 +41,24 @@ class Window(NamedTuple):
     """How far back queries read: the query at position p reads keys at positions above p - ``size``.
 
     A row's real tokens are contiguous, so within a row distances in columns are distances in positions.
-    ``positions_BxL`` are for the prefix, whose key m is at position m.
+    ``positions_BxL`` are for the prefix, whose key m is at position m. Keys that no query of a chunk can read are not
+    even multiplied, so that the arithmetic of a window does not grow with the context.
     """
 
-    size: int | jax.Array
+    size: int
     positions_BxL: jax.Array
 
 
 class Source(NamedTuple):
     """What queries read: ``keys`` and ``values`` [B, K, M, Dh], a set for each row, or [K, M, Dh], one for all rows.
     ``real_BxM``, the queries' ``columns_BxL`` and ``window`` say which keys a query reads (masks.causal); without them
-    every query reads all."""
+    every query reads all. The queries' columns are consecutive if they have one row for all."""
 
     keys: jax.Array
     values: jax.Array
     real_BxM: jax.Array | None = None
     columns_BxL: jax.Array | None = None
-    window: int | jax.Array | None = None
+    window: int | None = None
 
 
 def self_attention(
@@ -134,8 +137,10 @@ def attention(
     queries = math.prod(jax.typeof(q_BxHxLxDh).sharding.shard_shape(q_BxHxLxDh.shape)[:3])
     limit = CHUNK_SCORES.get(platform(), CHUNK_SCORES_ELSEWHERE)
     chunks = min(L, -(-queries * sum(source.keys.shape[-2] for source in sources) // limit))
+    if window is not None:
+        chunks = max(chunks, L // max(window.size, LEAST_CHUNK))
     if chunks <= 1:
-        return _attend(q_BxHxLxDh, sources)
+        return _attend(q_BxHxLxDh, [_take_window(source, L) for source in sources])
     size = -(-L // chunks)
     chunks = -(-L // size)
 
@@ -148,7 +153,8 @@ def attention(
     @jax.checkpoint
     def chunk(_, queries_and_columns):
         q, columns = queries_and_columns
-        return None, _attend(q, [source._replace(columns_BxL=c) for source, c in zip(sources, columns)])
+        read = [source._replace(columns_BxL=c) for source, c in zip(sources, columns)]
+        return None, _attend(q, [_take_window(source, size) for source in read])
 
     columns = [None if source.columns_BxL is None else split(source.columns_BxL, 1) for source in sources]
     _, out = lax.scan(chunk, None, (split(q_BxHxLxDh, 2), columns))
@@ -160,8 +166,22 @@ def _prefix_source(prefix: PrefixKV, window: Window | None) -> Source:
     """All of the prefix; or the part of it in the window, since a key's column is its position here."""
     if window is None:
         return Source(prefix.keys, prefix.values)
-    real_1xC = jnp.ones((1, prefix.keys.shape[-2]), bool)
-    return Source(prefix.keys, prefix.values, real_1xC, window.positions_BxL, window.size)
+    C = prefix.keys.shape[-2]
+    kept = min(C, max(window.size - 1, 1))  # every query is behind the prefix
+    keys, values = prefix.keys[:, C - kept :], prefix.values[:, C - kept :]
+    return Source(keys, values, jnp.ones((1, kept), bool), window.positions_BxL - (C - kept), window.size)
+
+
+def _take_window(source: Source, queries: int) -> Source:
+    """Leave out the keys that none of ``queries`` consecutive ones can read, if their columns are those of all rows."""
+    M = source.keys.shape[-2]
+    count = M if source.window is None else source.window + queries - 1
+    if count >= M or source.columns_BxL.shape[0] > 1:
+        return source
+    start = jnp.clip(source.columns_BxL[0, 0] - source.window + 1, 0, M - count)
+    keys, values = (lax.dynamic_slice_in_dim(x, start, count, axis=x.ndim - 2) for x in (source.keys, source.values))
+    real_BxM = lax.dynamic_slice_in_dim(source.real_BxM, start, count, axis=1)
+    return Source(keys, values, real_BxM, source.columns_BxL - start, source.window)
 
 
 def _attend(q_BxHxLxDh, sources) -> jax.Array:

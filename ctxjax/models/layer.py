@@ -8,6 +8,7 @@ differs from layer to layer is a ``Kind``, data that the scan over layers carrie
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,8 +22,6 @@ from ctxjax.models.remat import remat
 from ctxjax.models.rope import Rotation, rotate, rotation
 from ctxjax.sharding import batch_spec
 from ctxjax.types import PrefixKV
-
-NO_WINDOW = 2**30  # tokens; the window of layers without one, in a scan with layers that have one
 
 
 class Layout(NamedTuple):
@@ -43,11 +42,17 @@ class Layout(NamedTuple):
 class Kind(NamedTuple):
     """A LayerKind while a program is traced: Python numbers, or the int32 scalars that a scan carries.
 
-    ``window`` None: no window. ``rope`` is an index into ``Layout.rope``, None if all layers have the same.
+    ``window`` is an index into ``_windows``, ``rope`` one into ``Layout.rope``; None if all layers have the same.
     """
 
     window: int | jax.Array | None
     rope: int | jax.Array | None
+
+
+def _windows(config: ModelConfig) -> list[int]:
+    """Return the different windows of the layers, 0: none. They are numbers in a program, so that what a layer reads,
+    and with it the arithmetic, has the window's size."""
+    return list(dict.fromkeys(kind.window for kind in config.kinds))
 
 
 def _ropes(config: ModelConfig) -> list[LayerKind]:
@@ -57,8 +62,11 @@ def _ropes(config: ModelConfig) -> list[LayerKind]:
 
 def kind_of(config: ModelConfig, layer: int) -> Kind:
     """Return the kind of one layer in Python numbers."""
-    kind, ropes = config.kinds[layer], _ropes(config)
-    return Kind(kind.window or None, ropes.index(kind.without_window()) if len(ropes) > 1 else None)
+    kind, windows, ropes = config.kinds[layer], _windows(config), _ropes(config)
+    return Kind(
+        windows.index(kind.window) if len(windows) > 1 else None,
+        ropes.index(kind.without_window()) if len(ropes) > 1 else None,
+    )
 
 
 def make_rope(config: ModelConfig, positions_BxL: jax.Array) -> Rotation | None:
@@ -80,11 +88,11 @@ def scan_layers(config: ModelConfig, layer: Callable, start, *stacks, policy: st
     layers; what they share is a constant of the program. Returns what ``lax.scan`` returns.
     """
     kinds = [kind_of(config, index) for index in range(config.layers)]
-    varying = {}
-    if len({kind.window for kind in kinds}) > 1:
-        varying["window"] = jnp.array([kind.window or NO_WINDOW for kind in kinds], jnp.int32)
-    if len({kind.rope for kind in kinds}) > 1:
-        varying["rope"] = jnp.array([kind.rope for kind in kinds], jnp.int32)
+    varying = {
+        name: jnp.array(indices, jnp.int32)
+        for name, indices in zip(Kind._fields, zip(*kinds, strict=True), strict=True)
+        if indices[0] is not None
+    }
 
     def body(carry, varying_and_parts):
         varying, *parts = varying_and_parts
@@ -117,10 +125,17 @@ def attend(config: ModelConfig, kind: Kind, layout: Layout, prefix: PrefixKV | N
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     keys, values, kept = store(k, v)
-    window = None if kind.window is None else Window(kind.window, layout.positions_BxL)
-    if layout.columns_BxL is None:
-        return self_attention(config.attention, q, keys, values, layout.real_BxM, prefix, window), kept
-    return attention(q, keys, values, layout.real_BxM, layout.columns_BxL, prefix, window), kept
+
+    def read(size: int, q, keys, values):
+        window = Window(size, layout.positions_BxL) if size else None
+        if layout.columns_BxL is None:
+            return self_attention(config.attention, q, keys, values, layout.real_BxM, prefix, window)
+        return attention(q, keys, values, layout.real_BxM, layout.columns_BxL, prefix, window)
+
+    reads = [functools.partial(read, size) for size in _windows(config)]
+    if isinstance(kind.window, jax.Array):
+        return lax.switch(kind.window, reads, q, keys, values), kept
+    return reads[kind.window or 0](q, keys, values), kept
 
 
 def run_layer(

@@ -36,6 +36,10 @@ _OLMO2 = {
     "model_type": "olmo2", "vocab_size": 100352, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
     "rope_theta": 5e5,
 }  # fmt: skip
+_SEED_OSS = {
+    "model_type": "seed_oss", "vocab_size": 155136, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 524288, "rope_theta": 1e7,
+}  # fmt: skip
 _GEMMA3 = {
     "model_type": "gemma3_text", "vocab_size": 262144, "head_dim": 256, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 512,
@@ -68,6 +72,7 @@ PUBLISHED = {
     "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL | _make_sizes(4096, 32, 32, 14336),
     "HuggingFaceTB/SmolLM3-3B": _SMOLLM3 | _make_sizes(2048, 36, 16, 11008),
     "allenai/OLMo-2-1124-7B-Instruct": _OLMO2 | _make_sizes(4096, 32, 32, 11008),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": _SEED_OSS | _make_sizes(5120, 64, 80, 27648),
     "google/gemma-3-1b-it": _GEMMA3 | _make_sizes(1152, 26, 4, 6912),
 }
 

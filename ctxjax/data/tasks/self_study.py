@@ -25,7 +25,7 @@ from ctxjax.data.tasks.file_task import FileTask, FileTaskConfig, Question
 from ctxjax.types import bounded
 
 # Part of a file's name: increase it when the requests or the filter change.
-RECIPE = 1
+RECIPE = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,14 @@ import numpy as np
 
 from ctxjax.host import progress
 from ctxjax.models import params as params_lib, transformer
-from ctxjax.models.hf import gemma3, llama, mistral, olmo2, qwen2, qwen3, safetensors_files, smollm3
+from ctxjax.models.hf import gemma3, llama, mistral, olmo2, qwen2, qwen3, safetensors_files, seed_oss, smollm3
 from ctxjax.models.hf.family import DERIVED_SUFFIX, LAYER_PREFIX, TOP_NAMES, Family
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.types import Params
 
 FAMILIES = {
-    module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3, mistral, smollm3, olmo2, gemma3)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (llama, qwen2, qwen3, mistral, seed_oss, smollm3, olmo2, gemma3)
 }
 
 TIED_ROWS = 8192  # of a head that are compared with the embedding at a time
