@@ -20,6 +20,7 @@ from ctxjax.distill import train_step
 from ctxjax.host import workdir
 from ctxjax.inputs import model_folder
 from ctxjax.models import lora, transformer
+from ctxjax.models.architecture import LayerKind
 from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.models.rope import Llama3Scaling
 from ctxjax.models.transformer import apply_head, head_weights
@@ -29,22 +30,31 @@ from ctxjax.types import Batch, Frozen
 STEPS, TOKENS = 3, 40
 STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16)
 EXTRA = {"max_position_embeddings": 131072, "_name_or_path": "someone/model", "transformers_version": "4.57.0"}
-RUNS = {"full": (0, {}), "tied": (0, {"tied_embeddings": True, "rope_scaling": STRETCHED}), "lora": (4, {})}
+MIXED = {"layer_kinds": (*(LayerKind(window=3, rope_theta=50.0),) * 2, LayerKind()), "embedding_scale": 32**0.5}
+RUNS = {  # family, rank of an adapter, fields of ModelConfig
+    "full": ("llama", 0, {}),
+    "tied": ("llama", 0, {"tied_embeddings": True, "rope_scaling": STRETCHED}),
+    "lora": ("llama", 4, {}),
+    "seed_oss": ("seed_oss", 0, {}),
+    "mistral": ("mistral", 0, {"layer_kinds": (LayerKind(window=3),) * 3}),
+    "gemma3": ("gemma3_text", 0, MIXED | {"tied_embeddings": True, "norm_eps": 1e-6}),
+}
 
 
 class Trained:
     """A run's folder after three steps, as the trainer leaves it, and what it should be exported as."""
 
-    def __init__(self, folder, rank: int, changes: dict, make_params, make_prompts, make_rollout):
+    def __init__(self, folder, family: str, rank: int, changes: dict, make_params, make_prompts, make_rollout):
         tokenizer = word_tokenizer.build(rules.vocabulary(), rules.TOKEN_PATTERN)
         self.model = transformer.ModelConfig(
-            len(tokenizer) + 1, width=32, layers=3, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48, **changes
-        )
+            len(tokenizer) + 1, width=32, layers=3, query_heads=4, kv_heads=2, head_dim=8, mlp_width=48,
+            **hf_load.FAMILIES[family].parts, **changes,
+        )  # fmt: skip
         self.source, self.workdir = folder / "source", folder / "run"
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         with jax.set_mesh(mesh):
             base = make_params(self.model, 0, mesh)
-            hf_save.save(self.source, base, self.model, tokenizer, (tokenizer.eos_token_id,), "llama")
+            hf_save.save(self.source, base, self.model, tokenizer, (tokenizer.eos_token_id,), family)
             edit(self.source / "config.json", **EXTRA)
             config = tiny.get_config()
             config.model.path, config.lora.rank, config.run_arms = str(self.source), rank, ("opcd", "opcd_anchored")
