@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+import re
 import string
 
 from conftest import write_random_model
@@ -11,16 +12,17 @@ import forked
 from prompts_test import TEMPLATES
 import pytest
 
+from ctxjax.data.tasks.text_game import ASKED, INVALID
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.games.game import MOVES
 
 pytestmark = pytest.mark.slow
 
-# One step more than one, so that the second one plays with the trained model; the rest is what a laptop can do.
+# One device and one episode at a time: few programs to compile. The second step plays with the trained model.
 SMALL = {
-    "cpu_devices": 2, "compile_cache": "", "mesh.tensor": 1, "model.remat": "none", "train.steps": 2,
-    "train.batch_size": 4, "train.micro_batches": 2, "train.save_every": 2, "rollout.max_tokens": 6,
-    "eval.every": 2, "eval.batch_size": 8, "eval.bootstrap": 20, "eval.temperature": 1.0,
+    "cpu_devices": 1, "compile_cache": "xla", "mesh.tensor": 1, "model.remat": "none", "train.steps": 2,
+    "train.batch_size": 2, "train.micro_batches": 1, "train.save_every": 2, "rollout.max_tokens": 6,
+    "eval.every": 0, "eval.batch_size": 1, "eval.bootstrap": 20, "eval.temperature": 1.0, "eval.views": ("other",),
 }  # fmt: skip
 FEW = {"train_questions": 12, "dev_questions": 6, "test_questions": 7}
 LAKE = {"size": 3, "pieces": 2, "turns": 5}
@@ -34,11 +36,13 @@ LESSONS = "- EXPERIENCE ITEM: Go down first.\n- EXPERIENCE ITEM: Never step onto
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with the model, lessons and problems. Half of the model's tokens end a response, a quarter are moves."""
+    """A folder with the model, lessons and problems. Most of the model's tokens are moves, or end a response."""
     folder = tmp_path_factory.mktemp("recipes")
     moves = [f"[{' ' * n}{move}]" for n in range(25) for move in MOVES]
     ends = [f"\0{n}" for n in range(200)]
-    tokenizer = word_tokenizer.build([*string.printable[:95], "\n", *moves, *ends], r"\[ *\w+\]|\x00\d+|[\s\S]")
+    words = dict.fromkeys(re.findall(r" ?[a-zA-Z]+", f"{ASKED} {INVALID} {LESSONS}"))
+    words = dict.fromkeys([*string.printable[:95], "\n", *words, *moves, *ends])
+    tokenizer = word_tokenizer.build(list(words), r"\[ *\w+\]|\x00\d+| ?[a-zA-Z]+|[\s\S]")
     tokenizer.chat_template = TEMPLATES["qwen3"]
     sizes = {"width": 16, "layers": 2, "query_heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_width": 16}
     model = write_random_model(folder / "qwen3", tokenizer, "qwen3", max_positions=8192, **sizes)
@@ -77,7 +81,7 @@ def test_a_game_runs_and_its_scores_are_printed_next_to_those_of_players_without
         assert 0 <= metrics["obedience"] <= 1
         lines = (place / recipe / name / "items.jsonl").read_text().splitlines()
         items = [json.loads(line) for line in lines]
-        assert len(items) == 4 * metrics["n"] and {item["view"] for item in items} == {
+        assert len(items) == 3 * metrics["n"] and {item["view"] for item in items} == {
             "bare",
             "context",
             "empty",
@@ -90,7 +94,6 @@ def test_a_game_runs_and_its_scores_are_printed_next_to_those_of_players_without
     assert "best fixed path" in (place / recipe / "report.html").read_text()
     rows = [json.loads(line) for line in (place / recipe / arms[-1] / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
-    assert any("dev/perfect_play" in row for row in rows)
 
 
 def test_the_recipe_of_mathematics_runs(place):
