@@ -24,7 +24,7 @@ SMALL = {
     "train.batch_size": 2, "train.micro_batches": 1, "train.save_every": 2, "rollout.max_tokens": 6,
     "eval.every": 0, "eval.batch_size": 1, "eval.bootstrap": 20, "eval.temperature": 1.0, "eval.views": ("other",),
 }  # fmt: skip
-FEW = {"train_questions": 12, "dev_questions": 6, "test_questions": 7}
+FEW = {"train_questions": 6, "dev_questions": 3, "test_questions": 4}
 LAKE = {"size": 3, "pieces": 2, "turns": 5}
 RECIPES = {
     "frozenlake": {f"text_game.{field}": value for field, value in LAKE.items()},
@@ -67,9 +67,7 @@ def run(place: Path, recipe: str, arms: tuple[str, ...]) -> tuple[dict, dict, st
     return results, facts, ended.stdout
 
 
-@pytest.mark.parametrize(
-    ("recipe", "arms"), [("frozenlake", ("opcd", "opcd_retained")), ("sokoban", ("opcd_anchored",))]
-)
+@pytest.mark.parametrize(("recipe", "arms"), [("frozenlake", ("opcd_retained",)), ("sokoban", ("opcd_anchored",))])
 def test_a_game_runs_and_its_scores_are_printed_next_to_those_of_players_without_skill(recipe, arms, place):
     results, facts, printed = run(place, recipe, arms)
     boards = facts["task"]["boards"]["test"]
@@ -77,7 +75,7 @@ def test_a_game_runs_and_its_scores_are_printed_next_to_those_of_players_without
     for name, metrics in results.items():
         assert metrics["n"] == boards["boards"] == facts["task"]["rows"]["test"]
         assert (metrics["random_moves"], metrics["fixed_path"]) == (boards["random"], boards["fixed"])
-        assert metrics["perfect_play"] == 1.0 and 1 < metrics["turns_x"] <= 5 and 1 < metrics["turns_xc"] <= 5
+        assert metrics["perfect_play"] == 1.0 and 1 <= metrics["turns_x"] <= 5 and 1 <= metrics["turns_xc"] <= 5
         assert 0 <= metrics["obedience"] <= 1
         lines = (place / recipe / name / "items.jsonl").read_text().splitlines()
         items = [json.loads(line) for line in lines]
@@ -88,7 +86,6 @@ def test_a_game_runs_and_its_scores_are_printed_next_to_those_of_players_without
             "other",
         }
         assert {item["context"] for item in items if item["view"] == "context"} == {LESSONS.strip()}
-        assert any(item["parsed"] for item in items if item["view"] == "bare")  # it says moves
     random, fixed = (f"{100 * boards[name]:.1f} %" for name in ("random", "fixed"))
     assert f"boards: random moves win {random}, the best fixed path {fixed}, perfect play 100.0 %" in printed
     assert "best fixed path" in (place / recipe / "report.html").read_text()
@@ -97,6 +94,6 @@ def test_a_game_runs_and_its_scores_are_printed_next_to_those_of_players_without
 
 
 def test_the_recipe_of_mathematics_runs(place):
-    results, _, printed = run(place, "math", ("opcd", "opcd_anchored"))
-    assert list(results) == ["base", "opcd", "opcd_anchored"] and results["opcd"]["n"] == FEW["test_questions"]
+    results, _, printed = run(place, "math", ("opcd",))
+    assert list(results) == ["base", "opcd"] and results["opcd"]["n"] == FEW["test_questions"]
     assert "perfect_play" not in results["base"] and "boards:" not in printed
