@@ -5,6 +5,8 @@ with bfloat16 arithmetic, one sample per prompt, and 50 steps (arXiv 2602.12275)
 arXiv 2606.11627. ``configs/base.py`` has these values as defaults. Deviations from the papers are marked.
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 from ctxjax.configs import base
@@ -147,4 +149,7 @@ def _set_slice(config: ConfigDict, slice: str, tensor: int, micro_batches: int) 
     config.slice = slice
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, tensor
     config.train.micro_batches = micro_batches
+    if config.task == "text_game":  # a micro-batch has the turns of one episode for every ``tensor`` chips
+        chips = math.prod(map(int, slice.partition(":")[2].split("x")))
+        config.train.micro_batches = config.train.batch_size * tensor // chips
     config.model.remat = "full"

@@ -53,6 +53,7 @@ def extract(config: ConfigDict, place: Path, resume: str = "auto", first: int = 
         from ctxjax.data.tasks import TASKS
         from ctxjax.experience import extraction
         from ctxjax.experience.journal import Journal
+        from ctxjax.games.boards import describe_players
         from ctxjax.host import processes
         from ctxjax.host.checksum import compute_digest, compute_fingerprint
         from ctxjax.inputs import run_inputs
@@ -74,6 +75,8 @@ def extract(config: ConfigDict, place: Path, resume: str = "auto", first: int = 
         model = experiment.model
         folder = open_folder(path, mesh, model.dtype, model.param_dtype, attention=model.attention)
         print(f"model: {path}; {folder.config.arithmetic}", flush=True)
+        if boards := task.facts.get("boards", {}).get("dev"):
+            print(f"dev boards: {describe_players(boards['ceiling'], boards['random'], boards['fixed'])}", flush=True)
         lock.take()
         with progress.Bar("computing the digests of weights and questions"):
             inputs = {"model": compute_fingerprint(folder.params), "stop_ids": list(folder.stop_ids), "first": first}

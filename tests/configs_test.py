@@ -71,6 +71,8 @@ def test_a_games_recipe_has_boards_for_its_steps_and_turns_that_win_them(name, t
     assert (config.prompt.placement, config.prompt.thinking, config.rollout.temperature) == ("user", thinking, 0.7)
     with pytest.raises(ValueError, match="text_game has no context; set text_game.context_file"):
         TextGame(config_lib.experiment(config, 8).task_config)
+    ways = chips.count_chips(config.slice) // config.mesh.tensor
+    assert config.train.batch_size // ways == config.train.micro_batches  # an episode of each
     config.text_game.context = "Look first."
     task = TextGame(config_lib.experiment(config, 8).task_config)
     sizes = {split: len(task.rows(split)) for split in SPLITS}

@@ -20,6 +20,8 @@ from ctxjax.evaluation.player import pad_responses
 from ctxjax.experience import extraction
 from ctxjax.experience.journal import Journal
 from ctxjax.experience.selection import EMPTY
+from ctxjax.games.frozen_lake import FrozenLake, Lake
+from ctxjax.games.game import solve
 
 
 class Model:
@@ -156,6 +158,30 @@ def test_responses_without_a_lesson_are_counted(grid, world, mesh, tmp_path, mon
     silent = Model(world.tokenizer(), make_player(world, lambda number, trace: ""), monkeypatch)
     with pytest.raises(ValueError, match="none of 12 responses has a line with a lesson, one that begins with '- EXP"):
         run(grid, silent, mesh, tmp_path / "silent.jsonl")
+
+
+def test_a_text_game_is_learnt_from_traces_that_show_how_they_ended(letters, mesh, tmp_path, monkeypatch):
+    """A player that walks into the border until a lesson says where to go, and then takes a shortest way."""
+    config = base.get_config()
+    config.task, config.model.path, config.text_game.dev_questions = "text_game", "/model", 40
+    config.extract.candidates, config.extract.traces, config.extract.budget, config.eval.batch_size = 3, 4, 100, 8
+    game = FrozenLake(config.text_game.size, config.text_game.pieces)
+
+    def answer(text: str) -> str:
+        context, question = split_prompt(text)
+        if "This is what happened." in question:
+            assert "You lost after 1 turn." in question or "since you made no possible move twice in a row" in question
+            return f"{LESSON} Walk to G, and never onto H."
+        if "Walk to G" not in context:
+            return "[down]" if "none" in question else "[left]"
+        rows = [line.split() for line in question.split("Board:\n")[1].split("\n\n")[0].splitlines()]
+        places = {s: [(r, c) for r, row in enumerate(rows) for c, cell in enumerate(row) if cell == s] for s in "HP"}
+        board = Lake(frozenset(places["H"]), *places["P"])
+        return f"I go [{solve(game, board, 9)[0]}]."
+
+    done = run(config, Model(letters, answer, monkeypatch), mesh, tmp_path / "c.jsonl")
+    assert done.chosen == f"{LESSON} Walk to G, and never onto H." and done.selection.p < 0.05
+    assert done.counts["without a lesson"] == 0
 
 
 # --- Questions of a file ---

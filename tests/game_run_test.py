@@ -56,6 +56,7 @@ def test_results_count_boards(finished):
     for name, metrics in results.items():
         assert metrics["n"] == 10 and 1 <= metrics["turns_x"] <= 5 and 1 <= metrics["turns_xc"] <= 5
         assert {"harm", "benefit", "obedience", "acc_paraphrase", "view_kl", "distill"} <= metrics.keys()
+        assert 0 < metrics["random_moves"] < metrics["fixed_path"] < metrics["perfect_play"] == 1
         items = read_rows(workdir / name / "items.jsonl")
         assert len({(item["id"], item["view"]) for item in items}) == len(items) == 10 * 5
         bare = [item["turns"] for item in items if item["view"] == "bare"]

@@ -276,6 +276,18 @@ def test_table_is_aligned_markdown() -> None:
     assert [field.strip() for field in lines[-1].replace("\\|", "__").split("|")[2:-1]] == ["-"] * 11
 
 
+def test_below_the_scores_of_a_game_are_those_of_players_without_skill():
+    row = {"acc_x": 0.2, "random_moves": 0.121, "fixed_path": 0.262, "perfect_play": 1.0}
+    text = results_table({"base": row, "opcd": row})
+    players = "boards: random moves win 12.1 %, the best fixed path 26.2 %, perfect play 100.0 %"
+    assert text.endswith(f"|\n\n{players}") and text.count("boards:") == 1
+    del row["fixed_path"]  # of too many sequences
+    assert results_table({"base": row}).endswith("boards: random moves win 12.1 %, perfect play 100.0 %")
+    assert "boards" not in results_table(RESULTS)
+    headers, checks = check_table({"base": row})
+    assert {"random moves %", "perfect play %"} <= set(headers)
+
+
 @pytest.mark.parametrize(
     ("lowest", "level", "said"),
     [(0.96, "good", False), (0.9, "mid", True), (0.41, "bad", True), (None, "", False)],

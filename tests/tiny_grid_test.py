@@ -51,6 +51,12 @@ def test_the_games_boards_and_what_players_without_skill_win(world):
         GridWalk(2, 3)
 
 
+def test_a_run_records_what_its_held_out_boards_are_worth(world):
+    facts, own = world.facts["boards"]["test"], measure(world.game, world.boards["test"][:60], world.max_turns)
+    assert facts["boards"] == len(world.rows("test")) == 60 and world.facts["boards"]["dev"]["boards"] == 40
+    assert (facts["random"], facts["fixed"], facts["ceiling"]) == (own.random, own.fixed, 1.0)
+
+
 def test_a_legend_is_read_whatever_the_order_of_its_pairs(world):
     assert parse_legend(TEXT) == LEGEND
     again = world.paraphrase(world.rows("dev")[0], np.random.default_rng(1))
