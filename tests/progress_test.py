@@ -27,6 +27,7 @@ def shown(monkeypatch):
 
     def patched(stream: io.StringIO) -> io.StringIO:
         monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have imported it
         monkeypatch.setattr(progress, "QUIET", 0.2)
         monkeypatch.setattr(progress, "TERMINAL", 0.1)
         monkeypatch.setattr(progress, "FILE", 0.5)
