@@ -71,7 +71,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.train.steps = STEPS
     config.train.batch_size = 16
-    config.train.retention_rows = 4  # enough to stay obedient; 16 rows with other documents would double a step
+    config.train.retention_rows = 4  # enough to stay obedient (docs/results.md); more make a step dearer
     config.train.save_every = 30
     config.loss.chunk = 24
     for name, changes in ARMS.items():

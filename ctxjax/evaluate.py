@@ -28,9 +28,7 @@ def main(
     """Run the command with the values of its flags (see ``command_line``)."""
     if out is None:
         raise ValueError("--out is missing; give a folder for results.json and the responses")
-    out = command.parse_folder("--out", out)
-    if out.exists():
-        raise FileExistsError(f"--out={out} exists; choose another folder, since nothing is overwritten")
+    out = command.parse_new("--out", out)
     command.prepare(config)
     apply_flags(config, model, task, context)
     from ctxjax import report

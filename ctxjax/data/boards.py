@@ -8,7 +8,7 @@ from ctxjax.data.grading.grade import Grade
 from ctxjax.games.boards import measure
 from ctxjax.games.game import FORGIVEN, Episode, Game
 
-MOST_MEASURED = 512
+MOST_MEASURED = 512  # boards of a split
 
 
 def name_board(game: Game, board: Hashable) -> str:
@@ -27,8 +27,7 @@ def measure_boards(game: Game, choose: Callable[[str], list[Hashable]], max_turn
     """Return what the boards of dev and test are worth (``games.boards.Facts``), by split, as plain values.
 
     ``choose``: split -> its boards, in random order, of which at most the first MOST_MEASURED count; a split without
-    boards is left out. A task has the result in ``facts["boards"]``:
-    evaluations report it next to their scores.
+    boards is left out. A task has the result in ``facts["boards"]``; evaluations report it next to their scores.
     """
     found = {}
     for split in ("dev", "test"):

@@ -150,8 +150,8 @@ def _loop_ends(max_tokens: int) -> list[int]:
 
 
 def row_limits(rows: int, max_tokens: int) -> list[int]:
-    """Return how many unfinished rows of a device end each decode loop, in descending order down to 0; the next loop
-    decodes only so many.
+    """Return the numbers of unfinished rows at which the decode loops end, on each device, in descending order down to
+    0. The number at which a loop ends is the number of rows that the next one decodes.
 
     The loops of ``_loop_ends`` decode all ``rows`` and end at the first limit. After them, loop i of n - 1 decodes
     (1 - i / n)^2 of the rows, with a cache of full length. That is close to the cheapest choice if every token is

@@ -148,6 +148,15 @@ def parse_folder(flag: str, name: str) -> Path:
     return Path(name).expanduser()
 
 
+def parse_new(flag: str, name: str) -> Path:
+    """Return the file or folder that a flag names, to be written. Raises ValueError as ``parse_folder`` does, and
+    FileExistsError if it exists."""
+    path = parse_folder(flag, name)
+    if path.exists():
+        raise FileExistsError(f"{flag}={path} exists; choose another name, since nothing is overwritten")
+    return path
+
+
 def prepare(config: ConfigDict) -> None:
     """Set up logging, CPU devices and the compile cache. Call it before the first use of jax's backends."""
     quieten()

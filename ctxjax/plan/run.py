@@ -156,7 +156,8 @@ def find_views(config: Experiment, lengths: Lengths | None) -> Views:
     with progress.Bar("encoding the training questions"):
         encoded, retention = encode_training_rows(config, opened, tokenizer)
     other = retention.shape if retention else None
-    notes = [describe_outliers(encoded, retention), _describe_turns(turns := _count_turns(config))]
+    turns = _count_turns(config)
+    notes = [describe_outliers(encoded, retention), _describe_turns(turns)]
     return Views(**encoded.shapes, other=other, note="; ".join(filter(None, notes)), turns=turns)
 
 

@@ -73,9 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def run() -> None:
-        workdir, out = command.parse_folder("--workdir", options.workdir), command.parse_folder("--out", options.out)
-        if out.exists():
-            raise FileExistsError(f"--out={out} exists; choose another name, since nothing is overwritten")
+        workdir, out = command.parse_folder("--workdir", options.workdir), command.parse_new("--out", options.out)
         try:
             scales = [float(part) for part in options.scales.split(",")]
         except ValueError:
