@@ -319,11 +319,15 @@ def get_config() -> ConfigDict:
     # than the student, name the teacher.
     config.self_study.writer = config.model.get_oneway_ref("path")
     config.self_study.questions = 256  # to write, of all splits
+    config.self_study.follow_up_share = 0.2  # share of the questions that are second turns, after a question and reply
     config.self_study.unrelated_share = 0.1  # share of the requests for questions about anything else
     config.self_study.temperature = 0.8  # of the questions; replies are greedy
     config.self_study.longest_question = 48  # tokens; longer drafts are thrown away
     config.self_study.longest_reference = config.rollout.get_oneway_ref("max_tokens")  # tokens; as for questions
     config.self_study.seed = config.get_oneway_ref("seed")  # of the requests and of the drafts
+    # What the context demands of every reply, if it can be checked: a name of docs/contexts.md and, after a space, its
+    # argument, such as "starts_with Arr"; "": replies are compared with the writer's.
+    config.self_study.check = ""
 
     config.text_game = ConfigDict()  # task text_game: a game of several turns, for any model (ctxjax/games)
     config.text_game.game = "frozenlake"  # or "sokoban", "ice_slide", "grid_walk"

@@ -17,6 +17,7 @@ import pytest
 
 from ctxjax import __main__ as console
 from ctxjax.configs import base
+from ctxjax.data.grading.response_checks import CHECKS
 from ctxjax.monitoring.alarms import ALARMS
 from docs import write_configuration
 
@@ -114,6 +115,12 @@ def test_fields_that_are_named_exist():
         for name in re.findall(rf"`((?:{sections})\.[a-z_]+)\b", path.read_text()):
             section, field = name.split(".")
             assert field in config[section] or (ROOT / name).exists() or field in ("md", "py"), (path.name, name)
+
+
+def test_every_check_is_named_with_its_argument():
+    text = (ROOT / "docs" / "contexts.md").read_text(encoding="utf-8")
+    for name, (kind, _) in CHECKS.items():
+        assert re.search(rf"`{name}{'' if kind is None else ' [A-Z]+'}`", text), name
 
 
 def test_the_reference_of_fields_is_that_of_the_configuration():

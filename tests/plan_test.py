@@ -73,6 +73,9 @@ def test_decode_loops_run_from_bound_to_bound():
     line = next(line for line in second[1].splitlines() if "%w4" in line)
     found = hlo.count_traffic(text.replace("  %w3", f"{line}\n  %w3"), head_chunks=3)
     assert found["collective-permute"].count == (20 - 1) + (50 - 20) + 3
+    again = "\n".join(one.replace("%w", "%again") for one in text.splitlines() if "decode/while" in one)
+    twice = text.replace("  %w3", f"{line}\n{line.replace('%w', '%again')}\n{again}\n  %w3")
+    assert hlo.count_traffic(twice, head_chunks=3)["collective-permute"].count == 2 * 49 + 3  # a second rollout
 
 
 def test_decode_loops_for_fewer_rows_do_not_run_at_full_length():

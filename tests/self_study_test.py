@@ -12,7 +12,8 @@ from ctxjax import config as config_lib, rng
 from ctxjax.configs import bake
 from ctxjax.data import prompts
 from ctxjax.data.grading.graders import grade_overlap
-from ctxjax.data.task import Row
+from ctxjax.data.grading.response_checks import Check, read_check
+from ctxjax.data.task import Row, grade_response
 from ctxjax.data.tasks.self_study import SelfStudy, find_questions_file
 from ctxjax.inputs import decoding, question_writer
 from ctxjax.inputs.question_writer import Request, clean_question, list_requests, split_parts
@@ -97,15 +98,13 @@ def test_a_task_need_not_be_a_question(draft, kept):
     assert clean_question(draft, REQUEST._replace(is_task=True)) == kept
 
 
-def test_questions_tasks_and_what_is_asked_next_are_requested_of_every_part(tmp_path):
+def test_questions_and_tasks_are_requested_of_every_part(tmp_path):
     requests = list_requests(make(tmp_path, **{"self_study.questions": 100}).task_config)
     about = [request for request in requests if request.row.context is not None]
     for part in split_parts(CONTEXT):
         asked = [request for request in about if request.about == part]
         tasks = [request for request in asked if request.is_task]
-        follow_ups = [request for request in asked if "asks next" in request.row.question]
-        assert len(tasks) / len(asked) == pytest.approx(0.2, abs=0.07)
-        assert len(follow_ups) / len(asked) == pytest.approx(0.2, abs=0.07)
+        assert len(tasks) / len(asked) == pytest.approx(0.25, abs=0.07)
     assert not any(request.is_task for request in requests if request.row.context is None)
 
 
@@ -168,6 +167,7 @@ def mesh():
 
 SMALL = {
     "self_study.questions": 48, "self_study.longest_question": 400, "self_study.longest_reference": 400,
+    "self_study.follow_up_share": 0.0,
 }  # fmt: skip
 
 
@@ -202,23 +202,113 @@ def test_the_reasoning_of_a_writer_that_thinks_is_no_part_of_its_replies(tmp_pat
     assert {json.loads(line)["reference"] for line in lines} == {"reply"}
 
 
-def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, tokenizer, mesh):
-    config = make(tmp_path, **SMALL)
+@pytest.mark.parametrize(("replies", "drafted"), [(0, 40), (1, 56)])  # of 36 first questions, and 12 follow-ups
+def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, tokenizer, mesh, replies, drafted):
+    config = make(tmp_path, **SMALL | {"self_study.follow_up_share": 0.25})
     path = find_questions_file(config.task_config)
     whole = Fake(monkeypatch, tokenizer, DRAFTS)
     expected = question_writer.write_questions(config, tmp_path / "other.jsonl", mesh)
-    assert whole.drafted == 56
+    assert whole.drafted == 56 and len(expected) == 48
 
     broken = Fake(monkeypatch, tokenizer, DRAFTS)
-    monkeypatch.setattr(question_writer, "_reply", lambda *given: 1 / 0)
+    reply, done = question_writer._Writer.reply, []
+
+    def stop(writer, *given):
+        done.append(None)
+        return 1 / 0 if len(done) > replies else reply(writer, *given)
+
+    monkeypatch.setattr(question_writer._Writer, "reply", stop)
     with pytest.raises(ZeroDivisionError):
         question_writer.ensure_questions(config, mesh)
-    assert broken.drafted == 56 and not path.exists()
+    assert broken.drafted == drafted and not path.exists()
     monkeypatch.undo()
-    again = Fake(monkeypatch, tokenizer, ["It is not asked."])
+    again = Fake(monkeypatch, tokenizer, DRAFTS)
+    again.drafted = drafted
     question_writer.ensure_questions(config, mesh)
-    assert again.drafted == 0
+    assert again.drafted == 56
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+    keys = [key for fake in (broken, again) for key, (use, _) in zip(fake.keys, fake.batches) if use.temperature]
+    assert keys == [key for key, (use, _) in zip(whole.keys, whole.batches) if use.temperature]
+    assert len(set(map(str, keys))) == 7  # no batch repeats the drafts of another
+
+
+def test_some_conversations_go_on_with_a_question_after_the_reply(tmp_path, monkeypatch, tokenizer, mesh):
+    fake, config = Fake(monkeypatch, tokenizer, DRAFTS), make(tmp_path, **SMALL | {"self_study.follow_up_share": 0.25})
+    asked, encode = [], prompts.encode
+    monkeypatch.setattr(
+        prompts, "encode", lambda tokenizer, rows, *rest: asked.append(rows) or encode(tokenizer, rows, *rest)
+    )
+    question_writer.ensure_questions(config, mesh)
+    rows = [json.loads(line) for line in find_questions_file(config.task_config).read_text().splitlines()]
+    first, second = rows[:36], rows[36:]
+    assert len(second) == 12 and not any("earlier" in row for row in first)
+    assert [row["earlier"] for row in second] == [[[row["question"], row["reference"]]] for row in first[:12]]
+    assert [row["about"] for row in second] == [row["about"] for row in first[:12]]
+    assert len({row["id"] for row in rows}) == 48
+    requests, replied = asked[2], asked[3]
+    assert {request.question for request in requests} == {question_writer.FOLLOW_UP} and len(requests) == 36
+    assert [request.earlier for request in requests] == [((row["question"], row["reference"]),) for row in first]
+    assert all(row.context == CONTEXT for row in replied) and [row.earlier for row in replied] == [
+        ((row["question"], row["reference"]),) for row in first[:12]
+    ]
+    task = SelfStudy(config.task_config)
+    splits = {row.conversation: split for split in ("train", "dev", "test") for row in task.rows(split)}
+    assert len(splits) == 48 and fake.drafted == 56
+    for row in second:  # a question is never trained on that an evaluation asks
+        ((said, reply),) = row["earlier"]
+        assert splits[f"{said}\n{reply}\n{row['question']}"] == splits[said]
+
+
+def write_questions(tmp_path, **changes):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": f"Why {i}?", "reference": "So."} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [rows[0] | changes, *rows[1:]]))
+    return path
+
+
+@pytest.mark.parametrize("earlier", ["Why?", [["Why?"]], [["Why?", ""]], [["Why?", 3]], {"Why?": "So."}])
+def test_earlier_turns_that_are_none_are_refused(tmp_path, earlier):
+    path = write_questions(tmp_path, earlier=earlier)
+    with pytest.raises(ValueError, match="mine.jsonl, line 1: earlier must be a list of turns"):
+        SelfStudy(make(tmp_path, **{"self_study.path": str(path)}).task_config)
+
+
+def test_a_demand_of_the_context_that_can_be_checked_is_the_grade(tmp_path):
+    given = {"self_study.path": str(write_questions(tmp_path)), "self_study.check": "starts_with Arr"}
+    task = SelfStudy(make(tmp_path, **given).task_config)
+    rows = task.rows("dev")
+    assert {row.check for row in rows} == {Check("starts_with", "Arr")}
+    assert grade_response(task, "Arr, who knows?", rows[0]).correct and task.grade("Arr!", "").correct
+    assert not grade_response(task, "So.", rows[0]).correct and not task.grade("So.", "So.").correct
+    (other,) = task.rows_under(rows[0], task.other_contexts("test")[0])
+    assert other.check != rows[0].check  # its own
+    unchecked = SelfStudy(make(tmp_path, **given | {"self_study.check": ""}).task_config)
+    assert unchecked.rows("dev")[0].check is None and unchecked.grade("So.", "So.").correct
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        ("polite", r"self_study.check = 'polite': check = 'polite' is not known; choose from at_least_words"),
+        ("sentences two", "takes an argument of type int, not 'two'"),
+        ("upper_case 3", "takes no argument, not '3'"),
+        ("contains", "takes an argument of type str, not None"),
+    ],
+)
+def test_a_check_that_is_none_is_refused(tmp_path, check, message):
+    with pytest.raises(ValueError, match=message):
+        SelfStudy(make(tmp_path, **{"self_study.check": check}).task_config)
+
+
+@pytest.mark.parametrize(
+    ("text", "check"),
+    [
+        ("", None), (" upper_case ", Check("upper_case")), ("sentences 2", Check("sentences", 2)),
+        ("ends_with over and out", Check("ends_with", "over and out")), ("avoids 3", Check("avoids", "3")),
+    ],
+)  # fmt: skip
+def test_a_check_is_a_name_and_its_argument(text, check):
+    assert read_check(text, "") == check
 
 
 def test_drafts_go_on_with_the_next_request_if_the_batches_have_another_size(tmp_path, monkeypatch, tokenizer, mesh):
@@ -233,7 +323,7 @@ def test_drafts_go_on_with_the_next_request_if_the_batches_have_another_size(tmp
 
     monkeypatch.setattr(question_writer, "_decode", decode)
     requests = list_requests(config.task_config)
-    drafted = list(question_writer._draft(config, question_writer.open_folder(), requests, drafts, mesh))
+    drafted = list(question_writer._Writer(config, drafts, mesh)._draft(requests))
     assert given == prompts.encode(tokenizer, [request.row for request in requests[16:]], config.prompt)
     assert [len(texts) for texts in drafted] == [8, 8] + [16] * 47 and len(set(keys)) == 47
     assert [json.loads(line) for line in drafts.read_text().splitlines()] == drafted
@@ -280,10 +370,9 @@ def test_another_context_writer_or_setting_is_another_file_and_a_given_file_is_r
     changes = [
         {}, {"self_study.context": "Be kind to all."}, {"model.path": "/other"}, {"self_study.questions": 7},
         {"self_study.temperature": 0.5}, {"seed": 3}, {"self_study.unrelated_share": 0.5},
+        {"self_study.follow_up_share": 0.5},
     ]  # fmt: skip
     names = [find_questions_file(make(tmp_path, **change).task_config).name for change in changes]
     assert len(set(names)) == len(changes)
-    given = tmp_path / "mine.jsonl"
-    given.write_text("".join(json.dumps({"question": f"Why {i}?", "reference": "So."}) + "\n" for i in range(60)))
-    task = SelfStudy(make(tmp_path, **{"self_study.path": str(given)}).task_config)
+    task = SelfStudy(make(tmp_path, **{"self_study.path": str(write_questions(tmp_path))}).task_config)
     assert sum(len(task.rows(split)) for split in ("train", "dev", "test")) == 60

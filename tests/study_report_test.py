@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+from pathlib import Path
+import shutil
 from xml.etree import ElementTree
 
 from ml_collections import ConfigDict
@@ -154,6 +156,29 @@ def test_the_page_has_every_table_and_the_figure_every_arm(folder):
     assert [row["state"] for row in table(folder, "runs")].count("done") == 6
     rates = table(folder, "rates")
     assert {(row["arm"], row["rate"]) for row in rates} == {(arm, "0.001") for arm in RIGHT}
+
+
+def test_the_report_is_the_same_without_the_folders_of_the_runs(folder, tmp_path):
+    for cell in folder.costs:
+        if folder.state(cell) == worker.DONE:
+            path = Path("cells", cell.name, "record.json")
+            (tmp_path / path.parent).mkdir(parents=True)
+            shutil.copy(folder.root / path, tmp_path / path)
+            assert (folder.root / path).stat().st_size < 25_000
+    moved = worker.Folder(tmp_path, folder.study, folder.costs)
+    report.write_report(moved)
+    written = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert written == sorted(path.name for path in (folder.root / "report").iterdir()) and len(written) == 10
+    for name in written:
+        assert (tmp_path / "report" / name).read_bytes() == (folder.root / "report" / name).read_bytes()
+
+
+def test_a_record_that_is_broken_is_named(folder, tmp_path):
+    cell = Cell("one", FINAL, 0)
+    (tmp_path / "cells" / cell.name).mkdir(parents=True)
+    (tmp_path / "cells" / cell.name / "record.json").write_text('{"facts": {}}')
+    with pytest.raises(ValueError, match=r"one-final0/record.json cannot be read .*remove it"):
+        report.write_report(worker.Folder(tmp_path, folder.study, folder.costs))
 
 
 def test_a_study_without_a_finished_run_has_no_report(tmp_path, folder):

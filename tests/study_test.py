@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,28 @@ def test_all_cells_are_run_the_cheap_ones_first_each_phase_after_the_one_before(
     worker.work(folder, said.append)
     assert (tmp_path / "cells" / "small-rate7" / "run" / "starts").read_text().count("\n") == 1  # nothing is repeated
     assert not list(tmp_path.glob("cells/*/claim.*"))
+
+
+def test_a_study_goes_on_elsewhere_with_the_records_of_its_cells(make_folder, tmp_path):
+    folder = make_folder()
+    (tmp_path / "go").touch()
+    worker.work(folder, lambda text: None)
+    for cell in folder.costs:
+        own = folder.of(cell)
+        assert (own / "record.json").exists()
+        for path in own.iterdir():
+            if (cell.phase, cell.configuration) == (FINAL, "large"):
+                shutil.rmtree(own)
+                break
+            if path.name not in ("config.json", "record.json"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    states = {cell.name: folder.state(cell) for cell in folder.costs}
+    assert states == dict.fromkeys(states, "done") | {"large-final0": "waiting", "large-final1": "waiting"}
+    folder.check()
+    worker.work(folder, lambda text: None)
+    assert {path.parents[1].name for path in tmp_path.glob("cells/*/run/starts")} == {"large-final0", "large-final1"}
+    made = json.loads((tmp_path / "cells" / "large-final1" / "config.json").read_text())
+    assert made["arms"]["a"] == {"lr": 1e-4} and made["arms"]["b"] == {"beta": 0.5, "lr": 1e-3}  # the rates as before
 
 
 def test_a_failed_cell_is_recorded_with_its_log_and_the_others_go_on(make_folder, tmp_path):

@@ -109,7 +109,9 @@ FIELDS = {
         "context_template": ({"context": "", "context_template": "Notes: {note}"}, "contexts"),
         "teacher_messages": ({"context": "", "teacher_messages": "told"}, "contexts"),
     },
-    "self_study": CONTEXTS | LIMITS | {"path": ("FILES/more.jsonl", QUESTIONS)},
+    "self_study": CONTEXTS | LIMITS | {
+        "path": ("FILES/more.jsonl", QUESTIONS), "check": ("starts_with Arr", "grades"),
+    },
     "medical": CONTEXTS | COLUMN | LIMITS | FORMAT | {
         "path": ("FILES/moremed.jsonl", QUESTIONS), "test_path": ("FILES/moremed.jsonl", QUESTIONS),
         "limit": (20, QUESTIONS), "first_label": (1, "references"),
@@ -148,7 +150,8 @@ FIELDS = {
 OTHERS = {name: {"records", "required"} for name in TASKS}
 OTHERS |= {"safety": {"records", "required", "path", "context_column"}, "tiny_safety": {"records", "path"}}
 WRITER = {
-    "writer", "questions", "unrelated_share", "temperature", "longest_question", "longest_reference", "seed", "cache",
+    "writer", "questions", "follow_up_share", "unrelated_share", "temperature", "longest_question", "longest_reference",
+    "seed", "cache",
 }  # fmt: skip
 OTHERS["text_game"] = {"records", "required", "context_column"}
 OTHERS["self_study"] = {"records", "required", "context_column"} | WRITER

@@ -1,6 +1,6 @@
 """A model writes the questions of task self_study: it reads a part of the context, and asks for it, brings a task that
-it governs, or asks what a user who knows it asks next; or it asks for something else. Then it answers each question
-with the context in its prompt.
+it governs, or asks for something else. Then it answers each question with the context in its prompt. Some of these
+conversations go on: the model writes what the user asks next, and answers that, too.
 
 What is no single, finished question is thrown away, and so are repeats. Small models need several drafts for a question
 that is kept; a line at the end says how many.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+import itertools
 import json
 from pathlib import Path
 import re
@@ -24,9 +25,8 @@ from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses, splits
 from ctxjax.data.contexts import Contexts
 from ctxjax.data.grading.graders import read_short, strip_reasoning
-from ctxjax.data.records import hash_text
-from ctxjax.data.task import Row
-from ctxjax.data.tasks.self_study import SelfStudyConfig, find_questions_file
+from ctxjax.data.task import Row, describe_earlier
+from ctxjax.data.tasks.self_study import SelfStudyConfig, find_questions_file, make_id
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.inputs import decoding
@@ -42,9 +42,9 @@ ABOUT = (
     f"{FACT}Write a question whose answer is in this fact.{ALONE}",
     f"{FACT}Write a short question that this fact answers, in other words than the fact.{ALONE}",
     f'A user has not read this: "{{part}}"\nWhat would the user ask to learn it?{ALONE}',
-    f'An assistant has just told a user this: "{{part}}"\nWrite what the user asks next.{ALONE}',
 )
 TASK = 'An assistant works by this: "{part}"\nWrite a task for which it matters. Reply with the task alone.'
+FOLLOW_UP = f"Write a question that I may ask you next, now that I know this.{ALONE}"
 UNRELATED = f"Write a short question about {{topic}} that a user may ask an assistant.{ALONE}"
 TOPICS = (
     "animals", "books", "cooking", "football", "gardening", "geography", "health", "history", "languages",
@@ -60,6 +60,14 @@ class Request(NamedTuple):
     context: str
     about: str
     is_task: bool = False
+
+
+class Asked(NamedTuple):
+    """A question that is kept. ``row``: the conversation with the context, up to the question. ``request``: what it was
+    written for."""
+
+    row: Row
+    request: Request
 
 
 def ensure_questions(config: Experiment, mesh: Mesh) -> None:
@@ -96,50 +104,32 @@ def _find_drafts(path: Path) -> Path:
     return path.with_suffix(".drafts")
 
 
-def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict[str, str]]:
+def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict]:
     """Return the rows of the file: questions that differ, with the writer's replies.
 
     Drafts are kept in a file next to ``path``, batch by batch, so that an interrupted run goes on.
     """
     task = config.task_config
-    dtype, frozen = config.model.dtype, config.teacher.param_dtype
-    folder = open_folder(task.writer, mesh, dtype, frozen, attention=config.model.attention)
-    requests = list_requests(task)
-    kept: dict[str, tuple[Request, str]] = {}
-    drafted, left_out = 0, Counter()
-    with progress.Bar("writing questions", task.questions, "question", compiles=True) as bar:
-        for texts in _draft(config, folder, requests, _find_drafts(path), mesh):
-            for request, text in zip(requests[drafted : drafted + len(texts)], texts):
-                question = clean_question(text, request)
-                key = question and splits.normalize(question)
-                if not question:
-                    left_out["without a question" if text else "cut"] += 1
-                elif key in kept:
-                    left_out["repeats"] += 1
-                elif len(kept) < task.questions:
-                    kept[key] = request, question
-            drafted += len(texts)
-            bar.update(len(kept) - bar.n)
-            if len(kept) == task.questions:
-                break
-    replies = _reply(config, folder, list(kept.values()), mesh)
-    rows = [
-        {"id": hash_text(key)[:16], "question": question, "reference": reply, "about": request.about}
-        for (key, (request, question)), reply in zip(kept.items(), replies)
-        if reply and _has_words(reply)
-    ]
-    left_out["replies that are cut"] = sum(not reply for reply in replies)
-    left_out["replies without a word"] = sum(bool(reply) and not _has_words(reply) for reply in replies)
+    writer, left_out = _Writer(config, _find_drafts(path), mesh), Counter()
+    second = round(task.questions * task.follow_up_share)
+    answered = writer.reply(writer.ask(list_requests(task), task.questions - second, left_out), left_out)
+    follow_ups = writer.ask([request_follow_up(asked, reply) for asked, reply in answered], second, left_out)
+    answered += writer.reply(follow_ups, left_out)
     why = ", ".join(f"{name} {count}" for name, count in left_out.items() if count) or "none"
-    print(f"{len(rows)} questions with replies, of {drafted} drafts; left out: {why}", flush=True)
-    if len(rows) < task.questions // 2:
+    drafted = f"{writer.drafted} drafts"
+    print(f"{len(answered)} questions with replies, of {drafted}; left out: {why}", flush=True)
+    if len(answered) < task.questions // 2:
         raise ValueError(
-            f"{task.writer} wrote {len(rows)} usable questions in {drafted} drafts (left out: {why}), and "
+            f"{task.writer} wrote {len(answered)} usable questions in {drafted} (left out: {why}), and "
             f"self_study.questions = {task.questions}; take a larger model as self_study.writer, lower "
             "self_study.questions, raise longest_question or longest_reference if texts are cut, or give questions as "
             "self_study.path"
         )
-    return rows
+    return [
+        {"id": make_id(row), "question": row.question, "reference": reply, "about": request.about}
+        | describe_earlier(row)
+        for (row, request), reply in answered
+    ]
 
 
 def _has_words(reply: str) -> bool:
@@ -175,6 +165,14 @@ def list_requests(task: SelfStudyConfig) -> list[Request]:
     return requests
 
 
+def request_follow_up(asked: Asked, reply: str) -> Request:
+    """Return what the writer is asked once it has replied: the next turn of the same conversation."""
+    row, request = asked
+    turns = (*row.earlier, (row.question, reply))
+    follow_up = Row(f"{request.row.id}, next", FOLLOW_UP, request.row.context, "", earlier=turns)
+    return request._replace(row=follow_up, is_task=False)
+
+
 def clean_question(text: str, request: Request) -> str | None:
     """Return the first question of a draft, or the first sentence of a task; None if there is none that could be asked
     by itself."""
@@ -186,44 +184,82 @@ def clean_question(text: str, request: Request) -> str | None:
     return None if is_about_text or is_part or len(said.split()) < 3 else said[0].upper() + said[1:]
 
 
-def _draft(
-    config: Experiment, folder: ModelFolder, requests: list[Request], drafts: Path, mesh: Mesh
-) -> Iterator[list[str]]:
-    """Yield drafts batch by batch, in the order of ``requests``; those of an earlier start from their file.
+class _Writer:
+    """The model that writes. ``drafted``: how many requests it has answered."""
 
-    A draft that is cut at ``longest_question`` tokens is "".
-    """
-    task, size = config.task_config, config.eval.batch_size
-    stored = drafts.read_text(encoding="utf-8").splitlines() if drafts.exists() else []
-    sampling = SamplingConfig(task.longest_question, folder.stop_ids, folder.pad_id, task.temperature)
-    tokens = prompts_lib.encode(folder.tokenizer, [request.row for request in requests], config.prompt)
-    folder.check_prompts(tokens, task.longest_question, "self_study.longest_question")
-    prompts = decoding.pad_prompts(tokens, folder.pad_id)
-    before = [json.loads(line) for line in stored]  # an earlier start may have had another size
-    yield from before
-    for start in range(sum(map(len, before)), len(requests), size):
-        key = rng.key_for(jax.random.key(task.seed), len(stored), "rollout")
-        texts = _decode(folder, decoding.take_rows(prompts, slice(start, start + size)), sampling, key, size, mesh)
-        stored.append(json.dumps(texts))
-        if processes.is_first():
-            drafts.parent.mkdir(parents=True, exist_ok=True)
-            workdir_lib.write_text(drafts, "".join(line + "\n" for line in stored))
-        yield texts
+    def __init__(self, config: Experiment, drafts: Path, mesh: Mesh):
+        self._config, self._task, self._drafts, self._mesh = config, config.task_config, drafts, mesh
+        dtype, frozen = config.model.dtype, config.teacher.param_dtype
+        self._folder = open_folder(self._task.writer, mesh, dtype, frozen, attention=config.model.attention)
+        self.drafted, self._batches = 0, 0
 
+    def ask(self, requests: list[Request], wanted: int, left_out: Counter) -> list[Asked]:
+        """Return at most ``wanted`` questions that differ, in the order of ``requests``; count the others by cause."""
+        kept: dict[str, Asked] = {}
+        if not wanted or not requests:
+            return []
+        with progress.Bar("writing questions", wanted, "question", compiles=True) as bar:
+            drafts = itertools.chain.from_iterable(self._draft(requests))
+            for request, text in zip(requests, drafts):
+                question = clean_question(text, request)
+                row = request.row._replace(question=question or "", context=request.context)
+                key = splits.normalize(row.conversation)
+                if not question:
+                    left_out["without a question" if text else "cut"] += 1
+                elif key in kept:
+                    left_out["repeats"] += 1
+                else:
+                    kept[key] = Asked(row, request)
+                    bar.update(1)
+                if len(kept) == wanted:
+                    break
+        return list(kept.values())
 
-def _reply(config: Experiment, folder: ModelFolder, asked: list[tuple[Request, str]], mesh: Mesh) -> list[str]:
-    """Return the writer's greedy replies with the context, without their reasoning; "" for one that is cut at
-    ``longest_reference`` tokens, reasoning included."""
-    if not asked:
-        return []
-    task = config.task_config
-    rows = [Row("", question, request.context, "") for request, question in asked]
-    sampling = SamplingConfig(task.longest_reference, folder.stop_ids, folder.pad_id, 0.0)
-    tokens = prompts_lib.encode(folder.tokenizer, rows, config.prompt)
-    folder.check_prompts(tokens, task.longest_reference, "self_study.longest_reference")
-    prompts, key = decoding.pad_prompts(tokens, folder.pad_id), rng.key_for(jax.random.key(task.seed), 0, "evaluation")
-    texts = _decode(folder, prompts, sampling, key, config.eval.batch_size, mesh, "answering them")
-    return [strip_reasoning(text)[0] for text in texts]
+    def reply(self, asked: list[Asked], left_out: Counter) -> list[tuple[Asked, str]]:
+        """Return the questions with the writer's greedy replies with the context, without their reasoning. Replies are
+        left out that are cut at ``longest_reference`` tokens, reasoning included, or that have no word."""
+        if not asked:
+            return []
+        sampling = SamplingConfig(self._task.longest_reference, self._folder.stop_ids, self._folder.pad_id, 0.0)
+        prompts = self._encode([row for row, _ in asked], "longest_reference")
+        key = rng.key_for(jax.random.key(self._task.seed), 0, "evaluation")
+        texts = _decode(
+            self._folder, prompts, sampling, key, self._config.eval.batch_size, self._mesh, "answering them"
+        )
+        replies = [strip_reasoning(text)[0] for text in texts]
+        left_out["replies that are cut"] += sum(not reply for reply in replies)
+        left_out["replies without a word"] += sum(bool(reply) and not _has_words(reply) for reply in replies)
+        return [(one, reply) for one, reply in zip(asked, replies) if reply and _has_words(reply)]
+
+    def _draft(self, requests: list[Request]) -> Iterator[list[str]]:
+        """Yield drafts batch by batch, in the order of ``requests``; those of an earlier start from their file.
+
+        A draft that is cut at ``longest_question`` tokens is "".
+        """
+        task, size = self._task, self._config.eval.batch_size
+        stored = self._drafts.read_text(encoding="utf-8").splitlines() if self._drafts.exists() else []
+        sampling = SamplingConfig(task.longest_question, self._folder.stop_ids, self._folder.pad_id, task.temperature)
+        prompts = self._encode([request.row for request in requests], "longest_question")
+        start = 0
+        while start < len(requests):
+            if self._batches < len(stored):
+                texts = json.loads(stored[self._batches])  # an earlier start may have had another size
+            else:
+                key = rng.key_for(jax.random.key(task.seed), self._batches, "rollout")
+                rows = decoding.take_rows(prompts, slice(start, start + size))
+                texts = _decode(self._folder, rows, sampling, key, size, self._mesh)
+                stored.append(json.dumps(texts))
+                if processes.is_first():
+                    self._drafts.parent.mkdir(parents=True, exist_ok=True)
+                    workdir_lib.write_text(self._drafts, "".join(line + "\n" for line in stored))
+            start, self._batches, self.drafted = start + len(texts), self._batches + 1, self.drafted + len(texts)
+            yield texts
+
+    def _encode(self, rows: list[Row], limit: str) -> Prompts:
+        """Return the prompts with room for the tokens that the field ``limit`` of the section allows."""
+        tokens = prompts_lib.encode(self._folder.tokenizer, rows, self._config.prompt)
+        self._folder.check_prompts(tokens, getattr(self._task, limit), f"self_study.{limit}")
+        return decoding.pad_prompts(tokens, self._folder.pad_id)
 
 
 def _decode(

@@ -109,10 +109,9 @@ def _count_trips(computations: dict[str, list[str]], head_chunks: int) -> dict[s
             decode.append((max(bounds), line))
         else:
             found[line] = max(bounds) if bounds else head_chunks
-    before = 1  # the pass over the prompt gives the first token
-    for stop, line in sorted(decode):
-        found[line], before = stop - before, stop
-    return found
+    stops = sorted({stop for stop, _ in decode})  # a second rollout, of retention, ends at the same ones
+    before = dict(zip(stops, [1, *stops]))  # the pass over the prompt gives the first token
+    return found | {line: stop - before[stop] for stop, line in decode}
 
 
 def _measure_bytes(shapes: str) -> int:

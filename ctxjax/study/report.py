@@ -15,7 +15,8 @@ from ctxjax.host.workdir import write_text
 from ctxjax.report import plots
 from ctxjax.report.formatting import DASH, decimals, interval, p_value, percent, signed_percent
 from ctxjax.study import results as results_lib, worker
-from ctxjax.study.results import HEADERS, UNITS, VALUES, Results
+from ctxjax.study.record import VALUES
+from ctxjax.study.results import HEADERS, UNITS, Results
 from ctxjax.study.worker import Folder
 
 Row = Sequence[str]

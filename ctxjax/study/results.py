@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ctxjax.evaluation import over_seeds
-from ctxjax.evaluation.evaluator import collect_outcomes
 from ctxjax.evaluation.metrics import METRICS
 from ctxjax.evaluation.outcomes import Outcomes
 from ctxjax.evaluation.over_seeds import Sums
 from ctxjax.evaluation.statistics import Rate
-from ctxjax.report.formatting import mean_over_layers
-from ctxjax.report.run_files import read_run
 from ctxjax.study import grid
+from ctxjax.study.record import FACTS, VALUES, ModelRecord
 from ctxjax.study.worker import DONE, Folder
 
-Views = Mapping[str, Outcomes]
 RESAMPLES = 1000
 
 
@@ -49,8 +45,6 @@ MEASURES = {  # by their key in evaluation/metrics.py, which defines them
     "obedience": Measure(("other",), lambda other: other.correct, _everything),
     "dlen": Measure(BOTH, lambda x, xc: xc.length - x.length, lambda x, xc: x.length, is_rate=False),
 }
-# Means over layers, one value of a run: its questions are not kept.
-VALUES = ("cosine_by_layer", "cosine_control_by_layer", "cka_by_layer", "cka_control_by_layer")
 HEADERS = {metric.key: metric.header for metric in METRICS if metric.key in (*MEASURES, *VALUES)}
 UNITS = {metric.key: metric.unit for metric in METRICS if metric.key in HEADERS}
 
@@ -74,27 +68,25 @@ def read_results(folder: Folder) -> Results:
     for cell in folder.costs:
         if cell.phase != grid.FINAL or folder.state(cell) != DONE:
             continue
-        run = read_run(folder.run_of(cell))
-        for model, row in run.results.items():
-            found = _reduce(cell.seed, collect_outcomes(run.items[model]), row)
+        for model, record in folder.record(cell).models.items():
+            found = _reduce(cell.seed, record)
             results.setdefault(cell.configuration, {}).setdefault(model, []).append(found)
     if not results:
         raise ValueError(f"{folder.root}: no run of the phase {grid.FINAL!r} is done, so there is nothing to report")
     return results
 
 
-def _reduce(seed: int, outcomes: Views, row: dict) -> RunResult:
+def _reduce(seed: int, record: ModelRecord) -> RunResult:
     sums, events = {}, {}
     for key, measure in MEASURES.items():
-        if not outcomes.keys() >= set(measure.needs):
+        if not record.views.keys() >= set(measure.needs):
             continue
-        views = [outcomes[view] for view in measure.needs]
+        views = [record.views[view] for view in measure.needs]
         part, clusters = measure.part(*views), views[0].clusters
         sums[key] = Sums(np.bincount(clusters, part), np.bincount(clusters, measure.whole(*views)))
         if measure.is_rate and views[0].samples == 1:
             events[key] = part
-    means = {key: mean_over_layers(row.get(key)) for key in VALUES}
-    return RunResult(seed, sums, events, {key: value for key, value in means.items() if value is not None})
+    return RunResult(seed, sums, events, record.values)
 
 
 def _runs_with(runs: Sequence[RunResult], key: str) -> list[RunResult]:
@@ -185,12 +177,10 @@ def _by_arm_and_metric(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
 def list_runs(folder: Folder) -> Iterator[dict]:
     """Yield a row for each cell: what became of it, and what code and machine its run had."""
     for cell in folder.costs:
-        path = folder.run_of(cell) / "run.json"
-        facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        state = folder.state(cell)
+        facts = folder.record(cell).facts if state == DONE else dict.fromkeys((*FACTS, "seconds"))
         yield {
-            "configuration": cell.configuration, "phase": cell.phase, "seed": cell.seed, "state": folder.state(cell),
-            "commit": facts.get("commit"), "device": facts.get("device"), "started": facts.get("started"),
-            "seconds": facts.get("seconds", {}).get("total"),
+            "configuration": cell.configuration, "phase": cell.phase, "seed": cell.seed, "state": state, **facts,
         }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Take cells of a study and run them, one after the other, until none is left that this process could take.
 
 A cell's folder has its config.json, log.txt, the run's folder ``run``, the claim of the process that works on it, and
-failed.json if its run has failed. What a cell is follows from these files alone, so any process can end at any time.
+record.json if its run is finished or failed.json if it has failed. What a cell is follows from these files alone, so
+any process can end at any time.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import NamedTuple
 from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host import claim as claim_lib, preemption, workdir as workdir_lib
 from ctxjax.host.claim import Claim
-from ctxjax.report.run_files import read_run
 from ctxjax.study import grid
 from ctxjax.study.grid import Cell, Study
+from ctxjax.study.record import RECORD, Record, ensure_record
 
 COMMAND = (sys.executable, "-m", "ctxjax.main")  # what runs a cell
 POLL, BEAT = 1.0, 30.0  # seconds between looks at a run, and between beats of its claim
@@ -46,13 +47,17 @@ class Folder:
     def state(self, cell: Cell) -> str:
         """Return DONE, FAILED, RUNNING, WAITING, or BLOCKED: rates are not chosen yet, or cannot be."""
         folder = self.of(cell)
-        if (self.run_of(cell) / "results.json").exists():
+        if _is_finished(folder):
             return DONE
         if (folder / "failed.json").exists():
             return FAILED
         if claim_lib.find_holder(folder) is not None or _is_in_use(self.run_of(cell)):
             return RUNNING
         return WAITING if cell.phase == grid.RATE or self.is_rated(cell.configuration) else BLOCKED
+
+    def record(self, cell: Cell) -> Record:
+        """Return what is kept of a finished run."""
+        return ensure_record(self.of(cell))
 
     def is_rated(self, configuration: str) -> bool:
         """Whether the first phase of a configuration is done."""
@@ -63,13 +68,13 @@ class Folder:
         """Return the rate of every arm. Call it when the first phase of this configuration is done."""
 
         runs = {
-            cell: read_run(self.run_of(cell)).metrics
+            cell: self.record(cell).models
             for cell in self.costs
             if (cell.configuration, cell.phase) == (configuration, grid.RATE)
         }
 
         def score(cell: Cell, name: str) -> tuple[float, ...]:
-            last = runs[cell][name][-1]
+            last = runs[cell][name].dev
             chosen = map(parse_select, self.study.select)
             return tuple(sign * last.get(f"dev/{key}", math.nan) for key, sign in chosen)
 
@@ -132,8 +137,8 @@ def _take(folder: Folder, cell: Cell) -> tuple[Cell, Claim] | None:
     claim = Claim.take(folder.of(cell))
     if claim is None:
         return None
-    run = folder.run_of(cell)
-    if (run / "results.json").exists() or (folder.of(cell) / "failed.json").exists() or _is_in_use(run):
+    own = folder.of(cell)
+    if _is_finished(own) or (own / "failed.json").exists() or _is_in_use(folder.run_of(cell)):
         claim.release()
         return None
     return cell, claim
@@ -160,6 +165,7 @@ def _run(folder: Folder, cell: Cell, claim: Claim) -> Outcome:
     if run.returncode in (preemption.EXIT_CODE, preemption.INTERRUPTED):
         return Outcome(WAITING, "Its run was asked to end, and goes on later.")
     if run.returncode == 0:
+        folder.record(cell)
         return Outcome(DONE, "")
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
     workdir_lib.write_json(folder.of(cell) / "failed.json", {"exit_code": run.returncode, "last_line": last})
@@ -174,6 +180,10 @@ def _pause(folder: Folder, seconds: float) -> None:
         if (folder.root / STOP).exists():
             raise Stopped(f"{folder.root / STOP} exists")
         time.sleep(min(POLL, seconds))
+
+
+def _is_finished(cell: Path) -> bool:
+    return (cell / RECORD).exists() or (cell / "run" / "results.json").exists()
 
 
 def _is_in_use(run: Path) -> bool:

@@ -116,6 +116,15 @@ def grade_check(check: Check, response: str) -> Grade:
     return Grade(said, bool(CHECKS[check.name][1](said, check.argument)))
 
 
+def read_check(text: str, where: str) -> Check | None:
+    """Parse a check that is written as its name and, after a space, its argument; None of "". Raises ValueError that
+    starts with ``where``."""
+    name, _, argument = text.strip().partition(" ")
+    is_number = CHECKS.get(name, (None,))[0] is int and argument.strip().isdecimal()
+    entry = {"check": name or None, "argument": int(argument) if is_number else argument or None}
+    return parse_check(entry, f"{where} = {text!r}")
+
+
 def parse_check(entry: dict, where: str) -> Check | None:
     """Parse the check of a pool entry; None if it has none. Raises ValueError that starts with ``where``."""
     unknown = set(entry) - {"context", "check", "argument"}

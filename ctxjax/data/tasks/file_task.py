@@ -37,12 +37,14 @@ class RowsConfig(FileTaskConfig):
 
 
 class Question(NamedTuple):
-    """One question. Questions with equal ``text`` are repeats. ``context``: the question's own, or None."""
+    """One question. Questions with equal ``text`` are repeats. ``context``: the question's own, or None.
+    ``earlier``: as in Row."""
 
     text: str
     question: str
     reference: str
     context: str | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
 
 
 class FileTask:
@@ -84,7 +86,7 @@ class FileTask:
     def make_row(self, row_id: str, question: Question) -> Row:
         """Return the question as a row, with its own context or one of ``contexts``."""
         context = self.contexts.choose(row_id, question.context) if self.contexts else question.context
-        return Row(row_id, question.question, context, question.reference)
+        return Row(row_id, question.question, context, question.reference, earlier=question.earlier)
 
     def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
         """Yield (split, row id, question) of every usable record.

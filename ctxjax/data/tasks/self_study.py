@@ -6,7 +6,10 @@ be edited, and given again with ``self_study.path``::
     {"id": "...", "question": "What is the capital?", "reference": "It is Ironstone.", "about": "The capital is ..."}
 
 The reference is the writer's own reply with the context. A response agrees with it if they share enough words
-(graders.grade_overlap); accuracy is agreement with the teacher, not truth.
+(graders.grade_overlap); accuracy is agreement with the teacher, not truth. If the context demands something of every
+reply that can be checked (``self_study.check``), accuracy is obedience to this demand instead.
+
+The second turn of a conversation has the first one as ``"earlier": [[QUESTION, REPLY]]``.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from ctxjax.data import splits
 from ctxjax.data.contexts import ContextConfig, Contexts
 from ctxjax.data.grading import graders
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.records import Reader, hash_text
+from ctxjax.data.grading.response_checks import grade_check, read_check
+from ctxjax.data.records import Reader, Record, hash_text
+from ctxjax.data.task import Row
 from ctxjax.data.tasks.file_task import FileTask, FileTaskConfig, Question
 from ctxjax.types import bounded
 
 # Part of a file's name: increase it when the requests or the filter change.
-RECIPE = 2
+RECIPE = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,18 +39,21 @@ class SelfStudyConfig(ContextConfig, FileTaskConfig):
 
     writer: str
     questions: int = bounded(at_most=1_000_000)
+    follow_up_share: float = bounded(zero=True, at_most=0.5)
     unrelated_share: float = bounded(zero=True, at_most=1.0)
     temperature: float = bounded(at_most=100.0)
     longest_question: int = bounded(at_most=10_000)
     longest_reference: int = bounded(at_most=100_000)
     seed: int = bounded(zero=True)
     cache: str
+    check: str
 
 
 class SelfStudy(FileTask):
-    """The task over the written questions. Splits follow from the hash of a question."""
+    """The task over the written questions. Splits follow from the hash of a conversation's first question."""
 
     def __init__(self, config: SelfStudyConfig):
+        self._check = read_check(config.check, "self_study.check")
         super().__init__(config, "self_study", Contexts(config, "self_study"))
 
     def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
@@ -58,12 +66,34 @@ class SelfStudy(FileTask):
         for record in reader.read(path, 0, "self_study.path"):
             texts = reader.get_texts(record, "question")
             reference = texts and reader.get_reference(record, "reference", graders.read_short)
-            if reference:
-                key = splits.normalize(texts[0])
-                yield splits.assign_split(key), hash_text(key)[:16], Question(texts[0], texts[0], reference)
+            earlier = _read_earlier(reader, record) if reference else None
+            if earlier is not None:
+                row = Row("", texts[0], None, reference, earlier=earlier)
+                first = earlier[0][0] if earlier else row.question
+                split, row_id = splits.assign_split(splits.normalize(first)), make_id(row)
+                yield split, row_id, Question(row.conversation, row.question, reference, earlier=earlier)
+
+    def make_row(self, row_id: str, question: Question) -> Row:
+        return super().make_row(row_id, question)._replace(check=self._check)
 
     def grade(self, response: str, reference: str) -> Grade:
-        return graders.grade_overlap(response, reference)
+        return grade_check(self._check, response) if self._check else graders.grade_overlap(response, reference)
+
+
+def make_id(row: Row) -> str:
+    """Return the id of a conversation."""
+    return hash_text(splits.normalize(row.conversation))[:16]
+
+
+def _read_earlier(reader: Reader, record: Record) -> tuple[tuple[str, str], ...] | None:
+    """Return the turns before the question; None if the reader left the row out."""
+    turns = record.value.get("earlier") or []
+    is_list = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+    if not is_list or not all(isinstance(text, str) and text.strip() for turn in turns for text in turn):
+        why = "earlier must be a list of turns, [what the user said, the reply] each, which are texts"
+        reader.reject("not_text", record.where, why)
+        return None
+    return tuple((said, reply) for said, reply in turns)
 
 
 def find_questions_file(config: SelfStudyConfig) -> Path:
@@ -73,7 +103,10 @@ def find_questions_file(config: SelfStudyConfig) -> Path:
     """
     if config.path:
         return Path(config.path).expanduser()
-    names = ("writer", "questions", "unrelated_share", "temperature", "longest_question", "longest_reference", "seed")
+    names = (
+        "writer", "questions", "follow_up_share", "unrelated_share", "temperature", "longest_question",
+        "longest_reference", "seed",
+    )  # fmt: skip
     facts = {name: getattr(config, name) for name in names} | {"recipe": RECIPE}
     facts["contexts"] = list(Contexts(config, "self_study").texts.values())
     digest = hash_text(json.dumps(facts, sort_keys=True))[:16]

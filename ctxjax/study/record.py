@@ -1,0 +1,89 @@
+"""What a study keeps of a finished run, in record.json of its cell: all that rates, report and table of runs need.
+
+The run's folder, with its weights and texts, may then be removed; and a study goes on elsewhere with its cells'
+config.json and record.json alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ctxjax.evaluation.evaluator import collect_outcomes
+from ctxjax.evaluation.outcomes import Outcomes
+from ctxjax.host import workdir as workdir_lib
+from ctxjax.report.formatting import mean_over_layers
+from ctxjax.report.run_files import read_run
+
+RECORD = "record.json"
+FACTS = ("commit", "device", "started")  # of run.json
+# Means over layers, one value of a run: its questions are not kept.
+VALUES = ("cosine_by_layer", "cosine_control_by_layer", "cka_by_layer", "cka_control_by_layer")
+_BITS = ("correct", "parsed", "truncated")
+
+
+class ModelRecord(NamedTuple):
+    """One model of a run. ``values``: VALUES that it has. ``dev``: the last row of its metrics.jsonl, {} for none.
+    ``views``: its outcomes on test; other contexts have numbers in place of their texts."""
+
+    values: dict[str, float]
+    dev: dict[str, float]
+    views: Mapping[str, Outcomes]
+
+
+class Record(NamedTuple):
+    """``facts``: FACTS and ``seconds`` of the run, None for what it does not say. ``models``: by name."""
+
+    facts: dict
+    models: dict[str, ModelRecord]
+
+
+def ensure_record(cell: Path) -> Record:
+    """Return the record in a cell's folder; make it of the finished run next to it if there is none.
+
+    Raises FileNotFoundError if there is neither, and ValueError, with the file, if one cannot be read.
+    """
+    path = cell / RECORD
+    if not path.exists():
+        workdir_lib.write_text(path, json.dumps(_describe(cell / "run")) + "\n")
+    try:
+        return _read(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}); remove it, and it is made of the run again") from error
+
+
+def _describe(run: Path) -> dict:
+    files, models = read_run(run), {}
+    for name, row in files.results.items():
+        means = {key: mean_over_layers(row.get(key)) for key in VALUES}
+        models[name] = {
+            "values": {key: value for key, value in means.items() if value is not None},
+            "dev": (files.metrics[name] or [{}])[-1],
+            "views": {view: _pack(outcomes) for view, outcomes in collect_outcomes(files.items[name]).items()},
+        }
+    seconds = files.run.get("seconds", {}).get("total")
+    return {"facts": {key: files.run.get(key) for key in FACTS} | {"seconds": seconds}, "models": models}
+
+
+def _pack(view: Outcomes) -> dict:
+    packed = {name: "".join("01"[int(bit)] for bit in getattr(view, name)) for name in _BITS}
+    contexts = None if view.contexts is None else view.clusters.tolist()
+    return packed | {"length": view.length.tolist(), "samples": view.samples, "contexts": contexts}
+
+
+def _read(record: dict) -> Record:
+    models = {
+        name: ModelRecord(row["values"], row["dev"], {view: _unpack(own) for view, own in row["views"].items()})
+        for name, row in record["models"].items()
+    }
+    return Record(record["facts"], models)
+
+
+def _unpack(packed: dict) -> Outcomes:
+    bits = {name: np.array([bit == "1" for bit in packed[name]], bool) for name in _BITS}
+    contexts = packed["contexts"] and [f"{number:06}" for number in packed["contexts"]]
+    return Outcomes(**bits, length=np.array(packed["length"]), samples=packed["samples"], contexts=contexts)
