@@ -60,8 +60,10 @@ def measure_written(options: argparse.Namespace, flags: list[str]) -> dict:
     if not evaluation.exists():
         flags = [flag for flag in flags if not flag.startswith("--config.model.path")]
         run_step("ctxjax.evaluate", log, f"--config={CONFIG}", f"--model={model}", f"--out={evaluation}", *flags)
-    rows = [json.loads(line) for path in workdir.glob("questions-*.jsonl") for line in path.open(encoding="utf-8")]
-    counts = {"questions": len(rows), "parts": len({row["about"] for row in rows}), "agreement": results[ARM]["acc_x"]}
+    (path,) = json.loads((run / "run.json").read_text())["task"]["data"]
+    rows = [json.loads(line) for line in Path(path).open(encoding="utf-8")]
+    parts = {row["about"] for row in rows if row["about"] in document.read_text(encoding="utf-8")}
+    counts = {"questions": len(rows), "parts": len(parts), "agreement": results[ARM]["acc_x"]}
     return json.loads((evaluation / "results.json").read_text())["model"] | counts
 
 

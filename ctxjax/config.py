@@ -93,7 +93,7 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     result = Experiment(
         seed=config.seed,
         task=config.task,
-        task_config=task_class(**config[config.task], **_make_records(config, task_class)),
+        task_config=task_class(**config[config.task], **_share_sections(task_class, config, prompt)),
         model=ModelSource(**config.model),
         teacher=_make_teacher(config.teacher, rollout),
         lora=_make_lora(config.lora),
@@ -135,12 +135,13 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     return result
 
 
-def _make_records(config: ConfigDict, task_class) -> dict[str, Any]:
-    """Return the task's field ``records`` from the section of that name, if the task has such a field."""
+def _share_sections(task_class, config: ConfigDict, prompt: PromptConfig) -> dict[str, Any]:
+    """Return the task's fields ``records`` and ``prompt`` from the sections of these names, if it has such fields."""
     records = RecordsConfig(**config.records)
     for kind in records.skip:
         one_of("records.skip", kind, KINDS)
-    return {"records": records} if "records" in task_class.__dataclass_fields__ else {}
+    shared = {"records": records, "prompt": prompt}
+    return {name: value for name, value in shared.items() if name in task_class.__dataclass_fields__}
 
 
 def _make_teacher(config: ConfigDict, rollout: DecodeConfig) -> TeacherSource:

@@ -1,10 +1,14 @@
 """The angles between the gradients of an arm's terms."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from ctxjax import config as config_lib
+from ctxjax.configs import debug
+from ctxjax.distill.losses import LossConfig
 from ctxjax.study import angles
 
 
@@ -55,6 +59,15 @@ def test_folders_without_a_run_and_files_that_exist_are_refused(tmp_path, capsys
     assert "exists" in capsys.readouterr().err
     assert angles.main([f"--workdir={tmp_path}", "--out=y.json", "--batches=0"]) == 2
     assert "--batches=0" in capsys.readouterr().err
+
+
+def test_an_arm_whose_gradient_is_noise_is_refused(tmp_path, monkeypatch):
+    config = config_lib.experiment(debug.get_config(), 1)
+    config = dataclasses.replace(config, arms={"sft": LossConfig(divergence="cross_entropy")})
+    monkeypatch.setattr(angles.stored_arms, "read_experiment", lambda workdir: config)
+    monkeypatch.setattr(angles, "choose_checkpoint", lambda *given: ("sft", 3))
+    with pytest.raises(ValueError, match="arm 'sft' has the loss cross_entropy, .* no gradient but noise"):
+        angles.measure_angles(tmp_path, "sft", None)
 
 
 @pytest.mark.slow

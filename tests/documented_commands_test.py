@@ -69,7 +69,9 @@ def place(tmp_path_factory, safety_sets) -> Path:
     rows = [{"question": f"How many legs have {n} hens?", "answer": f"#### {2 * n}"} for n in range(40)]
     for name in ("questions.jsonl", "gsm8k_train.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "others.jsonl").write_text("".join(json.dumps(f"Count {n} things.") + "\n" for n in range(8)))
+    (folder / "others.jsonl").write_text(
+        "".join(json.dumps({"context": f"Count {n} things.", "check": "quoted"}) + "\n" for n in range(8))
+    )
     (folder / "data").symlink_to(safety_sets)
     return folder
 

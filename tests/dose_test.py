@@ -61,8 +61,9 @@ def test_scales_and_arms_that_do_not_exist_are_refused(tmp_path, capsys):
     (tmp_path / "x.json").touch()
     assert dose.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.json'}"]) == 2
     assert "exists" in capsys.readouterr().err
-    assert dose.main([f"--workdir={tmp_path}", "--out=y.json", "--scales=0,half"]) == 2
-    assert "--scales=0,half" in capsys.readouterr().err
+    for scales in ("0,half", "0,nan", "inf"):
+        assert dose.main([f"--workdir={tmp_path}", "--out=y.json", f"--scales={scales}"]) == 2
+        assert f"--scales={scales} must be numbers" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from ctxjax.games import GAMES, __main__ as command
 from ctxjax.games.boards import SPLITS, describe_players, draw_boards, measure, split_of
 from ctxjax.games.frozen_lake import FrozenLake, Lake
 from ctxjax.games.game import MOVES, Episode, act, look, read_action, solve
+from ctxjax.games.grid_walk import GridWalk
 from ctxjax.games.ice_slide import IceSlide, Rink
 from ctxjax.games.sokoban import Room, Sokoban
 
@@ -196,6 +197,10 @@ def test_every_board_that_is_drawn_can_be_won(name):
         (lambda: Sokoban(3), "3 x 3"),
         (lambda: Sokoban(4, 2).draw(np.random.default_rng(0)), "none of 10000 rooms"),
         (lambda: IceSlide(2, 3), "2 x 2"),
+        (lambda: FrozenLake(9, 64).draw(np.random.default_rng(0)), "none of 10000 lakes of 9 x 9 cells with 64 holes"),
+        (lambda: GridWalk(9, 60, (14, 16)).draw(np.random.default_rng(0)), "none of 10000 grids of 9 x 9 cells"),
+        (lambda: GridWalk(2, 3), "no grid of 2 x 2 cells with 3 holes"),
+        (lambda: GridWalk(2, 9), "no grid of 2 x 2 cells with 9 holes"),
         *((functools.partial(game, 21), "21 x 21 cells is too large to show") for game in GAMES.values()),
         (lambda: draw_boards(FrozenLake(3, 2), "dev", 8, 0), "different boards for dev, not 8"),
     ],

@@ -259,6 +259,18 @@ def test_the_loops_of_a_sampler_count_for_responses_of_full_length(make_params, 
     assert [trips(loop) for loop in loops * 2] == [31, 32, 32, 32, 0, 0, 0] * 2
 
 
+def test_a_compiled_samplers_loops_have_their_ends_in_their_names(make_params, make_prompts, mesh):
+    step = make_step(rollout__max_tokens=40)[1]
+    prompts, keys = put_batch((make_prompts(0, 8, 5), np.arange(8)), mesh)
+
+    def roll_out(params):
+        return sample(params, STUDENT, step.sampling, prompts, rng.row_keys(jax.random.key(0), keys))
+
+    text = jax.jit(roll_out).lower(make_params(STUDENT, 0, mesh)).compile().as_text()
+    loops = {line for line in text.splitlines() if " while(" in line and hlo.DECODE_TO in line}
+    assert sorted(hlo._count_trips({"main": list(loops)}, 1).values()) == [8, 31]
+
+
 def test_the_bound_of_a_loop_is_the_largest_constant_that_it_compares_with():
     (loop,) = find_whiles(lambda x: lax.while_loop(lambda x: (x < 30) & (x * 2 < 7), lambda x: x + 50, x), 0)
     assert flops.find_loop_bound(loop) == 30

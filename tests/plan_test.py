@@ -37,6 +37,7 @@ LOOPS = """
 }
 %until (p: (s32[], bf16[8,4])) -> pred[] {
   %n = s32[]{:T(128)} constant(STOP)
+  %unfinished_rows = s32[]{:T(128)} constant(72)
 }
 %head (p: (s32[], bf16[8,4])) -> pred[] {
   %longest = s32[] get-tuple-element(%p), index=1
@@ -47,7 +48,7 @@ LOOPS = """
 ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
   %a2 = (f32[10]{0}, f32[10]{0}) all-reduce-start(%a), replica_groups={{0,1}}
   %w1 = (s32[], bf16[8,4]) while(%t), condition=%condition, body=%body, metadata={op_name="jit(f)/while"}
-  %w2 = (s32[], bf16[8,4]) while(%t), condition=%until, body=%permute, metadata={op_name="jit(f)/decode/while"}
+  %w2 = (s32[], bf16[8,4]) while(%t), condition=%until, body=%permute, metadata={op_name="jit(f)/decode_to_STOP/while"}
   %w3 = (s32[], bf16[8,4]) while(%t), condition=%head, body=%permute, metadata={op_name="jit(f)/jvp()/while"}
 }
 """
@@ -73,7 +74,7 @@ def test_decode_loops_run_from_bound_to_bound():
     line = next(line for line in second[1].splitlines() if "%w4" in line)
     found = hlo.count_traffic(text.replace("  %w3", f"{line}\n  %w3"), head_chunks=3)
     assert found["collective-permute"].count == (20 - 1) + (50 - 20) + 3
-    again = "\n".join(one.replace("%w", "%again") for one in text.splitlines() if "decode/while" in one)
+    again = "\n".join(one.replace("%w", "%again") for one in text.splitlines() if "decode_to" in one)
     twice = text.replace("  %w3", f"{line}\n{line.replace('%w', '%again')}\n{again}\n  %w3")
     assert hlo.count_traffic(twice, head_chunks=3)["collective-permute"].count == 2 * 49 + 3  # a second rollout
 
@@ -81,7 +82,7 @@ def test_decode_loops_run_from_bound_to_bound():
 def test_decode_loops_for_fewer_rows_do_not_run_at_full_length():
     whole = LOOPS.replace("STOP", "20")
     line = next(line for line in whole.splitlines() if "%w2" in line)
-    fewer = line.replace("%w2", "%w0").replace("decode/while", f"{FEWER_ROWS}/decode/while")
+    fewer = line.replace("%w2", "%w0").replace("decode_to", f"{FEWER_ROWS}/decode_to")
     found = hlo.count_traffic(whole.replace("  %w3", f"{fewer}\n  %w3"), head_chunks=3)
     assert found["collective-permute"].count == (20 - 1) + 3
 

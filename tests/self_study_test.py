@@ -10,7 +10,7 @@ import pytest
 
 from ctxjax import config as config_lib, rng
 from ctxjax.configs import bake
-from ctxjax.data import prompts
+from ctxjax.data import prompts, splits
 from ctxjax.data.grading.graders import grade_overlap
 from ctxjax.data.grading.response_checks import Check, read_check
 from ctxjax.data.task import Row, grade_response
@@ -73,6 +73,11 @@ def test_requests_ask_for_every_part_in_turn_and_for_other_things_as_often_as_co
         ("What would the user like?", None),
         ("The capital is Ironstone, as they say?", None),  # repeats the part
         ("Why not?", None),
+        ("What is the price of 2.5 kg of apples?", "What is the price of 2.5 kg of apples?"),
+        ("Is Dr. Smith available at 10:30?", "Is Dr. Smith available at 10:30?"),
+        ('What does "freedom" mean in the motto?', None),  # the rest of a sentence
+        ("What does \u201cfreedom\u201d mean in the motto?", None),
+        ('You may say: "Hello." Then ask: "Where is it from?"', "Where is it from?"),
     ],
 )
 def test_a_draft_is_kept_if_it_is_one_question(draft, kept):
@@ -92,10 +97,16 @@ def test_a_draft_is_kept_if_it_is_one_question(draft, kept):
         ("The user wants a poem.", None),
         ("", None),  # was cut
         ("Go on.", None),
+        ("Write a note to Mrs. Smith about it.", "Write a note to Mrs. Smith about it."),
     ],
 )
 def test_a_task_need_not_be_a_question(draft, kept):
     assert clean_question(draft, REQUEST._replace(is_task=True)) == kept
+
+
+def test_a_question_about_something_else_may_name_it():
+    request = Request(Row("0", "?", None, ""), CONTEXT, "the weather")
+    assert clean_question("How will the weather be in May?", request) == "How will the weather be in May?"
 
 
 def test_questions_and_tasks_are_requested_of_every_part(tmp_path):
@@ -242,21 +253,36 @@ def test_some_conversations_go_on_with_a_question_after_the_reply(tmp_path, monk
     rows = [json.loads(line) for line in find_questions_file(config.task_config).read_text().splitlines()]
     first, second = rows[:36], rows[36:]
     assert len(second) == 12 and not any("earlier" in row for row in first)
-    assert [row["earlier"] for row in second] == [[[row["question"], row["reference"]]] for row in first[:12]]
-    assert [row["about"] for row in second] == [row["about"] for row in first[:12]]
+    trained = [row for row in first if splits.assign_split(splits.normalize(row["question"])) == "train"]
+    assert 12 < len(trained) < 36
+    assert [row["earlier"] for row in second] == [[[row["question"], row["reference"]]] for row in trained[:12]]
+    assert [row["about"] for row in second] == [row["about"] for row in trained[:12]]
     assert len({row["id"] for row in rows}) == 48
     requests, replied = asked[2], asked[3]
-    assert {request.question for request in requests} == {question_writer.FOLLOW_UP} and len(requests) == 36
-    assert [request.earlier for request in requests] == [((row["question"], row["reference"]),) for row in first]
+    assert {request.question for request in requests} == {question_writer.FOLLOW_UP} and len(requests) == len(trained)
+    assert [request.earlier for request in requests] == [((row["question"], row["reference"]),) for row in trained]
     assert all(row.context == CONTEXT for row in replied) and [row.earlier for row in replied] == [
-        ((row["question"], row["reference"]),) for row in first[:12]
+        ((row["question"], row["reference"]),) for row in trained[:12]
     ]
     task = SelfStudy(config.task_config)
-    splits = {row.conversation: split for split in ("train", "dev", "test") for row in task.rows(split)}
-    assert len(splits) == 48 and fake.drafted == 56
-    for row in second:  # a question is never trained on that an evaluation asks
-        ((said, reply),) = row["earlier"]
-        assert splits[f"{said}\n{reply}\n{row['question']}"] == splits[said]
+    assert {row.id for row in task.rows("train") if row.earlier} == {row["id"] for row in second}
+    assert sum(len(task.rows(split)) for split in splits.SPLITS) == 48 and fake.drafted == 56
+    assert not any(row.earlier for split in ("dev", "test") for row in task.rows(split))  # the reply gives it away
+
+
+def test_a_second_turn_is_left_out_if_its_first_question_is_held_out(tmp_path):
+    task = SelfStudy(make(tmp_path, **{"self_study.path": str(write_questions(tmp_path))}).task_config)
+    for split, count in (("train", 1), ("dev", 0), ("test", 0)):
+        first = task.rows(split)[0].question
+        path = write_questions(tmp_path, earlier=[[first, "So."]])
+        read = SelfStudy(make(tmp_path, **{"self_study.path": str(path)}).task_config)
+        found = [row for one in splits.SPLITS for row in read.rows(one) if row.earlier]
+        assert [row.earlier for row in found] == [((first, "So."),)] * count and read.rows("train").count(
+            *found or [None]
+        ) == count
+        for row in found:  # under another context the conversation begins anew
+            (other,) = read.rows_under(row, read.other_contexts("train")[0])
+            assert (other.question, other.earlier) == (first, ()) and other.context != row.context
 
 
 def write_questions(tmp_path, **changes):
@@ -284,6 +310,20 @@ def test_a_demand_of_the_context_that_can_be_checked_is_the_grade(tmp_path):
     assert other.check != rows[0].check  # its own
     unchecked = SelfStudy(make(tmp_path, **given | {"self_study.check": ""}).task_config)
     assert unchecked.rows("dev")[0].check is None and unchecked.grade("So.", "So.").correct
+
+
+def test_other_contexts_that_nothing_judges_are_refused(tmp_path):
+    """Else obeying the learnt context would count as obeying another one."""
+    path = tmp_path / "others.jsonl"
+    lines = [json.dumps({"context": f"Other {n}.", "check": "question"} if n % 2 else f"Other {n}.") for n in range(8)]
+    given = {"self_study.path": str(write_questions(tmp_path)), "self_study.other_contexts_file": str(path)}
+    path.write_text("\n".join(lines))
+    assert len(SelfStudy(make(tmp_path, **given).task_config).other_contexts("train")) == 4
+    path.write_text("\n".join(json.dumps(f"Other {n}.") for n in range(8)))
+    with pytest.raises(ValueError, match="self_study.other_contexts_file: the context 'Other 3.' has no check"):
+        SelfStudy(make(tmp_path, **given).task_config)
+    given["self_study.other_contexts_file"] = ""
+    assert not SelfStudy(make(tmp_path, **given).task_config).other_contexts("test")
 
 
 @pytest.mark.parametrize(
@@ -370,7 +410,7 @@ def test_another_context_writer_or_setting_is_another_file_and_a_given_file_is_r
     changes = [
         {}, {"self_study.context": "Be kind to all."}, {"model.path": "/other"}, {"self_study.questions": 7},
         {"self_study.temperature": 0.5}, {"seed": 3}, {"self_study.unrelated_share": 0.5},
-        {"self_study.follow_up_share": 0.5},
+        {"self_study.follow_up_share": 0.5}, {"prompt.thinking": False}, {"prompt.placement": "user"},
     ]  # fmt: skip
     names = [find_questions_file(make(tmp_path, **change).task_config).name for change in changes]
     assert len(set(names)) == len(changes)

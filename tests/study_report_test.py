@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ctxjax.study import grid, report, results, worker
+from ctxjax.study import grid, record, report, results, worker
 from ctxjax.study.grid import FINAL, Cell, Study
 
 N, CONTEXTS = 120, 12
@@ -132,6 +132,22 @@ def test_arms_are_tested_on_the_same_questions_and_adjusted_for_the_configuratio
     assert (signs["below"], signs["above"], float(signs["p"]), signs["configurations"]) == ("2", "0", 0.5, "2")
 
 
+def test_a_seed_without_a_value_is_not_counted(folder, tmp_path):
+    """An arm that answers nothing right without the context has no harm."""
+    made = worker.Folder(tmp_path, folder.study, folder.costs)
+    for seed in (0, 1, 2):
+        run = made.run_of(Cell("one", FINAL, seed))
+        run.mkdir(parents=True)
+        right = RIGHT["anchored"][seed] if seed else (0, 0, 8)
+        write_run(run, {"base": (0, 0, 120), "opcd": RIGHT["opcd"][seed], "anchored": right}, seed)
+    (row,) = [
+        row for row in results.list_tests(results.read_results(made), "opcd")
+        if (row["arm"], row["metric"]) == ("anchored", "harm")
+    ]  # fmt: skip
+    each = [0 - 20 / 110, 0 - 6 / 120]
+    assert row["seeds"] == 2 and row["difference"] == pytest.approx(np.mean(each))
+
+
 def test_questions_under_one_context_are_not_independent(folder):
     runs = results.read_results(folder)["one"]["opcd"]
     assert all(len(run.sums["obedience"].whole) == CONTEXTS for run in runs)
@@ -161,6 +177,7 @@ def test_the_page_has_every_table_and_the_figure_every_arm(folder):
 def test_the_report_is_the_same_without_the_folders_of_the_runs(folder, tmp_path):
     for cell in folder.costs:
         if folder.state(cell) == worker.DONE:
+            record.write_record(folder.of(cell))
             path = Path("cells", cell.name, "record.json")
             (tmp_path / path.parent).mkdir(parents=True)
             shutil.copy(folder.root / path, tmp_path / path)

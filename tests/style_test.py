@@ -1,5 +1,7 @@
 """The task style: demands with checks, questions by topic, and other demands."""
 
+import json
+
 import pytest
 
 from ctxjax.data import splits
@@ -57,6 +59,13 @@ def test_no_topic_is_in_two_splits():
     found = {split: {topic for topic in every if topic in text} for split, text in questions.items()}
     assert sum(map(len, found.values())) == 96 and min(map(len, found.values())) >= 5
     assert make().rows("test") == task.rows("test") and make(test_questions=8).rows("test") == task.rows("test")[:8]
+
+
+def test_other_contexts_that_nothing_judges_are_refused(tmp_path):
+    path = tmp_path / "others.jsonl"
+    path.write_text("".join(json.dumps(f"Other {n}.") + "\n" for n in range(8)))
+    with pytest.raises(ValueError, match="style.other_contexts_file: the context 'Other 3.' has no check"):
+        make(other_contexts_file=str(path))
 
 
 def test_an_unknown_demand_is_refused():

@@ -41,7 +41,7 @@ def files(tmp_path_factory) -> Path:
     labelled = [row | options for row in rows]
     written = {"rows": rows[:60], "more": rows[30:], "medmcqa": labelled[:60], "moremed": labelled[30:]}
     others = [{"question": f"{n}?", "answer": "7", "context": f"Other {n}."} for n in range(8)]
-    written |= {"under": others, "pool": [f"Context {n}." for n in range(8)]}
+    written |= {"under": others, "pool": [{"context": f"Context {n}.", "check": "quoted"} for n in range(8)]}
     for name, own in written.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     for name in "ab":
@@ -146,7 +146,8 @@ FIELDS = {
     },
 }  # fmt: skip
 # ``records`` is a section of its own (records_test.py), ``required`` no field of a configuration; folders of published
-# files are read by name. What the writer of questions is given names their file (self_study_test.py).
+# files are read by name. What the writer of questions is given names their file (self_study_test.py); ``prompt`` is a
+# section of its own, too.
 OTHERS = {name: {"records", "required"} for name in TASKS}
 OTHERS |= {"safety": {"records", "required", "path", "context_column"}, "tiny_safety": {"records", "path"}}
 WRITER = {
@@ -154,7 +155,7 @@ WRITER = {
     "seed", "cache",
 }  # fmt: skip
 OTHERS["text_game"] = {"records", "required", "context_column"}
-OTHERS["self_study"] = {"records", "required", "context_column"} | WRITER
+OTHERS["self_study"] = {"records", "required", "prompt", "context_column"} | WRITER
 
 
 def make_config(name: str, files: Path, changes: dict):

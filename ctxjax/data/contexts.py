@@ -129,6 +129,16 @@ class OtherContexts:
             )
         self._splits = _split_contexts(texts[::2], held_out)
 
+    def require_checks(self, field: str) -> None:
+        """Raise ValueError if a held-out context has no check: for tasks whose own grade is of no use under others."""
+        for context in (*self._splits["dev"], *self._splits["test"]):
+            if self._checks[context] is None:
+                raise ValueError(
+                    f"{field}: the context {context[:60]!r} has no check, and how this task grades responses says "
+                    "nothing about other contexts; give those in rows 2, 4, 6, ... a check each (docs/contexts.md), or "
+                    "set the field to builtin, or to nothing for no pool"
+                )
+
     def select(self, split: str) -> list[str]:
         """Return the contexts of "train", "dev" or "test". No two splits share one."""
         return self._splits[split]

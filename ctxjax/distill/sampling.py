@@ -29,6 +29,7 @@ from ctxjax.sharding import batch_spec, batch_ways, put_own_rows, repeat_rows, s
 from ctxjax.types import KVCache, Params, Prompts, Rollout
 
 NEG_INF = -1e30
+DECODE_TO = "decode_to_"  # the name scope of a decode loop that ends at a known column, which follows
 FEWER_ROWS = "fewer_rows"  # the name scope of the decode loops that run only if rows end early
 
 
@@ -217,7 +218,8 @@ def advance(
         hidden_BxD, cache = transformer.decode_step(weights.read, model, state.token_B, ~state.has_ended_B, state.cache)
         return _add_token(weights, model, config, state, hidden_BxD, cache)
 
-    with jax.named_scope("decode"):
+    # The column is a part of the loop's name, for those who count what a compiled program does (plan/hlo.py).
+    with jax.named_scope(f"{DECODE_TO}{stop}" if isinstance(stop, int) else "decode"):
         return lax.while_loop(is_unfinished, step, state)
 
 

@@ -3,7 +3,7 @@
 Seeds and questions are two levels. The questions of one run share its base and its training, so a thousand questions of
 three seeds say as much about a fourth seed as three numbers do, and are never pooled. Each run gives one value and,
 from a bootstrap of its own questions, the variance that another draw of questions would add. Resampling the seeds too,
-the usual hierarchical bootstrap, covers 75 % instead of 95 % with three of them, which have only ten different
+the usual hierarchical bootstrap, covers 74 % instead of 95 % with three of them, which have only ten different
 resamples; Student's t of the seeds' values takes the place of that level. benchmarks/intervals.py measures how often
 the intervals cover.
 """

@@ -19,6 +19,7 @@ from ctxjax import rng
 from ctxjax.config_fields import require
 from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses
+from ctxjax.data.contexts import FROM_ROWS
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import OPEN_REASONING
 from ctxjax.data.task import LESSON, GameTask, Row, Task, longest_turns
@@ -32,7 +33,7 @@ from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
 
 TRACES, LESSONS, ANSWERS = range(3)  # each has a key of its own
-SOURCES = ("context", "context_file", "context_files", "context_column")
+SOURCES = ("context", "context_file", "context_files", "context_column", *FROM_ROWS)
 
 
 class Candidate(NamedTuple):

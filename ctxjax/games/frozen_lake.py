@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOST_LISTED, check_size, is_inside, is_solved_in, render_grid, step
+from ctxjax.games.game import MOST_LISTED, check_size, draw_solved, is_inside, is_solved_in, render_grid, step
 
 
 class Lake(NamedTuple):
@@ -48,11 +48,12 @@ class FrozenLake:
         return (self.size - 1, self.size - 1)
 
     def draw(self, rng: np.random.Generator) -> Lake:
-        while True:  # ends: some board leaves a shortest way free, as __init__ has checked, and each may be drawn
+        def draw_any() -> Lake:
             chosen = rng.choice(len(self._free), self.holes, replace=False)
-            board = Lake(frozenset(self._free[index] for index in chosen), (0, 0))
-            if is_solved_in(self, board, self.solution):
-                return board
+            return Lake(frozenset(self._free[index] for index in chosen), (0, 0))
+
+        boards = f"lakes of {self.size} x {self.size} cells with {self.holes} holes"
+        return draw_solved(self, self.solution, draw_any, boards, "give fewer holes")
 
     def every_board(self) -> Iterator[Lake] | None:
         if math.comb(len(self._free), self.holes) > MOST_LISTED:

@@ -6,7 +6,7 @@ Nothing here has a random number of its own or a clock: an episode is a function
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 import re
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ Cell = tuple[int, int]  # (row, column)
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # (rows, columns)
 LARGEST = 20  # rows and columns: a larger board is too long to show
 MOST_LISTED = 200_000  # boards that are listed one by one; of more, a sample is drawn
+DRAWS = 10_000  # boards that are tried before the settings are called impossible
 FORGIVEN = 1  # invalid responses in a row that do not end the episode; as TextArena counts them
 _BRACKETS = re.compile(r"\[\s*(\w+)\s*\]")
 
@@ -140,6 +141,20 @@ def solve(game: Game, board: Hashable, most: int) -> tuple[str, ...] | None:
                 seen.add(there)
                 queue.append((there, (*path, direction)))
     return None
+
+
+def draw_solved(
+    game: Game, solution: tuple[int, int], draw_any: Callable[[], Hashable | None], boards: str, remedy: str
+) -> Hashable:
+    """Return the first board of ``draw_any`` (None: none this time) that ``is_solved_in`` the moves of ``solution``.
+
+    Raises ValueError if DRAWS of them are not; ``boards`` and ``remedy`` are parts of its message.
+    """
+    for _ in range(DRAWS):
+        board = draw_any()
+        if board is not None and is_solved_in(game, board, solution):
+            return board
+    raise ValueError(f"none of {DRAWS} {boards} is solved in {solution[0]} to {solution[1]} moves; {remedy}")
 
 
 def is_solved_in(game: Game, board: Hashable, solution: tuple[int, int]) -> bool:

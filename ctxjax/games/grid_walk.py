@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOST_LISTED, check_size, is_inside, is_solved_in, render_grid, step
+from ctxjax.games.game import MOST_LISTED, check_size, draw_solved, is_inside, is_solved_in, render_grid, step
 
 
 class Field(NamedTuple):
@@ -27,23 +27,25 @@ class GridWalk:
         check_size(size)
         self.size, self.holes, self.solution = size, holes, solution
         self._cells = list(itertools.product(range(size), repeat=2))
-        if next(self._list_boards(), None) is None:
+        listed = self.every_board()  # None: too many to look at each, and ``draw`` refuses
+        if listed is not None and next(listed, None) is None:
             raise ValueError(
                 f"no grid of {size} x {size} cells with {holes} holes is solved in {solution[0]} to {solution[1]} "
                 "moves; change the size, the holes or the moves"
             )
 
     def draw(self, rng: np.random.Generator) -> Field:
-        while True:  # ends: __init__ has checked that some board can be won, and every board may be drawn
+        def draw_any() -> Field:
             chosen = rng.choice(len(self._cells), self.holes + 2, replace=False)
             goal, player, *holes = (self._cells[index] for index in chosen)
-            board = Field(frozenset(holes), goal, player)
-            if is_solved_in(self, board, self.solution):
-                return board
+            return Field(frozenset(holes), goal, player)
+
+        boards = f"grids of {self.size} x {self.size} cells with {self.holes} holes"
+        return draw_solved(self, self.solution, draw_any, boards, "change the size, the holes or the moves")
 
     def every_board(self) -> Iterator[Field] | None:
         cells = len(self._cells)
-        too_many = math.comb(cells, self.holes) * math.perm(cells - self.holes, 2) > MOST_LISTED
+        too_many = math.comb(cells, self.holes) * math.perm(max(cells - self.holes, 0), 2) > MOST_LISTED
         return None if too_many else self._list_boards()
 
     def _list_boards(self) -> Iterator[Field]:

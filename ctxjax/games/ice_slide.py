@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import check_size, is_inside, is_solved_in, render_grid, step
-
-DRAWS = 10_000  # boards that are tried before the settings are called impossible
+from ctxjax.games.game import check_size, draw_solved, is_inside, render_grid, step
 
 
 class Rink(NamedTuple):
@@ -30,17 +28,13 @@ class IceSlide:
         self.size, self.rocks, self.solution = size, rocks, solution
 
     def draw(self, rng: np.random.Generator) -> Rink:
-        for _ in range(DRAWS):
+        def draw_any() -> Rink:
             chosen = rng.choice(self.size**2, self.rocks + 2, replace=False).tolist()
             goal, player, *rocks = (divmod(cell, self.size) for cell in chosen)
-            board = Rink(frozenset(rocks), goal, player)
-            if is_solved_in(self, board, self.solution):
-                return board
-        fewest, most = self.solution
-        raise ValueError(
-            f"none of {DRAWS} rinks of {self.size} x {self.size} cells with {self.rocks} rocks is solved in {fewest} "
-            f"to {most} moves; change the size, the rocks or the moves"
-        )
+            return Rink(frozenset(rocks), goal, player)
+
+        boards = f"rinks of {self.size} x {self.size} cells with {self.rocks} rocks"
+        return draw_solved(self, self.solution, draw_any, boards, "change the size, the rocks or the moves")
 
     def every_board(self) -> None:
         return None

@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctxjax.games.game import MOVES, check_size, is_solved_in, render_grid, step
-
-DRAWS = 10_000  # boards that are tried before the settings are called impossible
+from ctxjax.games.game import MOVES, check_size, draw_solved, render_grid, step
 
 
 class Room(NamedTuple):
@@ -38,15 +36,9 @@ class Sokoban:
         self.size, self.boxes, self.solution = size, boxes, solution
 
     def draw(self, rng: np.random.Generator) -> Room:
-        for _ in range(DRAWS):
-            board = self._draw_any(rng)
-            if board is not None and is_solved_in(self, board, self.solution):
-                return board
-        fewest, most = self.solution
-        raise ValueError(
-            f"none of {DRAWS} rooms of {self.size} x {self.size} cells with {self.boxes} boxes is solved in {fewest} "
-            f"to {most} moves; allow more moves, or give a larger room or fewer boxes"
-        )
+        boards = f"rooms of {self.size} x {self.size} cells with {self.boxes} boxes"
+        remedy = "allow more moves, or give a larger room or fewer boxes"
+        return draw_solved(self, self.solution, lambda: self._draw_any(rng), boards, remedy)
 
     def every_board(self) -> None:
         return None

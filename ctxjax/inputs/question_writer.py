@@ -25,8 +25,9 @@ from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses, splits
 from ctxjax.data.contexts import Contexts
 from ctxjax.data.grading.graders import read_short, strip_reasoning
+from ctxjax.data.records import hash_text
 from ctxjax.data.task import Row, describe_earlier
-from ctxjax.data.tasks.self_study import SelfStudyConfig, find_questions_file, make_id
+from ctxjax.data.tasks.self_study import SelfStudyConfig, assign_split, find_questions_file, make_id
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.inputs import decoding
@@ -46,6 +47,8 @@ ABOUT = (
 TASK = 'An assistant works by this: "{part}"\nWrite a task for which it matters. Reply with the task alone.'
 FOLLOW_UP = f"Write a question that I may ask you next, now that I know this.{ALONE}"
 UNRELATED = f"Write a short question about {{topic}} that a user may ask an assistant.{ALONE}"
+# A character inside of a sentence, such as the points of "2.5" and "Dr. Smith".
+_INSIDE = r'(?:[^.?!:"\u201c\u201d\n]|[.:](?=\w)|(?:(?<=\bDr)|(?<=\bMr)|(?<=\bMrs)|(?<=\bMs)|(?<=\bSt))\.)'
 TOPICS = (
     "animals", "books", "cooking", "football", "gardening", "geography", "health", "history", "languages",
     "mathematics", "money", "music", "physics", "programming", "travel", "the weather",
@@ -113,7 +116,8 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict]:
     writer, left_out = _Writer(config, _find_drafts(path), mesh), Counter()
     second = round(task.questions * task.follow_up_share)
     answered = writer.reply(writer.ask(list_requests(task), task.questions - second, left_out), left_out)
-    follow_ups = writer.ask([request_follow_up(asked, reply) for asked, reply in answered], second, left_out)
+    trained = [(asked, reply) for asked, reply in answered if assign_split(asked.row) == "train"]
+    follow_ups = writer.ask([request_follow_up(asked, reply) for asked, reply in trained], second, left_out)
     answered += writer.reply(follow_ups, left_out)
     why = ", ".join(f"{name} {count}" for name, count in left_out.items() if count) or "none"
     drafted = f"{writer.drafted} drafts"
@@ -122,8 +126,8 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict]:
         raise ValueError(
             f"{task.writer} wrote {len(answered)} usable questions in {drafted} (left out: {why}), and "
             f"self_study.questions = {task.questions}; take a larger model as self_study.writer, lower "
-            "self_study.questions, raise longest_question or longest_reference if texts are cut, or give questions as "
-            "self_study.path"
+            "self_study.questions, raise longest_question or longest_reference if texts are cut (a model that thinks "
+            "needs more, or prompt.thinking=False), or give questions as self_study.path"
         )
     return [
         {"id": make_id(row), "question": row.question, "reference": reply, "about": request.about}
@@ -176,11 +180,14 @@ def request_follow_up(asked: Asked, reply: str) -> Request:
 def clean_question(text: str, request: Request) -> str | None:
     """Return the first question of a draft, or the first sentence of a task; None if there is none that could be asked
     by itself."""
+    text = strip_reasoning(text)[0]
     end = r"(?:[.?!]|\n|\Z)" if request.is_task else r"\?"
-    found = re.search(rf'[^.?!:"\u201c\u201d\n]*\w[^.?!:"\u201c\u201d\n]*{end}', strip_reasoning(text)[0])
-    said = found[0].strip(" '*`-,\n") if found else ""
+    found = re.search(rf"{_INSIDE}*\w{_INSIDE}*{end}", text)
+    if not found or text.count('"', 0, found.start()) % 2 == 0 and text[: found.start()].endswith(('"', "\u201d")):
+        return None  # or the rest of a sentence, after a quotation in it
+    said = found[0].strip(" '*`-,\n")
     is_about_text = re.search(r"(?i)\b(?:facts?|text|users?|ask|answers?|questions?)\b", said)
-    is_part = splits.normalize(request.about) in splits.normalize(said)
+    is_part = request.row.context is not None and splits.normalize(request.about) in splits.normalize(said)
     return None if is_about_text or is_part or len(said.split()) < 3 else said[0].upper() + said[1:]
 
 
@@ -192,6 +199,8 @@ class _Writer:
         dtype, frozen = config.model.dtype, config.teacher.param_dtype
         self._folder = open_folder(self._task.writer, mesh, dtype, frozen, attention=config.model.attention)
         self.drafted, self._batches = 0, 0
+        # Else processes would decode different batches, and wait for each other.
+        processes.check_same_facts({str(drafts): hash_text(drafts.read_text("utf-8")) if drafts.exists() else None})
 
     def ask(self, requests: list[Request], wanted: int, left_out: Counter) -> list[Asked]:
         """Return at most ``wanted`` questions that differ, in the order of ``requests``; count the others by cause."""

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 
-from ctxjax.distill.sampling import FEWER_ROWS
+from ctxjax.distill.sampling import DECODE_TO, FEWER_ROWS
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _OPS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
@@ -101,12 +101,13 @@ def _count_trips(computations: dict[str, list[str]], head_chunks: int) -> dict[s
         condition = re.search(r"condition=%?([\w.\-]+)", line)
         bounds = [int(n) for l in computations.get(condition[1], ()) for n in _CONSTANT.findall(l)] if condition else []
         name = _NAME.search(line)
+        stop = name and re.search(rf"{DECODE_TO}(\d+)\W*/while$", name[1])
         if known:
             found[line] = int(known[1])
-        elif name and re.search(rf"{FEWER_ROWS}/decode\W*/while$", name[1]):
+        elif stop and FEWER_ROWS in name[1]:
             found[line] = 0
-        elif name and re.search(r"decode\W*/while$", name[1]) and bounds:
-            decode.append((max(bounds), line))
+        elif stop:
+            decode.append((int(stop[1]), line))
         else:
             found[line] = max(bounds) if bounds else head_chunks
     stops = sorted({stop for stop, _ in decode})  # a second rollout, of retention, ends at the same ones

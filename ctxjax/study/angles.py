@@ -2,7 +2,8 @@
 
 The cosine of two terms' gradients is below 0 if one term undoes what the other one teaches, and near 0 if neither
 touches the other. Nothing is trained: the gradients are those of an arm's checkpoint, on the training batches that
-would follow it, with responses sampled from it. Anchor and retention are measured in arms without them, too.
+would follow it, with responses sampled from it, also if the arm trains on the teacher's. The anchor is measured in arms
+without it, too, and retention if any arm of the run has it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def measure_angles(workdir: Path, arm: str | None, step: int | None, batches: in
         raise ValueError(
             f"arm {arm!r} keeps a moving average of the student or gates its anchor by whole responses; the angles of "
             "such an arm are not measured, choose another one (--arm)"
+        )
+    if not config.arms[arm].needs_teacher:
+        raise ValueError(
+            f"arm {arm!r} has the loss {config.arms[arm].divergence}, which on the student's own responses has no "
+            "gradient but noise; choose another arm (--arm)"
         )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):

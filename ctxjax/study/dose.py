@@ -8,6 +8,7 @@ has changed.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 import sys
 
@@ -77,7 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             scales = [float(part) for part in options.scales.split(",")]
         except ValueError:
-            raise ValueError(f"--scales={options.scales} must be numbers, such as {SCALES}") from None
+            scales = [math.nan]
+        if not all(map(math.isfinite, scales)):
+            raise ValueError(f"--scales={options.scales} must be numbers, such as {SCALES}")
         command.prepare(ConfigDict(workdir_lib.read_config(workdir)))
         found = measure_doses(workdir, options.arm, options.step, scales, options.split)
         workdir_lib.write_json(out, found)

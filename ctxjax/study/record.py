@@ -42,14 +42,19 @@ class Record(NamedTuple):
     models: dict[str, ModelRecord]
 
 
-def ensure_record(cell: Path) -> Record:
-    """Return the record in a cell's folder; make it of the finished run next to it if there is none.
+def write_record(cell: Path) -> None:
+    """Write the record of the finished run in a cell's folder. Only the process that holds the cell may."""
+    workdir_lib.write_text(cell / RECORD, json.dumps(_describe(cell / "run")) + "\n")
+
+
+def read_record(cell: Path) -> Record:
+    """Return the record in a cell's folder; if there is none, that of the finished run next to it.
 
     Raises FileNotFoundError if there is neither, and ValueError, with the file, if one cannot be read.
     """
     path = cell / RECORD
     if not path.exists():
-        workdir_lib.write_text(path, json.dumps(_describe(cell / "run")) + "\n")
+        return _read(_describe(cell / "run"))
     try:
         return _read(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:

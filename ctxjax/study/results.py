@@ -136,7 +136,8 @@ def list_tests(results: Results, first: str) -> list[dict]:
                     (run, other)
                     for run in runs
                     for other in models[first]
-                    if run.seed == other.seed and key in run.sums and key in other.sums
+                    if run.seed == other.seed
+                    and all(key in one.sums and one.sums[key].whole.sum() for one in (run, other))
                 ]
                 sums = [[run.sums[key] for run in side] for side in zip(*pairs)] or [[], []]
                 mean, interval = over_seeds.mean_difference(*sums, RESAMPLES)

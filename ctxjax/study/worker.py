@@ -20,7 +20,7 @@ from ctxjax.host import claim as claim_lib, preemption, workdir as workdir_lib
 from ctxjax.host.claim import Claim
 from ctxjax.study import grid
 from ctxjax.study.grid import Cell, Study
-from ctxjax.study.record import RECORD, Record, ensure_record
+from ctxjax.study.record import RECORD, Record, read_record, write_record
 
 COMMAND = (sys.executable, "-m", "ctxjax.main")  # what runs a cell
 POLL, BEAT = 1.0, 30.0  # seconds between looks at a run, and between beats of its claim
@@ -57,7 +57,7 @@ class Folder:
 
     def record(self, cell: Cell) -> Record:
         """Return what is kept of a finished run."""
-        return ensure_record(self.of(cell))
+        return read_record(self.of(cell))
 
     def is_rated(self, configuration: str) -> bool:
         """Whether the first phase of a configuration is done."""
@@ -165,7 +165,7 @@ def _run(folder: Folder, cell: Cell, claim: Claim) -> Outcome:
     if run.returncode in (preemption.EXIT_CODE, preemption.INTERRUPTED):
         return Outcome(WAITING, "Its run was asked to end, and goes on later.")
     if run.returncode == 0:
-        folder.record(cell)
+        write_record(folder.of(cell))
         return Outcome(DONE, "")
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
     workdir_lib.write_json(folder.of(cell) / "failed.json", {"exit_code": run.returncode, "last_line": last})

@@ -24,13 +24,14 @@ from ctxjax.data.contexts import ContextConfig, Contexts
 from ctxjax.data.grading import graders
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.response_checks import grade_check, read_check
+from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.records import Reader, Record, hash_text
 from ctxjax.data.task import Row
 from ctxjax.data.tasks.file_task import FileTask, FileTaskConfig, Question
 from ctxjax.types import bounded
 
 # Part of a file's name: increase it when the requests or the filter change.
-RECIPE = 3
+RECIPE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,14 +48,20 @@ class SelfStudyConfig(ContextConfig, FileTaskConfig):
     seed: int = bounded(zero=True)
     cache: str
     check: str
+    prompt: PromptConfig = PromptConfig()
 
 
 class SelfStudy(FileTask):
-    """The task over the written questions. Splits follow from the hash of a conversation's first question."""
+    """The task over the written questions. Splits follow from the hash of a conversation's first question.
+
+    A second turn is for training only: it has a reply before it that was written with the context, which would then be
+    in the view without one. It is left out if its first question is held out.
+    """
 
     def __init__(self, config: SelfStudyConfig):
         self._check = read_check(config.check, "self_study.check")
         super().__init__(config, "self_study", Contexts(config, "self_study"))
+        self.pool.require_checks("self_study.other_contexts_file")
 
     def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
         path = find_questions_file(self.config)
@@ -69,15 +76,28 @@ class SelfStudy(FileTask):
             earlier = _read_earlier(reader, record) if reference else None
             if earlier is not None:
                 row = Row("", texts[0], None, reference, earlier=earlier)
-                first = earlier[0][0] if earlier else row.question
-                split, row_id = splits.assign_split(splits.normalize(first)), make_id(row)
-                yield split, row_id, Question(row.conversation, row.question, reference, earlier=earlier)
+                split = assign_split(row)
+                if split == "train" or not earlier:
+                    yield split, make_id(row), Question(row.conversation, row.question, reference, earlier=earlier)
+
+    def rows_under(self, row: Row, context: str) -> list[Row]:
+        """Return the conversation's first question under another context, which has not been obeyed in a reply yet."""
+        return super().rows_under(row._replace(question=_find_first(row), earlier=()), context)
 
     def make_row(self, row_id: str, question: Question) -> Row:
         return super().make_row(row_id, question)._replace(check=self._check)
 
     def grade(self, response: str, reference: str) -> Grade:
         return grade_check(self._check, response) if self._check else graders.grade_overlap(response, reference)
+
+
+def _find_first(row: Row) -> str:
+    return row.earlier[0][0] if row.earlier else row.question
+
+
+def assign_split(row: Row) -> str:
+    """Return the split of a conversation."""
+    return splits.assign_split(splits.normalize(_find_first(row)))
 
 
 def make_id(row: Row) -> str:
@@ -99,7 +119,8 @@ def _read_earlier(reader: Reader, record: Record) -> tuple[tuple[str, str], ...]
 def find_questions_file(config: SelfStudyConfig) -> Path:
     """Return the file of the questions, which need not exist yet: ``path``, or a file of the cache.
 
-    Its name has a hash of everything that determines the questions: the contexts, the writer's name and the settings.
+    Its name has a hash of everything that determines the questions: the contexts, the writer's name, the settings, and
+    how prompts are written.
     """
     if config.path:
         return Path(config.path).expanduser()
@@ -109,5 +130,6 @@ def find_questions_file(config: SelfStudyConfig) -> Path:
     )  # fmt: skip
     facts = {name: getattr(config, name) for name in names} | {"recipe": RECIPE}
     facts["contexts"] = list(Contexts(config, "self_study").texts.values())
+    facts["prompt"] = dataclasses.asdict(config.prompt)
     digest = hash_text(json.dumps(facts, sort_keys=True))[:16]
     return Path(config.cache).expanduser() / f"questions-{digest}.jsonl"

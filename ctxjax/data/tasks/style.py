@@ -98,6 +98,7 @@ class Style(FileTask):
             other_contexts_file=config.other_contexts_file,
         )
         super().__init__(config, "style", Contexts(source, "style"))
+        self.pool.require_checks("style.other_contexts_file")
 
     def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
         for topic, text in list_questions():
