@@ -1,4 +1,5 @@
-"""A study of twelve configurations: four worlds in three architectures, with intervals over seeds and tests.
+"""A study of four worlds in three architectures, and of a student that has not learnt much yet, with intervals over
+seeds and tests.
 
     python -m ctxjax.study --config=configs/study.py --workdir=runs/study
 
@@ -36,11 +37,15 @@ def get_config() -> ConfigDict:
         for world, file in WORLDS.items()
         for architecture in ARCHITECTURES
     }
+    # A fifth of the steps: the student knows little without the context, which anchoring takes away as well.
+    config.configurations["rules_early"] = "configs/tiny.py:llama"
+    config.own_changes = {"rules_early": {"train": {"steps": 40}}}  # configuration -> changes to the fields of its runs
     config.arms = ARMS  # name -> changes to config.loss
     config.run_arms = ("off_policy", "opcd", "anchored", "retained", "retention_alone")  # in every configuration
     # Configuration -> its further arms.
     further = ("handover", "ema", "teacher_bare", "joint", "symkl", "dualopd", "gated")
     config.more_arms = dict.fromkeys(("rules_llama", "policy_qwen2", "scratch_qwen3"), further)
+    config.more_arms["rules_early"] = ("handover",)
     config.first_arm = "opcd"  # the arm that others are compared with
 
     config.rates = (3e-4, 1e-3, 3e-3)  # the learning rates to choose from; one alone: nothing to choose

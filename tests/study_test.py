@@ -45,7 +45,7 @@ for name, changes in config["arms"].items():
 
 def make_study(**changes) -> Study:
     fields = {
-        "configurations": {"small": "configs/debug.py", "large": "configs/tiny.py"},
+        "configurations": {"small": "configs/debug.py", "large": "configs/tiny.py"}, "own_changes": {},
         "arms": {"a": {}, "b": {"beta": 0.5}, "c": {"mu": 1.0}},
         "run_arms": ("a", "b"), "more_arms": {"large": ("c",)}, "first_arm": "a",
         "rates": (1e-4, 1e-3), "rate_seeds": (7,), "seeds": (0, 1), "select": ("both_correct", "-distill"),
@@ -82,6 +82,8 @@ def test_the_cheap_cells_are_those_with_little_to_train():
         ({"run_arms": ("a", "d")}, "run_arms = 'd' is not known; choose from a, b, c"),
         ({"run_arms": ()}, "run_arms = .* must be at least one"),
         ({"more_arms": {"huge": ("c",)}}, "more_arms = 'huge' is not known"),
+        ({"own_changes": {"huge": {}}}, "own_changes = 'huge' is not known; choose from large, small"),
+        ({"own_changes": {"large": {"train": {"stepps": 1}}}}, "large-rate7: .*stepps"),
         ({"first_arm": "c"}, "first_arm = 'c' is not known"),
         ({"rate_seeds": (1,)}, r"rate_seeds = \(1,\) must be others than seeds, and both have \[1\]"),
         ({"rate_seeds": ()}, "rate_seeds = .* must be at least one for two rates"),
@@ -278,8 +280,13 @@ def test_two_processes_share_the_cells(tmp_path):
     one.wait()
 
 
-def test_the_documented_study_has_twelve_configurations_whose_cells_can_run():
+def test_the_documented_study_has_thirteen_configurations_whose_cells_can_run():
     study = Study.of(study_config.get_config())
-    assert len(study.configurations) == 12 and len(study.rates) == 3 and len(study.seeds) >= 3
+    assert len(study.configurations) == 13 and len(study.rates) == 3 and len(study.seeds) >= 3
     cells = grid.check_study(study)
-    assert len(cells) == 12 * (len(study.rate_seeds) + len(study.seeds))
+    assert len(cells) == 13 * (len(study.rate_seeds) + len(study.seeds))
+    early, llama = (
+        grid.make_config(study, Cell(name, FINAL, 0), dict.fromkeys(study.arms, 1e-3))
+        for name in ("rules_early", "rules_llama")
+    )
+    assert (early.train.steps, llama.train.steps) == (40, 200) and early.base == llama.base

@@ -32,6 +32,7 @@ class Study:
     """
 
     configurations: dict[str, str]
+    own_changes: dict[str, dict]
     arms: dict[str, dict]
     run_arms: tuple[str, ...]
     more_arms: dict[str, tuple[str, ...]]
@@ -46,8 +47,9 @@ class Study:
     def __post_init__(self):
         for field in ("configurations", "run_arms", "rates", "seeds", "select"):
             require(bool(getattr(self, field)), field, getattr(self, field), "at least one")
-        for configuration in self.more_arms:
-            one_of("more_arms", configuration, self.configurations)
+        for field in ("more_arms", "own_changes"):
+            for configuration in getattr(self, field):
+                one_of(field, configuration, self.configurations)
         for arm in {arm for configuration in self.configurations for arm in self.arms_of(configuration)}:
             one_of("run_arms", arm, self.arms)
         one_of("first_arm", self.first_arm, self.run_arms)
@@ -101,6 +103,7 @@ def make_config(study: Study, cell: Cell, rates: dict[str, float] | None = None)
     """Return the configuration of a cell's run; ``rates``: arm -> learning rate, for the second phase."""
     config = command.load_config(study.configurations[cell.configuration])
     config.update(ConfigDict(study.changes))
+    config.update(ConfigDict(study.own_changes.get(cell.configuration, {})))
     config.seed = cell.seed
     arms = study.arms_of(cell.configuration)
     if cell.phase == RATE:
