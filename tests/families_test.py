@@ -277,8 +277,24 @@ def without(fields, *names):
         (SEED_OSS | {"attention_out_bias": True}, "attention_out_bias = True is not implemented"),
         (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not implemented"),
         (
-            GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
+            GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
             'of "sliding_attention" must',
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 8.0}}},
+            'of "sliding_attention" must',
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
+            "rotary positions with .*partial_rotary_factor.* not implemented",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": "yarn"}},
+            "of sliding_attention = 'yarn' must be an object",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            'its names must be "sliding_attention", "full_attention"',
         ),
         (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not implemented"),
     ],

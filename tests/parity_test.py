@@ -4,23 +4,26 @@ Checkpoints are transformers' own, with weights large enough for peaked outputs 
 something, which fresh ones (1 and 0) do not.
 """
 
+import dataclasses
 import functools
 import itertools
+import json
 import random
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from ctxjax import rng
 from ctxjax.data.prompts import left_pad
-from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.models import transformer
 from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.sharding import put_batch
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
 import transformers  # noqa: E402
+
+from benchmarks import parity  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -49,15 +52,6 @@ VOCAB = 97
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-class NoTokenizer:
-    """What ``save`` asks of a tokenizer."""
-
-    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
-
-    def save_pretrained(self, folder):
-        pass
-
-
 def write(folder, family: str, seed: int = 0, dtype=torch.float32, **fields):
     """Writes a checkpoint; returns transformers' model of it, in float32 (read anew: its ``to`` rounds more than
     weights)."""
@@ -67,19 +61,10 @@ def write(folder, family: str, seed: int = 0, dtype=torch.float32, **fields):
         "vocab_size": VOCAB, "hidden_size": 8 * heads, "intermediate_size": 40, "num_hidden_layers": 2,
         "num_attention_heads": heads, "num_key_value_heads": 2, "head_dim": 16,
     }  # fmt: skip
-    torch.manual_seed(seed)
     model = model_class(config_class(**sizes | fields))
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            if parameter_name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            elif "embed_tokens" in parameter_name:
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(noise * (parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.5))
+    parity.set_peaked_weights(model, seed)
     model.to(dtype).save_pretrained(folder)
-    return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    return parity.read_theirs(folder)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4))
@@ -137,8 +122,8 @@ def test_layers_of_other_kinds_are_those_of_transformers_and_go_back_to_them(fam
     assert_same_logits(tmp_path / "theirs", theirs, mesh, length=96, last=96)
     config = hf_load.read_config(tmp_path / "theirs")
     params = hf_load.load(tmp_path / "theirs", config, mesh)
-    hf_save.save(tmp_path / "ours", params, config, NoTokenizer(), (2,), family)
-    again = CLASSES[family][1].from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    hf_save.save(tmp_path / "ours", params, config, parity.NoTokenizer(), (2,), family)
+    again = parity.read_theirs(tmp_path / "ours")
     for one, two in zip(theirs.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
     assert_same_logits(tmp_path / "ours", again, mesh, length=96, last=96)
@@ -174,13 +159,7 @@ def test_scaled_positions_are_those_of_transformers_past_the_original_ones(famil
     assert_same_logits(tmp_path, theirs, mesh, length=96, last=96)
 
 
-PROMPTS, NEW = 50, 64
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def greedy(params, config, prompts, rows):
-    sampling = SamplingConfig(NEW, eos_ids=(), pad_id=0, temperature=0.0)
-    return sample(params, config, sampling, prompts, rng.row_keys(jax.random.key(0), rows)).tokens_BxT
+PROMPTS = 50
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +174,46 @@ def test_greedy_continuations_are_those_of_transformers_and_of_each_prompt_alone
     config = hf_load.read_config(tmp_path)
     params = hf_load.load(tmp_path, config, mesh)
     padded = left_pad(prompts, max(map(len, prompts)), 0)
-    with torch.inference_mode():
-        expected = theirs.generate(
-            input_ids=torch.tensor(padded.tokens_BxP, dtype=torch.long),
-            attention_mask=torch.tensor(padded.mask_BxP, dtype=torch.long),
-            do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0,
-        )[:, -NEW:].numpy()  # fmt: skip
-    ours = np.asarray(greedy(params, config, *put_batch((padded, np.arange(PROMPTS)), mesh)))
+    expected = parity.their_tokens(theirs, padded)
+    ours = np.asarray(parity.our_tokens(params, config, *put_batch((padded, np.arange(PROMPTS)), mesh)))
     np.testing.assert_array_equal(ours, expected)
     for length in (1, 20):
         row = next(row for row, prompt in enumerate(prompts) if len(prompt) == length)
-        alone = greedy(params, config, *put_batch((left_pad([prompts[row]], length, 0), np.array([row])), mesh))
+        alone = parity.our_tokens(
+            params, config, *put_batch((left_pad([prompts[row]], length, 0), np.array([row])), mesh)
+        )
         np.testing.assert_array_equal(alone[0], ours[row])
+
+
+def run_script(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """Run benchmarks/parity.py; return its exit code and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["parity", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        parity.main()
+    return ended.value.code, capsys.readouterr().out
+
+
+def test_the_script_draws_supported_configurations_of_every_family():
+    assert parity.FOREIGN.keys() == hf_load.FAMILIES.keys()
+    for model_type, family in hf_load.FAMILIES.items():
+        drawn = [parity.draw_fields(model_type, 0, number)[0] for number in range(20)]
+        assert len({family.config_from_hf(fields) for fields in drawn}) == 20
+        assert drawn[7] == parity.draw_fields(model_type, 0, 7)[0]
+
+
+def test_the_script_compares_a_random_configuration(monkeypatch, capsys, tmp_path):
+    code, printed = run_script(monkeypatch, capsys, "--family=gemma3_text", "--quick", f"--json={tmp_path / 'all'}")
+    assert code == 0
+    (row,) = json.loads(printed.splitlines()[-1])["rows"]
+    assert row["configurations"] == 1 and row["greedy tokens equal"] == "256 of 256"
+    assert f"| gemma3_text | 1 | - | {row['largest relative error']} | 256 of 256 | 0 | 0 |" in printed
+    (case,) = json.loads((tmp_path / "all").read_text())
+    assert 0 < case["logits"] <= parity.TOLERANCE and case["export"] == 0
+
+
+def test_the_script_names_what_to_repeat_if_a_number_is_wrong(monkeypatch, capsys):
+    read = hf_load.read_config
+    monkeypatch.setattr(hf_load, "read_config", lambda folder: dataclasses.replace(read(folder), rope_theta=9999.0))
+    code, printed = run_script(monkeypatch, capsys, "--family=llama", "--seed=3", "--number=2")
+    assert code == 1
+    assert "python -m benchmarks.parity --family=llama --seed=3 --configurations=20 --number=2\n" in printed

@@ -230,18 +230,18 @@ class Family:
 def _take_rope(fields: dict, default_theta: float) -> tuple[float, RopeScaling | None]:
     """Take (theta, scaling) out of either layout: ``rope_theta`` and ``rope_scaling``, or ``rope_parameters``."""
     old, new = (fields.pop(name, None) or {} for name in ("rope_scaling", "rope_parameters"))
-    for name, rope in (("rope_scaling", old), ("rope_parameters", new)):
-        if not isinstance(rope, dict):
-            raise ValueError(f"{name} = {rope!r} must be an object")
+    scalings = {read_scaling(rope, name) for name, rope in (("rope_scaling", old), ("rope_parameters", new)) if rope}
     thetas = [fields.pop("rope_theta", None), old.get("rope_theta"), new.get("rope_theta")]
     thetas = {read_number(theta, "rope_theta") for theta in thetas if theta is not None} or {default_theta}
-    scalings = {_read_scaling(rope) for rope in (old, new) if rope} or {None}
     if len(thetas) > 1 or len(scalings) > 1:
         raise ValueError("rope_theta, rope_scaling and rope_parameters contradict each other; keep rope_parameters")
-    return thetas.pop(), scalings.pop()
+    return thetas.pop(), (scalings or {None}).pop()
 
 
-def _read_scaling(rope: dict) -> RopeScaling | None:
+def read_scaling(rope: dict, name: str) -> RopeScaling | None:
+    """Read the object with ``rope_type``, its field named ``name``. Raises ValueError at what is not implemented."""
+    if not isinstance(rope, dict):
+        raise ValueError(f"{name} = {rope!r} must be an object")
     rest = {name: value for name, value in rope.items() if name != "rope_theta" and value is not None}
     kind = rest.pop("rope_type", None) or rest.get("type") or "default"
     rest.pop("type", None)

@@ -4,7 +4,7 @@ attention and MLP multiply by 1 + scale, and embeddings are multiplied by the ro
 from __future__ import annotations
 
 from ctxjax.models.architecture import LayerKind, ModelConfig
-from ctxjax.models.hf.family import LAYER_NAMES, Family, join_kinds, read_number, read_size
+from ctxjax.models.hf.family import LAYER_NAMES, Family, join_kinds, read_number, read_scaling, read_size
 
 _NAMES = {
     "attention_post_norm": ("post_attention_layernorm.weight", False),
@@ -38,9 +38,11 @@ def _take_local_theta(fields: dict) -> float:
     """Remove and return the rotary base of layers with a window, of either layout: ``rope_local_base_freq``, or
     ``rope_parameters`` by layer type, of which the global layers' are left."""
     theta, rope = fields.pop("rope_local_base_freq", None), fields.get("rope_parameters")
-    if isinstance(rope, dict) and rope.keys() & {LOCAL, GLOBAL}:
+    if rope:
+        if not isinstance(rope, dict) or rope.keys() - {LOCAL, GLOBAL}:  # transformers ignores other names
+            raise ValueError(f'rope_parameters = {rope!r} is not implemented; its names must be "{LOCAL}", "{GLOBAL}"')
         fields["rope_parameters"], local = rope.get(GLOBAL), rope.get(LOCAL) or {}
-        if rope.keys() - {LOCAL, GLOBAL} or local.get("rope_type", "default") != "default":
+        if read_scaling(local, f"rope_parameters of {LOCAL}") is not None:
             raise ValueError(f'rope_parameters = {rope} is not implemented; rope_type of "{LOCAL}" must be "default"')
         theta = local.get("rope_theta", theta)
     return read_number(10000.0 if theta is None else theta, "rope_local_base_freq")
