@@ -119,8 +119,8 @@ def test_tokens_are_those_of_reading_the_whole_text(case, tiny_model, make_param
     prompts = prompts.replace(prefix_C=np.random.default_rng(C).integers(6, 40, C, dtype=np.int32) if C else None)
     ids, devices = np.arange(rows) * 7, jax.devices()[: np.prod(shape)]
     mesh = make_mesh(*shape, devices=devices)
-    # Rows that have ended leave the batch when half of a device's rows are left.
-    monkeypatch.setattr(sampling, "row_limits", lambda rows, max_tokens: [rows // 2, 0])
+    # Rows that have ended leave the batch when three of four rows of a device are left.
+    monkeypatch.setattr(sampling, "row_limits", lambda rows, max_tokens: [rows * 3 // 4, 0])
     with jax.set_mesh(mesh):
         rollout = jax.device_get(sampled(make_params(model, 0, mesh), model, config, *put_batch((prompts, ids), mesh)))
     repeated = jax.tree.map(lambda x: np.repeat(x, config.samples, axis=0), prompts.replace(prefix_C=None))
@@ -131,7 +131,7 @@ def test_tokens_are_those_of_reading_the_whole_text(case, tiny_model, make_param
         tokens, logprobs = jax.device_get(read_whole(make_params(model, 0, mesh), model, config, *batch))
     real = rollout.mask_BxT
     is_full = real[:, -1].reshape(shape[0] * shape[1], -1)  # by device
-    assert is_full.any() and is_full.sum(axis=1).max() < is_full.shape[1] // 2, real.sum(axis=1)
+    assert is_full.any() and is_full.sum(axis=1).max() < is_full.shape[1] * 3 // 4, real.sum(axis=1)
     np.testing.assert_array_equal(rollout.tokens_BxT[real], tokens[real])
     expected = logprobs[real]
     np.testing.assert_allclose(rollout.logprobs_BxT[real], expected, rtol=0, atol=3e-5 * np.abs(expected).max())

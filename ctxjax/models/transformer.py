@@ -179,14 +179,15 @@ def prefill(
         weights, own_prefix = _take_layer((params["layers"], prefix), index)
         return run_layer(config, weights, kind, layout, x, own_prefix, store)
 
-    keys, values = [], []
+    keys, values, parts = [], [], []
     for segment in segments(config):
-        indices = jnp.arange(segment.layers.start, segment.layers.stop)
-        x, (k, v) = scan_layers(config, functools.partial(layer, segment.window), x, indices, layers=segment.layers)
-        parts = [part.layers for part in _split_for_decoding(config, segment)]
-        keys += [_take_layers(k.swapaxes(-1, -2), part, segment.layers.start) for part in parts]
-        values += [_take_layers(v, part, segment.layers.start) for part in parts]
-    parts = _decoding_segments(config)
+        first, stop = segment.layers.start, segment.layers.stop
+        one_layer = functools.partial(layer, segment.window)
+        x, (k, v) = scan_layers(config, one_layer, x, jnp.arange(first, stop), layers=segment.layers)
+        for part in _split_for_decoding(config, segment):
+            keys.append(_take_layers(k.swapaxes(-1, -2), part.layers, first))
+            values.append(_take_layers(v, part.layers, first))
+            parts.append(part)
     cache = KVCache(
         keys=tuple(keys),
         values=tuple(values),
