@@ -200,4 +200,5 @@ def test_memory_does_not_grow_with_the_context(layers, tiny_model, make_prompts,
         config = dataclasses.replace(ENDS, max_tokens=8)
         return sampled.lower(params, model, config, *batch).compile().memory_analysis().temp_size_in_bytes / one
 
-    assert measure(window) < measure(0) - 0.9 * layers
+    # The rest are the activations of the prompts; with all columns in every cache it is 5.4 and 13.7.
+    assert measure(window) < 4.5 < 8 < measure(0)
