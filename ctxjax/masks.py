@@ -17,17 +17,22 @@ def positions(mask_BxL: jax.Array) -> jax.Array:
 
 
 def causal(
-    real_BxM: jax.Array, columns_BxL: jax.Array | None = None, window: int | jax.Array | None = None
+    real_BxM: jax.Array,
+    columns_BxL: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+    key_columns_M: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the attention mask [B, L, M]: True if the query in column c may read key m, that is, m is a real token,
-    m <= c, and with a ``window`` also m > c - window.
+    """Return the attention mask [B, L, M]: True if the query in column c may read the key of column m, that is, it is a
+    real token, m <= c, and with a ``window`` also m > c - window.
 
-    ``columns_BxL`` are the queries' columns, None: all, one query for every key. Either argument may have one row for
-    all. A padding query reads itself, so that no softmax row is empty; nothing else reads it. Build such masks for a
-    few columns at a time (models/attention.py): a whole one grows with the square of the length.
+    ``columns_BxL`` are the queries' columns, None: all, one query for every key. ``real`` and ``columns`` may have one
+    row for all. ``key_columns_M`` are the keys' columns, None: 0, 1, 2, ... A padding query reads itself, so that no
+    softmax row is empty; nothing else reads it. Build such masks for a few columns at a time (models/attention.py): a
+    whole one grows with the square of the length.
     """
     columns_BxL = jnp.arange(real_BxM.shape[1])[None] if columns_BxL is None else columns_BxL
-    key_M, column_BxLx1 = jnp.arange(real_BxM.shape[1]), columns_BxL[..., None]
+    key_M = jnp.arange(real_BxM.shape[1]) if key_columns_M is None else key_columns_M
+    column_BxLx1 = columns_BxL[..., None]
     is_read = (key_M <= column_BxLx1) & real_BxM[:, None, :]
     if window is not None:
         is_read &= key_M > column_BxLx1 - window

@@ -110,34 +110,43 @@ class KVCache:
     """Keys and values of all layers, and one write cursor for all rows.
 
     Left padding makes one scalar cursor enough: every row writes the same column at the same time.
-    ``keys`` are [N, B, K, Dh, M] and ``values`` [N, B, K, M, Dh]; models that decode without a scan have tuples of N
-    such arrays without the axis of layers. In these orders both products of a query read memory contiguously.
-    ``mask_BxM`` is True for slots that hold a real token. ``prefix`` is what all rows read before their slots, or
-    None; without a scan a tuple of N, [K, C, Dh] each.
+    The layers are in segments of n consecutive ones with the same window, each with its own arrays: ``keys``
+    [n, B, K, Dh, S] and ``values`` [n, B, K, S, Dh], without the first axis if n is 1. In these orders both products of
+    a query read memory contiguously. Without a window the S slots are the M columns; with one they are a ring
+    (models/ring.py) of min(M, window). ``mask_BxM`` is True for columns that hold a real token, ``length`` the number
+    of columns written. ``prefix`` is what all rows read before their columns, of each segment [n, K, C, Dh], or None. A
+    segment with a window has only the part that is still in reach; ``prefix_length`` is that of the whole.
     """
 
-    keys: jax.Array | tuple[jax.Array, ...]
-    values: jax.Array | tuple[jax.Array, ...]
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     mask_BxM: jax.Array
     length: jax.Array
-    prefix: PrefixKV | tuple[PrefixKV, ...] | None = None
+    windows: tuple[int, ...] = struct.field(pytree_node=False)
+    prefix: tuple[PrefixKV, ...] | None = None
+    prefix_length: int = struct.field(default=0, pytree_node=False)
 
-    def extend(self, slots: int) -> KVCache:
-        """Return the same cache with room for ``slots`` columns."""
-        more = slots - self.mask_BxM.shape[1]
+    def extend(self, columns: int) -> KVCache:
+        """Return the same cache with room for ``columns``. The present columns may all be written: a ring smaller than
+        its window has wrapped none of them."""
 
-        def padded(tree, axis: int):
-            return jax.tree.map(lambda x: jnp.pad(x, [(0, more * (a == x.ndim + axis)) for a in range(x.ndim)]), tree)
+        def padded(arrays, axis: int):
+            sizes = [min(columns, window or columns) for window in self.windows]
+            return tuple(_pad_right(x, size, axis) for x, size in zip(arrays, sizes, strict=True))
 
-        keys, values = padded(self.keys, -1), padded(self.values, -2)
-        return self.replace(keys=keys, values=values, mask_BxM=jnp.pad(self.mask_BxM, [(0, 0), (0, more)]))
+        keys, values, mask_BxM = padded(self.keys, -1), padded(self.values, -2), _pad_right(self.mask_BxM, columns, -1)
+        return self.replace(keys=keys, values=values, mask_BxM=mask_BxM)
 
     def map_rows(self, function: Callable[[jax.Array, int], jax.Array]) -> KVCache:
         """Return the same cache with function(x, its axis of rows) for every array x; the prefix, which has no rows, is
         unchanged."""
-        axis = 0 if isinstance(self.keys, tuple) else 1
-        keys, values = jax.tree.map(lambda x: function(x, axis), (self.keys, self.values))
+        keys, values = jax.tree.map(lambda x: function(x, x.ndim - 4), (self.keys, self.values))
         return self.replace(keys=keys, values=values, mask_BxM=function(self.mask_BxM, 0))
+
+
+def _pad_right(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """Return x with zeros behind it, up to ``size`` along ``axis``."""
+    return jnp.pad(x, [(0, (size - x.shape[axis]) * (a == axis % x.ndim)) for a in range(x.ndim)])
 
 
 @struct.dataclass

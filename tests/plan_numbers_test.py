@@ -17,7 +17,7 @@ from ctxjax.distill import flops
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import sample
 from ctxjax.inputs.batch_shapes import BatchShapes
-from ctxjax.models.transformer import ModelConfig
+from ctxjax.models.transformer import LayerKind, ModelConfig
 from ctxjax.plan import chips, hlo, remedies, report, run, step as plan_step
 from ctxjax.plan.remedies import Remedy
 from ctxjax.plan.step import Plan
@@ -80,6 +80,11 @@ def test_the_memory_floor_is_what_is_read_and_written(mesh8):
     assert floor(LossConfig(divergence="cross_entropy")) == decode + 2 * 2 * own + optimiser  # runs no teacher
     assert floor(micro_batches=1) == decode + 6 * own + 2 * theirs + optimiser
     assert floor(shapes=SHAPES._replace(rows=32)) - floor() == 20 * 64 * 4 * 20
+    # One of two layers reads 12 of 20 columns, or 2 of them and of the prefix's 3.
+    windows = dataclasses.replace(STUDENT, layer_kinds=(LayerKind(window=12), LayerKind()))
+    assert floor() - floor(model=windows) == 20 * 32 * 4 * 8
+    narrow = dataclasses.replace(STUDENT, layer_kinds=(LayerKind(window=2), LayerKind()))
+    assert floor() - floor(model=narrow) == 20 * 32 * (1 + 4 * 18)
 
 
 def test_the_parts_of_the_temporaries(mesh8):
@@ -91,6 +96,9 @@ def test_the_parts_of_the_temporaries(mesh8):
         "gradients": 2 * 4 * STUDENT_CHIP,  # float32, of a part and of the sum
         "weights for decoding": 2 * (STUDENT_MATRICES + STUDENT_NORMS) // 2,
     }
+    windows = dataclasses.replace(step.model, layer_kinds=(LayerKind(window=12), LayerKind()))
+    found = plan_step._compute_temporary_parts(dataclasses.replace(step, model=windows), SHAPES, mesh8)
+    assert found == parts | {"cache of the responses": 2 * 1 * 8 * 2 * 4 * (12 + 31)}
     whole = dataclasses.replace(step, micro_batches=1, sampling=dataclasses.replace(step.sampling, weights="stored"))
     parts = plan_step._compute_temporary_parts(whole, SHAPES, mesh8)
     assert parts["gradients"] == 4 * STUDENT_CHIP

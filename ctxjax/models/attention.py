@@ -51,14 +51,16 @@ class Window(NamedTuple):
 
 class Source(NamedTuple):
     """What queries read: ``keys`` and ``values`` [B, K, M, Dh], a set for each row, or [K, M, Dh], one for all rows.
-    ``real_BxM``, the queries' ``columns_BxL`` and ``window`` say which keys a query reads (masks.causal); without them
-    every query reads all. The queries' columns are consecutive if they have one row for all."""
+    ``real_BxM``, the queries' ``columns_BxL``, ``window`` and ``key_columns_M`` say which keys a query reads
+    (masks.causal); without them every query reads all. The queries' columns are consecutive if they have one row for
+    all."""
 
     keys: jax.Array
     values: jax.Array
     real_BxM: jax.Array | None = None
     columns_BxL: jax.Array | None = None
     window: int | None = None
+    key_columns_M: jax.Array | None = None
 
 
 def self_attention(
@@ -121,17 +123,18 @@ def attention(
     columns_BxL: jax.Array,
     prefix: PrefixKV | None = None,
     window: Window | None = None,
+    key_columns_M: jax.Array | None = None,
 ) -> jax.Array:
     """Return what each query reads, [B, H, L, Dh]: softmax(q k / sqrt(Dh)) v, the softmax in float32.
 
     ``keys`` and ``values`` are [B, K, M, Dh], or [K, M, Dh] if all rows share them. A query in column c reads the
     real ones up to c (masks.causal), and before those all of ``prefix``, one layer's [K, C, Dh]; of both only what is
-    in the ``window``.
+    in the ``window``. ``key_columns_M`` are the keys' columns if they are not in order (ring.py).
 
     The G = H/K query heads of a group share a key head. Scores that are too many to be held at one time
     (``CHUNK_SCORES``) are computed for one chunk of query columns after the other, and again in the backward pass.
     """
-    own = Source(keys, values, real_BxM, columns_BxL, None if window is None else window.size)
+    own = Source(keys, values, real_BxM, columns_BxL, None if window is None else window.size, key_columns_M)
     sources = [own] if prefix is None else [_prefix_source(prefix, window), own]
     L = q_BxHxLxDh.shape[2]
     queries = math.prod(jax.typeof(q_BxHxLxDh).sharding.shard_shape(q_BxHxLxDh.shape)[:3])
@@ -162,14 +165,21 @@ def attention(
     return out.reshape(*out.shape[:2], chunks * size, -1)[:, :, :L]
 
 
+def cut_prefix(prefix: PrefixKV, window: int) -> PrefixKV:
+    """Return the part of a prefix [..., C, Dh] that queries behind it can read; all of it if ``window`` is 0."""
+    C = prefix.keys.shape[-2]
+    kept = min(C, max(window - 1, 1)) if window else C
+    return PrefixKV(prefix.keys[..., C - kept :, :], prefix.values[..., C - kept :, :])
+
+
 def _prefix_source(prefix: PrefixKV, window: Window | None) -> Source:
     """All of the prefix; or the part of it in the window, since a key's column is its position here."""
     if window is None:
         return Source(prefix.keys, prefix.values)
-    C = prefix.keys.shape[-2]
-    kept = min(C, max(window.size - 1, 1))  # every query is behind the prefix
-    keys, values = prefix.keys[:, C - kept :], prefix.values[:, C - kept :]
-    return Source(keys, values, jnp.ones((1, kept), bool), window.positions_BxL - (C - kept), window.size)
+    read = cut_prefix(prefix, window.size)
+    kept = read.keys.shape[-2]
+    positions_BxL = window.positions_BxL - (prefix.keys.shape[-2] - kept)
+    return Source(read.keys, read.values, jnp.ones((1, kept), bool), positions_BxL, window.size)
 
 
 def _take_window(source: Source, queries: int) -> Source:
@@ -215,7 +225,7 @@ def _scores(q_BxKxQxDh, source: Source) -> jax.Array:
     scores = jnp.einsum(f"{rows}qd,{keys}->{rows}qm", q, source.keys, preferred_element_type=jnp.float32)
     if source.real_BxM is None:
         return scores
-    mask_BxLxM = masks.causal(source.real_BxM, source.columns_BxL, source.window)
+    mask_BxLxM = masks.causal(source.real_BxM, source.columns_BxL, source.window, source.key_columns_M)
     groups = q_BxKxQxDh.shape[2] // mask_BxLxM.shape[1]
     mask = _rows_first(jnp.tile(mask_BxLxM, (1, groups, 1))[:, None], source)
     return jnp.where(mask, scores, -1e30)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -30,13 +31,14 @@ class Layout(NamedTuple):
     ``positions_BxL`` are those of the queries, and ``rope`` their rotation: with a leading axis R if the layers have R
     different ones, None if none has any. ``real_BxM``: which of a row's keys are real tokens. ``columns_BxL``: the
     queries' columns among these keys; None: whole sequences, in which every column has its query. ``real`` and
-    ``columns`` may have one row for all.
+    ``columns`` may have one row for all. ``key_columns_M``: the keys' columns if they are not in order, None: they are.
     """
 
     positions_BxL: jax.Array
     rope: Rotation | None
     real_BxM: jax.Array
     columns_BxL: jax.Array | None = None
+    key_columns_M: jax.Array | None = None
 
 
 class Kind(NamedTuple):
@@ -60,6 +62,20 @@ def _ropes(config: ModelConfig) -> list[LayerKind]:
     return list(dict.fromkeys(kind.without_window() for kind in config.kinds))
 
 
+class Segment(NamedTuple):
+    """Consecutive ``layers`` with the same ``window``, 0: none. They have a cache of one size."""
+
+    window: int
+    layers: range
+
+
+def segments(config: ModelConfig) -> list[Segment]:
+    """Return the longest segments of a model, in order: one if all layers have the same window, or none has any."""
+    runs = itertools.groupby(range(config.layers), key=lambda layer: config.kinds[layer].window)
+    found = [(window, list(run)) for window, run in runs]
+    return [Segment(window, range(run[0], run[-1] + 1)) for window, run in found]
+
+
 def kind_of(config: ModelConfig, layer: int) -> Kind:
     """Return the kind of one layer in Python numbers."""
     kind, windows, ropes = config.kinds[layer], _windows(config), _ropes(config)
@@ -81,17 +97,21 @@ def make_rope(config: ModelConfig, positions_BxL: jax.Array) -> Rotation | None:
     return rotation(positions_BxL, jnp.stack(found)[:, None, None, None], shared)
 
 
-def scan_layers(config: ModelConfig, layer: Callable, start, *stacks, policy: str = "none"):
-    """Scan ``layer(carry, kind, *parts)`` -> (carry, kept) over the layers, under a policy of models/remat.py.
+def scan_layers(
+    config: ModelConfig, layer: Callable, start, *stacks, layers: range | None = None, policy: str = "none"
+):
+    """Scan ``layer(carry, kind, *parts)`` -> (carry, kept) over ``layers``, None: all, under a policy of
+    models/remat.py.
 
-    ``stacks`` are trees of arrays [N, ...], whose slices are ``parts``. The scan carries only what differs between
-    layers; what they share is a constant of the program. Returns what ``lax.scan`` returns.
+    ``stacks`` are trees of arrays [N, ...], N the number of ``layers``, whose slices are ``parts``. The scan carries
+    only what differs between these layers; what they share is a constant of the program. Returns what ``lax.scan``
+    returns.
     """
-    kinds = [kind_of(config, index) for index in range(config.layers)]
+    kinds = [kind_of(config, index) for index in layers or range(config.layers)]
     varying = {
         name: jnp.array(indices, jnp.int32)
         for name, indices in zip(Kind._fields, zip(*kinds, strict=True), strict=True)
-        if indices[0] is not None
+        if len(set(indices)) > 1
     }
 
     def body(carry, varying_and_parts):
@@ -130,7 +150,7 @@ def attend(config: ModelConfig, kind: Kind, layout: Layout, prefix: PrefixKV | N
         window = Window(size, layout.positions_BxL) if size else None
         if layout.columns_BxL is None:
             return self_attention(config.attention, q, keys, values, layout.real_BxM, prefix, window)
-        return attention(q, keys, values, layout.real_BxM, layout.columns_BxL, prefix, window)
+        return attention(q, keys, values, layout.real_BxM, layout.columns_BxL, prefix, window, layout.key_columns_M)
 
     reads = [functools.partial(read, size) for size in _windows(config)]
     if isinstance(kind.window, jax.Array):

@@ -13,12 +13,14 @@ layer (models/layer.py) serves all the ways in which the model runs:
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
 from ctxjax import masks
+from ctxjax.models import ring
 from ctxjax.models.architecture import (
     LayerKind as LayerKind,
     ModelConfig as ModelConfig,
@@ -26,7 +28,8 @@ from ctxjax.models.architecture import (
     param_specs as param_specs,
     rope_frequencies as rope_frequencies,
 )
-from ctxjax.models.layer import Layout, kind_of, make_rope, rms_norm, run_layer, scan_layers
+from ctxjax.models.attention import cut_prefix
+from ctxjax.models.layer import Layout, Segment, kind_of, make_rope, rms_norm, run_layer, scan_layers, segments
 from ctxjax.sharding import (
     all_gather_embed,
     batch_spec,
@@ -71,9 +74,9 @@ def finish_logits(raw: jax.Array, config: ModelConfig) -> jax.Array:
     return logits
 
 
-def _prefix_length(prefix) -> int:
-    """Return C; ``prefix`` is a PrefixKV, of all layers or one for each, or None."""
-    return 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[-2]
+def _prefix_length(prefix: PrefixKV | None) -> int:
+    """Return C; ``prefix`` is a PrefixKV or None."""
+    return 0 if prefix is None else prefix.keys.shape[-2]
 
 
 def _start(params: Params, config: ModelConfig, tokens_BxL, mask_BxL, prefix: PrefixKV | None):
@@ -162,23 +165,56 @@ def prefill(
     params: Params, config: ModelConfig, tokens_BxP: jax.Array, mask_BxP: jax.Array, prefix: PrefixKV | None = None
 ) -> tuple[jax.Array, KVCache]:
     """Read the prompts after ``prefix``; return the last column's hidden state [B, D] and a cache of P columns, all
-    filled.
+    filled. Layers with a window keep what is still in reach.
 
     The prompts must be left-padded: then one column predicts the first response token of every row, and
     the head is never applied to the rest of the prompt.
     """
     x, layout = _start(params, config, tokens_BxP, mask_BxP, prefix)
 
-    def layer(x, kind, weights, prefix):
-        return run_layer(config, weights, kind, layout, x, prefix)
+    def layer(window, x, kind, index):
+        def store(k, v):
+            return k, v, (ring.keep_last(k, window), ring.keep_last(v, window))
 
-    x, (k, v) = scan_layers(config, layer, x, params["layers"], prefix)
-    k = k.swapaxes(-1, -2)
-    if _is_decoding_unrolled(config):
-        k, v = tuple(k), tuple(v)
-        prefix = prefix and tuple(jax.tree.map(lambda x: x[i], prefix) for i in range(config.layers))  # noqa: B023
-    cache = KVCache(k, v, mask_BxP, jnp.int32(tokens_BxP.shape[1]), prefix)
+        weights, own_prefix = _take_layer((params["layers"], prefix), index)
+        return run_layer(config, weights, kind, layout, x, own_prefix, store)
+
+    keys, values, parts = [], [], []
+    for segment in segments(config):
+        first, stop = segment.layers.start, segment.layers.stop
+        one_layer = functools.partial(layer, segment.window)
+        x, (k, v) = scan_layers(config, one_layer, x, jnp.arange(first, stop), layers=segment.layers)
+        for part in _split_for_decoding(config, segment):
+            keys.append(_take_layers(k.swapaxes(-1, -2), part.layers, first))
+            values.append(_take_layers(v, part.layers, first))
+            parts.append(part)
+    cache = KVCache(
+        keys=tuple(keys),
+        values=tuple(values),
+        mask_BxM=mask_BxP,
+        length=jnp.int32(tokens_BxP.shape[1]),
+        windows=tuple(part.window for part in parts),
+        prefix=prefix and tuple(_cut_prefix(prefix, part) for part in parts),
+        prefix_length=_prefix_length(prefix),
+    )
     return _final_norm(params, config, x[:, -1]), cache
+
+
+def _take_layer(stacks, index: int | jax.Array):
+    """Return one layer of trees of arrays [N, ...]. A segment indexes the whole stacks, since slices are copies."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), stacks)
+
+
+def _take_layers(stack: jax.Array, layers: range, first: int = 0) -> jax.Array:
+    """Return these layers of [N, ...], the stack of layer ``first`` and later: [n, ...], or [...] of a single one."""
+    if len(layers) == 1:
+        return stack[layers.start - first]
+    return stack[layers.start - first : layers.stop - first]
+
+
+def _cut_prefix(prefix: PrefixKV, segment: Segment) -> PrefixKV:
+    """Return what a segment's layers can read of the prefix [N, K, C, Dh] from behind it, as KVCache has it."""
+    return cut_prefix(jax.tree.map(lambda x: _take_layers(x, segment.layers), prefix), segment.window)
 
 
 def _is_decoding_unrolled(config: ModelConfig) -> bool:
@@ -186,6 +222,18 @@ def _is_decoding_unrolled(config: ModelConfig) -> bool:
     every token (benchmarks/README.md, "Choices in models/"). Elsewhere deep models scan, because compiling takes longer
     with every unrolled layer."""
     return config.layers <= 8 or platform() == "gpu"
+
+
+def _split_for_decoding(config: ModelConfig, segment: Segment) -> list[Segment]:
+    """Return the parts of a segment that are decoded one after the other: single layers if decoding is unrolled."""
+    if _is_decoding_unrolled(config):
+        return [Segment(segment.window, range(layer, layer + 1)) for layer in segment.layers]
+    return [segment]
+
+
+def _decoding_segments(config: ModelConfig) -> list[Segment]:
+    """Return the segments of layers that share the arrays of a cache."""
+    return [part for segment in segments(config) for part in _split_for_decoding(config, segment)]
 
 
 def prepare_for_decoding(params: Params, config: ModelConfig, rules: str = "gathered") -> Params:
@@ -208,50 +256,61 @@ def decode_step(
     ``params`` come from ``prepare_for_decoding``. ``real_B`` False marks rows that have ended: their token is written
     but never read by another. The cache is a loop carry, updated in place at one column.
     """
-    position_Bx1 = jnp.sum(cache.mask_BxM, axis=1, dtype=jnp.int32)[:, None] + _prefix_length(cache.prefix)
+    position_Bx1 = jnp.sum(cache.mask_BxM, axis=1, dtype=jnp.int32)[:, None] + cache.prefix_length
     x = _embed(params, config, token_B[:, None])
     # The barrier keeps compilers from computing the cosines again for every head of every layer.
     rope = lax.optimization_barrier(make_rope(config, position_Bx1))
     mask_BxM = lax.dynamic_update_slice(cache.mask_BxM, real_B[:, None], (0, cache.length))
     layout = Layout(position_Bx1, rope, mask_BxM, jnp.reshape(cache.length, (1, 1)))
+    parts, kept = _decoding_segments(config), []
+    prefixes = cache.prefix or [None] * len(parts)
+    for segment, keys, values, prefix in zip(parts, cache.keys, cache.values, prefixes, strict=True):
+        own, slot = layout, cache.length
+        if segment.window:
+            slots = keys.shape[-1]
+            real_BxS, columns_S = ring.find_keys(mask_BxM, cache.length, slots)
+            missing = cache.prefix_length - _prefix_length(prefix)
+            own, slot = Layout(position_Bx1 - missing, rope, real_BxS, layout.columns_BxL, columns_S), slot % slots
+        x, *arrays = _decode_segment(params, config, segment, own, slot, x, keys, values, prefix)
+        kept.append(arrays)
+    keys, values = zip(*kept)
+    cache = cache.replace(keys=keys, values=values, mask_BxM=mask_BxM, length=cache.length + 1)
+    return _final_norm(params, config, x[:, 0]), cache
 
-    def append(keys, values):
+
+def _decode_segment(
+    params: Params, config: ModelConfig, segment: Segment, layout: Layout, slot, x, keys, values, prefix
+):
+    """Run the layers of a segment, which write to ``slot`` of its arrays: return (x, keys, values)."""
+    first = segment.layers.start
+
+    def append(k, v):
         """The ``store`` of a layer with its own arrays."""
-
-        def store(k, v):
-            new_keys = lax.dynamic_update_slice(keys, k.swapaxes(-1, -2), (0, 0, 0, cache.length))
-            new_values = lax.dynamic_update_slice(values, v, (0, 0, cache.length, 0))
-            return new_keys.swapaxes(-1, -2), new_values, (new_keys, new_values)
-
-        return store
+        new_keys = lax.dynamic_update_slice(keys, k.swapaxes(-1, -2), (0, 0, 0, slot))
+        new_values = lax.dynamic_update_slice(values, v, (0, 0, slot, 0))
+        return new_keys.swapaxes(-1, -2), new_values, (new_keys, new_values)
 
     def append_stacked(keys, values, index):
-        """The ``store`` of a layer in the arrays of all layers."""
+        """The ``store`` of a layer in the arrays of several."""
 
         def store(k, v):
-            new_keys = lax.dynamic_update_slice(keys, k[None].swapaxes(-1, -2), (index, 0, 0, 0, cache.length))
-            new_values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, cache.length, 0))
-            k_layer = lax.dynamic_index_in_dim(new_keys, index, keepdims=False).swapaxes(-1, -2)
-            v_layer = lax.dynamic_index_in_dim(new_values, index, keepdims=False)
-            return k_layer, v_layer, (new_keys, new_values)
+            new_keys = lax.dynamic_update_slice(keys, k[None].swapaxes(-1, -2), (index, 0, 0, 0, slot))
+            new_values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, slot, 0))
+            k_layer, v_layer = _take_layer((new_keys, new_values), index)
+            return k_layer.swapaxes(-1, -2), v_layer, (new_keys, new_values)
 
         return store
 
-    def scanned_layer(carry, kind, weights, prefix, index):
+    def scanned_layer(carry, kind, prefix, index):
         x, keys, values = carry
-        store = append_stacked(keys, values, index)
-        x, (keys, values) = run_layer(config, weights, kind, layout, x, prefix, store)
-        return (x, keys, values), None
+        weights, store = _take_layer(params["layers"], first + index), append_stacked(keys, values, index)
+        x, arrays = run_layer(config, weights, kind, layout, x, prefix, store)
+        return (x, *arrays), None
 
-    if _is_decoding_unrolled(config):
-        kept, prefixes = [], cache.prefix or [None] * config.layers
-        parts = zip(params["layers"], cache.keys, cache.values, prefixes)
-        for index, (weights, layer_keys, layer_values, prefix) in enumerate(parts):
-            store = append(layer_keys, layer_values)
-            x, layer_cache = run_layer(config, weights, kind_of(config, index), layout, x, prefix, store)
-            kept.append(layer_cache)
-        keys, values = zip(*kept)
-    else:
-        stacks = params["layers"], cache.prefix, jnp.arange(config.layers)
-        (x, keys, values), _ = scan_layers(config, scanned_layer, (x, cache.keys, cache.values), *stacks)
-    return _final_norm(params, config, x[:, 0]), KVCache(keys, values, mask_BxM, cache.length + 1, cache.prefix)
+    if len(segment.layers) == 1:
+        own = params["layers"]
+        weights = own[first] if isinstance(own, tuple) else _take_layer(own, first)
+        x, arrays = run_layer(config, weights, kind_of(config, first), layout, x, prefix, append)
+        return x, *arrays
+    stacks = prefix, jnp.arange(len(segment.layers))
+    return scan_layers(config, scanned_layer, (x, keys, values), *stacks, layers=segment.layers)[0]

@@ -178,12 +178,17 @@ def _count_devices(mesh: Mesh, *axes: str) -> int:
     return int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
+def _count_cache_columns(model: ModelConfig, columns: int) -> int:
+    """Return the columns of the caches of all layers together, after ``columns`` of a text."""
+    return sum(min(columns, kind.window or columns) for kind in model.kinds)
+
+
 def _compute_temporary_parts(step: StepConfig, shapes: BatchShapes, mesh: Mesh) -> dict[str, int]:
     """Return the parts of the temporaries that follow from shapes, in bytes per chip."""
     model, kind = step.model, jnp.dtype(step.model.dtype).itemsize
     rows = shapes.rows // _count_devices(mesh, "data", "fsdp")
-    slots = shapes.bare.columns + step.sampling.max_tokens
-    cache = 2 * rows * slots * model.layers * model.kv_heads * model.head_dim * kind // _count_devices(mesh, "tensor")
+    columns = _count_cache_columns(model, shapes.bare.columns + step.sampling.max_tokens)
+    cache = 2 * rows * columns * model.kv_heads * model.head_dim * kind // _count_devices(mesh, "tensor")
     trained = transformer.param_specs(model) if step.lora is None else lora.specs(model, step.lora)
     gradients = count_chip_bytes(params_lib.abstract(trained, mesh)) * (2 if step.micro_batches > 1 else 1)
     return {
@@ -219,8 +224,10 @@ def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchS
     own, theirs = (count_scalars(one) * kind // tensor for one in (model, step.teacher_model))
     tokens = step.sampling.max_tokens
     rows = shapes.rows // _count_devices(mesh, "data", "fsdp")
-    column = 2 * model.layers * model.kv_heads * model.head_dim * kind // tensor
-    cache = column * (shapes.bare.prefix + rows * (shapes.bare.columns + tokens // 2))
+    prefix, own_columns = (
+        _count_cache_columns(model, n) for n in (shapes.bare.prefix, shapes.bare.columns + tokens // 2)
+    )
+    cache = 2 * model.kv_heads * model.head_dim * kind // tensor * (prefix + rows * own_columns)
     decode = (tokens - 1) * (own + cache)
     count = count_passes(step.loss)
     passes = step.micro_batches * ((2 * count["student"] + count["ema"]) * own + count["teacher"] * theirs)
