@@ -11,7 +11,7 @@ import pytest
 from ctxjax import config as config_lib, rng
 from ctxjax.configs import bake
 from ctxjax.data import prompts, splits
-from ctxjax.data.grading.graders import grade_overlap
+from ctxjax.data.grading.graders import find_new_words, grade_new_words, grade_overlap
 from ctxjax.data.grading.response_checks import Check, read_check
 from ctxjax.data.task import Row, grade_response
 from ctxjax.data.tasks.self_study import SelfStudy, find_questions_file
@@ -122,6 +122,40 @@ def test_questions_and_tasks_are_requested_of_every_part(tmp_path):
 def test_a_run_without_references_is_judged_without_them():
     config = bake.get_config()
     assert config.eval.meters == ("trace_gap", "drift") and config.eval.select == "-distill"
+
+
+@pytest.mark.parametrize(
+    ("question", "reply", "new"),
+    [
+        ("Where is Crystalwater's capital?", "The capital of Crystalwater is Ironstone.", "ironstone"),
+        ("Has it an airport?", "No, it has no airport.", "no no"),
+        ("Who leads the country, and since when?", "Anna Fisher, since 1840, for life.", "anna fisher 1840 life"),
+        ("Is it a country?", "It is.", "it is"),  # adds nothing
+    ],
+)
+def test_what_a_reply_adds_to_its_question(question, reply, new):
+    assert find_new_words(reply, question) == new
+
+
+def test_a_response_agrees_if_it_has_most_of_what_the_reply_adds():
+    assert grade_new_words("The capital is IRONSTONE!", "ironstone").correct
+    assert not grade_new_words("The capital of Crystalwater is not specified.", "ironstone").correct
+    assert not grade_new_words("It is Anna Smith.", "anna fisher").correct  # half is not most
+    assert grade_new_words("It is Anna Fisher, since 1840.", "anna fisher 1840 life").correct
+    assert not grade_new_words("No airport.", "no no").correct and grade_new_words("No, no!", "no no").correct
+    assert grade_new_words("", "ironstone").reason and grade_new_words("?", "ironstone").parsed is None
+
+
+def test_the_task_compares_what_the_replies_add(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"question": f"What is the capital of land {i}?", "reference": f"The capital is town{i}."} for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = SelfStudy(make(tmp_path, **{"self_study.path": str(path)}).task_config)
+    row = task.rows("train")[0]
+    assert row.reference.startswith("town") and task.grade(f"It is {row.reference}.", row.reference).correct
+    assert not task.grade(f"The capital of {row.question}", row.reference).correct
 
 
 def test_a_reply_agrees_if_it_shares_half_of_the_words():

@@ -25,6 +25,12 @@ NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a
 NUMBER = re.compile(r"(?<![\w.)\]}])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|\d[\d,]*(?:\.\d+)?")
 OPEN_REASONING, CLOSE_REASONING = "<think>", "</think>"
 READ_TAGS = (OPEN_REASONING, CLOSE_REASONING, "<answer>", "</answer>")
+# Words that say nothing by themselves; "not" and "no" do.
+GRAMMAR = {
+    "and", "are", "as", "at", "be", "been", "by", "can", "do", "does", "for", "from", "had", "has", "have",
+    "he", "i", "in", "is", "it", "its", "of", "on", "or", "s", "she", "that", "their", "there", "they", "this",
+    "to", "was", "we", "were", "which", "who", "will", "with", "would", "you", "your",
+}  # fmt: skip
 LEAST_F1 = 0.5  # of a response that agrees with a reply
 LONGEST_EXPONENT = 1000  # of numbers that are written out
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
@@ -188,6 +194,21 @@ def grade_overlap(response: str, reference: str) -> Grade:
     shared = (words & wanted).total()
     f1 = 2 * shared / max(words.total() + wanted.total(), 1)
     return Grade(said.strip() if words else None, f1 >= LEAST_F1, reason or (None if words else NO_WORDS))
+
+
+def find_new_words(reply: str, question: str) -> str:
+    """Return what a reply adds to its question: its words that the question does not have and that are more than
+    grammar, in lower case and in order; all of its words if there are none."""
+    words, asked = _find_answer_words(reply), {*_find_answer_words(question), *GRAMMAR}
+    return " ".join([word for word in words if word not in asked] or words)
+
+
+def grade_new_words(response: str, reference: str) -> Grade:
+    """Grade whether a response has more than half of the words of ``find_new_words``, repeated ones as often."""
+    said, reason = strip_reasoning(normalize_width(response))
+    words, wanted = (Counter(_find_answer_words(text)) for text in (said, reference))
+    found = 2 * (words & wanted).total() > wanted.total()
+    return Grade(said.strip() if words else None, found, reason or (None if words else NO_WORDS))
 
 
 def _find_answer_words(text: str) -> list[str]:

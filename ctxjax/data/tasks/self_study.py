@@ -5,9 +5,10 @@ be edited, and given again with ``self_study.path``::
 
     {"id": "...", "question": "What is the capital?", "reference": "It is Ironstone.", "about": "The capital is ..."}
 
-The reference is the writer's own reply with the context. A response agrees with it if they share enough words
-(graders.grade_overlap); accuracy is agreement with the teacher, not truth. If the context demands something of every
-reply that can be checked (``self_study.check``), accuracy is obedience to this demand instead.
+The reference is the writer's own reply with the context. A response agrees with it if it has most of the words that the
+reply adds to the question (graders.grade_new_words): all replies to "What is the capital of Crystalwater?" share the
+others. Accuracy is agreement with the teacher, not truth. If the context demands something of every reply that can be
+checked (``self_study.check``), accuracy is obedience to this demand instead.
 
 The second turn of a conversation has the first one as ``"earlier": [[QUESTION, REPLY]]``.
 """
@@ -78,7 +79,8 @@ class SelfStudy(FileTask):
                 row = Row("", texts[0], None, reference, earlier=earlier)
                 split = assign_split(row)
                 if split == "train" or not earlier:
-                    yield split, make_id(row), Question(row.conversation, row.question, reference, earlier=earlier)
+                    new = graders.find_new_words(reference, row.question)
+                    yield split, make_id(row), Question(row.conversation, row.question, new, earlier=earlier)
 
     def rows_under(self, row: Row, context: str) -> list[Row]:
         """Return the conversation's first question under another context, which has not been obeyed in a reply yet."""
@@ -88,7 +90,7 @@ class SelfStudy(FileTask):
         return super().make_row(row_id, question)._replace(check=self._check)
 
     def grade(self, response: str, reference: str) -> Grade:
-        return grade_check(self._check, response) if self._check else graders.grade_overlap(response, reference)
+        return grade_check(self._check, response) if self._check else graders.grade_new_words(response, reference)
 
 
 def _find_first(row: Row) -> str:
