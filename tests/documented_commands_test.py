@@ -39,7 +39,7 @@ TASKS = {
     "configs/tiny.py": dict.fromkeys([f"rules.{split}" for split in SPLITS], 16),
     "configs/tiny_grid.py": {f"tiny_grid.{split}": 8 for split in SPLITS},
     "configs/bake.py": {
-        "self_study.questions": 48, "self_study.longest_question": 12, "eval.batch_size": 16,
+        "self_study.questions": 60, "self_study.longest_question": 12, "eval.batch_size": 16,
         "self_study.other_contexts_file": "others.jsonl", "qa_jsonl.other_contexts_file": "others.jsonl",
         "qa_jsonl.dev_questions": 4, "qa_jsonl.test_questions": 4,
     },

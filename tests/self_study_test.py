@@ -77,6 +77,7 @@ def test_requests_ask_for_every_part_in_turn_and_for_other_things_as_often_as_co
         ("Is Dr. Smith available at 10:30?", "Is Dr. Smith available at 10:30?"),
         ('What does "freedom" mean in the motto?', None),  # the rest of a sentence
         ("What does \u201cfreedom\u201d mean in the motto?", None),
+        ('"What does "freedom" mean in the motto?"', None),
         ('You may say: "Hello." Then ask: "Where is it from?"', "Where is it from?"),
     ],
 )
@@ -128,7 +129,8 @@ def test_a_run_without_references_is_judged_without_them():
     ("question", "reply", "new"),
     [
         ("Where is Crystalwater's capital?", "The capital of Crystalwater is Ironstone.", "ironstone"),
-        ("Has it an airport?", "No, it has no airport.", "no no"),
+        ("Does it have an airport?", "No, it does not have one.", "no not one"),
+        ("Has it an airport?", "No, it has no airport.", "no it has no airport"),  # else any denial would agree
         ("Who leads the country, and since when?", "Anna Fisher, since 1840, for life.", "anna fisher 1840 life"),
         ("Is it a country?", "It is.", "it is"),  # adds nothing
     ],
@@ -142,7 +144,8 @@ def test_a_response_agrees_if_it_has_most_of_what_the_reply_adds():
     assert not grade_new_words("The capital of Crystalwater is not specified.", "ironstone").correct
     assert not grade_new_words("It is Anna Smith.", "anna fisher").correct  # half is not most
     assert grade_new_words("It is Anna Fisher, since 1840.", "anna fisher 1840 life").correct
-    assert not grade_new_words("No airport.", "no no").correct and grade_new_words("No, no!", "no no").correct
+    assert not grade_new_words("I have no idea.", "no it has no airport").correct
+    assert grade_new_words("It has no airport.", "no it has no airport").correct
     assert grade_new_words("", "ironstone").reason and grade_new_words("?", "ironstone").parsed is None
 
 
@@ -216,6 +219,9 @@ SMALL = {
 }  # fmt: skip
 
 
+FOLLOWED = {"self_study.questions": 64, "self_study.follow_up_share": 0.25}
+
+
 def test_the_file_has_different_questions_with_replies_and_the_task_reads_it(tmp_path, monkeypatch, tokenizer, mesh):
     fake = Fake(monkeypatch, tokenizer, DRAFTS)
     config = make(tmp_path, **SMALL)
@@ -247,13 +253,13 @@ def test_the_reasoning_of_a_writer_that_thinks_is_no_part_of_its_replies(tmp_pat
     assert {json.loads(line)["reference"] for line in lines} == {"reply"}
 
 
-@pytest.mark.parametrize(("replies", "drafted"), [(0, 40), (1, 56)])  # of 36 first questions, and 12 follow-ups
+@pytest.mark.parametrize(("replies", "drafted"), [(0, 56), (1, 80)])  # of 48 first questions, and 16 follow-ups
 def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, tokenizer, mesh, replies, drafted):
-    config = make(tmp_path, **SMALL | {"self_study.follow_up_share": 0.25})
+    config = make(tmp_path, **SMALL | FOLLOWED)
     path = find_questions_file(config.task_config)
     whole = Fake(monkeypatch, tokenizer, DRAFTS)
     expected = question_writer.write_questions(config, tmp_path / "other.jsonl", mesh)
-    assert whole.drafted == 56 and len(expected) == 48
+    assert whole.drafted == 80 and len(expected) == 64
 
     broken = Fake(monkeypatch, tokenizer, DRAFTS)
     reply, done = question_writer._Writer.reply, []
@@ -270,37 +276,38 @@ def test_an_interrupted_writer_goes_on_from_its_drafts(tmp_path, monkeypatch, to
     again = Fake(monkeypatch, tokenizer, DRAFTS)
     again.drafted = drafted
     question_writer.ensure_questions(config, mesh)
-    assert again.drafted == 56
+    assert again.drafted == 80
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
     keys = [key for fake in (broken, again) for key, (use, _) in zip(fake.keys, fake.batches) if use.temperature]
     assert keys == [key for key, (use, _) in zip(whole.keys, whole.batches) if use.temperature]
-    assert len(set(map(str, keys))) == 7  # no batch repeats the drafts of another
+    assert len(set(map(str, keys))) == 10  # no batch repeats the drafts of another
 
 
 def test_some_conversations_go_on_with_a_question_after_the_reply(tmp_path, monkeypatch, tokenizer, mesh):
-    fake, config = Fake(monkeypatch, tokenizer, DRAFTS), make(tmp_path, **SMALL | {"self_study.follow_up_share": 0.25})
+    fake, config = Fake(monkeypatch, tokenizer, DRAFTS), make(tmp_path, **SMALL | FOLLOWED)
     asked, encode = [], prompts.encode
     monkeypatch.setattr(
         prompts, "encode", lambda tokenizer, rows, *rest: asked.append(rows) or encode(tokenizer, rows, *rest)
     )
     question_writer.ensure_questions(config, mesh)
     rows = [json.loads(line) for line in find_questions_file(config.task_config).read_text().splitlines()]
-    first, second = rows[:36], rows[36:]
-    assert len(second) == 12 and not any("earlier" in row for row in first)
+    first, second = rows[:48], rows[48:]
+    assert len(second) == 16 and not any("earlier" in row for row in first)
     trained = [row for row in first if splits.assign_split(splits.normalize(row["question"])) == "train"]
-    assert 12 < len(trained) < 36
-    assert [row["earlier"] for row in second] == [[[row["question"], row["reference"]]] for row in trained[:12]]
-    assert [row["about"] for row in second] == [row["about"] for row in trained[:12]]
+    followed = [*trained[:6], *trained[7:17]]  # the draft for the seventh is no question
+    assert 17 < len(trained) < 48
+    assert [row["earlier"] for row in second] == [[[row["question"], row["reference"]]] for row in followed]
+    assert [row["about"] for row in second] == [row["about"] for row in followed]
     assert len({row["id"] for row in rows}) == 48
     requests, replied = asked[2], asked[3]
     assert {request.question for request in requests} == {question_writer.FOLLOW_UP} and len(requests) == len(trained)
     assert [request.earlier for request in requests] == [((row["question"], row["reference"]),) for row in trained]
     assert all(row.context == CONTEXT for row in replied) and [row.earlier for row in replied] == [
-        ((row["question"], row["reference"]),) for row in trained[:12]
+        ((row["question"], row["reference"]),) for row in followed
     ]
     task = SelfStudy(config.task_config)
     assert {row.id for row in task.rows("train") if row.earlier} == {row["id"] for row in second}
-    assert sum(len(task.rows(split)) for split in splits.SPLITS) == 48 and fake.drafted == 56
+    assert sum(len(task.rows(split)) for split in splits.SPLITS) == 64 and fake.drafted == 80
     assert not any(row.earlier for split in ("dev", "test") for row in task.rows(split))  # the reply gives it away
 
 
@@ -416,8 +423,10 @@ def test_a_number_that_leaves_nothing_for_dev_is_refused_before_anything_is_writ
     tmp_path, monkeypatch, tokenizer, mesh
 ):
     fake = Fake(monkeypatch, tokenizer, DRAFTS)
-    with pytest.raises(ValueError, match="self_study.questions = 8 leaves no question for dev.* at least 48"):
-        question_writer.ensure_questions(make(tmp_path, **{"self_study.questions": 8}), mesh)
+    for count in (8, 50):
+        message = f"self_study.questions = {count} with follow_up_share = 0.2 has .* at least 48"
+        with pytest.raises(ValueError, match=message):
+            question_writer.ensure_questions(make(tmp_path, **{"self_study.questions": count}), mesh)
     assert not fake.batches
 
 
@@ -448,5 +457,7 @@ def test_another_context_writer_or_setting_is_another_file_and_a_given_file_is_r
     ]  # fmt: skip
     names = [find_questions_file(make(tmp_path, **change).task_config).name for change in changes]
     assert len(set(names)) == len(changes)
+    same = make(tmp_path, **{"prompt.max_context_tokens": 200, "prompt.overlong": "drop"}).task_config
+    assert find_questions_file(same).name == names[0]
     task = SelfStudy(make(tmp_path, **{"self_study.path": str(write_questions(tmp_path))}).task_config)
     assert sum(len(task.rows(split)) for split in ("train", "dev", "test")) == 60

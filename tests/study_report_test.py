@@ -190,6 +190,19 @@ def test_the_report_is_the_same_without_the_folders_of_the_runs(folder, tmp_path
         assert (tmp_path / "report" / name).read_bytes() == (folder.root / "report" / name).read_bytes()
 
 
+def test_what_is_not_done_has_the_facts_of_its_run(folder, tmp_path):
+    made, cell = worker.Folder(tmp_path, folder.study, folder.costs), Cell("one", FINAL, 3)
+    made.run_of(cell).mkdir(parents=True)
+    (made.run_of(cell) / "run.json").write_text(json.dumps({"commit": "abc", "device": "cpu"}))
+    (made.of(cell) / "failed.json").write_text("{}")
+    rows = list(results.list_runs(made))
+    assert find(rows, configuration="one", seed=3) == {
+        "configuration": "one", "phase": FINAL, "seed": 3, "state": "failed", "commit": "abc", "device": "cpu",
+        "started": None, "seconds": None,
+    }  # fmt: skip
+    assert find(rows, configuration="one", seed=0)["commit"] is None
+
+
 def test_a_record_that_is_broken_is_named(folder, tmp_path):
     cell = Cell("one", FINAL, 0)
     (tmp_path / "cells" / cell.name).mkdir(parents=True)

@@ -231,6 +231,21 @@ def test_a_run_whose_study_was_killed_is_left_to_end_and_one_that_was_killed_goe
     assert taken == cell and mine.beat() and folder.state(cell) == "running"
 
 
+def test_a_run_that_outlived_its_study_is_recorded_by_the_next_one(make_folder, tmp_path):
+    folder, cell = make_folder(), Cell("small", RATE, 7)
+    (tmp_path / "go").touch()
+    worker.work(folder, lambda text: None)
+    path = folder.of(cell) / "record.json"
+    before = path.read_bytes()
+    path.unlink()
+    held = claim.Claim.take(folder.of(cell))
+    worker._record_finished(folder)
+    assert not path.exists()  # its holder will
+    held.release()
+    worker.work(folder, lambda text: None)
+    assert path.read_bytes() == before and not list(folder.of(cell).glob("claim.*"))
+
+
 def test_a_holder_that_was_asleep_gives_its_run_up(make_folder, tmp_path, monkeypatch):
     folder, cell = make_folder(), Cell("small", RATE, 7)
     _, mine = worker._take(folder, cell)

@@ -3,7 +3,7 @@
 The context to internalize is inline text, a text file, one of several files drawn for each row, or a column of the
 data. The pool is a file of the user or the built-in ``other_contexts.jsonl``. A context of the pool may have a check,
 which decides from the response alone whether the context is obeyed (data/grading/response_checks.py). For a context
-without a check, obedience is the accuracy of the task.
+without a check, obedience is the accuracy of the task, if that says anything (``require_checks``).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from ctxjax.inputs.model_folder import ModelFolder, open_folder
 from ctxjax.types import Prompts
 
 MOST_DRAFTS = 16  # drafts for each question that is wanted
-LEAST_QUESTIONS = 48  # of which dev gets a tenth, by hash
+LEAST_QUESTIONS = 48  # first ones of a conversation, of which dev gets a tenth, by hash
 LONGEST_PART = 400  # characters of the context that a request quotes
 FACT = 'Here is a fact: "{part}"\n'
 ALONE = " Reply with the question alone."
@@ -82,10 +82,12 @@ def ensure_questions(config: Experiment, mesh: Mesh) -> None:
     if not isinstance(task, SelfStudyConfig) or task.path:
         return
     path = find_questions_file(task)
-    if task.questions < LEAST_QUESTIONS:
+    first = task.questions - _count_follow_ups(task)
+    if first < LEAST_QUESTIONS:
         raise ValueError(
-            f"self_study.questions = {task.questions} leaves no question for dev, which gets a tenth of them; write at "
-            f"least {LEAST_QUESTIONS}"
+            f"self_study.questions = {task.questions} with follow_up_share = {task.follow_up_share} has {first} first "
+            "questions, too few for dev, which gets a tenth of them; write more, so that there are at least "
+            f"{LEAST_QUESTIONS}"
         )
     if processes.ask_all(not path.exists()):
         print(f"{task.writer} writes questions about the context", flush=True)
@@ -103,6 +105,10 @@ def ensure_questions(config: Experiment, mesh: Mesh) -> None:
     print(f"questions: {path}; edit a copy and give it as self_study.path to use others", flush=True)
 
 
+def _count_follow_ups(task: SelfStudyConfig) -> int:
+    return round(task.questions * task.follow_up_share)
+
+
 def _find_drafts(path: Path) -> Path:
     return path.with_suffix(".drafts")
 
@@ -114,7 +120,7 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict]:
     """
     task = config.task_config
     writer, left_out = _Writer(config, _find_drafts(path), mesh), Counter()
-    second = round(task.questions * task.follow_up_share)
+    second = _count_follow_ups(task)
     answered = writer.reply(writer.ask(list_requests(task), task.questions - second, left_out), left_out)
     trained = [(asked, reply) for asked, reply in answered if assign_split(asked.row) == "train"]
     follow_ups = writer.ask([request_follow_up(asked, reply) for asked, reply in trained], second, left_out)
@@ -183,7 +189,7 @@ def clean_question(text: str, request: Request) -> str | None:
     text = strip_reasoning(text)[0]
     end = r"(?:[.?!]|\n|\Z)" if request.is_task else r"\?"
     found = re.search(rf"{_INSIDE}*\w{_INSIDE}*{end}", text)
-    if not found or text.count('"', 0, found.start()) % 2 == 0 and text[: found.start()].endswith(('"', "\u201d")):
+    if not found or found[0][0].isspace() and text[: found.start()].endswith(('"', "\u201d")):
         return None  # or the rest of a sentence, after a quotation in it
     said = found[0].strip(" '*`-,\n")
     is_about_text = re.search(r"(?i)\b(?:facts?|text|users?|ask|answers?|questions?)\b", said)

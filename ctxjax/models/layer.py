@@ -26,7 +26,7 @@ from ctxjax.types import PrefixKV
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a pass are; the same for all its layers.
+    """Where the tokens of a pass are; the same for all layers with the same cache.
 
     ``positions_BxL`` are those of the queries, and ``rope`` their rotation: with a leading axis R if the layers have R
     different ones, None if none has any. ``real_BxM``: which of a row's keys are real tokens. ``columns_BxL``: the

@@ -42,6 +42,13 @@ class Record(NamedTuple):
     models: dict[str, ModelRecord]
 
 
+def read_facts(run: Path) -> dict:
+    """Return FACTS and ``seconds`` of a run's run.json, None for what it does not say or if there is none."""
+    path = run / "run.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {key: facts.get(key) for key in FACTS} | {"seconds": facts.get("seconds", {}).get("total")}
+
+
 def write_record(cell: Path) -> None:
     """Write the record of the finished run in a cell's folder. Only the process that holds the cell may."""
     workdir_lib.write_text(cell / RECORD, json.dumps(_describe(cell / "run")) + "\n")
@@ -70,8 +77,7 @@ def _describe(run: Path) -> dict:
             "dev": (files.metrics[name] or [{}])[-1],
             "views": {view: _pack(outcomes) for view, outcomes in collect_outcomes(files.items[name]).items()},
         }
-    seconds = files.run.get("seconds", {}).get("total")
-    return {"facts": {key: files.run.get(key) for key in FACTS} | {"seconds": seconds}, "models": models}
+    return {"facts": read_facts(run), "models": models}
 
 
 def _pack(view: Outcomes) -> dict:

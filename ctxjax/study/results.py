@@ -13,7 +13,7 @@ from ctxjax.evaluation.outcomes import Outcomes
 from ctxjax.evaluation.over_seeds import Sums
 from ctxjax.evaluation.statistics import Rate
 from ctxjax.study import grid
-from ctxjax.study.record import FACTS, VALUES, ModelRecord
+from ctxjax.study.record import VALUES, ModelRecord, read_facts
 from ctxjax.study.worker import DONE, Folder
 
 RESAMPLES = 1000
@@ -179,7 +179,7 @@ def list_runs(folder: Folder) -> Iterator[dict]:
     """Yield a row for each cell: what became of it, and what code and machine its run had."""
     for cell in folder.costs:
         state = folder.state(cell)
-        facts = folder.record(cell).facts if state == DONE else dict.fromkeys((*FACTS, "seconds"))
+        facts = folder.record(cell).facts if state == DONE else read_facts(folder.run_of(cell))
         yield {
             "configuration": cell.configuration, "phase": cell.phase, "seed": cell.seed, "state": state, **facts,
         }  # fmt: skip

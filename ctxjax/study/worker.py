@@ -113,6 +113,7 @@ def work(folder: Folder, show=print) -> None:
     """
     with preemption.training():
         while True:
+            _record_finished(folder)
             states = {cell: folder.state(cell) for cell in folder.costs}
             waiting = sorted((c for c, state in states.items() if state == WAITING), key=folder.costs.get)
             taken = next(filter(None, (_take(folder, cell) for cell in waiting)), None)
@@ -130,6 +131,17 @@ def work(folder: Folder, show=print) -> None:
                 claim.release()
             show(f"{cell.name} {outcome.state} after {(time.monotonic() - clock) / 60:.1f} min. {outcome.message}")
             show(format_progress(folder))
+
+
+def _record_finished(folder: Folder) -> None:
+    """Write the record of runs that have ended after the process that had started them."""
+    for cell in folder.costs:
+        own = folder.of(cell)
+        if _is_finished(own) and not (own / RECORD).exists() and (claim := Claim.take(own)):
+            try:
+                write_record(own)
+            finally:
+                claim.release()
 
 
 def _take(folder: Folder, cell: Cell) -> tuple[Cell, Claim] | None:

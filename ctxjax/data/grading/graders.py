@@ -198,9 +198,10 @@ def grade_overlap(response: str, reference: str) -> Grade:
 
 def find_new_words(reply: str, question: str) -> str:
     """Return what a reply adds to its question: its words that the question does not have and that are more than
-    grammar, in lower case and in order; all of its words if there are none."""
+    grammar, in lower case and in order; all of its words if these say yes or no at most."""
     words, asked = _find_answer_words(reply), {*_find_answer_words(question), *GRAMMAR}
-    return " ".join([word for word in words if word not in asked] or words)
+    new = [word for word in words if word not in asked]
+    return " ".join(new if {*new} - {"yes", "no", "not"} else words)
 
 
 def grade_new_words(response: str, reference: str) -> Grade:

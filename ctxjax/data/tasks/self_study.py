@@ -132,6 +132,7 @@ def find_questions_file(config: SelfStudyConfig) -> Path:
     )  # fmt: skip
     facts = {name: getattr(config, name) for name in names} | {"recipe": RECIPE}
     facts["contexts"] = list(Contexts(config, "self_study").texts.values())
-    facts["prompt"] = dataclasses.asdict(config.prompt)
+    limits = ("max_bare_tokens", "max_context_tokens", "overlong")  # which rows of a file are asked
+    facts["prompt"] = {name: value for name, value in dataclasses.asdict(config.prompt).items() if name not in limits}
     digest = hash_text(json.dumps(facts, sort_keys=True))[:16]
     return Path(config.cache).expanduser() / f"questions-{digest}.jsonl"
