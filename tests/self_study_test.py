@@ -298,7 +298,7 @@ def test_some_conversations_go_on_with_a_question_after_the_reply(tmp_path, monk
     assert 17 < len(trained) < 48
     assert [row["earlier"] for row in second] == [[[row["question"], row["reference"]]] for row in followed]
     assert [row["about"] for row in second] == [row["about"] for row in followed]
-    assert len({row["id"] for row in rows}) == 48
+    assert len({row["id"] for row in rows}) == 64
     requests, replied = asked[2], asked[3]
     assert {request.question for request in requests} == {question_writer.FOLLOW_UP} and len(requests) == len(trained)
     assert [request.earlier for request in requests] == [((row["question"], row["reference"]),) for row in trained]
