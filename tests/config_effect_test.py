@@ -110,6 +110,8 @@ def expected_paths(field: str, value, task: str, before: dict) -> dict[str, obje
         found |= {f"arms.{arm}.temperature": value for arm in ARMS if name == "temperature"}
     elif section == "base":
         found |= {f"teacher_base.{name}": value} if name != "steps" else {}
+    elif section == "prompt" and task == "self_study":
+        found |= {f"task_config.prompt.{name}": value}
     elif section == "records":
         found = {f"task_config.records.{name}": value} if "task_config.records.skip" in before else {}
     elif section in TASKS:
@@ -144,6 +146,7 @@ def changes_of(field: str, task: str) -> tuple[dict, dict]:
 SPECIAL = {"task", "run_arms", "lora.rank", "mesh.fsdp"}  # they have a test of their own
 PER_TASK = [(field, task) for task in TASKS for field in FIELDS if field.split(".")[0] in TASKS or field == "seed"]
 PER_TASK += [(field, task) for task in TASKS for field in FIELDS if field.startswith("records.")]
+PER_TASK += [(field, "self_study") for field in FIELDS if field.startswith("prompt.")]  # its writer is asked with them
 ORDINARY = [(field, "qa_jsonl") for field in FIELDS if field.split(".")[0] not in {*TASKS, "records", "seed"}]
 
 
