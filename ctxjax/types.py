@@ -145,7 +145,7 @@ class KVCache:
 
 
 def _pad_right(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """Return x with zeros behind it, up to ``size`` along ``axis``."""
+    """Pad x with zeros on the right, up to ``size`` along ``axis``."""
     return jnp.pad(x, [(0, (size - x.shape[axis]) * (a == axis % x.ndim)) for a in range(x.ndim)])
 
 

@@ -25,11 +25,11 @@ from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses, splits
 from ctxjax.data.contexts import Contexts
 from ctxjax.data.grading.graders import read_short, strip_reasoning
-from ctxjax.data.records import hash_text
 from ctxjax.data.task import Row, describe_earlier
 from ctxjax.data.tasks.self_study import SelfStudyConfig, assign_split, find_questions_file, make_id
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import processes, progress, workdir as workdir_lib
+from ctxjax.host.checksum import hash_file
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
 from ctxjax.types import Prompts
@@ -206,7 +206,7 @@ class _Writer:
         self._folder = open_folder(self._task.writer, mesh, dtype, frozen, attention=config.model.attention)
         self.drafted, self._batches = 0, 0
         # Else processes would decode different batches, and wait for each other.
-        processes.check_same_facts({str(drafts): hash_text(drafts.read_text("utf-8")) if drafts.exists() else None})
+        processes.check_same_facts({str(drafts): hash_file(drafts) if drafts.exists() else None})
 
     def ask(self, requests: list[Request], wanted: int, left_out: Counter) -> list[Asked]:
         """Return at most ``wanted`` questions that differ, in the order of ``requests``; count the others by cause."""

@@ -166,7 +166,7 @@ def attention(
 
 
 def cut_prefix(prefix: PrefixKV, window: int) -> PrefixKV:
-    """Return the part of a prefix [..., C, Dh] that queries behind it can read; all of it if ``window`` is 0."""
+    """Return the part of a prefix [..., C, Dh] that later queries can read; all of it if ``window`` is 0."""
     C = prefix.keys.shape[-2]
     kept = min(C, max(window - 1, 1)) if window else C
     return PrefixKV(prefix.keys[..., C - kept :, :], prefix.values[..., C - kept :, :])

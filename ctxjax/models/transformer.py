@@ -213,7 +213,7 @@ def _take_layers(stack: jax.Array, layers: range, first: int = 0) -> jax.Array:
 
 
 def _cut_prefix(prefix: PrefixKV, segment: Segment) -> PrefixKV:
-    """Return what a segment's layers can read of the prefix [N, K, C, Dh] from behind it, as KVCache has it."""
+    """Return the part of the prefix [N, K, C, Dh] that a segment's layers can still read, as KVCache stores it."""
     return cut_prefix(jax.tree.map(lambda x: _take_layers(x, segment.layers), prefix), segment.window)
 
 

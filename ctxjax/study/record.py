@@ -45,7 +45,10 @@ class Record(NamedTuple):
 def read_facts(run: Path) -> dict:
     """Return FACTS and ``seconds`` of a run's run.json, None for what it does not say or if there is none."""
     path = run / "run.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return _select_facts(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+
+
+def _select_facts(facts: dict) -> dict:
     return {key: facts.get(key) for key in FACTS} | {"seconds": facts.get("seconds", {}).get("total")}
 
 
@@ -77,7 +80,7 @@ def _describe(run: Path) -> dict:
             "dev": (files.metrics[name] or [{}])[-1],
             "views": {view: _pack(outcomes) for view, outcomes in collect_outcomes(files.items[name]).items()},
         }
-    return {"facts": read_facts(run), "models": models}
+    return {"facts": _select_facts(files.run), "models": models}
 
 
 def _pack(view: Outcomes) -> dict:

@@ -189,11 +189,9 @@ def grade_overlap(response: str, reference: str) -> Grade:
 
     F1 is 2 * shared / (words of the response + words of the reference), repeated words counted as often as they occur.
     """
-    said, reason = strip_reasoning(normalize_width(response))
-    words, wanted = (Counter(_find_answer_words(text)) for text in (said, reference))
-    shared = (words & wanted).total()
-    f1 = 2 * shared / max(words.total() + wanted.total(), 1)
-    return Grade(said.strip() if words else None, f1 >= LEAST_F1, reason or (None if words else NO_WORDS))
+    return _grade_words(
+        response, reference, lambda shared, words, wanted: 2 * shared >= LEAST_F1 * max(words + wanted, 1)
+    )
 
 
 def find_new_words(reply: str, question: str) -> str:
@@ -206,10 +204,15 @@ def find_new_words(reply: str, question: str) -> str:
 
 def grade_new_words(response: str, reference: str) -> Grade:
     """Grade whether a response has more than half of the words of ``find_new_words``, repeated ones as often."""
+    return _grade_words(response, reference, lambda shared, words, wanted: 2 * shared > wanted)
+
+
+def _grade_words(response: str, reference: str, agrees: Callable[[int, int, int], bool]) -> Grade:
+    """Grade by ``agrees``: numbers of words (shared, in the response, in the reference) -> whether it is correct."""
     said, reason = strip_reasoning(normalize_width(response))
     words, wanted = (Counter(_find_answer_words(text)) for text in (said, reference))
-    found = 2 * (words & wanted).total() > wanted.total()
-    return Grade(said.strip() if words else None, found, reason or (None if words else NO_WORDS))
+    correct = agrees((words & wanted).total(), words.total(), wanted.total())
+    return Grade(said.strip() if words else None, correct, reason or (None if words else NO_WORDS))
 
 
 def _find_answer_words(text: str) -> list[str]:
