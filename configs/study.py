@@ -4,7 +4,8 @@ seeds and tests.
     python -m ctxjax.study --config=configs/study.py --workdir=runs/study
 
 Every cell is one run, with all arms in it. In the first phase every arm is trained at every rate, with ``rate_seeds``,
-and the rate that is best on dev is taken; in the second phase, with ``seeds``, every arm is trained at its own rate.
+in one architecture of each world, and the rate that is best on dev is taken for all of them; in the second phase, with
+``seeds``, every arm is trained at its own rate. Nothing was tuned on any of these seeds.
 docs/study.md says how to start it on several machines, to stop it and to read its report.
 """
 
@@ -20,6 +21,7 @@ ARMS = {  # name -> changes to config.loss
     "retained": {"beta": 0.5, "mu": 1.0},
     "retention_alone": {"mu": 1.0},
     "handover": {"beta": 0.5, "anchor": "handover"},
+    "handover_retained": {"beta": 0.5, "mu": 1.0, "anchor": "handover"},
     "ema": {"beta": 0.5, "anchor": "ema"},
     "teacher_bare": {"beta": 0.5, "anchor": "teacher_bare"},
     "joint": {"beta": 0.5, "anchor": "joint"},
@@ -41,16 +43,25 @@ def get_config() -> ConfigDict:
     config.configurations["rules_early"] = "configs/tiny.py:llama"
     config.own_changes = {"rules_early": {"train": {"steps": 40}}}  # configuration -> changes to the fields of its runs
     config.arms = ARMS  # name -> changes to config.loss
-    config.run_arms = ("off_policy", "opcd", "anchored", "retained", "retention_alone")  # in every configuration
+    # In every configuration.
+    config.run_arms = ("off_policy", "opcd", "anchored", "retained", "retention_alone", "handover")
     # Configuration -> its further arms.
-    further = ("handover", "ema", "teacher_bare", "joint", "symkl", "dualopd", "gated")
+    further = ("handover_retained", "ema", "teacher_bare", "joint", "symkl", "dualopd", "gated")
     config.more_arms = dict.fromkeys(("rules_llama", "policy_qwen2", "scratch_qwen3"), further)
-    config.more_arms["rules_early"] = ("handover",)
+    config.more_arms["rules_early"] = ("handover_retained",)
     config.first_arm = "opcd"  # the arm that others are compared with
 
     config.rates = (3e-4, 1e-3, 3e-3)  # the learning rates to choose from; one alone: nothing to choose
+    # Configuration -> the one whose first phase chooses its rates; its own one otherwise.
+    rated = {"rules": "rules_llama", "policy": "policy_qwen2", "scratch": "scratch_qwen3", "grid": "grid_llama"}
+    config.rates_of = {
+        f"{world}_{architecture}": rated[world]
+        for world in WORLDS
+        for architecture in ARCHITECTURES
+        if f"{world}_{architecture}" != rated[world]
+    }
     config.rate_seeds = (100,)  # seeds of the first phase; none of them is one of seeds
-    config.seeds = (0, 1, 2)  # seeds of the second phase: of the world, its base and the run
+    config.seeds = (10, 11, 12)  # seeds of the second phase: of the world, its base and the run
     # The metrics on dev that choose an arm's rate, the second one only if the first ones are equal; with a minus sign
     # the lower the better.
     config.select = ("both_correct", "-distill")

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     fields = {
         "configurations": {"one": "configs/debug.py", "two_b": "configs/debug.py"}, "own_changes": {},
         "arms": {arm: {} for arm in RIGHT}, "run_arms": tuple(RIGHT), "more_arms": {}, "first_arm": "opcd",
-        "rates": (1e-3,), "rate_seeds": (), "seeds": (0, 1, 2, 3), "select": ("both_correct",),
+        "rates": (1e-3,), "rates_of": {}, "rate_seeds": (), "seeds": (0, 1, 2, 3), "select": ("both_correct",),
         "changes": {}, "rate_changes": {},
     }  # fmt: skip
     study = Study.of(ConfigDict(fields))

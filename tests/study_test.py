@@ -48,7 +48,8 @@ def make_study(**changes) -> Study:
         "configurations": {"small": "configs/debug.py", "large": "configs/tiny.py"}, "own_changes": {},
         "arms": {"a": {}, "b": {"beta": 0.5}, "c": {"mu": 1.0}},
         "run_arms": ("a", "b"), "more_arms": {"large": ("c",)}, "first_arm": "a",
-        "rates": (1e-4, 1e-3), "rate_seeds": (7,), "seeds": (0, 1), "select": ("both_correct", "-distill"),
+        "rates": (1e-4, 1e-3), "rates_of": {}, "rate_seeds": (7,), "seeds": (0, 1),
+        "select": ("both_correct", "-distill"),
         "changes": {"train": {"keep": 3}}, "rate_changes": {"eval": {"views": ()}},
     }  # fmt: skip
     return Study.of(ConfigDict(fields | changes))
@@ -85,6 +86,9 @@ def test_the_cheap_cells_are_those_with_little_to_train():
         ({"own_changes": {"huge": {}}}, "own_changes = 'huge' is not known; choose from large, small"),
         ({"own_changes": {"large": {"train": {"stepps": 1}}}}, "large-rate7: .*stepps"),
         ({"first_arm": "c"}, "first_arm = 'c' is not known"),
+        ({"rates_of": {"huge": "large"}}, "rates_of = 'huge' is not known"),
+        ({"rates_of": {"small": "small"}}, "rates_of.small = 'small' is not known; choose from large"),
+        ({"rates_of": {"large": "small"}}, "rates_of.large = small must be a configuration with the arms c"),
         ({"rate_seeds": (1,)}, r"rate_seeds = \(1,\) must be others than seeds, and both have \[1\]"),
         ({"rate_seeds": ()}, "rate_seeds = .* must be at least one for two rates"),
         ({"select": ("luck",)}, "eval.select = 'luck' is not a metric"),
@@ -114,6 +118,16 @@ def test_every_arm_gets_the_rate_that_is_best_for_it_on_dev():
     assert chosen == {"a": 1e-3, "b": 1e-4}
     alone = make_study(rates=(5e-4,), rate_seeds=())
     assert grid.choose_rates(alone, "large", None) == {"a": 5e-4, "b": 5e-4, "c": 5e-4}
+
+
+def test_a_configuration_may_take_the_rates_of_another_one():
+    study = make_study(rates_of={"small": "large"})
+    assert [cell.name for cell in grid.list_cells(study)] == [
+        "large-rate7", "large-final0", "large-final1", "small-final0", "small-final1",
+    ]  # fmt: skip
+    asked = []
+    chosen = grid.choose_rates(study, "small", lambda cell, name: asked.append(cell) or (0.0, float(name[-1])))
+    assert chosen == {"a": 1e-3, "b": 1e-3} and set(asked) == {Cell("large", RATE, 7)}
 
 
 @pytest.fixture
@@ -186,6 +200,18 @@ def test_a_failed_first_phase_blocks_its_own_configuration_only(make_folder, tmp
     (tmp_path / "go").touch()
     worker.work(folder, lambda text: None)
     assert {folder.state(cell) for cell in folder.costs if cell.phase == FINAL} == {"blocked"}
+
+
+def test_the_second_phase_waits_for_the_configuration_that_chooses_its_rates(make_folder, tmp_path):
+    folder, said = make_folder(rates_of={"small": "large"}), []
+    assert folder.state(Cell("small", FINAL, 0)) == "blocked"
+    assert "| small | as large | 0 blocked, 1 blocked |" in worker.format_progress(folder)
+    (tmp_path / "go").touch()
+    worker.work(folder, said.append)
+    assert {folder.state(cell) for cell in folder.costs} == {"done"} and "5 done" in said[-1]
+    assert next(text for text in said if text.endswith("begins")) == "large-rate7 begins"
+    made = json.loads((tmp_path / "cells" / "small-final1" / "config.json").read_text())
+    assert made["arms"] == {"a": {"lr": 1e-4}, "b": {"beta": 0.5, "lr": 1e-3}}
 
 
 @pytest.mark.parametrize("how", ["file", "signal"])
@@ -299,7 +325,9 @@ def test_the_documented_study_has_thirteen_configurations_whose_cells_can_run():
     study = Study.of(study_config.get_config())
     assert len(study.configurations) == 13 and len(study.rates) == 3 and len(study.seeds) >= 3
     cells = grid.check_study(study)
-    assert len(cells) == 13 * (len(study.rate_seeds) + len(study.seeds))
+    assert len(cells) == 5 * len(study.rate_seeds) + 13 * len(study.seeds)
+    rated = {study.rated_in(name) for name in study.configurations}
+    assert {name.split("_")[0] for name in rated} == {"rules", "policy", "scratch", "grid"} and len(rated) == 5
     early, llama = (
         grid.make_config(study, Cell(name, FINAL, 0), dict.fromkeys(study.arms, 1e-3))
         for name in ("rules_early", "rules_llama")

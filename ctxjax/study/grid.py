@@ -3,7 +3,7 @@
 A cell is one run (``ctxjax.main``) of one configuration with one seed, with all arms in it: base and teacher's samples
 are made and evaluated once for all of them. There are two phases. The cells of the first train every arm at every rate
 of the grid and are judged on dev; the cells of the second, with other seeds, train every arm at the rate that was best
-for it. Only these are reported.
+for it, in its own configuration or in a similar one. Only these are reported.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Study:
     more_arms: dict[str, tuple[str, ...]]
     first_arm: str
     rates: tuple[float, ...]
+    rates_of: dict[str, str]
     rate_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
     select: tuple[str, ...]
@@ -47,9 +48,14 @@ class Study:
     def __post_init__(self):
         for field in ("configurations", "run_arms", "rates", "seeds", "select"):
             require(bool(getattr(self, field)), field, getattr(self, field), "at least one")
-        for field in ("more_arms", "own_changes"):
+        for field in ("more_arms", "own_changes", "rates_of"):
             for configuration in getattr(self, field):
                 one_of(field, configuration, self.configurations)
+        for configuration, other in self.rates_of.items():
+            field = f"rates_of.{configuration}"
+            one_of(field, other, [name for name in self.configurations if name not in self.rates_of])
+            missing = [arm for arm in self.arms_of(configuration) if arm not in self.arms_of(other)]
+            require(not missing, field, other, f"a configuration with the arms {', '.join(missing)}")
         for arm in {arm for configuration in self.configurations for arm in self.arms_of(configuration)}:
             one_of("run_arms", arm, self.arms)
         one_of("first_arm", self.first_arm, self.run_arms)
@@ -72,6 +78,10 @@ class Study:
             require(field in values, field, None, "set; configs/study.py has all fields")
         return cls(**values)
 
+    def rated_in(self, configuration: str) -> str:
+        """Return the configuration whose first phase chooses the rates of this one."""
+        return self.rates_of.get(configuration, configuration)
+
     def arms_of(self, configuration: str) -> tuple[str, ...]:
         return (*self.run_arms, *self.more_arms.get(configuration, ()))
 
@@ -90,8 +100,19 @@ class Cell(NamedTuple):
 
 def list_cells(study: Study) -> list[Cell]:
     """Return all cells: for each configuration those of the first phase, then those of the second."""
-    seeds = {RATE: study.rate_seeds if len(study.rates) > 1 else (), FINAL: study.seeds}
-    return [Cell(name, phase, seed) for name in study.configurations for phase in seeds for seed in seeds[phase]]
+
+    def seeds(configuration: str, phase: str) -> tuple[int, ...]:
+        if phase == FINAL:
+            return study.seeds
+        return study.rate_seeds if len(study.rates) > 1 and study.rated_in(configuration) == configuration else ()
+
+    places = [(name, phase) for name in study.configurations for phase in (RATE, FINAL)]
+    return [Cell(*place, seed) for place in places for seed in seeds(*place)]
+
+
+def first_cells(study: Study, configuration: str) -> list[Cell]:
+    """Return the cells of the first phase that choose the rates of a configuration."""
+    return [c for c in list_cells(study) if (c.configuration, c.phase) == (study.rated_in(configuration), RATE)]
 
 
 def name_at_rate(arm: str, place: int) -> str:
@@ -143,13 +164,13 @@ def _estimate_cost(config: Experiment) -> float:
 
 
 def choose_rates(study: Study, configuration: str, score: Callable[[Cell, str], tuple[float, ...]]) -> dict[str, float]:
-    """Return the best rate of every arm.
+    """Return the rate of every arm: the best one in the configuration that chooses for this one.
 
     ``score(cell, name)``: the values of ``study.select`` on dev at the end of the first phase, higher is better, of the
     arm of that ``name`` in that run; NaN for a value that is not defined. Their means over the cells are compared, the
     later ones only if all earlier ones are equal, and of equal rates the lowest is taken.
     """
-    cells = [cell for cell in list_cells(study) if (cell.configuration, cell.phase) == (configuration, RATE)]
+    cells = first_cells(study, configuration)
     if not cells:
         return dict.fromkeys(study.arms_of(configuration), study.rates[0])
 

@@ -60,18 +60,12 @@ class Folder:
         return read_record(self.of(cell))
 
     def is_rated(self, configuration: str) -> bool:
-        """Whether the first phase of a configuration is done."""
-        first = [c for c in self.costs if (c.configuration, c.phase) == (configuration, grid.RATE)]
-        return all(self.state(cell) == DONE for cell in first)
+        """Whether the first phase that chooses a configuration's rates is done."""
+        return all(self.state(cell) == DONE for cell in grid.first_cells(self.study, configuration))
 
     def rates(self, configuration: str) -> dict[str, float]:
-        """Return the rate of every arm. Call it when the first phase of this configuration is done."""
-
-        runs = {
-            cell: self.record(cell).models
-            for cell in self.costs
-            if (cell.configuration, cell.phase) == (configuration, grid.RATE)
-        }
+        """Return the rate of every arm. Call it when the configuration is rated."""
+        runs = {cell: self.record(cell).models for cell in grid.first_cells(self.study, configuration)}
 
         def score(cell: Cell, name: str) -> tuple[float, ...]:
             last = runs[cell][name].dev
@@ -219,6 +213,11 @@ def format_progress(folder: Folder) -> str:
         own = {cell: folder.state(cell) for cell in folder.costs if cell.configuration == configuration}
         for state in own.values():
             counts[state] += 1
-        parts = (", ".join(f"{c.seed} {state}" for c, state in own.items() if c.phase == phase) for phase in phases)
-        lines.append(f"| {configuration} | " + " | ".join(parts) + " |")
+        parts = {
+            phase: ", ".join(f"{cell.seed} {state}" for cell, state in own.items() if cell.phase == phase)
+            for phase in phases
+        }
+        if configuration in folder.study.rates_of and grid.RATE in phases:
+            parts[grid.RATE] = f"as {folder.study.rates_of[configuration]}"
+        lines.append(f"| {configuration} | " + " | ".join(parts.values()) + " |")
     return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items() if count)])
