@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+import re
 import shutil
 from xml.etree import ElementTree
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ctxjax.evaluation.statistics import Rate
+from ctxjax.report import plots
 from ctxjax.study import grid, record, report, results, worker
 from ctxjax.study.grid import FINAL, Cell, Study
 
@@ -130,6 +133,19 @@ def test_arms_are_tested_on_the_same_questions_and_adjusted_for_the_configuratio
     assert (lengths["difference"], lengths["p"], lengths["low"]) == ("0.0", "", "")
     signs = find(table(folder, "signs"), arm="retained", metric="harm")
     assert (signs["below"], signs["above"], float(signs["p"]), signs["configurations"]) == ("2", "0", 0.5, "2")
+    own = [find(rows, configuration=name, arm="retained", metric="harm") for name in ("one", "two_b")]
+    values = [float(row["difference"]) for row in own]
+    mean, error = np.mean(values), stats.sem(values)
+    low, high = stats.t.interval(0.95, 1, mean, error)
+    found = [float(signs[key]) for key in ("mean_difference", "low", "high")]
+    assert error > 0 and np.allclose(found, [mean, low, high], atol=1e-6)
+
+
+def test_no_two_arms_of_a_figure_look_alike():
+    point = [(Rate(0.1, None), Rate(0.5, None))]
+    figure = plots.rate_scatter({f"arm{i}": point for i in range(14)}, ("harm", "obedience"), "fourteen arms")
+    marks = re.findall(r'<use href="#([^"]+)"[^>]* style="(fill: #\w+)', figure)
+    assert len({mark for mark in marks if mark[1] != f"fill: {plots.FAINT}"}) == 14
 
 
 def test_a_seed_without_a_value_is_not_counted(folder, tmp_path):

@@ -47,6 +47,7 @@ ARM_STYLES = (
     ("#AA3377", "-.", ""),
     ("#E69F00", "--", ""),
 )
+MARKERS = "osD^vP*Xh<>"  # as many as have no divisor with the colours, so that no arm looks like one before it
 _DASHES = {"-": "none", "--": "4 2", ":": "1.2 2", "-.": "4 2 1 2"}
 
 PANEL = (2.5, 1.85)  # inches, one of several small panels in a row
@@ -200,7 +201,7 @@ def rate_scatter(points: Mapping[str, Sequence[tuple[Rate, Rate]]], names: tuple
     """
     with _figure((5.2, 3.6)) as (figure, axes):
         for index, (arm, pairs) in enumerate(points.items()):
-            colour, marker = arm_style(index)[0], "osD^vP*Xh<>p"[index % 12]
+            colour, marker = arm_style(index)[0], MARKERS[index % len(MARKERS)]
             for (x, x_ends), (y, y_ends) in pairs:
                 for ends in ((x_ends or (x, x), (y, y)), ((x, x), y_ends or (y, y))):
                     line = [[100 * value for value in side] for side in ends]

@@ -41,7 +41,7 @@ def write_report(folder: Folder) -> Path:
     shown = {"metrics": metrics_table(metrics), "tests": tests_table(tests), "signs": signs_table(tables["signs"])}
     for name, (header, lines) in shown.items():
         write_text(place / f"{name}.tex", format_latex(header, lines))
-    figure = draw_harm_and_obedience(results)
+    figure = draw_harm_and_obedience(results, ("base", *folder.study.run_arms))
     write_text(place / "harm_obedience.svg", plots.standalone(figure))
     definitions = [(HEADERS[metric.key], metric.definition) for metric in METRICS if metric.key in HEADERS]
     commits = sorted({row["commit"] for row in tables["runs"] if row["commit"]})
@@ -99,6 +99,10 @@ def _with_interval(key: str, value: float | None, ends: tuple) -> str:
     return f"{_form(key, value)} {interval(ends, signed=UNITS[key] == 'change')}"
 
 
+def _difference(mean: float, row: dict) -> str:
+    return f"{signed_percent(mean)} {interval((row['low'], row['high']), signed=True)}".strip()
+
+
 def metrics_table(rows: list[dict]) -> tuple[Row, list[Row]]:
     """Return header and lines: a line for each configuration and arm, "mean [low, high]" of each metric."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
@@ -117,8 +121,7 @@ def tests_table(rows: list[dict]) -> tuple[Row, list[Row]]:
     header = ("configuration", "arm", "metric", "difference, points", "p", "p (Holm)")
     body = []
     for row in rows:
-        ends = (row["low"], row["high"])
-        difference = f"{signed_percent(row['difference'])} {interval(ends, signed=True)}".strip()
+        difference = _difference(row["difference"], row)
         p_values = [p_value(row["p"]), p_value(row["p_holm"])]
         body.append((row["configuration"], row["arm"], HEADERS[row["metric"]], difference, *p_values))
     return header, body
@@ -130,20 +133,20 @@ def signs_table(rows: list[dict]) -> tuple[Row, list[Row]]:
     body = [
         (
             row["arm"], HEADERS[row["metric"]], str(row["below"]), str(row["above"]), str(row["configurations"]),
-            p_value(row["p"]), signed_percent(row["mean_difference"]), str(row["significant"]),
+            p_value(row["p"]), _difference(row["mean_difference"], row), str(row["significant"]),
         )
         for row in rows
     ]  # fmt: skip
     return header, body
 
 
-def draw_harm_and_obedience(results: Results) -> str:
-    """Draw harm against obedience: a point with intervals for each configuration and arm."""
+def draw_harm_and_obedience(results: Results, arms: Sequence[str]) -> str:
+    """Draw harm against obedience: a point with intervals for each configuration and each of ``arms``."""
     points: dict[str, list] = {}
-    for models in results.values():
-        for model, runs in models.items():
-            pair = tuple(results_lib.mean_over_seeds(runs, key) for key in ("harm", "obedience"))
+    for arm in arms:
+        for models in results.values():
+            pair = tuple(results_lib.mean_over_seeds(models.get(arm, []), key) for key in ("harm", "obedience"))
             if None not in (pair[0].value, pair[1].value):
-                points.setdefault(model, []).append(pair)
+                points.setdefault(arm, []).append(pair)
     label = "Harm against obedience, a point for each configuration and arm, with 95 % intervals over seeds"
     return plots.rate_scatter(points, (HEADERS["harm"], HEADERS["obedience"]), label)

@@ -158,13 +158,20 @@ def list_tests(results: Results, first: str) -> list[dict]:
 
 
 def list_signs(tests: list[dict]) -> Iterator[dict]:
-    """Yield a row for each arm and measure: in how many configurations it is below and above the first arm."""
+    """Yield a row for each arm and measure: in how many configurations it is below and above the first arm.
+
+    The mean difference counts every configuration once; its interval, ``low`` to ``high``, is for other configurations
+    of this kind: Student's t between them.
+    """
     for (arm, metric), own in _by_arm_and_metric(tests).items():
-        below, above, p = over_seeds.sign_test([row["difference"] for row in own])
-        means = float(np.mean([row["difference"] for row in own]))
+        differences = [row["difference"] for row in own]
+        below, above, p = over_seeds.sign_test(differences)
+        mean, interval = over_seeds.mean_value(differences, [0.0] * len(differences))
+        low, high = interval or (None, None)
         yield {
             "arm": arm, "metric": metric, "configurations": len(own), "below": below, "above": above, "p": p,
-            "mean_difference": means, "significant": sum((row["p_holm"] or 1) < 0.05 for row in own),
+            "mean_difference": mean, "low": low, "high": high,
+            "significant": sum((row["p_holm"] or 1) < 0.05 for row in own),
         }  # fmt: skip
 
 
