@@ -1,4 +1,4 @@
-"""Every part of a run once, in seconds: a base of few steps, two arms, an evaluation, a report, an export.
+"""Every part of a run once, in seconds: a base of few steps, two arms, an evaluation, a report.
 
 For developers: it says whether a change still runs from end to end, nothing about learning. The arm ``opcd_retained``
 has all three terms, ``off_policy`` learns from the teacher's samples. Most of its time is compiling.

@@ -21,7 +21,7 @@ from ctxjax.data.worlds import word_tokenizer
 pytestmark = pytest.mark.slow
 
 NOT_RUN = {
-    "ctxjax.plan --config=configs/llama3.py:medical --topology=v5e:4x8": "needs libtpu, the Hub and published data",
+    "ctxjax.plan --config=configs/llama3.py:medical --topology=v5e:4x8 --prefix=124 --question=512": "needs libtpu",
     "ctxjax.main --config=configs/debug.py --workdir=/tmp/debug": "is the fixture debug_run of all tests",
 }
 # Parts of commands that have whole tests of their own: extract, rounds, study and dose, chat_rows.
@@ -42,6 +42,10 @@ TASKS = {
         "self_study.questions": 60, "self_study.longest_question": 12, "eval.batch_size": 16,
         "self_study.other_contexts_file": "others.jsonl", "qa_jsonl.other_contexts_file": "others.jsonl",
         "qa_jsonl.dev_questions": 4, "qa_jsonl.test_questions": 4,
+    },
+    "configs/smollm2.py": {
+        "self_study.questions": 60, "self_study.longest_question": 12, "self_study.other_contexts_file": "others.jsonl",
+        "model.path": "models/my-llama",
     },
     "configs/smollm2.py:handbook": {f"handbook.{split}": 8 for split in SPLITS} | {"model.path": "models/my-llama"},
     "configs/smollm2.py:style,lora": {f"style.{split}": 8 for split in SPLITS} | {"model.path": "models/my-llama"},

@@ -552,8 +552,10 @@ SHORT = run.Lengths(0, 10)
 @pytest.mark.parametrize(
     ("changes", "passes"),
     [
-        ({}, 0), ({"beta": 0.1}, 1), ({"mu": 0.1}, 2), ({"reference": 0.1}, 1), ({"teacher": "ema"}, 1),
-        ({"beta": 0.1, "mu": 0.1, "reference": 0.1, "teacher": "ema"}, 5),
+        ({}, 2), ({"beta": 0.1}, 3), ({"mu": 0.1}, 4), ({"reference": 0.1}, 3), ({"teacher": "ema"}, 3),
+        ({"beta": 0.1, "mu": 0.1, "reference": 0.1, "teacher": "ema"}, 7),
+        ({"beta": 0.1, "anchor": "handover"}, 3), ({"beta": 0.1, "anchor": "teacher_bare"}, 4),
+        ({"beta": 0.1, "anchor": "ema"}, 5),
     ],
 )  # fmt: skip
 def test_passes_of_an_arm(changes, passes):

@@ -15,7 +15,7 @@ from ctxjax.data.shapes import ViewShape, make_shape
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.distill.losses import LossConfig
-from ctxjax.distill.objective import needs_ema
+from ctxjax.distill.objective import count_passes, needs_ema
 from ctxjax.host import progress
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs.base_model import make_model_config
@@ -212,7 +212,7 @@ def _check_positions(model: ModelConfig, shapes: BatchShapes) -> None:
 
 def _count_passes(loss: LossConfig) -> int:
     """Return roughly how many passes and parameter trees a step of an arm needs, to find the largest step."""
-    return (loss.beta > 0) + 2 * (loss.mu > 0) + needs_ema(loss) + (loss.reference > 0)
+    return count_passes(loss).total() + needs_ema(loss)
 
 
 def _format_size(model: ModelConfig) -> str:
