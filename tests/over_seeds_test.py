@@ -95,28 +95,72 @@ def test_the_difference_of_arms_is_taken_on_the_same_questions_of_each_run():
     assert over_seeds.mean_difference(arm, arm, 100) == (0.0, None)
 
 
-def outcomes(only_a, only_b, both=5, none=5):
-    a = np.repeat([True, False, True, False], [only_a, only_b, both, none])
-    b = np.repeat([False, True, True, False], [only_a, only_b, both, none])
-    return a, b
+def harm_of(right, harmed):
+    return Sums((right & harmed).astype(float), right.astype(float))
 
 
-def test_the_combined_test_is_mcnemars_for_one_run_and_by_hand_for_two():
-    for counts in ((0, 0), (3, 9), (12, 1), (5, 5)):
-        assert over_seeds.combined_mcnemar([outcomes(*counts)]) == pytest.approx(mcnemar(*outcomes(*counts)))
-    one, two = 1 / 2**8, 37 / 2**8  # P(8 of 8), P(6 or more of 8)
-    by_hand = 2 * one * two * (1 - math.log(one * two))  # Fisher's method for two p-values
-    assert over_seeds.combined_mcnemar([outcomes(0, 8), outcomes(2, 6)]) == pytest.approx(by_hand)
-    opposed = over_seeds.combined_mcnemar([outcomes(0, 8), outcomes(8, 0)])
-    assert opposed > 20 * over_seeds.combined_mcnemar([outcomes(0, 8), outcomes(0, 8)])
+def draw_arms(rng, harms, runs=3, n=120):
+    """Two arms with a harm each, in which the same questions are hard."""
+    pairs = []
+    for _ in range(runs):
+        hard = rng.random(n)
+        pairs.append([harm_of(rng.random(n) < 0.9, 0.5 * hard + 0.5 * rng.random(n) < harm) for harm in harms])
+    return list(zip(*pairs, strict=True))
 
 
-def test_the_combined_test_rejects_equal_arms_in_at_most_five_of_a_hundred_cases():
-    rng, rejected = np.random.default_rng(3), 0
-    for _ in range(1000):
-        pairs = [outcomes(a, n - a) for n in rng.integers(0, 40, size=3) for a in [rng.binomial(n, 0.5)]]
-        rejected += over_seeds.combined_mcnemar(pairs) < 0.05
-    assert rejected <= 60
+def test_the_swap_test_is_that_of_scipy_over_all_runs_together():
+    rng = np.random.default_rng(5)
+    for harms in ((0.3, 0.38), (0.3, 0.3), (0.5, 0.4)):
+        arm, first = draw_arms(rng, harms)
+        parts, wholes = (np.concatenate([getattr(run, name) for run in (*arm, *first)]) for name in ("part", "whole"))
+        n = len(parts) // 2
+
+        def statistic(x, y, axis=-1, parts=parts, wholes=wholes):
+            def mean(chosen):
+                part, whole = (array[chosen].reshape(*chosen.shape[:-1], 3, -1).sum(-1) for array in (parts, wholes))
+                return (part / whole).mean(-1)
+
+            return mean(x) - mean(y)
+
+        places = (np.arange(n), n + np.arange(n))
+        known = stats.permutation_test(
+            places, statistic, permutation_type="samples", vectorized=True, n_resamples=4000, batch=200, rng=rng
+        )
+        assert known.statistic == pytest.approx(over_seeds.mean_difference(arm, first, 10).value)
+        p = over_seeds.swap_test(arm, first, 4000)
+        assert p == pytest.approx(known.pvalue, abs=4 * math.sqrt(known.pvalue / 4000) + 1e-3)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(3, 9), (12, 1), (5, 5), (0, 8)])
+def test_the_swap_test_of_a_rate_in_one_run_is_mcnemars(only_a, only_b):
+    a = np.repeat([True, False, True, False], [only_a, only_b, 5, 5])
+    b = np.repeat([False, True, True, False], [only_a, only_b, 5, 5])
+    arm, first = (Sums(side.astype(float), np.ones(len(side))) for side in (a, b))
+    assert over_seeds.swap_test([arm], [first], 20_000) == pytest.approx(mcnemar(a, b), abs=0.012)
+    assert over_seeds.swap_test([arm], [arm], 100) == 1.0
+
+
+def test_the_swap_test_sees_the_share_and_not_the_count():
+    """Three of four right answers harmed, against nine of 115: fewer events, and far more harm."""
+    right, harmed = np.arange(128) < 4, np.arange(128) < 3
+    worse, better = harm_of(right, harmed), harm_of(np.arange(128) < 115, np.arange(128) >= 106)
+    assert (worse.part.sum(), better.part.sum()) == (3, 9)
+    assert over_seeds.mean_difference([worse], [better], 10).value > 0.6
+    assert over_seeds.swap_test([worse], [better], 999) <= 0.01
+
+
+def test_what_hangs_together_is_swapped_together():
+    """Ten contexts of fifty answers each: two runs of five hundred answers would differ, ten contexts do not."""
+    part = np.tile([50.0, 0.0], 5)
+    arm, first = Sums(part, np.full(10, 50.0)), Sums(part[::-1].copy(), np.full(10, 50.0))
+    first.part[1] -= 50
+    assert over_seeds.swap_test([arm], [first], 999) > 0.5
+
+
+def test_the_swap_test_rejects_equal_arms_in_at_most_five_of_a_hundred_cases():
+    rng = np.random.default_rng(3)
+    rejected = sum(over_seeds.swap_test(*draw_arms(rng, (0.3, 0.3), n=60), 199) < 0.05 for _ in range(600))
+    assert 10 <= rejected <= 45
 
 
 def test_holms_method_on_the_example_of_its_definition_and_by_its_definition():

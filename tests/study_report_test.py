@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ctxjax.evaluation.over_seeds import Sums
 from ctxjax.evaluation.statistics import Rate
 from ctxjax.report import plots
 from ctxjax.study import grid, record, report, results, worker
@@ -47,7 +48,10 @@ def write_items(folder, x_right: int, harmed: int, obeyed: int, seed: int) -> No
 def write_run(run, arms, seed) -> None:
     for arm, counts in arms.items():
         write_items(run / arm, *counts, seed)
-    rows = {arm: {"cosine_by_layer": [1.0, 0.9, 0.7 + 0.01 * seed]} for arm in arms}
+    rows = {
+        arm: {"cosine_by_layer": [1.0, 0.9, 0.7 + 0.01 * seed], "obedience_by_context": {"a": [1, 2]}} for arm in arms
+    }
+    rows["opcd"]["alarms"] = {"harm": 4, "context_use": 2}
     (run / "results.json").write_text(json.dumps(rows))
     (run / "run.json").write_text(json.dumps({"commit": "abc", "device": "cpu", "seconds": {"total": 60.0}}))
 
@@ -120,17 +124,19 @@ def test_arms_are_tested_on_the_same_questions_and_adjusted_for_the_configuratio
         for seed in (0, 1, 2)
     ]
     assert float(row["difference"]) == pytest.approx(np.mean(each))
-    # The ranks of harmed questions begin at 0 in both arms: anchored's are among opcd's.
-    sides = [0.5 ** (RIGHT["opcd"][seed][1] - RIGHT["anchored"][seed][1]) for seed in (0, 1, 2)]
-    p = 2 * stats.chi2.sf(-2 * np.sum(np.log(sides)), 6)
+    p = 1 / (results.SWAPS + 1)  # no draw of swaps differs as much
     assert float(row["p"]) == pytest.approx(p)
     other = find(rows, configuration="two_b", arm="anchored", metric="harm")
     assert float(other["p"]) > float(row["p"])
     assert float(row["p_holm"]) == pytest.approx(2 * p)
     assert float(other["p_holm"]) == pytest.approx(max(2 * p, float(other["p"])))
+    # The contexts, not the questions, are what is swapped: twelve of them, all better in all seeds of "retained".
+    few = find(rows, configuration="one", arm="anchored", metric="obedience")
+    assert float(few["p"]) > 0.1 and float(few["difference"]) < 0
+    assert find(rows, configuration="one", arm="retained", metric="obedience")["p"] == row["p"]
     assert not [row for row in rows if row["arm"] == "opcd"]
     lengths = find(rows, configuration="one", arm="anchored", metric="dlen")
-    assert (lengths["difference"], lengths["p"], lengths["low"]) == ("0.0", "", "")
+    assert (lengths["difference"], lengths["p"], lengths["low"]) == ("0.0", "1.0", "")
     signs = find(table(folder, "signs"), arm="retained", metric="harm")
     assert (signs["below"], signs["above"], float(signs["p"]), signs["configurations"]) == ("2", "0", 0.5, "2")
     own = [find(rows, configuration=name, arm="retained", metric="harm") for name in ("one", "two_b")]
@@ -141,20 +147,36 @@ def test_arms_are_tested_on_the_same_questions_and_adjusted_for_the_configuratio
     assert error > 0 and np.allclose(found, [mean, low, high], atol=1e-6)
 
 
+def test_a_point_that_has_not_learnt_its_context_is_hollow(folder):
+    found = results.read_results(folder)["one"]
+    assert "#ffffff" not in report.draw_harm_and_obedience({"one": found}, tuple(RIGHT))
+    known = {"base": found["retained"], "opcd": [run._replace(sums=run.sums | {"acc_x": poor}) for run, poor in zip(
+        found["opcd"], [Sums(np.r_[np.ones(90), np.zeros(30)], np.ones(N))] * 3)]}  # fmt: skip
+    assert "#ffffff" in report.draw_harm_and_obedience({"one": known}, ("opcd",))
+
+
+def test_a_metric_of_fewer_seeds_says_so():
+    row = {"configuration": "one", "arm": "opcd", "low": None, "high": None, "seeds": 3}
+    rows = [row | {"metric": "acc_x", "mean": 0.5}, row | {"metric": "harm", "mean": 0.75, "seeds": 1}]
+    header, lines = report.metrics_table(rows)
+    line = dict(zip(header, lines[0], strict=True))
+    assert (line["seeds"], line["Acc_x %"], line["Harm %"], line["obedience %"]) == ("3", "50.0", "75.0 (1 seed)", "-")
+
+
 def test_no_two_arms_of_a_figure_look_alike():
-    point = [(Rate(0.1, None), Rate(0.5, None))]
+    point = [(Rate(0.1, None), Rate(0.5, None), False)]
     figure = plots.rate_scatter({f"arm{i}": point for i in range(14)}, ("harm", "obedience"), "fourteen arms")
     marks = re.findall(r'<use href="#([^"]+)"[^>]* style="(fill: #\w+)', figure)
     assert len({mark for mark in marks if mark[1] != f"fill: {plots.FAINT}"}) == 14
 
 
 def test_a_seed_without_a_value_is_not_counted(folder, tmp_path):
-    """An arm that answers nothing right without the context has no harm."""
+    """An arm that answers nearly nothing right without the context has no harm."""
     made = worker.Folder(tmp_path, folder.study, folder.costs)
     for seed in (0, 1, 2):
         run = made.run_of(Cell("one", FINAL, seed))
         run.mkdir(parents=True)
-        right = RIGHT["anchored"][seed] if seed else (0, 0, 8)
+        right = RIGHT["anchored"][seed] if seed else (results.LEAST - 1, results.LEAST - 1, 8)
         write_run(run, {"base": (0, 0, 120), "opcd": RIGHT["opcd"][seed], "anchored": right}, seed)
     (row,) = [
         row for row in results.list_tests(results.read_results(made), "opcd")
@@ -182,12 +204,12 @@ def test_the_page_has_every_table_and_the_figure_every_arm(folder):
         lines = (place / f"{name}.tex").read_text().splitlines()
         rows = [line for line in lines if line.endswith(r"\\")]
         assert len({line.count("&") - line.count(r"\&") for line in rows}) == 1 and lines[0].startswith(
-            r"\begin{tabular}"
+            r"\begin{longtable}"
         )
         assert not any("_" in line.replace(r"\_", "") for line in lines)
     assert [row["state"] for row in table(folder, "runs")].count("done") == 6
     rates = table(folder, "rates")
-    assert {(row["arm"], row["rate"]) for row in rates} == {(arm, "0.001") for arm in RIGHT}
+    assert not rates  # one rate: nothing was chosen
 
 
 def test_the_report_is_the_same_without_the_folders_of_the_runs(folder, tmp_path):
@@ -214,9 +236,11 @@ def test_what_is_not_done_has_the_facts_of_its_run(folder, tmp_path):
     rows = list(results.list_runs(made))
     assert find(rows, configuration="one", seed=3) == {
         "configuration": "one", "phase": FINAL, "seed": 3, "state": "failed", "commit": "abc", "device": "cpu",
-        "started": None, "seconds": None,
+        "started": None, "seconds": None, "alarms": "",
     }  # fmt: skip
     assert find(rows, configuration="one", seed=0)["commit"] is None
+    done = find(list(results.list_runs(folder)), configuration="one", seed=0)
+    assert done["commit"] == "abc" and done["alarms"] == "opcd: harm, context_use"
 
 
 def test_a_record_that_is_broken_is_named(folder, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 from ctxjax.configs import study as study_config
 from ctxjax.host import claim, preemption
-from ctxjax.study import grid, worker
+from ctxjax.study import grid, report, results, worker
 from ctxjax.study.grid import FINAL, RATE, Cell, Study
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +155,12 @@ def test_all_cells_are_run_the_cheap_ones_first_each_phase_after_the_one_before(
     assert {folder.state(cell) for cell in folder.costs} == {"done"} and "6 done" in said[-1]
     made = json.loads((tmp_path / "cells" / "small-final1" / "config.json").read_text())
     assert made["arms"] == {"a": {"lr": 1e-4}, "b": {"beta": 0.5, "lr": 1e-3}} and made["seed"] == 1
+    rows = [row for row in results.list_rates(folder) if row["configuration"] == "small"]
+    assert {(row["arm"], row["rate"]) for row in rows if row["chosen"]} == {("a", 1e-4), ("b", 1e-3)} and len(rows) == 4
+    assert {row["distill"] for row in rows} == {1.0} and {row["seed"] for row in rows} == {7}
+    header, lines = report.arms_table(folder)
+    assert header == ("arm", "config.loss", "rate: large", "rate: small")
+    assert lines[1] == ("b", "beta = 0.5", "0.001", "0.001") and lines[2] == ("c", "mu = 1.0", "0.0001", "-")
     worker.work(folder, said.append)
     assert (tmp_path / "cells" / "small-rate7" / "run" / "starts").read_text().count("\n") == 1  # nothing is repeated
     assert not list(tmp_path.glob("cells/*/claim.*"))

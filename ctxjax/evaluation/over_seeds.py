@@ -1,4 +1,4 @@
-"""Statistics over several runs that differ in their seed: intervals of means over seeds, and paired tests.
+"""Statistics over several runs that differ in their seed: intervals of means over seeds, and a paired test.
 
 Seeds and questions are two levels. The questions of one run share its base and its training, so a thousand questions of
 three seeds say as much about a fourth seed as three numbers do, and are never pooled. Each run gives one value and,
@@ -106,20 +106,30 @@ def mean_variance(values: Sequence[float], variances: Sequence[float]) -> float 
     return float(max(between, np.sum(variances) / count**2))
 
 
-def combined_mcnemar(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Return the two-sided p-value that two arms have the same rate in every run.
+def swap_test(arm: Sequence[Sums], first: Sequence[Sums], resamples: int, seed: int = 0) -> float:
+    """Return the two-sided p-value of ``mean_difference`` if the arms are alike (a paired randomisation test).
 
-    ``pairs``: for each run the outcomes [n] bool of both on the same questions. Each run gives the exact one-sided
-    p-values of McNemar's test; Fisher's method combines those of each direction, and the smaller one is doubled
-    (Pearson's method: Owen 2009). Runs that disagree in their direction weaken each other. For one run it is McNemar's
-    exact test.
+    If they are, a cluster of questions could as well have come out the other way round. The null distribution swaps the
+    arms in each cluster at random, in all runs. It says whether these runs differ, not whether other seeds would. The
+    smallest value is 1 / (resamples + 1).
     """
-    counts = [(int(np.sum(a & ~b)), int(np.sum(~a & b))) for a, b in pairs]
-    sides = (
-        [stats.binom.sf(count[side] - 1, sum(count), 0.5) for count in counts]  # as many as these, or more
-        for side in (0, 1)
-    )
-    return float(min(1.0, 2 * min(stats.combine_pvalues(side, method="fisher").pvalue for side in sides)))
+    rng = np.random.default_rng(seed)
+    differences = np.zeros(resamples + 1)  # of the runs as they are, and then with each draw of swaps
+    for a, b in zip(arm, first, strict=True):
+        if a.whole.sum() > 0 and b.whole.sum() > 0:
+            differs = (a.part != b.part) | (a.whole != b.whole)
+            kept_RxK = rng.integers(2, size=(resamples + 1, np.count_nonzero(differs)))
+            kept_RxK[0] = 1
+            differences += _swapped_share(a, b, differs, kept_RxK) - _swapped_share(b, a, differs, kept_RxK)
+    return float(np.mean(np.abs(differences) >= abs(differences[0]) - 1e-9))
+
+
+def _swapped_share(own: Sums, other: Sums, differs: np.ndarray, kept_RxK: np.ndarray) -> np.ndarray:
+    """The ratios [R] if of the clusters that differ those that are kept add as in ``own``, and those that are not as in
+    ``other``."""
+    change = np.stack([own.part - other.part, own.whole - other.whole], axis=-1)[differs]
+    part, whole = (kept_RxK.astype(float) @ change + [other.part.sum(), other.whole.sum()]).T
+    return part / np.maximum(whole, 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -193,21 +193,22 @@ def position_lines(series: Mapping[str, Numbers], label: str) -> str:
         return _svg(figure, label)
 
 
-def rate_scatter(points: Mapping[str, Sequence[tuple[Rate, Rate]]], names: tuple[str, str], label: str) -> str:
+def rate_scatter(points: Mapping[str, Sequence[tuple[Rate, Rate, bool]]], names: tuple[str, str], label: str) -> str:
     """Draw one rate against another, a point with both intervals for each pair, and a key of the colours.
 
-    ``points``: by arm (in the order of ARM_STYLES), pairs of rates in 0..1.
+    ``points``: by arm (in the order of ARM_STYLES), two rates in 0..1 and whether the point is hollow.
     ``names``: of the two axes.
     """
     with _figure((5.2, 3.6)) as (figure, axes):
-        for index, (arm, pairs) in enumerate(points.items()):
+        for index, (arm, own) in enumerate(points.items()):
             colour, marker = arm_style(index)[0], MARKERS[index % len(MARKERS)]
-            for (x, x_ends), (y, y_ends) in pairs:
+            for (x, x_ends), (y, y_ends), is_hollow in own:
                 for ends in ((x_ends or (x, x), (y, y)), ((x, x), y_ends or (y, y))):
                     line = [[100 * value for value in side] for side in ends]
                     axes.plot(*line, color=colour, linewidth=0.6, alpha=0.5)
-            places = [[100 * pair[side][0] for pair in pairs] for side in (0, 1)]
-            axes.plot(*places, marker, color=colour, markersize=4.5, label=arm, clip_on=False)
+                fill = "white" if is_hollow else colour
+                axes.plot(100 * x, 100 * y, marker, color=colour, markerfacecolor=fill, markersize=4.5, clip_on=False)
+            axes.plot([], [], marker, color=colour, markersize=4.5, label=arm)  # the key is never hollow
         axes.set(xlim=(0, None), ylim=(0, 100), xlabel=f"{names[0]}, %", ylabel=f"{names[1]}, %")
         axes.grid()
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)

@@ -21,18 +21,25 @@ from ctxjax.report.run_files import read_run
 
 RECORD = "record.json"
 FACTS = ("commit", "device", "started")  # of run.json
+LARGE = ("obedience_by_context",)  # what is not kept of a row of results.json: the outcomes have it
 # Means over layers, one value of a run: its questions are not kept.
 VALUES = ("cosine_by_layer", "cosine_control_by_layer", "cka_by_layer", "cka_control_by_layer")
 _BITS = ("correct", "parsed", "truncated")
 
 
 class ModelRecord(NamedTuple):
-    """One model of a run. ``values``: VALUES that it has. ``dev``: the last row of its metrics.jsonl, {} for none.
-    ``views``: its outcomes on test; other contexts have numbers in place of their texts."""
+    """One model of a run. ``row``: its row of results.json, without LARGE. ``dev``: the last row of its metrics.jsonl,
+    {} for none. ``views``: its outcomes on test; other contexts have numbers in place of their texts."""
 
-    values: dict[str, float]
+    row: dict
     dev: dict[str, float]
     views: Mapping[str, Outcomes]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The VALUES that it has."""
+        means = {key: mean_over_layers(self.row.get(key)) for key in VALUES}
+        return {key: value for key, value in means.items() if value is not None}
 
 
 class Record(NamedTuple):
@@ -74,9 +81,8 @@ def read_record(cell: Path) -> Record:
 def _describe(run: Path) -> dict:
     files, models = read_run(run), {}
     for name, row in files.results.items():
-        means = {key: mean_over_layers(row.get(key)) for key in VALUES}
         models[name] = {
-            "values": {key: value for key, value in means.items() if value is not None},
+            "row": {key: value for key, value in row.items() if key not in LARGE},
             "dev": (files.metrics[name] or [{}])[-1],
             "views": {view: _pack(outcomes) for view, outcomes in collect_outcomes(files.items[name]).items()},
         }
@@ -91,8 +97,8 @@ def _pack(view: Outcomes) -> dict:
 
 def _read(record: dict) -> Record:
     models = {
-        name: ModelRecord(row["values"], row["dev"], {view: _unpack(own) for view, own in row["views"].items()})
-        for name, row in record["models"].items()
+        name: ModelRecord(model["row"], model["dev"], {view: _unpack(own) for view, own in model["views"].items()})
+        for name, model in record["models"].items()
     }
     return Record(record["facts"], models)
 

@@ -20,6 +20,9 @@ from ctxjax.study.results import HEADERS, UNITS, Results
 from ctxjax.study.worker import Folder
 
 Row = Sequence[str]
+# The metrics of the page; the CSV files have all.
+SHOWN = ("acc_x", "acc_xc", "harm", "both_correct", "obedience", "acc_empty", "dlen", "cosine_by_layer")
+KNOWN = 0.9  # a student below this share of the base's Acc_xc has not internalized the context: a hollow point
 
 
 def write_report(folder: Folder) -> Path:
@@ -38,16 +41,21 @@ def write_report(folder: Folder) -> Path:
     place.mkdir(exist_ok=True)
     for name, rows in tables.items():
         write_text(place / f"{name}.csv", format_csv(rows))
-    shown = {"metrics": metrics_table(metrics), "tests": tests_table(tests), "signs": signs_table(tables["signs"])}
+    compared = [row for row in tests if row["metric"] in SHOWN and row["arm"] != "base"]
+    shown = {
+        "metrics": metrics_table(metrics), "tests": tests_table(compared),
+        "signs": signs_table(list(results_lib.list_signs(compared))),
+    }  # fmt: skip
     for name, (header, lines) in shown.items():
         write_text(place / f"{name}.tex", format_latex(header, lines))
-    figure = draw_harm_and_obedience(results, ("base", *folder.study.run_arms))
+    shown["arms"] = arms_table(folder)
+    figure = draw_harm_and_obedience(results, folder.study.run_arms)
     write_text(place / "harm_obedience.svg", plots.standalone(figure))
     definitions = [(HEADERS[metric.key], metric.definition) for metric in METRICS if metric.key in HEADERS]
     commits = sorted({row["commit"] for row in tables["runs"] if row["commit"]})
     page = _page().render(
         figure=Markup(figure), tables=shown, definitions=definitions, first=folder.study.first_arm,
-        progress=worker.format_progress(folder).splitlines()[-1], commits=commits,
+        progress=worker.format_progress(folder).splitlines()[-1], commits=commits, least=results_lib.LEAST,
     )  # fmt: skip
     write_text(place / "index.html", page)
     return place / "index.html"
@@ -69,14 +77,14 @@ def format_csv(rows: list[dict]) -> str:
 
 
 def format_latex(header: Row, lines: list[Row]) -> str:
-    """Return a table as a LaTeX tabular (package booktabs)."""
+    """Return a table as LaTeX that may go on over pages (packages booktabs and longtable)."""
 
     def line(cells: Row) -> str:
         return " & ".join(map(_escape, cells)) + r" \\"
 
     columns = "ll" + "r" * (len(header) - 2)
-    body = [line(header), r"\midrule", *map(line, lines)]
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    head = [rf"\begin{{longtable}}{{{columns}}}", r"\toprule", line(header), r"\midrule", r"\endhead"]
+    return "\n".join([*head, *map(line, lines), r"\bottomrule", r"\end{longtable}"]) + "\n"
 
 
 def _escape(text: str) -> str:
@@ -104,15 +112,41 @@ def _difference(mean: float, row: dict) -> str:
 
 
 def metrics_table(rows: list[dict]) -> tuple[Row, list[Row]]:
-    """Return header and lines: a line for each configuration and arm, "mean [low, high]" of each metric."""
-    lines: dict[tuple[str, str], dict[str, str]] = {}
+    """Return header and lines: a line for each configuration and arm, "mean [low, high]" of each metric.
+
+    A metric that fewer of an arm's seeds have says how many: "75.0 (1 seed)".
+    """
+    lines: dict[tuple[str, str], dict[str, dict]] = {}
     for row in rows:
-        own = lines.setdefault((row["configuration"], row["arm"]), {})
-        own[row["metric"]] = _with_interval(row["metric"], row["mean"], (row["low"], row["high"]))
-        own["seeds"] = str(row["seeds"])
-    units = {key: "" if key in VALUES else " %" for key in HEADERS}
-    header = ("configuration", "arm", "seeds", *(HEADERS[key] + units[key] for key in HEADERS))
-    body = [(*names, own["seeds"], *(own.get(key, DASH) for key in HEADERS)) for names, own in lines.items()]
+        lines.setdefault((row["configuration"], row["arm"]), {})[row["metric"]] = row
+    units = {key: "" if key in VALUES else " %" for key in SHOWN}
+    header = ("configuration", "arm", "seeds", *(HEADERS[key] + units[key] for key in SHOWN))
+    body = []
+    for names, own in lines.items():
+        seeds = max(row["seeds"] for row in own.values())
+        body.append((*names, str(seeds), *(_mean(own.get(key), seeds) for key in SHOWN)))
+    return header, body
+
+
+def _mean(row: dict | None, seeds: int) -> str:
+    if row is None:
+        return DASH
+    text = _with_interval(row["metric"], row["mean"], (row["low"], row["high"]))
+    count = row["seeds"]
+    return text if count == seeds else f"{text} ({count} seed{'s' * (count > 1)})"
+
+
+def arms_table(folder: Folder) -> tuple[Row, list[Row]]:
+    """Return header and lines: what each arm changes of config.loss, and the rate it got in each configuration."""
+    study = folder.study
+    rated = [name for name in study.configurations if study.rated_in(name) == name and folder.is_rated(name)]
+    rates = {name: folder.rates(name) for name in rated}
+    header = ("arm", "config.loss", *(f"rate: {name}" for name in rated))
+    body = []
+    for arm in dict.fromkeys(arm for name in study.configurations for arm in study.arms_of(name)):
+        changes = ", ".join(f"{field} = {value}" for field, value in study.arms[arm].items())
+        own = (f"{rates[name][arm]:g}" if arm in rates[name] else DASH for name in rated)
+        body.append((arm, changes or "as the configuration has it", *own))
     return header, body
 
 
@@ -141,12 +175,18 @@ def signs_table(rows: list[dict]) -> tuple[Row, list[Row]]:
 
 
 def draw_harm_and_obedience(results: Results, arms: Sequence[str]) -> str:
-    """Draw harm against obedience: a point with intervals for each configuration and each of ``arms``."""
+    """Draw harm against obedience: a point with intervals for each configuration and each of ``arms``.
+
+    It is hollow if the arm has not internalized the context (KNOWN).
+    """
     points: dict[str, list] = {}
     for arm in arms:
         for models in results.values():
-            pair = tuple(results_lib.mean_over_seeds(models.get(arm, []), key) for key in ("harm", "obedience"))
-            if None not in (pair[0].value, pair[1].value):
-                points.setdefault(arm, []).append(pair)
+            runs, mean = models.get(arm, []), results_lib.mean_over_seeds
+            harm, obedience, learnt = (mean(runs, key) for key in ("harm", "obedience", "acc_x"))
+            known = mean(models.get("base", []), "acc_xc").value
+            if None not in (harm.value, obedience.value):
+                is_hollow = known is not None and learnt.value < KNOWN * known
+                points.setdefault(arm, []).append((harm, obedience, is_hollow))
     label = "Harm against obedience, a point for each configuration and arm, with 95 % intervals over seeds"
     return plots.rate_scatter(points, (HEADERS["harm"], HEADERS["obedience"]), label)

@@ -16,20 +16,22 @@ from ctxjax.study import grid
 from ctxjax.study.record import VALUES, ModelRecord, read_facts
 from ctxjax.study.worker import DONE, Folder
 
-RESAMPLES = 1000
+RESAMPLES, SWAPS = 1000, 9999
+LEAST = 20  # questions: harm among fewer right answers says nothing
 
 
 class Measure(NamedTuple):
     """A ratio of sums over the questions of a run; ``needs``: the views that it reads.
 
-    ``part`` and ``whole`` return numbers [n] from these views. ``is_rate``: each part is 0 or 1 of a whole of 1, so
-    that the ratio is a rate and two arms can be tested on the same questions.
+    ``part`` and ``whole`` return numbers [n] from these views. ``is_rate``: each part is 0 or 1 of a whole of 1.
+    ``least``: a run with fewer questions in the whole has no value.
     """
 
     needs: tuple[str, ...]
     part: Callable[..., np.ndarray]
     whole: Callable[..., np.ndarray]
     is_rate: bool = True
+    least: int = 1
 
 
 def _everything(*views: Outcomes) -> np.ndarray:
@@ -40,22 +42,23 @@ BOTH = ("bare", "context")
 MEASURES = {  # by their key in evaluation/metrics.py, which defines them
     "acc_x": Measure(("bare",), lambda x: x.correct, _everything),
     "acc_xc": Measure(("context",), lambda xc: xc.correct, _everything),
-    "harm": Measure(BOTH, lambda x, xc: x.correct & ~xc.correct, lambda x, xc: x.correct),
-    "benefit": Measure(BOTH, lambda x, xc: ~x.correct & xc.correct, lambda x, xc: ~x.correct),
+    "harm": Measure(BOTH, lambda x, xc: x.correct & ~xc.correct, lambda x, xc: x.correct, least=LEAST),
+    "benefit": Measure(BOTH, lambda x, xc: ~x.correct & xc.correct, lambda x, xc: ~x.correct, least=LEAST),
+    "both_correct": Measure(BOTH, lambda x, xc: x.correct & xc.correct, _everything),
     "obedience": Measure(("other",), lambda other: other.correct, _everything),
+    "acc_empty": Measure(("empty",), lambda empty: empty.correct, _everything),
     "dlen": Measure(BOTH, lambda x, xc: xc.length - x.length, lambda x, xc: x.length, is_rate=False),
+    "truncated_xc": Measure(("context",), lambda xc: xc.truncated, _everything),
 }
 HEADERS = {metric.key: metric.header for metric in METRICS if metric.key in (*MEASURES, *VALUES)}
 UNITS = {metric.key: metric.unit for metric in METRICS if metric.key in HEADERS}
 
 
 class RunResult(NamedTuple):
-    """One model of one run. ``sums``: by measure. ``events``: by measure that is a rate, which questions [n] are in
-    the numerator. ``values``: of the run as a whole, by key."""
+    """One model of one run. ``sums``: by measure. ``values``: of the run as a whole, by key."""
 
     seed: int
     sums: dict[str, Sums]
-    events: dict[str, np.ndarray]
     values: dict[str, float]
 
 
@@ -77,16 +80,15 @@ def read_results(folder: Folder) -> Results:
 
 
 def _reduce(seed: int, record: ModelRecord) -> RunResult:
-    sums, events = {}, {}
+    sums = {}
     for key, measure in MEASURES.items():
         if not record.views.keys() >= set(measure.needs):
             continue
         views = [record.views[view] for view in measure.needs]
-        part, clusters = measure.part(*views), views[0].clusters
-        sums[key] = Sums(np.bincount(clusters, part), np.bincount(clusters, measure.whole(*views)))
-        if measure.is_rate and views[0].samples == 1:
-            events[key] = part
-    return RunResult(seed, sums, events, record.values)
+        part, whole, clusters = measure.part(*views), measure.whole(*views), views[0].clusters
+        if np.count_nonzero(whole) >= measure.least:
+            sums[key] = Sums(np.bincount(clusters, part), np.bincount(clusters, whole))
+    return RunResult(seed, sums, record.values)
 
 
 def _runs_with(runs: Sequence[RunResult], key: str) -> list[RunResult]:
@@ -123,10 +125,10 @@ def list_metrics(results: Results) -> Iterator[dict]:
 
 
 def list_tests(results: Results, first: str) -> list[dict]:
-    """Return a row for each configuration, arm and rate: the arm against the arm ``first`` on the same questions.
+    """Return a row for each configuration, arm and measure: the arm against the arm ``first`` on the same questions.
 
-    ``p``: over_seeds.combined_mcnemar, of the events of the numerator: for harm, which questions are harmed.
-    ``p_holm``: adjusted for the number of configurations that this arm and measure were tested in.
+    ``p``: over_seeds.swap_test of the difference. ``p_holm``: adjusted for the number of configurations in which this
+    arm was tested by this measure.
     """
     rows = []
     for configuration, models in results.items():
@@ -143,16 +145,14 @@ def list_tests(results: Results, first: str) -> list[dict]:
                 mean, interval = over_seeds.mean_difference(*sums, RESAMPLES)
                 if mean is None:
                     continue
-                events = [(a.events[key], b.events[key]) for a, b in pairs if key in a.events and key in b.events]
                 low, high = interval or (None, None)
                 rows.append({
                     "configuration": configuration, "arm": model, "metric": key, "seeds": len(pairs),
                     "difference": mean, "low": low, "high": high,
-                    "p": over_seeds.combined_mcnemar(events) if events else None, "p_holm": None,
+                    "p": over_seeds.swap_test(*sums, SWAPS), "p_holm": None,
                 })  # fmt: skip
     for own in _by_arm_and_metric(rows).values():
-        tested = [row for row in own if row["p"] is not None]
-        for row, adjusted in zip(tested, over_seeds.holm([row["p"] for row in tested]), strict=True):
+        for row, adjusted in zip(own, over_seeds.holm([row["p"] for row in own]), strict=True):
             row["p_holm"] = adjusted
     return rows
 
@@ -161,7 +161,8 @@ def list_signs(tests: list[dict]) -> Iterator[dict]:
     """Yield a row for each arm and measure: in how many configurations it is below and above the first arm.
 
     The mean difference counts every configuration once; its interval, ``low`` to ``high``, is for other configurations
-    of this kind: Student's t between them.
+    of this kind: Student's t between them. ``significant``: in how many the adjusted p is below 0.05 and the interval
+    for other seeds leaves out 0.
     """
     for (arm, metric), own in _by_arm_and_metric(tests).items():
         differences = [row["difference"] for row in own]
@@ -171,8 +172,12 @@ def list_signs(tests: list[dict]) -> Iterator[dict]:
         yield {
             "arm": arm, "metric": metric, "configurations": len(own), "below": below, "above": above, "p": p,
             "mean_difference": mean, "low": low, "high": high,
-            "significant": sum((row["p_holm"] or 1) < 0.05 for row in own),
+            "significant": sum(row["p_holm"] < 0.05 and _leaves_out_zero(row) for row in own),
         }  # fmt: skip
+
+
+def _leaves_out_zero(row: dict) -> bool:
+    return row["low"] is not None and not row["low"] <= 0 <= row["high"]
 
 
 def _by_arm_and_metric(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
@@ -186,15 +191,30 @@ def list_runs(folder: Folder) -> Iterator[dict]:
     """Yield a row for each cell: what became of it, and what code and machine its run had."""
     for cell in folder.costs:
         state = folder.state(cell)
-        facts = folder.record(cell).facts if state == DONE else read_facts(folder.run_of(cell))
+        record = folder.record(cell) if state == DONE else None
+        facts = record.facts if record else read_facts(folder.run_of(cell))
+        alarms = {name: model.row.get("alarms") for name, model in record.models.items()} if record else {}
         yield {
             "configuration": cell.configuration, "phase": cell.phase, "seed": cell.seed, "state": state, **facts,
+            "alarms": "; ".join(f"{name}: {', '.join(raised)}" for name, raised in alarms.items() if raised),
         }  # fmt: skip
 
 
 def list_rates(folder: Folder) -> Iterator[dict]:
-    """Yield a row for each configuration and arm whose rate is chosen."""
-    for configuration in folder.study.configurations:
-        if folder.is_rated(configuration):
-            for arm, rate in folder.rates(configuration).items():
-                yield {"configuration": configuration, "arm": arm, "rate": rate}
+    """Yield a row for each configuration that chooses rates, each arm, rate and seed: what dev said at the end."""
+    study = folder.study
+    for configuration in study.configurations:
+        cells = grid.first_cells(study, configuration)
+        if study.rated_in(configuration) != configuration or not folder.is_rated(configuration):
+            continue
+        chosen = folder.rates(configuration)
+        for cell in cells:
+            models = folder.record(cell).models
+            for arm in study.arms_of(configuration):
+                for place, rate in enumerate(study.rates):
+                    dev = models[grid.name_at_rate(arm, place)].dev
+                    yield {
+                        "configuration": configuration, "arm": arm, "seed": cell.seed, "rate": rate,
+                        "chosen": int(rate == chosen[arm]),
+                        **{key: dev.get(f"dev/{key}") for key in ("acc_x", "acc_xc", "harm", "distill")},
+                    }  # fmt: skip
