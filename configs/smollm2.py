@@ -32,6 +32,7 @@ ARMS = {
 
 def _set_handbook(config: ConfigDict) -> None:
     config.task = "handbook"
+    config.run_arms = ("opcd_warm", "opcd_warm_anchored", "opcd_warm_retained")
     config.rollout.max_tokens = 24  # an answer is a sentence of some 12 tokens
 
 

@@ -57,6 +57,8 @@ def get_config() -> ConfigDict:
     further = ("ema", "teacher_bare", "joint", "symkl", "dualopd", "gated", "handover_retained")
     config.more_arms = dict.fromkeys(("rules_llama", "policy_qwen2", "scratch_qwen3"), further)
     config.more_arms["rules_early"] = ("handover_retained",)
+    # Configuration -> arms that it does without: in a game only the student plays, not the teacher.
+    config.left_out = {f"grid_{architecture}": ("off_policy",) for architecture in ARCHITECTURES}
     config.first_arm = "opcd"  # the arm that others are compared with
 
     config.rates = (3e-4, 1e-3, 3e-3)  # the learning rates to choose from; one alone: nothing to choose

@@ -31,7 +31,7 @@ from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.prompts import PLACEMENTS, PromptConfig
 from ctxjax.data.records import KINDS, RecordsConfig
 from ctxjax.data.task import FURTHER_VIEWS, METERS
-from ctxjax.data.tasks import TASKS, WORLDS
+from ctxjax.data.tasks import GAMES, TASKS, WORLDS
 from ctxjax.distill.anchors import ANCHORS, GATES
 from ctxjax.distill.divergences import DIVERGENCES, REMAINDERS, SUPPORTS
 from ctxjax.distill.losses import CROSS_ENTROPY, LossConfig
@@ -113,6 +113,8 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         rates={name: config.arms[name].lr for name in config.run_arms if "lr" in config.arms[name]},
     )
     _check_model(result)
+    if trains and config.task in GAMES:
+        _check_arms_play(result)
     if trains and result.lora is None and result.model.param_dtype != "float32":
         raise ValueError(
             f"model.param_dtype = {result.model.param_dtype!r} and lora.rank = 0: these weights are trained, and their "
@@ -133,6 +135,17 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
                 f"of every device; use a multiple of {ways * train.micro_batches}"
             )
     return result
+
+
+def _check_arms_play(config: Experiment) -> None:
+    """Raise ValueError for an arm that learns from the teacher's samples: in a game only the student plays."""
+    for name, loss in config.arms.items():
+        if not loss.is_on_policy:
+            raise ValueError(
+                f"arm {name!r} learns from the teacher's samples (loss.on_policy_fraction = {loss.on_policy_fraction}, "
+                f"loss.off_policy_steps = {loss.off_policy_steps}), and in task {config.task!r} only the student "
+                "plays; leave the arm out (run_arms)"
+            )
 
 
 def _share_sections(task_class, config: ConfigDict, prompt: PromptConfig) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def folder(tmp_path_factory):
     """Two configurations of three seeds; in the second one the arms are the other way round in one seed."""
     fields = {
         "configurations": {"one": "configs/debug.py", "two_b": "configs/debug.py"}, "own_changes": {},
-        "arms": {arm: {} for arm in RIGHT}, "run_arms": tuple(RIGHT), "more_arms": {}, "first_arm": "opcd",
+        "arms": {arm: {} for arm in RIGHT}, "run_arms": tuple(RIGHT), "more_arms": {}, "left_out": {},
+        "first_arm": "opcd",
         "rates": (1e-3,), "rates_of": {}, "rate_seeds": (), "seeds": (0, 1, 2, 3), "select": ("both_correct",),
         "changes": {}, "rate_changes": {},
     }  # fmt: skip

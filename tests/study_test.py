@@ -47,7 +47,7 @@ def make_study(**changes) -> Study:
     fields = {
         "configurations": {"small": "configs/debug.py", "large": "configs/tiny.py"}, "own_changes": {},
         "arms": {"a": {}, "b": {"beta": 0.5}, "c": {"mu": 1.0}},
-        "run_arms": ("a", "b"), "more_arms": {"large": ("c",)}, "first_arm": "a",
+        "run_arms": ("a", "b"), "more_arms": {"large": ("c",)}, "left_out": {}, "first_arm": "a",
         "rates": (1e-4, 1e-3), "rates_of": {}, "rate_seeds": (7,), "seeds": (0, 1),
         "select": ("both_correct", "-distill"),
         "changes": {"train": {"keep": 3}}, "rate_changes": {"eval": {"views": ()}},
@@ -83,9 +83,10 @@ def test_the_cheap_cells_are_those_with_little_to_train():
         ({"run_arms": ("a", "d")}, "run_arms = 'd' is not known; choose from a, b, c"),
         ({"run_arms": ()}, "run_arms = .* must be at least one"),
         ({"more_arms": {"huge": ("c",)}}, "more_arms = 'huge' is not known"),
+        ({"left_out": {"huge": ("a",)}}, "left_out = 'huge' is not known"),
         ({"own_changes": {"huge": {}}}, "own_changes = 'huge' is not known; choose from large, small"),
         ({"own_changes": {"large": {"train": {"stepps": 1}}}}, "large-rate7: .*stepps"),
-        ({"first_arm": "c"}, "first_arm = 'c' is not known"),
+        ({"left_out": {}, "first_arm": "c"}, "first_arm = 'c' is not known"),
         ({"rates_of": {"huge": "large"}}, "rates_of = 'huge' is not known"),
         ({"rates_of": {"small": "small"}}, "rates_of.small = 'small' is not known; choose from large"),
         ({"rates_of": {"large": "small"}}, "rates_of.large = small must be a configuration with the arms c"),
@@ -118,6 +119,17 @@ def test_every_arm_gets_the_rate_that_is_best_for_it_on_dev():
     assert chosen == {"a": 1e-3, "b": 1e-4}
     alone = make_study(rates=(5e-4,), rate_seeds=())
     assert grid.choose_rates(alone, "large", None) == {"a": 5e-4, "b": 5e-4, "c": 5e-4}
+
+
+def test_a_configuration_may_do_without_an_arm():
+    study = make_study(left_out={"large": ("a",)})
+    assert study.arms_of("large") == ("b", "c") and study.arms_of("small") == ("a", "b")
+    assert grid.make_config(study, Cell("large", RATE, 7)).run_arms == ("b-0", "b-1", "c-0", "c-1")
+    game = make_study(
+        configurations={"game": "configs/tiny_grid.py"}, more_arms={}, arms={"a": {}, "b": {"off_policy_steps": 1}}
+    )
+    with pytest.raises(ValueError, match=r"game-rate7: arm 'b-0' learns from the teacher's samples"):
+        grid.check_study(game)
 
 
 def test_a_configuration_may_take_the_rates_of_another_one():

@@ -62,23 +62,10 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
         is_one = teacher is folder
         teacher = dataclasses.replace(teacher, params=sharding.offload_to_host(teacher.params))
         folder = teacher if is_one else folder
-    if isinstance(task, GameTask):
-        _check_arms_play(config)
     prompts = [*rows.longest["bare"], *rows.longest["context"], *(retention.longest if retention else [])]
     for model in (folder,) if teacher is folder else (folder, teacher):
         model.check_prompts(prompts, config.rollout.max_tokens)
     return Inputs(task, folder, teacher, rows, retention)
-
-
-def _check_arms_play(config: Experiment) -> None:
-    """Raise ValueError for an arm that learns from the teacher's samples: in a game only the student plays."""
-    for name, loss in config.arms.items():
-        if not loss.is_on_policy:
-            raise ValueError(
-                f"arm {name!r} learns from the teacher's samples (loss.on_policy_fraction = {loss.on_policy_fraction}, "
-                f"loss.off_policy_steps = {loss.off_policy_steps}), and in task {config.task!r} only the student "
-                "plays; leave the arm out (run_arms)"
-            )
 
 
 def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:

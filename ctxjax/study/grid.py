@@ -36,6 +36,7 @@ class Study:
     arms: dict[str, dict]
     run_arms: tuple[str, ...]
     more_arms: dict[str, tuple[str, ...]]
+    left_out: dict[str, tuple[str, ...]]
     first_arm: str
     rates: tuple[float, ...]
     rates_of: dict[str, str]
@@ -48,7 +49,7 @@ class Study:
     def __post_init__(self):
         for field in ("configurations", "run_arms", "rates", "seeds", "select"):
             require(bool(getattr(self, field)), field, getattr(self, field), "at least one")
-        for field in ("more_arms", "own_changes", "rates_of"):
+        for field in ("more_arms", "left_out", "own_changes", "rates_of"):
             for configuration in getattr(self, field):
                 one_of(field, configuration, self.configurations)
         for configuration, other in self.rates_of.items():
@@ -83,7 +84,8 @@ class Study:
         return self.rates_of.get(configuration, configuration)
 
     def arms_of(self, configuration: str) -> tuple[str, ...]:
-        return (*self.run_arms, *self.more_arms.get(configuration, ()))
+        arms, left_out = (*self.run_arms, *self.more_arms.get(configuration, ())), self.left_out.get(configuration, ())
+        return tuple(arm for arm in arms if arm not in left_out)
 
 
 class Cell(NamedTuple):

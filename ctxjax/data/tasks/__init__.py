@@ -37,5 +37,6 @@ TASKS = {
     "tiny_safety": (TinySafetyConfig, TinySafety),
     "tiny_grid": (TinyGridConfig, TinyGrid),
 }
+GAMES = tuple(name for name, (_, task) in TASKS.items() if hasattr(task, "play"))  # those that are a task.GameTask
 # Tasks that can train their own base.
 WORLDS = tuple(name for name, (_, task) in TASKS.items() if issubclass(task, World))
