@@ -113,6 +113,8 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         rates={name: config.arms[name].lr for name in config.run_arms if "lr" in config.arms[name]},
     )
     _check_model(result)
+    if config.task in GAMES and result.eval.meters:
+        raise ValueError(f"eval.meters = {result.eval.meters}: they read single responses, not games; leave it empty")
     if trains and config.task in GAMES:
         _check_arms_play(result)
     if trains and result.lora is None and result.model.param_dtype != "float32":

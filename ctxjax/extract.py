@@ -51,7 +51,7 @@ def extract(config: ConfigDict, place: Path, resume: str = "auto", first: int = 
         from ctxjax import config as config_lib, sharding
         from ctxjax.data import splits
         from ctxjax.data.tasks import TASKS
-        from ctxjax.experience import extraction
+        from ctxjax.experience import extraction, selection
         from ctxjax.experience.journal import Journal
         from ctxjax.games.boards import describe_players
         from ctxjax.host import processes
@@ -69,6 +69,7 @@ def extract(config: ConfigDict, place: Path, resume: str = "auto", first: int = 
     with progress.Bar("reading the questions"):
         task = TASKS[experiment.task][1](task_config)
         splits.check_splits(task, ("train", "dev"))
+        selection.check_sizes(experiment.extract.candidates, len(task.rows("dev")), experiment.extract.budget)
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with workdir_lib.Lock(place) as lock, jax.set_mesh(mesh):
         path = run_inputs.prepare_student_path(experiment, task, mesh, {})

@@ -18,6 +18,7 @@ import shlex
 import sys
 
 from absl import flags
+import jax
 from ml_collections import ConfigDict, config_flags
 
 from ctxjax import extract as extract_lib
@@ -38,8 +39,18 @@ def main(config: ConfigDict, workdir: str | None, rounds: int, arm: str | None) 
         raise ValueError(f"--arm={arm} is not known; choose from {', '.join(config.arms)}")
     command.prepare(config)
     with progress.Bar("importing the libraries"):
-        from ctxjax import report
+        from ctxjax import config as config_lib, report
+        from ctxjax.evaluation import metrics
+        from ctxjax.monitoring import trackers
 
+    first = config_lib.experiment(make_round_config(config, place, 1, arm), jax.device_count())
+    metrics.check_select(first.eval.select)
+    metrics.check_select_is_measured(first.eval.select, first.eval)
+    trackers.check_installed(first.logging)
+    if first.lora_init:
+        raise ValueError(
+            f"lora.init = {first.lora_init}: every round has a new base; merge the adapter into the model first"
+        )
     facts = workdir_lib.collect_facts(config) | {"arm": arm}
     workdir_lib.check_workdir(place, facts["config"])
     results: dict[str, dict] = {}

@@ -14,12 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ctxjax import config as config_lib, sharding
-from ctxjax.configs import tiny
+from ctxjax.configs import tiny, tiny_grid
 from ctxjax.data import prompts
 from ctxjax.data.pipeline import RetentionRows, encode_rows
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.worlds import rules, word_tokenizer
+from ctxjax.host import command as commands
 from ctxjax.inputs import model_folder as folder_lib, run_inputs
 from ctxjax.models import params as params_lib
 from ctxjax.models.hf import save as hf_save
@@ -111,6 +112,28 @@ def test_a_bad_value_is_named_with_what_would_be_right(field, value, message):
     config.update_from_flattened_dict(values)
     with pytest.raises(ValueError, match=message):
         config_lib.experiment(config, device_count=8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("run_arms", ("off_policy",), "arm 'off_policy' learns from the teacher's samples .*leave the arm out"),
+        ("eval.meters", ("drift",), "eval.meters = .*'drift'.*: they read single responses, not games"),
+    ],
+)
+def test_what_a_game_cannot_have_is_refused_before_its_base_is_trained(field, value, message):
+    config = tiny_grid.get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=message):
+        config_lib.experiment(config, device_count=8)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    assert commands.parse_new("--out", str(tmp_path / "reports" / "dose.json")) == tmp_path / "reports" / "dose.json"
+    assert (tmp_path / "reports").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file, of --out, cannot be written: .*; choose another folder"):
+        commands.parse_new("--out", str(tmp_path / "file" / "dose.json"))
 
 
 def test_frozen_weights_may_be_bfloat16():

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from benchmarks import intervals
-from ctxjax import sharding
+from ctxjax import config as config_lib, sharding
+from ctxjax.configs import tiny
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics, outcomes as outcomes_lib, statistics, views
@@ -181,6 +182,21 @@ def test_what_is_no_number_of_one_model_does_not_select(select):
 def test_a_metric_that_a_task_does_not_have_is_refused_with_those_that_it_has():
     with pytest.raises(ValueError, match=r"'-obedience' is not a metric of this task; choose from acc_x, -harm \("):
         metrics.check_select("-obedience", {"acc_x": 1.0, "harm": None, "regime": "agreement"})
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ("obedience", "eval.select = 'obedience' needs 'other' in eval.views, which is .'empty'"),
+        ("-drift", "eval.select = '-drift' needs 'drift' in eval.meters, which is ..$"),
+    ],
+)
+def test_a_selection_by_what_is_not_measured_is_refused(select, message):
+    evaluation = config_lib.experiment(tiny.get_config(), 8).eval
+    metrics.check_select_is_measured("obedience", evaluation)
+    metrics.check_select_is_measured(select, dataclasses.replace(evaluation, meters=("drift",)))
+    with pytest.raises(ValueError, match=message):
+        metrics.check_select_is_measured(select, dataclasses.replace(evaluation, views=("empty",), meters=()))
 
 
 # --- Statistics ---

@@ -22,6 +22,7 @@ from ctxjax.experience.journal import Journal
 from ctxjax.experience.selection import EMPTY
 from ctxjax.games.frozen_lake import FrozenLake, Lake
 from ctxjax.games.game import solve
+from ctxjax.inputs import run_inputs
 
 
 class Model:
@@ -300,6 +301,14 @@ def test_an_extraction_with_the_real_sampler_goes_on_bit_for_bit(grid, tmp_path,
 
 
 # --- Bad input ---
+
+
+def test_sizes_that_do_not_suffice_are_refused_before_a_model_is_opened(sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_inputs, "prepare_student_path", None)
+    sums.extract.budget = 19
+    with pytest.raises(ValueError, match="a budget of 19 answers is too small for 4 candidates and 24 questions"):
+        command.extract(sums, tmp_path / "extract")
+    assert not (tmp_path / "extract" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -542,7 +542,62 @@ def test_an_arm_steps_evaluates_and_saves_in_turn(folder, monkeypatch, tmp_path,
     assert 100 < seconds["first step done"] < time.monotonic() - started and seconds["opcd_retained compile"] < 50
 
 
-def test_a_base_is_trained_with_its_own_fields_on_text_of_its_own_seed(monkeypatch):
+def test_the_teachers_samples_are_kept_as_they_are_drawn(folder, monkeypatch, tmp_path, mesh):
+    config = config_lib.experiment(settings(folder, **{"run_arms": ("opcd",), "train.steps": 6}), 1)
+    inputs, asked = run_inputs.open_inputs(config, mesh, {}), []
+
+    def answer(params, batch, key, step, model, sampling):
+        asked.append(step)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return Rollout(np.full((8, 5), 20 + step, np.int32), np.ones((8, 5), bool), np.zeros((8, 5), np.float32))
+
+    monkeypatch.setattr(teacher_samples, "teacher_rollout", answer)
+    monkeypatch.setattr(teacher_samples, "STEPS_A_WRITE", 2)
+    monkeypatch.setattr(teacher_samples, "steps_with_samples", lambda config, arm: [0, 1, 2, 3, 5])
+    with pytest.raises(KeyboardInterrupt):
+        teacher_samples.open_teacher_samples(config, inputs, tmp_path, mesh)
+    found = teacher_samples.open_teacher_samples(config, inputs, tmp_path, mesh)
+    assert asked == [0, 1, 2, 3, 2, 3, 5] and list(found) == [0, 1, 2, 3, 5]
+
+
+@pytest.fixture
+def train_base(monkeypatch, tmp_path):
+    """Train a base of three steps that only returns this loss, in this folder; return how many steps were taken."""
+
+    def train(loss: float, place) -> int:
+        config = base.get_config()
+        config.task, config.base.steps, config.base.batch_size, config.base.width = "rules", 3, 2, 16
+        experiment, taken = config_lib.experiment(config, 1), []
+
+        def update(params, opt_state, *given):
+            taken.append(1)
+            return params, opt_state, loss
+
+        monkeypatch.setattr(base_model, "_update", update)
+        try:
+            with jax.set_mesh(one := make_mesh(devices=jax.devices()[:1])):
+                base_model.train_base(experiment.base, rules.Rules(experiment.task_config), one, place)
+        finally:
+            train.steps = len(taken)
+
+    return train
+
+
+def test_a_base_that_has_diverged_is_not_kept(train_base, tmp_path):
+    with pytest.raises(ValueError, match="base.lr = .*: the base's loss is nan at step 3; lower the rate"):
+        train_base(float("nan"), tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_base_is_trained(train_base, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file, of base.cache, cannot be written"):
+        train_base(1.0, tmp_path / "file" / "base")
+    assert train_base.steps == 0
+
+
+def test_a_base_is_trained_with_its_own_fields_on_text_of_its_own_seed(monkeypatch, tmp_path):
     config = base.get_config()
     config.task, config.base.cache = "rules", "/none"
     fields = {"seed": 4, "steps": 3, "batch_size": 6, "lr": 0.01, "warmup_steps": 2, "weight_decay": 0.3, "width": 20}
@@ -558,8 +613,8 @@ def test_a_base_is_trained_with_its_own_fields_on_text_of_its_own_seed(monkeypat
     monkeypatch.setattr(base_model, "_update", update)
     monkeypatch.setattr(base_model, "_save", lambda *given: saved.append(given))
     with jax.set_mesh(mesh := make_mesh(devices=jax.devices()[:1])):
-        base_model.train_base(experiment.base, world, mesh, Path("/none/base"))
-    assert len(calls) == 3 and saved[0][0] == Path("/none/base")
+        base_model.train_base(experiment.base, world, mesh, tmp_path / "base")
+    assert len(calls) == 3 and saved[0][0] == tmp_path / "base"
     (_, model, optimizer), tokenizer = calls[0], world.tokenizer()
     sizes = ("width", "layers", "query_heads", "kv_heads", "head_dim", "mlp_width", "rope_theta")
     assert [getattr(model, name) for name in sizes] == [fields[name] for name in sizes]

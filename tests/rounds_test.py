@@ -100,6 +100,24 @@ def test_killed_anywhere_it_goes_on_and_repeats_only_the_stage_under_way(stages,
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())) == ["base", "round 1", "round 2"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run_arms": ("off_policy",)}, "arm 'off_policy' learns from the teacher's samples"),
+        ({"model.param_dtype": "bfloat16"}, "model.param_dtype = 'bfloat16' and lora.rank = 0"),
+        ({"eval.select": "luck"}, "eval.select = 'luck' is not a metric"),
+        ({"eval.select": "acc_empty", "eval.views": ()}, "needs 'empty' in eval.views"),
+        ({"lora.rank": 4, "lora.init": "/adapter"}, "lora.init = /adapter: every round has a new base"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_the_extraction(stages, tmp_path, changes, message):
+    config = tiny_grid.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        rounds.main(config, str(tmp_path / "run"), 2, config.run_arms[-1])
+    assert not stages.calls and not (tmp_path / "run").exists()
+
+
 def test_more_rounds_can_be_asked_for_later_and_another_arm_cannot(stages, tmp_path):
     assert start(tmp_path / "run", 1) == 0 and len(stages.calls) == 3
     assert start(tmp_path / "run", 2) == 0 and len(stages.calls) == 6

@@ -92,6 +92,8 @@ def test_the_cheap_cells_are_those_with_little_to_train():
         ({"rates_of": {"large": "small"}}, "rates_of.large = small must be a configuration with the arms c"),
         ({"rate_seeds": (1,)}, r"rate_seeds = \(1,\) must be others than seeds, and both have \[1\]"),
         ({"rate_seeds": ()}, "rate_seeds = .* must be at least one for two rates"),
+        ({"first_arm": "a", "left_out": {"large": ("a",)}}, "first_arm = 'a' is not known; choose from b, c"),
+        ({"select": ("acc_x", "obedience")}, r"large-rate7: .*'obedience' needs 'other' in eval.views, which is \(\)"),
         ({"select": ("luck",)}, "eval.select = 'luck' is not a metric"),
         ({"sedes": (1,)}, "the study's field = 'sedes' is not known; choose from arms"),
         ({"configurations": {"small": "configs/none.py"}, "more_arms": {}}, "small-rate7: .*none.py does not exist"),
@@ -122,7 +124,7 @@ def test_every_arm_gets_the_rate_that_is_best_for_it_on_dev():
 
 
 def test_a_configuration_may_do_without_an_arm():
-    study = make_study(left_out={"large": ("a",)})
+    study = make_study(left_out={"large": ("a",)}, first_arm="b")
     assert study.arms_of("large") == ("b", "c") and study.arms_of("small") == ("a", "b")
     assert grid.make_config(study, Cell("large", RATE, 7)).run_arms == ("b-0", "b-1", "c-0", "c-1")
     game = make_study(

@@ -88,10 +88,6 @@ class Evaluator:
         self._digests = {view: [digest_tokens(ids) for ids in lists] for view, lists in split.tokens.items()}
         self._seed, self._resamples = config.seed, config.eval.bootstrap
         self._boards = split.task.facts.get("boards", {}).get(split.name)
-        if is_game and config.eval.meters:
-            raise ValueError(
-                f"eval.meters = {config.eval.meters}: they read single responses, not games; leave it empty"
-            )
         sampling = dataclasses.replace(self._rollout, top_k=0, top_p=1.0)
         self._meters = Meters(config, split, folder, teacher, sampling, mesh)
         self._measured = [name for name in config.eval.meters if name != "trace_gap" or "context" in split.rows]

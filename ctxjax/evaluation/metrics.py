@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from typing import Any
 
+from ctxjax.config_sections import EvalConfig
+from ctxjax.data.task import FURTHER_VIEWS, METERS
 from ctxjax.evaluation import outcomes
 from ctxjax.evaluation.outcomes import Outcomes
 from ctxjax.evaluation.statistics import Rate
@@ -308,6 +310,16 @@ def check_select(select: str, measured: Collection[str] | None = None) -> None:
             f"eval.select = {select!r} is not a metric{of_what}; choose from {names} (with a minus sign: the lower the "
             "better)"
         )
+
+
+def check_select_is_measured(select: str, evaluation: EvalConfig) -> None:
+    """Raise ValueError if ``evaluation`` leaves out a view or a meter that the metric of ``select`` needs."""
+    (metric,) = (metric for metric in METRICS if metric.key == parse_select(select)[0])
+    for field, known in (("views", FURTHER_VIEWS), ("meters", METERS)):
+        for name in sorted({*metric.needs} & {*known} - {*getattr(evaluation, field)}):
+            raise ValueError(
+                f"eval.select = {select!r} needs {name!r} in eval.{field}, which is {getattr(evaluation, field)}"
+            )
 
 
 def parse_select(select: str) -> tuple[str, int]:

@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from ctxjax.host import memory, processes, redact
+from ctxjax.host import memory, processes, redact, workdir
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -149,11 +149,15 @@ def parse_folder(flag: str, name: str) -> Path:
 
 
 def parse_new(flag: str, name: str) -> Path:
-    """Return the file or folder that a flag names, to be written. Raises ValueError as ``parse_folder`` does, and
-    FileExistsError if it exists."""
+    """Return the file or folder that a flag names, to be written; the folder around it is made.
+
+    Raises ValueError as ``parse_folder`` does, FileExistsError if it exists, and OSError if nothing can be written
+    there: before any work, which would be lost.
+    """
     path = parse_folder(flag, name)
     if path.exists():
         raise FileExistsError(f"{flag}={path} exists; choose another name, since nothing is overwritten")
+    workdir.ensure_writable(path.parent, flag)
     return path
 
 

@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 
 import jax
@@ -197,6 +198,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def ensure_writable(folder: Path, setting: str) -> None:
+    """Make a folder that ``setting`` has chosen. Raises OSError, with the setting, if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{folder}, of {setting}, cannot be written: {error.strerror}; choose another folder"
+        ) from None
 
 
 def write_json(path: Path, value) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import grain
@@ -26,7 +27,7 @@ from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import PretrainingRow, Row, World
 from ctxjax.distill import objective, optim
 from ctxjax.distill.optim import OptimConfig
-from ctxjax.host import processes, progress
+from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.models import mesh_check, params as params_lib, transformer
 from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.models.transformer import ModelConfig
@@ -77,7 +78,12 @@ def make_model_config(config: BaseConfig, vocab_size: int) -> ModelConfig:
 
 
 def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> None:
-    """Train next-token prediction on the world's text, on the responses only, and write a Hugging Face folder."""
+    """Train next-token prediction on the world's text, on the responses only, and write a Hugging Face folder.
+
+    Raises ValueError if the loss is not finite, and OSError, before training, if the folder cannot be written.
+    """
+    if processes.is_first():
+        workdir_lib.ensure_writable(folder.parent, "base.cache")
     tokenizer = world.tokenizer()
     model = make_model_config(config, len(tokenizer))
     mesh_check.check_model_fits_mesh(model, mesh, "config.base")
@@ -93,7 +99,9 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
         for step, (prompts, responses) in enumerate(_make_batches(config, world, tokenizer), start=1):
             prompts, responses = sharding.put_batch((prompts, responses), mesh)
             params, opt_state, loss = _update(params, opt_state, prompts, responses, model, optimizer)
-            if step % 50 == 0:
+            if step % 50 == 0 or step == config.steps:
+                if not math.isfinite(loss):
+                    raise ValueError(f"base.lr = {config.lr}: the base's loss is {loss} at step {step}; lower the rate")
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             bar.update()
     _save(folder, sharding.to_host(params), model, tokenizer, config.family)

@@ -30,6 +30,7 @@ from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.types import Rollout
 
 FILE = "teacher_samples.jsonl"
+STEPS_A_WRITE = 8  # a run that is killed loses at most these steps
 
 
 def steps_with_samples(config: Experiment, arm: str) -> list[int]:
@@ -51,8 +52,11 @@ def open_teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh
     processes.check_same_facts({f"steps that are missing in {path}": missing})
     if missing:
         lines = progress.track(_draw(config, inputs, missing, mesh), "teacher's samples", len(missing), compiles=True)
-        before = path.read_text(encoding="utf-8") if stored else ""
-        workdir_lib.write_text(path, before + "".join(json.dumps(row) + "\n" for rows in lines for row in rows))
+        text = path.read_text(encoding="utf-8") if stored else ""
+        for number, rows in enumerate(lines, 1):
+            text += "".join(json.dumps(row) + "\n" for row in rows)
+            if number % STEPS_A_WRITE == 0 or number == len(missing):
+                workdir_lib.write_text(path, text)
         processes.wait("teacher's samples")
         stored = _read(path)
     _check_answers([ids for step in wanted for ids, _ in stored[step]], config)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ctxjax import config as config_lib
 from ctxjax.config_fields import one_of, require
 from ctxjax.config_sections import Experiment
-from ctxjax.evaluation.metrics import check_select
+from ctxjax.evaluation.metrics import check_select, check_select_is_measured
 from ctxjax.host import command
 
 RATE, FINAL = "rate", "final"  # the phases
@@ -59,7 +59,8 @@ class Study:
             require(not missing, field, other, f"a configuration with the arms {', '.join(missing)}")
         for arm in {arm for configuration in self.configurations for arm in self.arms_of(configuration)}:
             one_of("run_arms", arm, self.arms)
-        one_of("first_arm", self.first_arm, self.run_arms)
+        for configuration in self.configurations:
+            one_of("first_arm", self.first_arm, self.arms_of(configuration))
         require(
             bool(self.rate_seeds) or len(self.rates) == 1, "rate_seeds", self.rate_seeds, "at least one for two rates"
         )
@@ -153,7 +154,10 @@ def check_study(study: Study) -> dict[Cell, float]:
     for cell in list_cells(study):
         rates = dict.fromkeys(study.arms_of(cell.configuration), study.rates[0])
         try:
-            costs[cell] = _estimate_cost(config_lib.experiment(make_config(study, cell, rates), device_count=1))
+            experiment = config_lib.experiment(make_config(study, cell, rates), device_count=1)
+            for select in study.select if cell.phase == RATE else ():
+                check_select_is_measured(select, experiment.eval)
+            costs[cell] = _estimate_cost(experiment)
         except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{cell.name}: {error}") from None
     return costs

@@ -39,6 +39,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     interrupted resumes: each arm from its latest checkpoint, and finished evaluations are not repeated.
     """
     metrics_lib.check_select(config.eval.select)
+    metrics_lib.check_select_is_measured(config.eval.select, config.eval)
     trackers.check_installed(config.logging)
     started = time.monotonic()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
