@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ctxjax.data.grading import graders, math_answers
+from ctxjax.data.grading import graders, math_answers, numbers
 from ctxjax.data.grading.graders import (  # fmt: skip
     EMPTY,
     ENDLESS_REASONING,
@@ -243,6 +243,48 @@ def test_mathematics(response, reference, right, lenient, outcome):
         ("<think>8</think>none", "8", False, NO_NUMBER),
         ("no number", "8", False, NO_NUMBER),
         ("", "8", False, EMPTY),
+        ("12-5 = 7", "7", True, "7"),
+        ("1,000", "1000", True, "1000"),
+        ("5%", "5", True, "5"),
+        ("$5", "5", True, "5"),
+        ("#### 72", "72", True, "72"),
+        ("2/3 of 9 is 6", "6", True, "6"),
+        # A fraction, a power and what a unit has behind it are read whole.
+        ("3/4", "0.75", True, "0.75"),
+        ("1/4", "0.75", False, "0.25"),
+        ("It is 3 / 4.", "4", False, "0.75"),
+        ("1/3", "2/6", True, "1/3"),
+        ("-1/3", "1/3", False, "-1/3"),
+        ("1 1/2 cups", "1.5", True, "1.5"),
+        ("1½ cups", "1.5", True, "1.5"),
+        ("³⁄₄", "0.75", True, "0.75"),
+        (r"so \boxed{1\frac{1}{2}}", "1.5", True, "1.5"),
+        (r"so -\dfrac{3}{4}", "-0.75", True, "-0.75"),
+        ("The area is 25 m²", "25", True, "25"),
+        ("25 cm^2", "25", True, "25"),
+        ("25cm^{2}.", "25", True, "25"),
+        ("25 m2", "25", True, "25"),
+        (r"$25\text{ m}^2$", "25", True, "25"),
+        ("9.8 m/s²", "9.8", True, "9.8"),
+        ("5 kg·m⁻³", "5", True, "5"),
+        ("3 × 10⁻⁷", "3e-7", True, "0.0000003"),
+        (r"3 \times 10^{-7}", "3e-7", True, "0.0000003"),
+        ("10²", "100", True, "100"),
+        ("2^10", "1024", True, "1024"),
+        ("2^10", "10", False, "1024"),
+        (".5", "0.5", True, "0.5"),
+        ("-.5", "-0.5", True, "-0.5"),
+        ("Well...5", "5", True, "5"),
+        ("-$5", "-5", True, "-5"),
+        (r"-\$5", "-5", True, "-5"),
+        ("$3-$5", "5", True, "5"),
+        ("5%-10%", "10", True, "10"),
+        ("1{,}000", "1000", True, "1000"),
+        (r"1\,000", "1000", True, "1000"),
+        ("on 10/12/2024", "2024", True, "2024"),
+        ("5/0", "0", True, "0"),
+        ("1e999999999/3", "3", True, "3"),
+        ("9^999999999", "999999999", True, "999999999"),
     ],
 )
 def test_last_numbers(response, reference, right, outcome):
@@ -274,7 +316,7 @@ def test_exact_texts(response, reference, right):
     ],
 )  # fmt: skip
 def test_the_last_number_has_its_sign_and_all_its_digits(text, number):
-    assert graders.find_last_number(text) == number
+    assert numbers.find_last_number(text) == number
 
 
 @pytest.mark.parametrize(
@@ -282,6 +324,16 @@ def test_the_last_number_has_its_sign_and_all_its_digits(text, number):
     [
         ("numeric", "so it is #### 1,072", "1072"), ("numeric", 72, "72"), ("numeric", 72.5, "72.5"),
         ("numeric", "none", None), ("numeric", True, None),
+        ("numeric", "3/4", "0.75"), ("numeric", "1/3", "1/3"), ("numeric", "1½", "1.5"), ("numeric", "25 m²", "25"),
+        ("numeric", "50 cm^2", "50"), ("numeric", ".5", "0.5"), ("numeric", "-$5", "-5"),
+        ("numeric", "1{,}000", "1000"), ("numeric", "3 × 10⁻⁷", "0.0000003"), ("numeric", "10²", "100"),
+        ("numeric", "12-5 = 7", "7"), ("numeric", "<<48/2=24>>24", "24"), ("numeric", r"\boxed{24}", "24"),
+        ("numeric", "It is $24.", "24"), ("numeric", "10,00,000", "1000000"), ("numeric", "COVID-19", "19"),
+        ("numeric", "10:30", None), ("numeric", "2024-05-17", None), ("numeric", "10-12", None),
+        ("numeric", "10–12", None), ("numeric", "10/12/2024", None), ("numeric", "5/0", None),
+        ("numeric", "1.2.3", None), ("numeric", "1'000", None), ("numeric", "1 000", None), ("numeric", "3,14", None),
+        ("numeric", r"\sqrt{2}", None), ("numeric", r"2\pi", None), ("numeric", "√2", None),
+        ("numeric", r"\frac{x}{2}", None), ("numeric", "x^2", None), ("numeric", "10^n", None),
         ("exact", "Two words", "Two words"), ("exact", 7, "7"), ("exact", True, "True"), ("exact", "  ", None),
         ("yes_no", "Yes", "yes"), ("yes_no", " NO. ", "no"), ("yes_no", True, "yes"), ("yes_no", False, "no"),
         ("yes_no", "<answer>no</answer>", "no"), ("yes_no", "hateful", None), ("yes_no", 1, None),
@@ -302,7 +354,14 @@ def test_references_are_read_as_they_are_graded_or_refused(grading, value, refer
         with pytest.raises(ValueError, match="cannot be a reference"):
             grader.read_reference(value)
     else:
+        assert grader.read_reference(reference) == reference
         assert grader.read_reference(value) == reference
+
+
+def test_a_reference_of_which_a_number_is_only_a_part_names_other_gradings():
+    for value in ("10:30", "2024-05-17", "none"):
+        with pytest.raises(ValueError, match=f"'{value}' cannot be a reference; .* math .* short"):
+            graders.read_number(value)
 
 
 def test_ten_options_have_ten_letters():

@@ -13,16 +13,23 @@ from decimal import Decimal
 import functools
 import re
 from typing import NamedTuple
-import unicodedata
 
 from ctxjax.data.grading import math_answers
 from ctxjax.data.grading.grade import Grade
+from ctxjax.data.grading.numbers import (
+    find_last_number,
+    find_numbers,
+    find_separate_number,
+    format_number,
+    is_number,
+    normalize_powers,
+    normalize_width,
+)
 
 EMPTY, NO_TAGS, NOT_CLOSED, TWO = "empty", "no <answer> tags", "<answer> is not closed", "two different answers"
 ONLY_REASONING, ENDLESS_REASONING = "answer only in the reasoning", "reasoning is not closed"
 NO_YES_NO, NO_WORDS = "neither yes nor no", "no words"
 NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a number or an expression"
-NUMBER = re.compile(r"(?<![\w.)\]}])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|\d[\d,]*(?:\.\d+)?")
 OPEN_REASONING, CLOSE_REASONING = "<think>", "</think>"
 READ_TAGS = (OPEN_REASONING, CLOSE_REASONING, "<answer>", "</answer>")
 # Words that say nothing by themselves; "not" and "no" do.
@@ -32,13 +39,7 @@ GRAMMAR = {
     "to", "was", "we", "were", "which", "who", "will", "with", "would", "you", "your",
 }  # fmt: skip
 LEAST_F1 = 0.5  # of a response that agrees with a reply
-LONGEST_EXPONENT = 1000  # of numbers that are written out
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
-
-
-def normalize_width(text: str) -> str:
-    """Replace letters and digits of other widths and styles by ordinary ones (NFKC), and the minus sign by a hyphen."""
-    return unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
 
 
 def is_reasoning_open(text: str) -> bool:
@@ -122,35 +123,9 @@ def grade_letter(response: str, reference: str, letters: str = "ABCD") -> Grade:
     return Grade(parsed, parsed == reference, reason, lenient == reference)
 
 
-def find_last_number(text: str) -> str | None:
-    """Return the last number of a text in canonical form ("1,234.50" -> "1234.5"), with all its digits, or None.
-
-    In GSM8K solutions ("#### 72") and in most chat answers the last number is the answer. A hyphen after a letter, a
-    digit or a bracket is no sign: the last number of "10-12" is 12.
-    """
-    found = _find_numbers(text)
-    return found[-1] if found else None
-
-
-def _find_numbers(text: str) -> list[str]:
-    found = NUMBER.findall(normalize_width(text))
-    return [format_number(Decimal(number.replace(",", ""))) for number in found]
-
-
-def format_number(number: Decimal) -> str:
-    """Format a number in one way, whatever way it was written: "1234.5", "0.0000001", "1E+999999999" if too long."""
-    if not number:
-        return "0"
-    _, digits, exponent = number.as_tuple()
-    while digits[-1] == 0:  # Decimal.normalize would round to the context's precision
-        digits, exponent = digits[:-1], exponent + 1
-    exact = Decimal((number.is_signed(), digits, exponent))
-    return f"{exact:f}" if abs(exponent) <= LONGEST_EXPONENT else str(exact)
-
-
 def grade_number(response: str, reference: str) -> Grade:
     """Grade the last number of the response against the last number of the reference."""
-    said, reason = strip_reasoning(normalize_width(response))
+    said, reason = strip_reasoning(normalize_powers(response))
     parsed = None if reason else find_last_number(said)
     reason = reason or (NO_NUMBER if parsed is None else None)
     return Grade(parsed, parsed is not None and parsed == find_last_number(reference), reason)
@@ -174,8 +149,8 @@ def grade_short(response: str, reference: str) -> Grade:
     if wanted in (["yes"], ["no"]):
         parsed = next((word for word in words if word in ("yes", "no")), None)
         return Grade(parsed, [parsed] == wanted, reason or (None if parsed else NO_YES_NO))
-    if NUMBER.fullmatch(normalize_width(reference).strip()):
-        numbers = _find_numbers(said)
+    if is_number(reference):
+        numbers = find_numbers(said)
         found = find_last_number(reference) in numbers
         return Grade(", ".join(numbers) or None, found, reason or (None if numbers else NO_NUMBER))
     parsed = said.strip() if words else None
@@ -238,7 +213,12 @@ def grade_math(response: str, reference: str) -> Grade:
         parsed, reason = _agree_on_value(answers, parse)
     correct = parsed is not None and math_answers.is_same_value(target, parse(parsed))
     number = None if correct else find_last_number(said)
-    return Grade(parsed, correct, reason, correct or number is not None and math_answers.is_same_value(target, number))
+    return Grade(
+        parsed,
+        correct,
+        reason,
+        correct or number is not None and math_answers.is_same_value(target, math_answers.parse_value(number)),
+    )
 
 
 def _agree_on_value(answers: list[str], parse: Callable = math_answers.parse_value) -> tuple[str | None, str | None]:
@@ -264,14 +244,20 @@ def _is_number(value) -> bool:
 
 
 def read_number(value) -> str:
-    """Return a number, or the last number of a text, in canonical form. Raises ValueError if there is none."""
+    """Return a number, or the last number of a text, in canonical form.
+
+    Raises ValueError if there is none, or if it is only a part of what is written, such as the 30 of "10:30".
+    """
     found = None
     if _is_number(value):
         found = format_number(Decimal(str(value)))
     elif isinstance(value, str):
-        found = find_last_number(value)
+        found = find_separate_number(value)
     if found is None:
-        raise _refuse(value, "a number, or a text that ends in one")
+        raise _refuse(
+            value,
+            "a number, or a text that ends in a separate one; or grade expressions with math and texts with short",
+        )
     return found
 
 
