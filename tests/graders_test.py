@@ -394,6 +394,15 @@ def test_every_gsm8k_reference_parses_to_itself():
         ("Yes, it has.", "yes", True), ("No. Yes.", "yes", False), ("nobody yesterday", "no", False),
         ("<think>Oakfield</think>Ashton", "Oakfield", False), ("", "Oakfield", False), ("", "no", False),
         ("", "7", False),
+        # A number in a reference of several words counts as a whole, in any notation.
+        ("0.5 mg", "5 mg", False), ("5.0 mg", "5 mg", True), ("5mg", "5 mg", True), ("12.5 %", "5%", False),
+        ("5 %", "5%", True), ("1,500 kg", "500 kg", False), ("1500 kg", "1,500 kg", True), ("5 °C", "-5 °C", False),
+        ("It is \N{MINUS SIGN}5.0 °C.", "-5 °C", True), ("-5 °C", "5 °C", False), ("3-5 mg", "5 mg", True),
+        ("3–5 mg", "3-5 mg", True), ("5%-10% of it", "10% of it", True), ("0.75 cups", "3/4 cups", True),
+        ("1 3/4 cups", "3/4 cups", False), ("5 m", "25 m²", False), ("25 m2", "25 m²", True), ("25 m", "25 m²", False),
+        ("102 m", "10² m", False), ("vitamin B1", "vitamin B12", False), ("in room 12B", "room 12A", False),
+        ("in room 12A", "room 12A", True), ("at 11:30", "10:30", False), ("at 10:30", "10:30", True),
+        ("on 3/4/2024", "3/4/2024", True), ("on 4/3/2024", "3/4/2024", False), ("$50", "$5", False),
     ],
 )  # fmt: skip
 def test_short_answers(response, reference, right):

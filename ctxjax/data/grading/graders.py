@@ -19,6 +19,7 @@ from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.numbers import (
     find_last_number,
     find_numbers,
+    find_numbers_and_words,
     find_separate_number,
     format_number,
     is_number,
@@ -142,10 +143,12 @@ def grade_short(response: str, reference: str) -> Grade:
     """Grade an answer of a few words, alone or in a sentence: "It is the Blue Heron." against "blue heron".
 
     A reference "yes" or "no" is compared with the first of these two words. A number must occur, in any notation, and
-    the words of any other reference one after the other; case, punctuation and articles do not count.
+    the words and numbers of any other reference one after the other; case, punctuation and articles do not count.
     """
-    said, reason = strip_reasoning(normalize_width(response))
-    words, wanted = _find_answer_words(said), _find_answer_words(reference)
+    said, reason = strip_reasoning(normalize_powers(response))
+    words, wanted = (
+        find_numbers_and_words(_drop_case_and_articles(normalize_powers(text))) for text in (said, reference)
+    )
     if wanted in (["yes"], ["no"]):
         parsed = next((word for word in words if word in ("yes", "no")), None)
         return Grade(parsed, [parsed] == wanted, reason or (None if parsed else NO_YES_NO))
@@ -191,8 +194,13 @@ def _grade_words(response: str, reference: str, agrees: Callable[[int, int, int]
 
 
 def _find_answer_words(text: str) -> list[str]:
-    words = re.findall(r"[^\W_]+", re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", normalize_width(text).casefold()))
-    return [word for word in words if word not in ("a", "an", "the")]
+    return re.findall(r"[^\W_]+", _drop_case_and_articles(normalize_width(text)))
+
+
+def _drop_case_and_articles(text: str) -> str:
+    """Drop case, articles, and the endings of ordinals such as "9th"."""
+    text = re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", text.casefold())
+    return re.sub(r"(?<![^\W_])(?:an?|the)(?![^\W_])", " ", text)
 
 
 def grade_math(response: str, reference: str) -> Grade:
