@@ -209,10 +209,10 @@ def grade_math(response: str, reference: str) -> Grade:
     A reference ``\text{...}`` is a text; its case and brackets do not count. Leniently: also correct if the last number
     of the response has the reference's value.
     """
-    text = normalize_width(response)
+    text = normalize_powers(response)
     said, reason = strip_reasoning(text)
     answers = [] if reason else math_answers.find_answers(said)
-    target = math_answers.parse_value(normalize_width(reference))
+    target = math_answers.parse_value(normalize_powers(reference))
     parse = math_answers.parse_text if isinstance(target, math_answers.Text) else math_answers.parse_value
     parsed = None
     if not reason and not answers:
@@ -316,7 +316,8 @@ def read_math(value) -> str:
     Raises ValueError if it is not a number, an expression or a ``\text{}``, or if a solution has two answers.
     """
     text = format_number(Decimal(str(value))) if _is_number(value) else value if isinstance(value, str) else ""
-    answer, _ = _agree_on_value(math_answers.find_answers(normalize_width(text)) or [normalize_width(text)])
+    text = normalize_powers(text)
+    answer, _ = _agree_on_value(math_answers.find_answers(text) or [text])
     if answer is None:
         wanted = r"a number, an expression, \text{...}, or a solution with its answer in \boxed{} or after ####"
         raise _refuse(value, wanted)
