@@ -300,9 +300,10 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _to_python(column: pyarrow.Array) -> list:
     try:
-        return column.to_pylist()
+        values = column.to_pylist()
     except (ValueError, OverflowError):  # text that is not UTF-8, times out of range: find the bad rows
-        return [_to_python_value(scalar) for scalar in column]
+        values = [_to_python_value(scalar) for scalar in column]
+    return [_shorten_floats(value, column.type) for value in values]
 
 
 def _to_python_value(scalar: pyarrow.Scalar):
@@ -310,6 +311,20 @@ def _to_python_value(scalar: pyarrow.Scalar):
         return scalar.as_py()
     except (ValueError, OverflowError) as error:
         return _Unreadable(str(error))
+
+
+def _shorten_floats(value, kind: pyarrow.DataType):
+    """Return the value with the shortest decimals that are its 16- and 32-bit floats: 0.1, not 0.10000000149011612."""
+    types = pyarrow.types
+    if value is None or isinstance(value, _Unreadable):
+        return value
+    if types.is_float16(kind) or types.is_float32(kind):
+        return float(str(kind.to_pandas_dtype()(value)))
+    if types.is_struct(kind):
+        return {field.name: _shorten_floats(value[field.name], field.type) for field in kind}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_shorten_floats(item, kind.value_type) for item in value]
+    return value
 
 
 def _look_up(row: dict, column: str):
