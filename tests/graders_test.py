@@ -112,6 +112,18 @@ LETTER = [
     ("Not option A. The answer is C", "C", False, True, NO_TAGS),
     ("A vitamin that the body cannot make.", "A", False, False, NO_TAGS),  # an article
     ("The answer is a vitamin.", "A", False, False, NO_TAGS),
+    ("The answer is A vitamin.", "A", False, False, NO_TAGS),
+    ("Option B is correct.", "B", False, True, NO_TAGS),
+    ("Option A is correct.", "A", False, True, NO_TAGS),
+    ("The answer is B because it is.", "B", False, True, NO_TAGS),
+    ("Option B is correct, not A.", "B", False, True, NO_TAGS),
+    ("Option B is correct, not A.", "A", False, False, NO_TAGS),
+    ("Choice A would be best, not B.", "A", False, True, NO_TAGS),
+    ("The answer is A because it is.", "A", False, True, NO_TAGS),
+    ("The right option is A, since it is.", "A", False, True, NO_TAGS),
+    ("Vitamin C deficiency", "C", False, False, NO_TAGS),
+    ("A is correct.", "A", False, False, NO_TAGS),  # it might be an article
+    ("A or B", "A", False, False, NO_TAGS),
     ("Vitamin C or vitamin D", "C", False, False, NO_TAGS),
     ("It is C. Liver", "C", False, True, NO_TAGS),
     ("I am not a doctor and cannot answer that.", "A", False, False, NO_TAGS),
@@ -382,6 +394,17 @@ def test_a_reference_of_which_a_number_is_only_a_part_names_other_gradings():
     for value in ("10:30", "2024-05-17", "none"):
         with pytest.raises(ValueError, match=f"'{value}' cannot be a reference; .* math .* short"):
             graders.read_number(value)
+
+
+@pytest.mark.parametrize(
+    ("response", "lenient"),
+    [
+        ("Option I is correct.", False), ("Option I.", True), ("The option I know best", False),
+        ("The answer I gave", False), ("The answer is I because it is.", True),
+    ],
+)  # fmt: skip
+def test_the_ninth_letter_may_be_a_pronoun(response, lenient):
+    assert graders.GRADERS["letter_of_ten"].grade(response, "I").lenient == lenient
 
 
 def test_ten_options_have_ten_letters():

@@ -39,6 +39,7 @@ GRAMMAR = {
     "he", "i", "in", "is", "it", "its", "of", "on", "or", "s", "she", "that", "their", "there", "they", "this",
     "to", "was", "we", "were", "which", "who", "will", "with", "would", "you", "your",
 }  # fmt: skip
+BEFORE_WORD = r" (?!(?:and|as|because|but|since|which)\b)[a-z]"  # after an article or a pronoun, not after an option
 LEAST_F1 = 0.5  # of a response that agrees with a reply
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
 
@@ -117,10 +118,14 @@ def grade_letter(response: str, reference: str, letters: str = "ABCD") -> Grade:
     if contents:
         parsed, reason = _agree([_match_letter(content, letters) for content in contents], f"one of {letters}")
     text = _find_last_answer(contents, said)
-    named = re.findall(rf"(?i:\b(?:answer|option|choice)\b(?:\s+is)?)[\s:*(]*([{letters}])\b(?! [a-z])", text)
-    # "A" before a lower-case word is an article.
+    named = re.findall(
+        rf"(?i:\b(?:(answer)|option|choice)\b(?:\s+is)?)[\s:*(]*"
+        rf"(?!I{BEFORE_WORD})(?(1)(?!A{BEFORE_WORD}))([{letters}])\b",
+        text,
+    )
+    # Before a lower-case word "A" is an article, and "C" may be a vitamin.
     alone = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])(?! [a-z])", text))
-    lenient = parsed or (named[-1] if named else alone.pop() if len(alone) == 1 else None)
+    lenient = parsed or (named[-1][1] if named else alone.pop() if len(alone) == 1 else None)
     return Grade(parsed, parsed == reference, reason, lenient == reference)
 
 
