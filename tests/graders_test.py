@@ -361,6 +361,8 @@ def test_the_last_number_has_its_sign_and_all_its_digits(text, number):
         ("numeric", "1{,}000", "1000"), ("numeric", "3 × 10⁻⁷", "0.0000003"), ("numeric", "10²", "100"),
         ("numeric", "12-5 = 7", "7"), ("numeric", "<<48/2=24>>24", "24"), ("numeric", r"\boxed{24}", "24"),
         ("numeric", "It is $24.", "24"), ("numeric", "10,00,000", "1000000"), ("numeric", "COVID-19", "19"),
+        ("numeric", "3, 4", None), ("numeric", "(1, 2)", None), ("numeric", "5 ± 1", None), ("numeric", "2 + 3", None),
+        ("numeric", "In 2020, 5 of them", "5"),
         ("numeric", "10:30", None), ("numeric", "2024-05-17", None), ("numeric", "10-12", None),
         ("numeric", "10–12", None), ("numeric", "10/12/2024", None), ("numeric", "5/0", None),
         ("numeric", "1.2.3", None), ("numeric", "1'000", None), ("numeric", "1 000", None), ("numeric", "3,14", None),

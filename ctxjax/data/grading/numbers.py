@@ -38,6 +38,7 @@ _PART_BEFORE = re.compile(
     r"(?:(?:\d[^\W\d_]*|[%°)\]}])(?:[-\u2010-\u2015:.'\u2019]|\s*[/^×÷]\s*)|\^|\}\{|\\[dt]?frac|\\sqrt|√)\{?-?$"
 )
 _PART_AFTER = re.compile(r"\s*(?:\^|√|π|\\sqrt|\\pi)")
+_NO_WORDS = re.compile(r"[\d\s.,;+±*·×÷/()\[\]{}|$€£¥%°-]+")  # several numbers in such a text are a list or a sum
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{2,3})*,\d{3}")
 
 
@@ -76,7 +77,7 @@ def find_last_number(text: str) -> str | None:
 
 def find_separate_number(text: str) -> str | None:
     """Return the last number of a text; None if there is none, or if it is a part of something else, such as a time, a
-    date, a range or an expression."""
+    date, a range, a list or an expression."""
     text = _drop_unit_powers(_simplify(text))
     matches = list(NUMBER.finditer(text))
     if not matches:
@@ -85,8 +86,9 @@ def find_separate_number(text: str) -> str | None:
     before, groups = text[: last.start()], re.findall(r"\d[\d,]*\d", last[0])
     is_spaced = re.match(r"\d{3}(?!\d)", last[0]) and re.search(r"(?<![\d.])\d{1,3} $", before)  # 1 000
     is_part = len(read) > 1 or is_spaced or _PART_BEFORE.search(before) or _PART_AFTER.match(text, last.end())
+    is_list = len(matches) > 1 and _NO_WORDS.fullmatch(text)
     is_grouped = all("," not in group or _THOUSANDS.fullmatch(group) for group in groups)
-    return read[0] if is_grouped and not is_part else None
+    return read[0] if is_grouped and not is_part and not is_list else None
 
 
 def is_number(text: str) -> bool:
