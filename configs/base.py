@@ -253,7 +253,8 @@ def get_config() -> ConfigDict:
     config.records = ConfigDict()  # for all data files: treatment of rows that cannot be used
     # Kinds of bad rows to leave out and count; a row of another kind is an error that names the row. Kinds:
     # "unreadable" (not valid JSON, CSV or UTF-8), "missing" (no column, null, empty), "not_text", "huge", "label" (not
-    # a valid value), "duplicate", "conflict" (one question with two answers).
+    # a valid value), "duplicate", "conflict" (one question with two answers). The tasks medical, safety, math, hints
+    # and self_study always leave out and count questions of the last two kinds, without a limit.
     config.records.skip = ("duplicate",)
     config.records.max_skipped = 100  # most rows to leave out; more are an error
     config.records.max_text = 1_000_000  # characters; longer texts are "huge"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ctxjax.data.grading import graders, math_answers
+from ctxjax.data.grading import graders, math_answers, numbers
 from ctxjax.data.grading.graders import (  # fmt: skip
     EMPTY,
     ENDLESS_REASONING,
@@ -112,6 +112,18 @@ LETTER = [
     ("Not option A. The answer is C", "C", False, True, NO_TAGS),
     ("A vitamin that the body cannot make.", "A", False, False, NO_TAGS),  # an article
     ("The answer is a vitamin.", "A", False, False, NO_TAGS),
+    ("The answer is A vitamin.", "A", False, False, NO_TAGS),
+    ("Option B is correct.", "B", False, True, NO_TAGS),
+    ("Option A is correct.", "A", False, True, NO_TAGS),
+    ("The answer is B because it is.", "B", False, True, NO_TAGS),
+    ("Option B is correct, not A.", "B", False, True, NO_TAGS),
+    ("Option B is correct, not A.", "A", False, False, NO_TAGS),
+    ("Choice A would be best, not B.", "A", False, True, NO_TAGS),
+    ("The answer is A because it is.", "A", False, True, NO_TAGS),
+    ("The right option is A, since it is.", "A", False, True, NO_TAGS),
+    ("Vitamin C deficiency", "C", False, False, NO_TAGS),
+    ("A is correct.", "A", False, False, NO_TAGS),  # it might be an article
+    ("A or B", "A", False, False, NO_TAGS),
     ("Vitamin C or vitamin D", "C", False, False, NO_TAGS),
     ("It is C. Liver", "C", False, True, NO_TAGS),
     ("I am not a doctor and cannot answer that.", "A", False, False, NO_TAGS),
@@ -203,6 +215,26 @@ MATH = [
     (r"\boxed{even}", "2", False, False, NO_VALUE),
     (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", True, True, None),
     (r"\boxed{\begin{pmatrix} 1 \\ 3 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", False, False, None),
+    # Powers and fractions of one character keep their value.
+    (r"\boxed{10²}", "100", True, True, "10^{2}"),
+    (r"\boxed{10²}", "102", False, False, "10^{2}"),
+    (r"\boxed{2³}", "8", True, True, None),
+    (r"\boxed{10⁻³}", "0.001", True, True, None),
+    (r"\boxed{3 × 10⁵}", "300000", True, True, None),
+    (r"\boxed{x² + 1}", "x^2 + 1", True, True, None),
+    (r"\boxed{xⁿ⁺¹}", "x^{n+1}", True, True, None),
+    (r"\boxed{1½}", "1.5", True, True, "1 1/2"),
+    (r"\boxed{½}", "0.5", True, True, "1/2"),
+    (r"\boxed{-1½}", "-3/2", True, True, None),
+    (r"\boxed{11⁄2}", "5.5", True, True, "11/2"),
+    ("Answer: 1 1/2", "1½", True, True, None),
+    ("Answer: 25 m²", "25", True, True, None),
+    ("Answer: 25 cm^2", "25", True, True, None),
+    ("Answer: 25 m/s²", "25", True, True, None),
+    (r"\boxed{25 \text{ cm}²}", "25", True, True, None),
+    ("Answer: 25 x²", "25", False, False, None),
+    ("so it is 1/3", r"\frac{1}{3}", False, True, NO_PLACE),
+    ("so it is 3/4", "0.75", False, True, NO_PLACE),
     ("- **Answer**: 42", "42", True, True, "42"),
     ("* Final answer: 42", "42", True, True, "42"),
 ]  # fmt: skip
@@ -243,6 +275,48 @@ def test_mathematics(response, reference, right, lenient, outcome):
         ("<think>8</think>none", "8", False, NO_NUMBER),
         ("no number", "8", False, NO_NUMBER),
         ("", "8", False, EMPTY),
+        ("12-5 = 7", "7", True, "7"),
+        ("1,000", "1000", True, "1000"),
+        ("5%", "5", True, "5"),
+        ("$5", "5", True, "5"),
+        ("#### 72", "72", True, "72"),
+        ("2/3 of 9 is 6", "6", True, "6"),
+        # A fraction, a power and what a unit has behind it are read whole.
+        ("3/4", "0.75", True, "0.75"),
+        ("1/4", "0.75", False, "0.25"),
+        ("It is 3 / 4.", "4", False, "0.75"),
+        ("1/3", "2/6", True, "1/3"),
+        ("-1/3", "1/3", False, "-1/3"),
+        ("1 1/2 cups", "1.5", True, "1.5"),
+        ("1½ cups", "1.5", True, "1.5"),
+        ("³⁄₄", "0.75", True, "0.75"),
+        (r"so \boxed{1\frac{1}{2}}", "1.5", True, "1.5"),
+        (r"so -\dfrac{3}{4}", "-0.75", True, "-0.75"),
+        ("The area is 25 m²", "25", True, "25"),
+        ("25 cm^2", "25", True, "25"),
+        ("25cm^{2}.", "25", True, "25"),
+        ("25 m2", "25", True, "25"),
+        (r"$25\text{ m}^2$", "25", True, "25"),
+        ("9.8 m/s²", "9.8", True, "9.8"),
+        ("5 kg·m⁻³", "5", True, "5"),
+        ("3 × 10⁻⁷", "3e-7", True, "0.0000003"),
+        (r"3 \times 10^{-7}", "3e-7", True, "0.0000003"),
+        ("10²", "100", True, "100"),
+        ("2^10", "1024", True, "1024"),
+        ("2^10", "10", False, "1024"),
+        (".5", "0.5", True, "0.5"),
+        ("-.5", "-0.5", True, "-0.5"),
+        ("Well...5", "5", True, "5"),
+        ("-$5", "-5", True, "-5"),
+        (r"-\$5", "-5", True, "-5"),
+        ("$3-$5", "5", True, "5"),
+        ("5%-10%", "10", True, "10"),
+        ("1{,}000", "1000", True, "1000"),
+        (r"1\,000", "1000", True, "1000"),
+        ("on 10/12/2024", "2024", True, "2024"),
+        ("5/0", "0", True, "0"),
+        ("1e999999999/3", "3", True, "3"),
+        ("9^999999999", "999999999", True, "999999999"),
     ],
 )
 def test_last_numbers(response, reference, right, outcome):
@@ -274,7 +348,7 @@ def test_exact_texts(response, reference, right):
     ],
 )  # fmt: skip
 def test_the_last_number_has_its_sign_and_all_its_digits(text, number):
-    assert graders.find_last_number(text) == number
+    assert numbers.find_last_number(text) == number
 
 
 @pytest.mark.parametrize(
@@ -282,6 +356,18 @@ def test_the_last_number_has_its_sign_and_all_its_digits(text, number):
     [
         ("numeric", "so it is #### 1,072", "1072"), ("numeric", 72, "72"), ("numeric", 72.5, "72.5"),
         ("numeric", "none", None), ("numeric", True, None),
+        ("numeric", "3/4", "0.75"), ("numeric", "1/3", "1/3"), ("numeric", "1½", "1.5"), ("numeric", "25 m²", "25"),
+        ("numeric", "50 cm^2", "50"), ("numeric", ".5", "0.5"), ("numeric", "-$5", "-5"),
+        ("numeric", "1{,}000", "1000"), ("numeric", "3 × 10⁻⁷", "0.0000003"), ("numeric", "10²", "100"),
+        ("numeric", "12-5 = 7", "7"), ("numeric", "<<48/2=24>>24", "24"), ("numeric", r"\boxed{24}", "24"),
+        ("numeric", "It is $24.", "24"), ("numeric", "10,00,000", "1000000"), ("numeric", "COVID-19", "19"),
+        ("numeric", "3, 4", None), ("numeric", "(1, 2)", None), ("numeric", "5 ± 1", None), ("numeric", "2 + 3", None),
+        ("numeric", "In 2020, 5 of them", "5"),
+        ("numeric", "10:30", None), ("numeric", "2024-05-17", None), ("numeric", "10-12", None),
+        ("numeric", "10–12", None), ("numeric", "10/12/2024", None), ("numeric", "5/0", None),
+        ("numeric", "1.2.3", None), ("numeric", "1'000", None), ("numeric", "1 000", None), ("numeric", "3,14", None),
+        ("numeric", r"\sqrt{2}", None), ("numeric", r"2\pi", None), ("numeric", "√2", None),
+        ("numeric", r"\frac{x}{2}", None), ("numeric", "x^2", None), ("numeric", "10^n", None),
         ("exact", "Two words", "Two words"), ("exact", 7, "7"), ("exact", True, "True"), ("exact", "  ", None),
         ("yes_no", "Yes", "yes"), ("yes_no", " NO. ", "no"), ("yes_no", True, "yes"), ("yes_no", False, "no"),
         ("yes_no", "<answer>no</answer>", "no"), ("yes_no", "hateful", None), ("yes_no", 1, None),
@@ -293,7 +379,7 @@ def test_the_last_number_has_its_sign_and_all_its_digits(text, number):
         ("math", r"\frac{1}{2}", r"\frac{1}{2}"),
         ("math", 4, "4"), ("math", r"\text{even}", r"\text{even}"), ("math", "I do not know", None),
         ("math", 0.5, "0.5"),
-        ("math", r"\boxed{3} or \boxed{4}", None),
+        ("math", r"\boxed{3} or \boxed{4}", None), ("math", "10²", "10^{2}"), ("math", "1½", "1 1/2"),
     ],
 )  # fmt: skip
 def test_references_are_read_as_they_are_graded_or_refused(grading, value, reference):
@@ -302,7 +388,25 @@ def test_references_are_read_as_they_are_graded_or_refused(grading, value, refer
         with pytest.raises(ValueError, match="cannot be a reference"):
             grader.read_reference(value)
     else:
+        assert grader.read_reference(reference) == reference
         assert grader.read_reference(value) == reference
+
+
+def test_a_reference_of_which_a_number_is_only_a_part_names_other_gradings():
+    for value in ("10:30", "2024-05-17", "none"):
+        with pytest.raises(ValueError, match=f"'{value}' cannot be a reference; .* math .* short"):
+            graders.read_number(value)
+
+
+@pytest.mark.parametrize(
+    ("response", "lenient"),
+    [
+        ("Option I is correct.", False), ("Option I.", True), ("The option I know best", False),
+        ("The answer I gave", False), ("The answer is I because it is.", True),
+    ],
+)  # fmt: skip
+def test_the_ninth_letter_may_be_a_pronoun(response, lenient):
+    assert graders.GRADERS["letter_of_ten"].grade(response, "I").lenient == lenient
 
 
 def test_ten_options_have_ten_letters():
@@ -335,6 +439,15 @@ def test_every_gsm8k_reference_parses_to_itself():
         ("Yes, it has.", "yes", True), ("No. Yes.", "yes", False), ("nobody yesterday", "no", False),
         ("<think>Oakfield</think>Ashton", "Oakfield", False), ("", "Oakfield", False), ("", "no", False),
         ("", "7", False),
+        # A number in a reference of several words counts as a whole, in any notation.
+        ("0.5 mg", "5 mg", False), ("5.0 mg", "5 mg", True), ("5mg", "5 mg", True), ("12.5 %", "5%", False),
+        ("5 %", "5%", True), ("1,500 kg", "500 kg", False), ("1500 kg", "1,500 kg", True), ("5 °C", "-5 °C", False),
+        ("It is \N{MINUS SIGN}5.0 °C.", "-5 °C", True), ("-5 °C", "5 °C", False), ("3-5 mg", "5 mg", True),
+        ("3–5 mg", "3-5 mg", True), ("5%-10% of it", "10% of it", True), ("0.75 cups", "3/4 cups", True),
+        ("1 3/4 cups", "3/4 cups", False), ("5 m", "25 m²", False), ("25 m2", "25 m²", True), ("25 m", "25 m²", False),
+        ("102 m", "10² m", False), ("vitamin B1", "vitamin B12", False), ("in room 12B", "room 12A", False),
+        ("in room 12A", "room 12A", True), ("at 11:30", "10:30", False), ("at 10:30", "10:30", True),
+        ("on 3/4/2024", "3/4/2024", True), ("on 4/3/2024", "3/4/2024", False), ("$50", "$5", False),
     ],
 )  # fmt: skip
 def test_short_answers(response, reference, right):

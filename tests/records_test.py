@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctxjax.data import records
+from ctxjax.data.grading.graders import GRADERS
 from ctxjax.data.records import KINDS, Reader, RecordsConfig, read_context
 
 GOOD = [{"q": f"{n} + 1?", "a": f"{n + 1}"} for n in range(5)]
@@ -148,6 +149,29 @@ def test_a_bad_row_of_a_csv_file_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         texts(path)
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_the_floats_of_a_parquet_file_are_the_decimals_that_were_stored(tmp_path, kind):
+    path, nested = tmp_path / "a.parquet", pa.struct([("one", kind), ("some", pa.list_(kind)), ("text", pa.string())])
+    inner = [{"one": 0.1, "some": [0.3, None], "text": "0.7"}, None, {"one": None, "some": None, "text": None}]
+    table = {"a": pa.array([0.1, None, -2.5], kind), "b": pa.array(inner, nested)}
+    table["c"] = pa.array([[{"one": 0.1, "some": [], "text": ""}], [], None], pa.list_(nested))
+    pq.write_table(pa.table(table), path)
+    rows = [record.value for record in Reader(RecordsConfig()).read(path)]
+    assert [row["a"] for row in rows] == [0.1, None, -2.5] and [row["b"] for row in rows] == inner
+    assert [row["c"] for row in rows] == [[{"one": 0.1, "some": [], "text": ""}], [], None]
+    for grading in ("numeric", "short", "math"):
+        grader = GRADERS[grading]
+        assert grader.grade("#### 0.1", grader.read_reference(rows[0]["a"])).correct
+
+
+def test_the_largest_and_smallest_floats_of_a_parquet_file_are_read(tmp_path):
+    pq.write_table(
+        pa.table({"a": pa.array([float("inf"), 3e38, 1e-45, 16777216.0], pa.float32())}), tmp_path / "a.parquet"
+    )
+    rows = [record.value["a"] for record in Reader(RecordsConfig()).read(tmp_path / "a.parquet")]
+    assert rows == [float("inf"), 3e38, 1e-45, 16777216.0]
 
 
 def test_a_bad_row_of_a_parquet_file_is_named_and_the_others_are_read(tmp_path):

@@ -294,8 +294,9 @@ def test_some_conversations_go_on_with_a_question_after_the_reply(tmp_path, monk
     first, second = rows[:48], rows[48:]
     assert len(second) == 16 and not any("earlier" in row for row in first)
     trained = [row for row in first if splits.assign_split(splits.normalize(row["question"])) == "train"]
-    followed = [*trained[:6], *trained[7:17]]  # the draft for the seventh is no question
-    assert 17 < len(trained) < 48
+    drafts = [(DRAFTS * 2)[56 + i] for i in range(len(trained))]
+    followed = [row for row, draft in zip(trained, drafts) if draft != DRAFTS[0] and not is_held_out(draft)][:16]
+    assert len(followed) == 16 and 17 < len(trained) < 48
     assert [row["earlier"] for row in second] == [[[row["question"], row["reference"]]] for row in followed]
     assert [row["about"] for row in second] == [row["about"] for row in followed]
     assert len({row["id"] for row in rows}) == 64
@@ -324,6 +325,39 @@ def test_a_second_turn_is_left_out_if_its_first_question_is_held_out(tmp_path):
         for row in found:  # under another context the conversation begins anew
             (other,) = read.rows_under(row, read.other_contexts("train")[0])
             assert (other.question, other.earlier) == (first, ()) and other.context != row.context
+
+
+def test_a_second_turn_is_left_out_if_what_it_asks_is_held_out(tmp_path):
+    """Else a model would be trained on answers to the questions of dev and test."""
+    task = SelfStudy(make(tmp_path, **{"self_study.path": str(write_questions(tmp_path))}).task_config)
+    first, trained = (row.question for row in task.rows("train")[:2])
+    for asked, count in (
+        (trained, 1), (task.rows("dev")[0].question, 0), (f" {task.rows('test')[0].question.upper()} ", 0),
+    ):  # fmt: skip
+        path = write_questions(tmp_path)
+        with path.open("a") as file:
+            print(json.dumps({"question": asked, "reference": "So.", "earlier": [[first, "So."]]}), file=file)
+            longer = [[first, "So."], [asked, "So."]]
+            print(json.dumps({"question": trained, "reference": "So.", "earlier": longer}), file=file)
+        read = SelfStudy(make(tmp_path, **{"self_study.path": str(path)}).task_config)
+        turns = [row for split in splits.SPLITS for row in read.rows(split) if row.earlier]
+        assert len(turns) == 2 * count and all(row in read.rows("train") for row in turns)
+        assert sum(len(read.rows(split)) for split in splits.SPLITS) == 60 + 2 * count
+
+
+def test_a_writer_keeps_no_second_turn_that_asks_what_is_held_out(tmp_path, monkeypatch, tokenizer, mesh, capsys):
+    held_out = [f"What is number {i}?" for i in range(60) if is_held_out(f"What is number {i}?")]
+    Fake(monkeypatch, tokenizer, DRAFTS)
+    config = make(tmp_path, **SMALL | FOLLOWED)
+    question_writer.ensure_questions(config, mesh)
+    rows = [json.loads(line) for line in find_questions_file(config.task_config).read_text().splitlines()]
+    second = [row["question"] for row in rows if "earlier" in row]
+    assert held_out and len(second) == 16 and not any(map(is_held_out, second))
+    assert "held out" in capsys.readouterr().out
+
+
+def is_held_out(question):
+    return splits.assign_split(splits.normalize(question)) != "train"
 
 
 def write_questions(tmp_path, **changes):

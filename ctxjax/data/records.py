@@ -13,18 +13,17 @@ import csv
 import dataclasses
 import hashlib
 import itertools
-import json
 from pathlib import Path
-import sys
 from typing import Any, NamedTuple
 
 import pyarrow
-import pyarrow.parquet
 
+from ctxjax.data.formats import READERS, Unreadable
 from ctxjax.host.retry import retry
 from ctxjax.types import bounded
 
 ROWS_AT_A_TIME = 4096
+_ENDINGS = " or ".join([", ".join(list(READERS)[:-1]), list(READERS)[-1]])
 KINDS = {
     "unreadable": "not valid JSON or CSV, or not UTF-8",
     "missing": "no such column, null, or an empty text",
@@ -75,7 +74,7 @@ class Reader:
     def _read(self, path: str | Path, file: Path, limit: int) -> Iterator[Record]:
         is_empty = True
         for where, value in _read_rows(path, file, limit):
-            if isinstance(value, _Unreadable):
+            if isinstance(value, Unreadable):
                 self.reject("unreadable", f"{path}, {where}", value.why)
             else:
                 is_empty = False
@@ -200,12 +199,6 @@ def read_context(path: str) -> str:
     return text
 
 
-class _Unreadable(NamedTuple):
-    """In place of a row's value: why it could not be read."""
-
-    why: str
-
-
 def _read_rows(path: str | Path, file: Path, limit: int) -> Iterator[tuple[str, Any]]:
     """Iterate over (where, value), a few thousand rows at a time. After a transient error it opens the file again and
     continues behind the rows that it has returned."""
@@ -232,86 +225,6 @@ def _read_rows(path: str | Path, file: Path, limit: int) -> Iterator[tuple[str, 
         yield from some
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                value = _Unreadable(f"not UTF-8 text: {error}")
-            except (ValueError, RecursionError) as error:  # numbers with thousands of digits; deep nesting
-                torn = "" if line.endswith(b"\n") else " (the file ends here: is it complete?)"
-                value = _Unreadable(f"not valid JSON: {error}{torn}")
-            yield f"line {number}", value
-
-
-def _read_csv(file: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(sys.maxsize)  # records.max_text limits the length, as for other files
-    # Bytes that are not UTF-8 become lone surrogates, which _is_usable finds.
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        delimiter = max(",;\t", key=lines.readline().count)
-        lines.seek(0)
-        rows = csv.reader(lines, strict=True, delimiter=delimiter)
-        header = next(rows, [])
-        if len(set(header)) != len(header):
-            raise ValueError(f"data file {file}: the header names a column twice: {header}")
-        while True:
-            start = rows.line_num + 1
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield f"line {start}", _Unreadable(f"not valid CSV: {error}")
-                continue
-            if not row:
-                continue
-            value: Any = dict(zip(header, row))
-            if len(row) != len(header):
-                value = _Unreadable(f"not valid CSV: {len(row)} fields, but the header names {len(header)}")
-            yield f"line {start}", value
-
-
-def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Return every line as a text, empty lines too: such files often come in pairs of parallel lines."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                value: Any = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                value = _Unreadable(f"not UTF-8 text: {error}")
-            yield f"line {number}", value
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    with pyarrow.parquet.ParquetFile(file) as table:
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            columns = {name: _to_python(column) for name, column in zip(batch.schema.names, batch.columns)}
-            for index in range(batch.num_rows):
-                number += 1
-                row = {name: values[index] for name, values in columns.items()}
-                broken = [(name, v.why) for name, v in row.items() if isinstance(v, _Unreadable)]
-                yield f"row {number}", _Unreadable("column {!r}: {}".format(*broken[0])) if broken else row
-
-
-def _to_python(column: pyarrow.Array) -> list:
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, times out of range: find the bad rows
-        return [_to_python_value(scalar) for scalar in column]
-
-
-def _to_python_value(scalar: pyarrow.Scalar):
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError) as error:
-        return _Unreadable(str(error))
-
-
 def _look_up(row: dict, column: str):
     """Return the value of a column. If there is no column "a.b", look up b in the dict in column a."""
     if column in row or "." not in column:
@@ -333,10 +246,3 @@ def _is_unicode(text: str) -> bool:
 def _shorten(value) -> str:
     shown = repr(value)
     return f"{type(value).__name__} {shown[:60]}{'...' if len(shown) > 60 else ''}"
-
-
-READERS = {
-    ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet,
-    ".csv": _read_csv, ".tsv": _read_csv, ".txt": _read_lines,
-}  # fmt: skip
-_ENDINGS = " or ".join([", ".join(list(READERS)[:-1]), list(READERS)[-1]])

@@ -47,6 +47,11 @@ def schedule(config: OptimConfig) -> optax.Schedule:
     return SCHEDULES[config.schedule](config)
 
 
+def is_schedule_count(node) -> bool:
+    """Whether a node of the optimiser's state is the schedule's count of steps."""
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
 def optimizer(config: OptimConfig, rate: optax.Schedule | None = None) -> optax.GradientTransformation:
     """Return the optimiser: clip by global norm, then AdamW. ``rate``: None for the schedule of ``config``."""
     return optax.chain(

@@ -128,7 +128,7 @@ def update_step(
     """Return the new state and the step's metrics, float32 scalars (losses in nats per token).
 
     A step whose loss or gradient is not finite is ``skipped``: parameters, moments and moving average do not change;
-    the step number, and with it data and keys, advances.
+    the step number, and with it data, keys and learning rate, advances.
     """
     rows = _weighted_rows(batch, rollout, other_rollout, config)
     (loss, parts), grads = _gradient(state, frozen, rows, config)
@@ -149,7 +149,12 @@ def update_step(
     if ema is not None:
         ema = jax.tree.map(lambda old, new: old + (1 - config.loss.ema_decay) * (new - old), ema, params)
     moved, stays = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, stays)
+
+    def choose(new, old):
+        # The schedule's count stays that of the step, so that the schedule ends with the training.
+        return new if optim.is_schedule_count(new) else jnp.where(is_finite, new, old)
+
+    params, opt_state, ema = jax.tree.map(choose, moved, stays, is_leaf=optim.is_schedule_count)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 

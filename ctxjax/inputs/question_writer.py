@@ -223,6 +223,8 @@ class _Writer:
                     left_out["without a question" if text else "cut"] += 1
                 elif key in kept:
                     left_out["repeats"] += 1
+                elif not assign_split(row):
+                    left_out["held out"] += 1
                 else:
                     kept[key] = Asked(row, request)
                     bar.update(1)

@@ -13,16 +13,24 @@ from decimal import Decimal
 import functools
 import re
 from typing import NamedTuple
-import unicodedata
 
 from ctxjax.data.grading import math_answers
 from ctxjax.data.grading.grade import Grade
+from ctxjax.data.grading.numbers import (
+    find_last_number,
+    find_numbers,
+    find_numbers_and_words,
+    find_separate_number,
+    format_number,
+    is_number,
+    normalize_powers,
+    normalize_width,
+)
 
 EMPTY, NO_TAGS, NOT_CLOSED, TWO = "empty", "no <answer> tags", "<answer> is not closed", "two different answers"
 ONLY_REASONING, ENDLESS_REASONING = "answer only in the reasoning", "reasoning is not closed"
 NO_YES_NO, NO_WORDS = "neither yes nor no", "no words"
 NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a number or an expression"
-NUMBER = re.compile(r"(?<![\w.)\]}])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|\d[\d,]*(?:\.\d+)?")
 OPEN_REASONING, CLOSE_REASONING = "<think>", "</think>"
 READ_TAGS = (OPEN_REASONING, CLOSE_REASONING, "<answer>", "</answer>")
 # Words that say nothing by themselves; "not" and "no" do.
@@ -31,14 +39,9 @@ GRAMMAR = {
     "he", "i", "in", "is", "it", "its", "of", "on", "or", "s", "she", "that", "their", "there", "they", "this",
     "to", "was", "we", "were", "which", "who", "will", "with", "would", "you", "your",
 }  # fmt: skip
+BEFORE_WORD = r" (?!(?:and|as|because|but|since|which)\b)[a-z]"  # after an article or a pronoun, not after an option
 LEAST_F1 = 0.5  # of a response that agrees with a reply
-LONGEST_EXPONENT = 1000  # of numbers that are written out
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
-
-
-def normalize_width(text: str) -> str:
-    """Replace letters and digits of other widths and styles by ordinary ones (NFKC), and the minus sign by a hyphen."""
-    return unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
 
 
 def is_reasoning_open(text: str) -> bool:
@@ -115,42 +118,20 @@ def grade_letter(response: str, reference: str, letters: str = "ABCD") -> Grade:
     if contents:
         parsed, reason = _agree([_match_letter(content, letters) for content in contents], f"one of {letters}")
     text = _find_last_answer(contents, said)
-    named = re.findall(rf"(?i:\b(?:answer|option|choice)\b(?:\s+is)?)[\s:*(]*([{letters}])\b(?! [a-z])", text)
-    # "A" before a lower-case word is an article.
+    named = re.findall(
+        rf"(?i:\b(?:(answer)|option|choice)\b(?:\s+is)?)[\s:*(]*"
+        rf"(?!I{BEFORE_WORD})(?(1)(?!A{BEFORE_WORD}))([{letters}])\b",
+        text,
+    )
+    # Before a lower-case word "A" is an article, and "C" may be a vitamin.
     alone = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])(?! [a-z])", text))
-    lenient = parsed or (named[-1] if named else alone.pop() if len(alone) == 1 else None)
+    lenient = parsed or (named[-1][1] if named else alone.pop() if len(alone) == 1 else None)
     return Grade(parsed, parsed == reference, reason, lenient == reference)
-
-
-def find_last_number(text: str) -> str | None:
-    """Return the last number of a text in canonical form ("1,234.50" -> "1234.5"), with all its digits, or None.
-
-    In GSM8K solutions ("#### 72") and in most chat answers the last number is the answer. A hyphen after a letter, a
-    digit or a bracket is no sign: the last number of "10-12" is 12.
-    """
-    found = _find_numbers(text)
-    return found[-1] if found else None
-
-
-def _find_numbers(text: str) -> list[str]:
-    found = NUMBER.findall(normalize_width(text))
-    return [format_number(Decimal(number.replace(",", ""))) for number in found]
-
-
-def format_number(number: Decimal) -> str:
-    """Format a number in one way, whatever way it was written: "1234.5", "0.0000001", "1E+999999999" if too long."""
-    if not number:
-        return "0"
-    _, digits, exponent = number.as_tuple()
-    while digits[-1] == 0:  # Decimal.normalize would round to the context's precision
-        digits, exponent = digits[:-1], exponent + 1
-    exact = Decimal((number.is_signed(), digits, exponent))
-    return f"{exact:f}" if abs(exponent) <= LONGEST_EXPONENT else str(exact)
 
 
 def grade_number(response: str, reference: str) -> Grade:
     """Grade the last number of the response against the last number of the reference."""
-    said, reason = strip_reasoning(normalize_width(response))
+    said, reason = strip_reasoning(normalize_powers(response))
     parsed = None if reason else find_last_number(said)
     reason = reason or (NO_NUMBER if parsed is None else None)
     return Grade(parsed, parsed is not None and parsed == find_last_number(reference), reason)
@@ -167,15 +148,17 @@ def grade_short(response: str, reference: str) -> Grade:
     """Grade an answer of a few words, alone or in a sentence: "It is the Blue Heron." against "blue heron".
 
     A reference "yes" or "no" is compared with the first of these two words. A number must occur, in any notation, and
-    the words of any other reference one after the other; case, punctuation and articles do not count.
+    the words and numbers of any other reference one after the other; case, punctuation and articles do not count.
     """
-    said, reason = strip_reasoning(normalize_width(response))
-    words, wanted = _find_answer_words(said), _find_answer_words(reference)
+    said, reason = strip_reasoning(normalize_powers(response))
+    words, wanted = (
+        find_numbers_and_words(_drop_case_and_articles(normalize_powers(text))) for text in (said, reference)
+    )
     if wanted in (["yes"], ["no"]):
         parsed = next((word for word in words if word in ("yes", "no")), None)
         return Grade(parsed, [parsed] == wanted, reason or (None if parsed else NO_YES_NO))
-    if NUMBER.fullmatch(normalize_width(reference).strip()):
-        numbers = _find_numbers(said)
+    if is_number(reference):
+        numbers = find_numbers(said)
         found = find_last_number(reference) in numbers
         return Grade(", ".join(numbers) or None, found, reason or (None if numbers else NO_NUMBER))
     parsed = said.strip() if words else None
@@ -216,8 +199,13 @@ def _grade_words(response: str, reference: str, agrees: Callable[[int, int, int]
 
 
 def _find_answer_words(text: str) -> list[str]:
-    words = re.findall(r"[^\W_]+", re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", normalize_width(text).casefold()))
-    return [word for word in words if word not in ("a", "an", "the")]
+    return re.findall(r"[^\W_]+", _drop_case_and_articles(normalize_width(text)))
+
+
+def _drop_case_and_articles(text: str) -> str:
+    """Drop case, articles, and the endings of ordinals such as "9th"."""
+    text = re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", text.casefold())
+    return re.sub(r"(?<![^\W_])(?:an?|the)(?![^\W_])", " ", text)
 
 
 def grade_math(response: str, reference: str) -> Grade:
@@ -226,10 +214,10 @@ def grade_math(response: str, reference: str) -> Grade:
     A reference ``\text{...}`` is a text; its case and brackets do not count. Leniently: also correct if the last number
     of the response has the reference's value.
     """
-    text = normalize_width(response)
+    text = normalize_powers(response)
     said, reason = strip_reasoning(text)
     answers = [] if reason else math_answers.find_answers(said)
-    target = math_answers.parse_value(normalize_width(reference))
+    target = math_answers.parse_value(normalize_powers(reference))
     parse = math_answers.parse_text if isinstance(target, math_answers.Text) else math_answers.parse_value
     parsed = None
     if not reason and not answers:
@@ -238,7 +226,12 @@ def grade_math(response: str, reference: str) -> Grade:
         parsed, reason = _agree_on_value(answers, parse)
     correct = parsed is not None and math_answers.is_same_value(target, parse(parsed))
     number = None if correct else find_last_number(said)
-    return Grade(parsed, correct, reason, correct or number is not None and math_answers.is_same_value(target, number))
+    return Grade(
+        parsed,
+        correct,
+        reason,
+        correct or number is not None and math_answers.is_same_value(target, math_answers.parse_value(number)),
+    )
 
 
 def _agree_on_value(answers: list[str], parse: Callable = math_answers.parse_value) -> tuple[str | None, str | None]:
@@ -264,14 +257,20 @@ def _is_number(value) -> bool:
 
 
 def read_number(value) -> str:
-    """Return a number, or the last number of a text, in canonical form. Raises ValueError if there is none."""
+    """Return a number, or the last number of a text, in canonical form.
+
+    Raises ValueError if there is none, or if it is only a part of what is written, such as the 30 of "10:30".
+    """
     found = None
     if _is_number(value):
         found = format_number(Decimal(str(value)))
     elif isinstance(value, str):
-        found = find_last_number(value)
+        found = find_separate_number(value)
     if found is None:
-        raise _refuse(value, "a number, or a text that ends in one")
+        raise _refuse(
+            value,
+            "a number, or a text that ends in a separate one; or grade expressions with math and texts with short",
+        )
     return found
 
 
@@ -322,7 +321,8 @@ def read_math(value) -> str:
     Raises ValueError if it is not a number, an expression or a ``\text{}``, or if a solution has two answers.
     """
     text = format_number(Decimal(str(value))) if _is_number(value) else value if isinstance(value, str) else ""
-    answer, _ = _agree_on_value(math_answers.find_answers(normalize_width(text)) or [normalize_width(text)])
+    text = normalize_powers(text)
+    answer, _ = _agree_on_value(math_answers.find_answers(text) or [text])
     if answer is None:
         wanted = r"a number, an expression, \text{...}, or a solution with its answer in \boxed{} or after ####"
         raise _refuse(value, wanted)

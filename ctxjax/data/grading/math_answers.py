@@ -19,6 +19,7 @@ NAMES = {
     "pmatrix", "bmatrix", "vmatrix", "matrix",
 }  # fmt: skip
 TEXT = re.compile(r"(?s)\\(?:text|textbf|textrm|mbox|mathrm|mathbf)\s*\{([^{}]*)\}")
+UNIT_WITH_POWER = r"(?:(?:[cdkm]?m|in|ft|yd|mi)\^\{?[23]\}?|k?m/s\^\{?2\}?)"
 # Decimal places from which a number may be a rounding of another, and up to which that is tried.
 ROUNDED_PLACES, LONGEST_PLACES = 6, 1000
 SECONDS = 5  # time limit of one parse or comparison: some expressions are too large to evaluate
@@ -62,7 +63,8 @@ def strip_units(answer: str) -> str:
     text = re.sub(r"\^\{?\\circ\}?|\\degree|°", "", text)
     # Words after a number or a closing brace are a unit.
     text = re.sub(r"(?<=[\d}%])\s*\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?\s*$", "", text)
-    if match := re.fullmatch(rf"({NUMBER}(?:\s*/\s*{NUMBER})?)\s*(\\?%)?(?:\s+[^\d\s=+*/^\\-][^\d=+*/^\\]*)?", text):
+    unit = rf"\s+(?:{UNIT_WITH_POWER}|[^\d\s=+*/^\\-][^\d=+*/^\\]*)"
+    if match := re.fullmatch(rf"({NUMBER}(?:\s*/\s*{NUMBER})?)\s*(\\?%)?(?:{unit})?", text):
         text = match[1] + ("%" if match[2] else "")
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?%?", text):
         text = re.sub("[, ]", "", text)

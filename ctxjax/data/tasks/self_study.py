@@ -32,7 +32,7 @@ from ctxjax.data.tasks.file_task import FileTask, FileTaskConfig, Question
 from ctxjax.types import bounded
 
 # Part of a file's name: increase it when the requests or the filter change.
-RECIPE = 4
+RECIPE = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,10 @@ class SelfStudyConfig(ContextConfig, FileTaskConfig):
 
 
 class SelfStudy(FileTask):
-    """The task over the written questions. Splits follow from the hash of a conversation's first question.
+    """The task over the written questions. A question's split follows from its hash.
 
     A second turn is for training only: it has a reply before it that was written with the context, which would then be
-    in the view without one. It is left out if its first question is held out.
+    in the view without one. It is left out if a question of its conversation is held out.
     """
 
     def __init__(self, config: SelfStudyConfig):
@@ -78,13 +78,14 @@ class SelfStudy(FileTask):
             if earlier is not None:
                 row = Row("", texts[0], None, reference, earlier=earlier)
                 split = assign_split(row)
-                if split == "train" or not earlier:
+                if split:
                     new = graders.find_new_words(reference, row.question)
                     yield split, make_id(row), Question(row.conversation, row.question, new, earlier=earlier)
 
     def rows_under(self, row: Row, context: str) -> list[Row]:
         """Return the conversation's first question under another context, which has not been obeyed in a reply yet."""
-        return super().rows_under(row._replace(question=_find_first(row), earlier=()), context)
+        first = row.earlier[0][0] if row.earlier else row.question
+        return super().rows_under(row._replace(question=first, earlier=()), context)
 
     def make_row(self, row_id: str, question: Question) -> Row:
         return super().make_row(row_id, question)._replace(check=self._check)
@@ -93,13 +94,11 @@ class SelfStudy(FileTask):
         return grade_check(self._check, response) if self._check else graders.grade_new_words(response, reference)
 
 
-def _find_first(row: Row) -> str:
-    return row.earlier[0][0] if row.earlier else row.question
-
-
-def assign_split(row: Row) -> str:
-    """Return the split of a conversation."""
-    return splits.assign_split(splits.normalize(_find_first(row)))
+def assign_split(row: Row) -> str | None:
+    """Return the split of a conversation. None for one of several turns if any of its questions is held out."""
+    asked = [*(said for said, _ in row.earlier), row.question]
+    found = {splits.assign_split(splits.normalize(question)) for question in asked}
+    return found.pop() if not row.earlier or found == {"train"} else None
 
 
 def make_id(row: Row) -> str:
