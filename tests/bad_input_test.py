@@ -21,9 +21,9 @@ from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.host import command as commands
-from ctxjax.inputs import model_folder as folder_lib, run_inputs
+from ctxjax.inputs import base_model, model_folder as folder_lib, run_inputs
 from ctxjax.models import params as params_lib
-from ctxjax.models.hf import save as hf_save
+from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.models.transformer import ModelConfig, param_specs
 from ctxjax.training import run
 
@@ -184,6 +184,27 @@ def test_models_that_cannot_take_part_are_refused_before_the_run_leaves_anything
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.format(folder=folder))):
         run.run(config_lib.experiment(config, jax.device_count()), tmp_path / "run", {})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout.max_tokens": 4096}, "a prompt of .* tokens and rollout.max_tokens = 4096 are together more than"),
+        ({"prompt.thinking": True}, "does not read enable_thinking"),
+        ({"prompt.max_bare_tokens": 1}, "more than prompt.max_bare_tokens = 1"),
+        ({"teacher.path": "others"}, "'others' in the student's|tokenizer"),
+        ({"teacher.path": "missing"}, "model folder missing does not exist"),
+    ],
+)
+def test_what_files_and_sizes_tell_is_refused_before_a_base_is_trained(tmp_path, monkeypatch, changes, message):
+    config = tiny.get_config()
+    config.update_from_flattened_dict(changes)
+    if changes.get("teacher.path") == "others":
+        config.teacher.path = str(model_folder(tmp_path / "teacher", ["apple", "pear"]))
+    monkeypatch.setattr(base_model, "ensure_base", None)
+    monkeypatch.setattr(hf_load, "load", None)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_inputs.open_inputs(config_lib.experiment(config, device_count=8), sharding.make_mesh(fsdp=8), {})
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (np.inf, "float32"), (-np.inf, "bfloat16")])

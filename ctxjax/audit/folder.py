@@ -176,7 +176,7 @@ class Folder:
             return Opened(None, None, ["the task's data here is not the data that the run read"])
         try:
             path = self.experiment.model.path
-            return Opened(task, load_tokenizer(find_folder(path)) if path else task.tokenizer(), [])
+            return Opened(task, load_tokenizer(find_folder(path, weights=False)) if path else task.tokenizer(), [])
         except (OSError, ValueError) as error:
             return Opened(task, None, [f"the model's tokenizer is not here ({error})"])
 

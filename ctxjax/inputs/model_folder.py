@@ -27,7 +27,7 @@ class ModelFolder:
     then contain, joined (models/lora.py); None for a new one."""
 
     config: ModelConfig
-    params: Params
+    params: Params | None
     tokenizer: object
     stop_ids: tuple[int, ...]
     pad_id: int
@@ -155,15 +155,31 @@ def open_folder(
     student: ModelFolder | None = None,
     tokenizer=None,
 ) -> ModelFolder:
-    """Load a Hugging Face folder onto ``mesh``. ``path``: a local folder or a Hub id (host.hub.find_folder).
+    """Load a Hugging Face folder onto ``mesh``. ``param_dtype``: of the weights. For the rest see ``read_folder``,
+    which refuses what it can before any weights are fetched or read."""
+    model = read_folder(path, mesh, dtype, remat, attention, student, tokenizer)
+    return dataclasses.replace(model, params=hf_load.load(find_folder(path), model.config, mesh, param_dtype))
+
+
+def read_folder(
+    path: str | Path,
+    mesh: Mesh,
+    dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "auto",
+    student: ModelFolder | None = None,
+    tokenizer=None,
+) -> ModelFolder:
+    """Read all but the weights of a Hugging Face folder; ``params`` is None. ``path``: a local folder or a Hub id
+    (host.hub.find_folder), of which only small files are fetched.
 
     ``dtype``: of the model's arithmetic. "auto": bfloat16 on accelerators, float32 on CPUs, where bfloat16 is slow.
     ``attention``: see models.attention.choose_kind.
-    ``student``: given if the folder is the student's teacher; a different tokenizer is then refused before any weights
-    are read. ``tokenizer``: the folder's, if it is loaded already. Raises FileNotFoundError or ValueError, which names
-    the folder, the problem and the remedy.
+    ``student``: given if the folder is the student's teacher; a different tokenizer is then refused. ``tokenizer``: the
+    folder's, if it is loaded already. Raises FileNotFoundError or ValueError, which names the folder, the problem and
+    the remedy.
     """
-    path = find_folder(path)
+    path = find_folder(path, weights=False)
     device = mesh.devices.flat[0]
     if dtype == "auto":
         dtype = "float32" if device.platform == "cpu" else "bfloat16"
@@ -191,4 +207,4 @@ def open_folder(
     pad = tokenizer.pad_token_id if has_pad else ends[0]
     if ids < config.vocab_size:
         config = dataclasses.replace(config, tokens=ids)
-    return ModelFolder(config, hf_load.load(path, config, mesh, param_dtype), tokenizer, ends, pad)
+    return ModelFolder(config, None, tokenizer, ends, pad)

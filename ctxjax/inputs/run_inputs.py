@@ -22,7 +22,7 @@ from ctxjax.host.checksum import compute_digest, compute_fingerprint
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs import base_model, question_writer
 from ctxjax.inputs.batch_shapes import find_batch_shapes
-from ctxjax.inputs.model_folder import ModelFolder, load_tokenizer, open_folder
+from ctxjax.inputs.model_folder import ModelFolder, load_tokenizer, open_folder, read_folder
 from ctxjax.models import lora, transformer
 from ctxjax.models.hf import adapters
 from ctxjax.types import PrefixKV
@@ -50,22 +50,35 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
             "warning: every training question has its own context; what such contexts teach often does not transfer to "
             "questions without a context, unlike what a shared context teaches"
         )
-    if config.teacher.path:
-        find_folder(config.teacher.path)  # refuse a missing folder before the student is loaded or even trained
+    own = config.model.path
+    tokenizer = load_tokenizer(find_folder(own, weights=False)) if own else task.tokenizer()
+    rows, retention = _encode(config, task, tokenizer)
+    prompts = [*rows.longest["bare"], *rows.longest["context"], *(retention.longest if retention else [])]
+    _check_models(config, tokenizer, prompts, mesh)
     teacher_path = _prepare_teacher_path(config, task, mesh, seconds)
     path = prepare_student_path(config, task, mesh, seconds)
-    tokenizer = load_tokenizer(find_folder(path))  # prompts that cannot be are refused before any weights are read
-    rows, retention = _encode(config, task, tokenizer)
-    student = _open_student(config, path, tokenizer, mesh, seconds)
+    student = _open_student(config, path, mesh, seconds)
     folder, teacher = open_teacher(config, teacher_path, student, mesh, seconds)
     if config.teacher.offload:
         is_one = teacher is folder
         teacher = dataclasses.replace(teacher, params=sharding.offload_to_host(teacher.params))
         folder = teacher if is_one else folder
-    prompts = [*rows.longest["bare"], *rows.longest["context"], *(retention.longest if retention else [])]
-    for model in (folder,) if teacher is folder else (folder, teacher):
-        model.check_prompts(prompts, config.rollout.max_tokens)
     return Inputs(task, folder, teacher, rows, retention)
+
+
+def _check_models(config: Experiment, tokenizer, prompts: list[list[int]], mesh) -> None:
+    """Raise ValueError, before any weights are fetched, read or trained, if a model cannot read these prompts, or if
+    the teacher has other tokens than the student."""
+    own, teacher = config.model, config.teacher.path
+    if own.path:
+        student = read_folder(own.path, mesh, own.dtype, own.remat, own.attention, tokenizer=tokenizer)
+    else:
+        student = ModelFolder(base_model.make_model_config(config.base, len(tokenizer)), None, tokenizer, (), 0)
+    models = [student]
+    if teacher:
+        models.append(read_folder(teacher, mesh, own.dtype, attention=own.attention, student=student))
+    for model in models:
+        model.check_prompts(prompts, config.rollout.max_tokens)
 
 
 def _encode(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
@@ -159,12 +172,12 @@ def prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str
     return str(path)
 
 
-def _open_student(config: Experiment, path: str, tokenizer, mesh, seconds: dict[str, float]) -> ModelFolder:
+def _open_student(config: Experiment, path: str, mesh, seconds: dict[str, float]) -> ModelFolder:
     clock = time.monotonic()
     model, adapter = config.model, None
     if config.lora_init:  # one that does not fit is refused before the weights are read
         adapter = adapters.load(Path(config.lora_init).expanduser(), path, find_folder(path), config.lora, mesh)
-    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention, tokenizer=tokenizer)
+    folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention)
     if adapter is not None:
         joined = lora.join(folder.params, adapter, config.lora)
         folder = dataclasses.replace(folder, params=joined, adapter=adapter)
