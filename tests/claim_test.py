@@ -47,6 +47,16 @@ def test_a_dead_process_of_this_machine_holds_nothing(tmp_path):
     assert Claim.take(tmp_path).beat()
 
 
+def test_a_process_that_a_claim_was_lent_to_holds_it_after_its_holders_death(tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    script = f"from pathlib import Path; from ctxjax.host.claim import Claim; Claim.take(Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", f"{script}.lend({run.pid})"], check=True)
+    grow_old(tmp_path / "claim.1", claim.STALE + 5)
+    assert find_holder(tmp_path) is not None and Claim.take(tmp_path) is None
+    run.communicate(b"\n")
+    assert find_holder(tmp_path) is None and Claim.take(tmp_path).beat()
+
+
 def test_a_process_number_of_another_machine_says_nothing(tmp_path):
     (tmp_path / "claim.1").write_text("999999999 elsewhere pid:[1]\n")
     assert find_holder(tmp_path) == "process 999999999 on elsewhere" and Claim.take(tmp_path) is None

@@ -43,6 +43,11 @@ class Claim:
             return False
         return _latest(self._folder) == self._number
 
+    def lend(self, process: int) -> None:
+        """Let a process of this machine hold the claim too, as long as it lives, even if this one does not."""
+        with _path(self._folder, self._number).open("a", encoding="utf-8") as file:
+            file.write(f"{process}\n")
+
     def release(self) -> None:
         _path(self._folder, self._number).unlink(missing_ok=True)
 
@@ -51,11 +56,14 @@ def find_holder(folder: Path) -> str | None:
     """Return the living process that holds the folder, as "process 12 on host"; None if there is none."""
     path = _path(folder, _latest(folder))
     try:
-        number, _, place = path.read_text(encoding="utf-8").strip().partition(" ")
+        first, *lent = path.read_text(encoding="utf-8").splitlines() or [""]
         age = _read_clock(folder) - path.stat().st_mtime
     except FileNotFoundError:
         return None
-    if age > STALE or (number and place == _describe_place() and not _is_alive(int(number))):
+    number, _, place = first.partition(" ")
+    is_here = number and place == _describe_place()
+    is_lent = is_here and any(_is_alive(int(process)) for process in lent)
+    if not is_lent and (age > STALE or (is_here and not _is_alive(int(number)))):
         return None
     return f"process {number} on {place.split(' ')[0]}"
 
