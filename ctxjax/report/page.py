@@ -66,7 +66,7 @@ def render(files: RunFiles, name: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    results = files.results
+    results = assessment.mark_unknown_floors(files.results, files.run.get("config"))
     losses = {arm: _loss_series(rows) for arm, rows in files.metrics.items()}
     curves = {arm: _dev_series(rows) for arm, rows in files.metrics.items()}
     positions = {arm: finite_list(row.get("view_kl_by_position")) for arm, row in results.items()}
@@ -104,6 +104,7 @@ def render(files: RunFiles, name: str) -> str:
         ),
         bars=_bars(results, plots),
         flips=_flips(results),
+        answers="Responses" if any(assessment.samples(row) > 1 for row in results.values()) else "Questions",
         lengths=_length_panels(files.items, plots),
         views_legend=_legend({"without context": styles["bare"], "with context": styles["context"]}, plots),
         cosines=_cosine_panels(cosines, results, plots),
