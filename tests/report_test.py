@@ -143,6 +143,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def run_in(folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(RESULTS))
+    (folder / "config.json").write_text("{}")
     (folder / "run.json").write_text(
         json.dumps(
             {
@@ -596,6 +597,25 @@ def test_command_line(workdir: pathlib.Path, capsys: pytest.CaptureFixture) -> N
     assert main([f"--workdir={workdir / 'absent'}"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and "results.json" in captured.err
+
+
+def test_a_run_that_was_made_longer_and_has_not_ended_has_no_page(
+    workdir: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its results.json is of its earlier end, and its other files are not."""
+    facts = json.loads((workdir / "run.json").read_text())
+    del facts["seconds"]
+    (workdir / "run.json").write_text(json.dumps(facts))
+    assert main([f"--workdir={workdir}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and not (workdir / "report.html").exists()
+    assert f"{workdir}: the run has not ended, and its results.json is of an earlier end" in captured.err
+    assert "start it again with the same command" in captured.err
+    (workdir / "config.json").unlink()  # an evaluation's folder, which has no times
+    assert main([f"--workdir={workdir}"]) == 0
+    (workdir / "config.json").write_text("{}")
+    (workdir / "run.json").unlink()
+    assert main([f"--workdir={workdir}"]) == 0
 
 
 @pytest.mark.slow

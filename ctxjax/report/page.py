@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from ctxjax.evaluation import metrics as metrics_lib
+from ctxjax.host import workdir as workdir_lib
 from ctxjax.report import assessment, tables
 from ctxjax.report.formatting import finite, finite_list, pair
 from ctxjax.report.run_files import RunFiles, read_run
@@ -36,10 +37,17 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     numbers in them, are missing. The page is written under a temporary name and then renamed, so it is never half
     written.
 
-    Raises FileNotFoundError if results.json is missing, and ValueError if a file cannot be read.
+    Raises FileNotFoundError if results.json is missing, and ValueError if a file cannot be read or if the run was made
+    longer after its end and has not ended again.
     """
     workdir = pathlib.Path(workdir)
-    text = render(read_run(workdir), name=workdir.resolve().name)
+    files = read_run(workdir)
+    if (workdir / "config.json").is_file() and files.run and not workdir_lib.has_ended(files.run):
+        raise ValueError(
+            f"{workdir}: the run has not ended, and its results.json is of an earlier end; start it again with the "
+            "same command, and it writes the page at its end"
+        )
+    text = render(files, name=workdir.resolve().name)
     path = workdir / "report.html"
     handle, temporary = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=workdir)
     try:
