@@ -280,3 +280,12 @@ def test_obedience_by_context_is_that_of_its_context_and_arm(page):
         pairs = [RESULTS[model]["obedience_by_context"][context] for model in MODELS]
         assert row[1:] == [str(pairs[0][1]), *(f"{100 * rate:.1f}" for rate, _ in pairs)]
     assert list(rows) == ["Speak French.", "Shout."]
+
+
+def test_no_two_arms_have_the_same_line_or_the_same_key(monkeypatch):
+    count, drawn = 24, []
+    monkeypatch.setattr(plots, "_svg", lambda figure, label: drawn.append(figure.axes[0]) or "")
+    plots.position_lines({str(arm): [0.1 * arm, 0.2, 0.3] for arm in range(count)}, "")
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in drawn[0].lines]
+    assert len(set(looks)) == count == len({plots.swatch(plots.arm_style(arm)) for arm in range(count)})
+    assert looks[:6] == [(colour, dash, "") for colour, dash in plots.ARM_STYLES]
