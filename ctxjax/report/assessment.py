@@ -179,10 +179,6 @@ def _harm_clause(row: dict, level: str) -> Markup:
         return Markup("")
     spread = interval(row.get("harm_ci")).replace(" ", NO_BREAK)
     figures = Markup("<b>{}</b>{} of its right answers turn wrong").format(_show(harm), f" {spread}" if spread else "")
-    if "harm_floor" in row:
-        floor = _rate(row, "harm_floor")
-        alone = "how much of it is due to sampling is not known"
-        figures += "; " + (alone if floor is None else f"by sampling alone it would be {_show(floor)}")
     change, ends = difference(row, "harm_minus")
     ends = pair(ends)
     # A difference is put in words only if 0 is outside its interval.
@@ -192,6 +188,11 @@ def _harm_clause(row: dict, level: str) -> Markup:
     count = right_without_context(row)
     if count is not None and count < FEW_ANSWERS:
         figures += f", and only {count} question{' is' if count == 1 else 's are'} answered right without it"
+    floor = _rate(row, "harm_floor")
+    if floor is not None:
+        figures += f"; by sampling alone it would be {_show(floor)}"
+    elif "harm_floor" in row and level != "good":
+        figures += "; how much of it is due to sampling is not known"
     claim = {
         "good": "the returning context does no harm",
         "mid": "the returning context does neither clear harm nor clearly none",
