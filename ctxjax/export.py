@@ -95,7 +95,7 @@ def export(
         for path in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
             shutil.copyfile(path, partial / path.name)
         _write_stop_ids(partial, stop_ids)
-        card = model_card(workdir, arm, step, str(source), stored, adapter, weights)
+        card = model_card(workdir, arm, step, name, stored, adapter, weights)
         (partial / "README.md").write_text(card, encoding="utf-8")
         results = workdir / "results.json"
         origin["results"] = hash_file(results) if results.exists() else None

@@ -15,6 +15,7 @@ HEALTHY = {
     "repetition": 0.01, "distill": 0.02, "top1_agreement": 0.95, "dev/parse_x": 1.0, "dev/parse_xc": 0.99,
     "dev/acc_xc": 0.98,
 }  # fmt: skip
+STEP = {key: value for key, value in HEALTHY.items() if not key.startswith("dev/")}
 NAN = float("nan")
 # For each alarm: what is wrong in every row from the fourth on, and what is no reason yet.
 WRONG = {
@@ -32,12 +33,37 @@ WRONG = {
 AT_ONCE = {"not_finite", "parse_rate", "context_use"}
 
 
-def observed(rows: list[dict], quiet: int = 0, **config) -> Alarms:
+def observed(rows: list[dict], **config) -> Alarms:
     alarms = Alarms(AlarmsConfig(**config), "opcd")
     for step, row in enumerate(rows, 1):
-        added = alarms.observe(step, row, quiet=step <= quiet)
+        added = alarms.observe(step, row)
         alarms.stop_if_due(step, row | added)
     return alarms
+
+
+def kept_rows(rows: list[dict], log_every: int = 1, **config) -> list[dict]:
+    """The rows of metrics.jsonl that a run with these steps leaves."""
+    alarms, kept = Alarms(AlarmsConfig(**config), "opcd"), []
+    for step, row in enumerate(rows, 1):
+        row = {"step": step} | row | alarms.observe(step, row)
+        is_due = step % log_every == 0 or any(key.startswith("dev/") for key in row)
+        if is_due or any(key.startswith("alarm/") for key in row):
+            kept.append(row)
+    return kept
+
+
+def replayed(kept: list[dict], **config) -> Alarms:
+    alarms = Alarms(AlarmsConfig(**config), "opcd")
+    for row in kept:
+        alarms.replay(row["step"], row)
+    return alarms
+
+
+def steps_of(name: str) -> list[dict]:
+    """The rows of a run in which an alarm holds from the fourth on: of steps alone, unless it is one of dev."""
+    wrong = WRONG[name][0]
+    healthy = HEALTHY if any(key.startswith("dev/") for key in wrong) else STEP
+    return [healthy] * 3 + [healthy | wrong] * 20
 
 
 def story(changes: dict, bad_rows: int = 20) -> list[dict]:
@@ -109,12 +135,34 @@ def test_rows_in_which_it_holds_are_marked(name):
 
 @pytest.mark.parametrize("name", ALARMS)
 def test_a_run_that_reads_its_rows_again_goes_on_as_one_that_was_not_interrupted(name, capsys):
-    rows = story(WRONG[name][0])
-    whole = observed(rows, stop=())
-    capsys.readouterr()
-    assert observed(rows, stop=(), quiet=len(rows)).record == whole.record
-    assert capsys.readouterr().err == ""
-    assert observed(rows, stop=()).skipped == (20 if name == "not_finite" else 0)
+    """With every log_every, although a run keeps only the rows that were due or in which an alarm held."""
+    rows = steps_of(name)
+    for log_every in (1, 4):
+        whole, kept = observed(rows, stop=()), kept_rows(rows, log_every, stop=())
+        capsys.readouterr()
+        resumed = replayed(kept, stop=())
+        assert resumed.record == whole.record and resumed.held[name] > 0
+        assert capsys.readouterr().err == ""
+        assert resumed.skipped == (20 if name == "not_finite" else 0)
+        if name == "agreement" and log_every > 1:  # its moving average is not known
+            continue
+        marks = [alarms.observe(len(rows) + 1, rows[-1]).get(f"alarm/{name}") for alarms in (whole, resumed)]
+        assert marks == [1.0, 1.0] and resumed.record == whole.record
+        stopping = replayed(kept, stop=(name,))
+        with pytest.raises(StopRun) as stop:
+            stopping.stop_if_due(len(rows) + 1, rows[-1] | stopping.observe(len(rows) + 1, rows[-1]))
+        assert stop.value.alarm == name
+
+
+def test_bad_rows_with_others_between_them_that_were_not_written_are_not_in_a_row():
+    """Every fourth step is truncated and written; the steps between are not."""
+    rows = [STEP | ({"truncated": 0.7} if step % 4 == 0 else {}) for step in range(1, 25)]
+    assert observed(rows).raised == {} and replayed(kept_rows(rows, 4)).raised == {}
+    bad, stops = STEP | WRONG["not_finite"][0], {"patience": 2, "stop": ("not_finite",)}
+    alarms = replayed(kept_rows([bad, STEP, bad, STEP, STEP], 10), **stops)
+    alarms.stop_if_due(6, bad | alarms.observe(6, bad))  # the first in a row
+    with pytest.raises(StopRun):
+        alarms.stop_if_due(7, bad | alarms.observe(7, bad))
 
 
 def test_a_step_is_waited_for_where_it_may_be_the_last():

@@ -289,6 +289,40 @@ def lose_the_teachers_samples(run: Path) -> None:
     (run / "teacher_samples.jsonl").unlink()
 
 
+def change_the_settings(run: Path, change) -> None:
+    """Change the configuration in both of its files: ``change`` gets it."""
+    edit(run / "config.json", change)
+    edit(run / "run.json", lambda facts: change(facts["config"]))
+
+
+def lose_samples_of_a_step(run: Path) -> None:
+    def change(rows):
+        return [row | {"step": 9 if row["step"] == 1 else row["step"]} for row in rows if row["step"] != 3]
+
+    rewrite(run / "teacher_samples.jsonl", change)
+
+
+def lose_the_teachers_samples_of_the_first_steps(run: Path) -> None:
+    change_the_settings(run, lambda config: config["arms"].update({ARM: {"off_policy_steps": 2}}))
+    (run / "teacher_samples.jsonl").unlink()
+
+
+def leave_questions_out(run: Path) -> None:
+    """As an evaluation of an easy part of the split would look."""
+    for folder in (ARM, "base"):
+        rewrite(run / folder / "items.jsonl", lambda rows: [row for row in rows if row["id"] != rows[0]["id"]])
+
+
+def leave_questions_out_that_may_be_dropped(run: Path) -> None:
+    change_the_settings(run, lambda config: config["prompt"].update(overlong="drop"))
+    leave_questions_out(run)
+    rewrite(run / ARM / "items.jsonl", lambda rows: [row for row in rows if row["id"] != rows[0]["id"]])
+
+
+def hide_what_was_lost_while_learning(run: Path) -> None:
+    edit(run / "results.json", lambda results: [results[ARM].pop(key) for key in ("lowest_acc_xc", "context_loss")])
+
+
 def change_what_was_asked(run: Path) -> None:
     def change(rows):
         rows[8]["question"] = "#1:fed"  # in the view context
@@ -413,6 +447,19 @@ TAMPERED = {
         "teacher_samples.jsonl, line 3: digest of the question is",
     ],
     lose_the_teachers_samples: ["teacher_samples.jsonl is missing, and off_policy learns from it"],
+    lose_samples_of_a_step: [
+        "teacher's samples: teacher_samples.jsonl: step 1, 3 is missing, and off_policy learns from it",
+        "teacher's samples: teacher_samples.jsonl: no arm learns from the teacher at step 9",
+    ],
+    lose_the_teachers_samples_of_the_first_steps: ["teacher_samples.jsonl is missing, and off_policy learns from it"],
+    leave_questions_out: [
+        "items of off_policy: off_policy/items.jsonl: questions of test is .*, expected",
+        "items of base: base/items.jsonl: questions of test is .*, expected",
+    ],
+    leave_questions_out_that_may_be_dropped: [
+        "items of off_policy: off_policy/items.jsonl: questions of test is .*, expected"
+    ],
+    hide_what_was_lost_while_learning: ["results: results.json, off_policy: lowest_acc_xc is None, expected 0.0"],
     change_what_was_asked: [
         "items of off_policy: off_policy/items.jsonl, line 9, row .* in the view context: digest of the question",
         "grades of off_policy: off_policy/items.jsonl, line 9, .*: its question is none that may be asked there",
@@ -495,11 +542,21 @@ def test_a_run_that_has_not_ended_passes(copied, capsys):
 
 @pytest.mark.slow
 def test_a_base_that_was_evaluated_again_on_another_mesh_passes(copied):
-    def sum_in_another_order(row: dict) -> None:
-        row["dev/distill"] *= 1 + 4e-7
+    sums = ("distill", "view_kl", "trace_gap", "drift")  # the last two are measured if they are asked for
 
-    edit_line(copied / ARM / "metrics.jsonl", sum_in_another_order, lambda row: "dev/distill" in row)
+    def measure(stored: dict) -> None:
+        stored["metrics"].update(trace_gap=0.5, drift=0.25)
+
+    def sum_in_another_order(row: dict) -> None:
+        base = json.loads((copied / "base" / "dev" / "evaluation.json").read_text())["metrics"]
+        row.update({f"dev/{name}": base[name] * (1 + 4e-7) for name in sums})
+
+    edit(copied / "base" / "dev" / "evaluation.json", measure)
+    for arm in (ARM, FIRST):
+        edit_line(copied / arm / "metrics.jsonl", sum_in_another_order, lambda row: "dev/distill" in row)
     assert find_wrong(copied) == []
+    edit_line(copied / ARM / "metrics.jsonl", lambda row: row.update({"dev/trace_gap": 0.501}))
+    assert ["dev/trace_gap is 0.501" in problem for problem in find_wrong(copied)] == [True]
 
 
 def test_a_path_that_is_no_run_ends_with_one_line(tmp_path, capsys):

@@ -309,6 +309,33 @@ def test_the_card_says_what_was_trained_and_what_came_of_it(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_card_of_an_arm_on_the_teachers_responses_does_not_call_it_on_policy(trained, tmp_path):
+    run = shutil.copytree(trained("full").workdir, tmp_path / "run")
+    (run / "opcd").rename(run / "off_policy")
+    edit(run / "config.json", run_arms=["off_policy"])
+    export.export(run, tmp_path / "out", arm="off_policy")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained by off-policy context distillation, on its teacher's responses (ctxjax)" in card
+    assert "on-policy context" not in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_card_names_a_model_of_the_hub_and_not_its_copy_here(adapter, trained, tmp_path, monkeypatch):
+    run, cached = trained("lora"), tmp_path / "cache" / "snapshots" / "0a1b2c"
+    workdir_copy = shutil.copytree(run.workdir, tmp_path / "run")
+    shutil.copytree(run.source, cached)
+    fields = json.loads((workdir_copy / "config.json").read_text())
+    edit(workdir_copy / "config.json", model=fields["model"] | {"path": "org/name"})
+    monkeypatch.setattr(export, "find_folder", lambda name: {"org/name": cached}[name])
+    export.export(workdir_copy, tmp_path / "out", adapter=adapter)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# name, opcd, step 3" in card and "`org/name`, trained by on-policy context distillation (ctxjax)" in card
+    assert ('AutoModelForCausalLM.from_pretrained("org/name")' in card) == adapter
+    assert str(cached) not in card and cached.name not in card
+
+
+@pytest.mark.slow
 def test_files_are_as_readable_as_any(trained, tmp_path):
     export.export(trained("full").workdir, tmp_path / "out")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}

@@ -1,14 +1,18 @@
 """The notebooks, executed as they are, the quickstart on a base so small that nothing is learnt."""
 
+import json
 import os
 from pathlib import Path
 import re
 import sys
 
+import matplotlib
+from matplotlib import pyplot
 import nbclient
 import nbformat
 import pytest
 
+matplotlib.use("agg")
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATH = FOLDER / "quickstart_tpu.ipynb"
 # Behind the notebook's own settings. The Hub is not asked, so the way without a network is taken.
@@ -85,6 +89,19 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     curves.insert(place + 1, nbformat.v4.new_code_cell(f"RUN = Path({str(tmp_path / 'run' / 'run')!r})"))
     printed = execute(curves)
     assert "opcd_anchored    Acc_x" in printed and "questions are harmed in opcd_anchored" in printed
+
+
+def test_the_line_of_the_curves_is_the_teachers_accuracy(tmp_path):
+    (tmp_path / "opcd").mkdir()
+    (tmp_path / "opcd" / "metrics.jsonl").write_text('{"step": 0, "dev/acc_x": 0.1, "dev/acc_xc": 0.3}\n')
+    cells = nbformat.read(FOLDER / "removability_curves.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if "axhline" in cell.source)
+    results = {"base": {"acc_xc": 0.3}, "opcd": {}}
+    for target, more in ((30.0, {}), (90.0, {"teacher": {"acc_xc": 0.9}})):
+        found = {"RUN": tmp_path, "json": json, "plt": pyplot, "arms": ["opcd"], "results": results | more}
+        exec(source, found)
+        assert list(found["axes"].lines[-1].get_ydata()) == [target, target]
+        pyplot.close(found["figure"])
 
 
 @pytest.mark.slow

@@ -170,7 +170,8 @@ def test_every_cell_of_the_tables_is_the_number_of_its_model_and_column(page):
 def test_the_console_and_the_model_card_print_the_same_cells(page, tmp_path):
     """The card has the base and its own arm, and says that it is of another step."""
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    config = {"loss": {"divergence": "jsd", "beta": 0.0, "mu": 0.0}, "arms": {"opcd_anchored": {"beta": 0.5}}}
+    loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
+    config = {"loss": loss, "arms": {"opcd_anchored": {"beta": 0.5}}}
     card = model_card(tmp_path, "opcd_anchored", 20, "/models/base", config, False, "float32")
     assert "# base, opcd_anchored, step 20" in card and "(jsd) + 0.5 L_anchor + 0 L_retain" in card
     assert "**The row of opcd_anchored is of step 30, not of the exported step 20.**" in card
@@ -184,6 +185,22 @@ def test_the_console_and_the_model_card_print_the_same_cells(page, tmp_path):
         for name, cell in zip(header[1:], rows[model][1:], strict=True):
             expected = expected_cell(name.removesuffix(" [95 % CI]"), RESULTS[model])
             assert cell == (expected if name.startswith("Harm") else expected.split(" [")[0]), (model, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "by on-policy context distillation (ctxjax)"),
+        ({"on_policy_fraction": 0.0}, "by off-policy context distillation, on its teacher's responses (ctxjax)"),
+        ({"off_policy_steps": 20}, "by off-policy context distillation, on its teacher's responses (ctxjax)"),
+        ({"off_policy_steps": 19}, "by context distillation, on its own responses and its teacher's (ctxjax)"),
+        ({"on_policy_fraction": 0.5}, "by context distillation, on its own responses and its teacher's (ctxjax)"),
+    ],
+)
+def test_the_model_card_says_whose_responses_the_arm_learned_from(changes, words, tmp_path):
+    loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
+    config = {"loss": loss, "arms": {"arm": changes}}
+    assert words in model_card(tmp_path, "arm", 20, "org/name", config, False, "float32")
 
 
 def test_flips_of_every_model_stand_in_their_cells(page):
@@ -280,3 +297,12 @@ def test_obedience_by_context_is_that_of_its_context_and_arm(page):
         pairs = [RESULTS[model]["obedience_by_context"][context] for model in MODELS]
         assert row[1:] == [str(pairs[0][1]), *(f"{100 * rate:.1f}" for rate, _ in pairs)]
     assert list(rows) == ["Speak French.", "Shout."]
+
+
+def test_no_two_arms_have_the_same_line_or_the_same_key(monkeypatch):
+    count, drawn = 24, []
+    monkeypatch.setattr(plots, "_svg", lambda figure, label: drawn.append(figure.axes[0]) or "")
+    plots.position_lines({str(arm): [0.1 * arm, 0.2, 0.3] for arm in range(count)}, "")
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in drawn[0].lines]
+    assert len(set(looks)) == count == len({plots.swatch(plots.arm_style(arm)) for arm in range(count)})
+    assert looks[:6] == [(colour, dash, "") for colour, dash in plots.ARM_STYLES]

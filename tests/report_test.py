@@ -4,16 +4,19 @@ import html
 import html.parser
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from ctxjax.evaluation import metrics
 from ctxjax.evaluation.metrics import Metric
+from ctxjax.evaluation.outcomes import Outcomes
 from ctxjax.report import results_table, write_report
 from ctxjax.report.__main__ import main
-from ctxjax.report.assessment import glance, levels, share_closed, verdict
+from ctxjax.report.assessment import glance, levels, right_without_context, share_closed, verdict
 from ctxjax.report.formatting import UNITS, mean_over_layers
 from ctxjax.report.samples import sample_responses
 from ctxjax.report.tables import alarm_rows, check_table, columns, glossary, obedience_table, result_rows
@@ -140,6 +143,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def run_in(folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(RESULTS))
+    (folder / "config.json").write_text("{}")
     (folder / "run.json").write_text(
         json.dumps(
             {
@@ -441,6 +445,108 @@ def test_harm_is_judged_by_the_side_of_one_limit_on_which_its_whole_interval_is(
     assert levels({"harm": sum(ends) / 2, "harm_ci": list(ends)}, RESULTS["base"])["harm"] == level
 
 
+def sampled_row(chances: np.ndarray, chances_with_context: np.ndarray, samples: int, seed: int = 0) -> dict:
+    """The metrics of questions with these chances [n] of a right answer in the two views."""
+    random, nothing = np.random.default_rng(seed), np.zeros(samples * len(chances), bool)
+    views = [
+        Outcomes(random.random(nothing.size) < np.repeat(p, samples), ~nothing, nothing, 1 + nothing, samples=samples)
+        for p in (chances, chances_with_context)
+    ]
+    return metrics.compute_metrics(dict(zip(("bare", "context"), views)), 200)
+
+
+def test_what_sampling_alone_changes_is_no_harm() -> None:
+    chances = np.tile([0.2, 0.5, 0.8, 1.0], 200)
+    equal = sampled_row(chances, chances, samples=8)
+    assert equal["harm"] > 0.15 and levels(equal, None)["harm"] == "good"
+    few = sampled_row(chances[:40], chances[:40], samples=8)
+    assert few["harm"] > 0.15 and levels(few, None)["harm"] == "mid"
+    text = verdict({"base": RESULTS["base"], "opcd": equal}).replace("\u00a0", " ")
+    assert "harms it" not in text and f"; by sampling alone it would be {100 * equal['harm_floor']:.1f} %" in text
+    harmed = sampled_row(chances, 0.7 * chances, samples=8)
+    assert levels(harmed, None)["harm"] == "bad"
+    sure = sampled_row(np.ones(100), np.arange(100) >= 30, samples=8)
+    assert levels(sure, None)["harm"] == "bad"
+    assert levels(sampled_row(np.ones(100), np.zeros(100), samples=8), None)["harm"] == "bad"  # no bootstrap interval
+
+
+@pytest.mark.parametrize(("questions", "level"), [(20, "mid"), (400, "good")])
+def test_few_questions_without_harm_are_not_called_safe_when_sampled_either(questions: int, level: str) -> None:
+    """The bootstrap's interval of excess harm is narrow if one response of all is wrong."""
+    row = sampled_row(np.ones(questions), np.ones(questions), samples=8)
+    assert row["excess_harm_ci"] is None and levels(row, None)["harm"] == level
+    row |= {"excess_harm": 0.003, "excess_harm_ci": [0.0, 0.01]}
+    assert levels(row, None)["harm"] == level
+
+
+def test_responses_sampled_once_say_nothing_of_their_floor_and_so_of_no_harm(workdir: pathlib.Path) -> None:
+    harmed, unharmed = metrics_of(1.0, 0.75, 0.25, 1.0), metrics_of(1.0, 1.0, 0.0, 1.0)
+    results = {"base": RESULTS["base"], "opcd": harmed, "opcd_retained": unharmed}
+    (workdir / "results.json").write_text(json.dumps(results))
+
+    def page_of(temperature: float) -> str:
+        facts = json.loads((workdir / "run.json").read_text())
+        facts["config"]["eval"] = {"temperature": temperature}
+        (workdir / "run.json").write_text(json.dumps(facts))
+        return parse(write_report(workdir)).text
+
+    assert "The returning context harms it (25.0" in page_of(0.0)
+    text = page_of(1.0)
+    assert "harms it" not in text and "how much of it is due to sampling is not known" in text
+    assert "Only opcd_retained is shown to be at once internalized" in text
+    results["opcd"] |= {"samples": 8, "harm_floor": 0.1, "excess_harm": 0.15, "excess_harm_ci": [0.13, 0.17]}
+    (workdir / "results.json").write_text(json.dumps(results))
+    assert "harms it" in page_of(1.0)
+
+
+def test_an_arm_that_only_lacks_a_proof_is_not_called_harmed() -> None:
+    unproven = metrics_of(1.0, 1.0, 0.0, 1.0, harm_ci=[0.0, 0.06])
+    safe, harmed = metrics_of(1.0, 1.0, 0.0, 1.0), metrics_of(1.0, 0.75, 0.25, 1.0)
+    deaf = metrics_of(1.0, 1.0, 0.0, 0.02, harm_ci=[0.0, 0.06])
+    unmeasured = {key: value for key, value in safe.items() if key != "obedience"}
+
+    def said(**arms: dict) -> str:
+        text = verdict({"base": RESULTS["base"], **arms}).striptags()
+        return text.removesuffix(" Intervals cover the questions of this run, not other seeds.").rpartition(". ")[2]
+
+    whole = "at once internalized, unharmed and still obedient."
+    assert said(a=unproven) == f"No arm is shown to be {whole}"
+    assert said(a=harmed, b=unproven) == f"No arm is shown to be {whole}"
+    assert said(a=harmed, b=deaf) == f"No arm is {whole}"
+    assert said(a=safe, b=harmed, c=deaf) == f"Only a is {whole}"
+    assert said(a=safe, b=unproven) == f"Only a is shown to be {whole}"
+    assert said(a=safe, b=unmeasured) == f"Only a is shown to be {whole}"
+    assert said(a=safe, b=safe, c=unproven) == f"a and b are {whole}"
+
+
+def test_a_harm_that_is_not_decided_has_a_word_of_its_own(workdir: pathlib.Path) -> None:
+    unproven = metrics_of(0.8, 0.8, 0.0, 0.7, harm_ci=[0.0, 0.06], lowest_acc_xc=0.9, context_loss=0.1)
+    (workdir / "results.json").write_text(json.dumps({"base": RESULTS["base"], "a": unproven}))
+    text = re.sub(r"\s+", " ", parse(write_report(workdir)).text)
+    assert "a◐ in part◐ not sure◐ in part◐ in part" in text.replace(" ◐", "◐")
+
+
+def test_a_base_that_obeyed_no_other_context_is_told_from_one_that_was_not_measured() -> None:
+    arm = metrics_of(1.0, 1.0, 0.0, 0.0)
+    text = verdict({"base": metrics_of(0.0, 1.0, None, 0.0), "a": arm}).striptags().replace("\u00a0", " ")
+    assert "the base did not obey other contexts, so there was nothing to keep (0.0 %, base 0.0 %)" in text
+    assert "is not" not in text.replace("is not shown", "")
+    base = metrics_of(0.0, 1.0, None, 0.0)
+    del base["obedience"]
+    assert "is known, the base's is not (0.0 %)" in verdict({"base": base, "a": arm}).striptags().replace("\u00a0", " ")
+
+
+def test_samples_of_a_question_are_responses_and_not_questions(workdir: pathlib.Path) -> None:
+    few = sampled_row(np.ones(20), np.ones(20), samples=8)
+    assert right_without_context(few) == 20
+    results = {"base": RESULTS["base"], "opcd": few}
+    assert "only 20 questions are answered right without it" in verdict(results).replace("\u00a0", " ")
+    (workdir / "results.json").write_text(json.dumps(results))
+    assert "Responses by whether they are right without and with the context" in parse(write_report(workdir)).text
+    (workdir / "results.json").write_text(json.dumps(RESULTS))
+    assert "Questions by whether they are right without and with" in parse(write_report(workdir)).text
+
+
 def test_obedience_by_context_lists_first_what_trained_arms_obey_least(workdir: pathlib.Path) -> None:
     long = f"{ATTACK} " + "very " * 100
     by_arm = {"base": (0.1, 1.0, 1.0), "opcd": (0.9, 0.25, 0.5), "opcd_retained": (0.9, 0.35, 0.0)}
@@ -491,6 +597,25 @@ def test_command_line(workdir: pathlib.Path, capsys: pytest.CaptureFixture) -> N
     assert main([f"--workdir={workdir / 'absent'}"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and "results.json" in captured.err
+
+
+def test_a_run_that_was_made_longer_and_has_not_ended_has_no_page(
+    workdir: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its results.json is of its earlier end, and its other files are not."""
+    facts = json.loads((workdir / "run.json").read_text())
+    del facts["seconds"]
+    (workdir / "run.json").write_text(json.dumps(facts))
+    assert main([f"--workdir={workdir}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and not (workdir / "report.html").exists()
+    assert f"{workdir}: the run has not ended, and its results.json is of an earlier end" in captured.err
+    assert "start it again with the same command" in captured.err
+    (workdir / "config.json").unlink()  # an evaluation's folder, which has no times
+    assert main([f"--workdir={workdir}"]) == 0
+    (workdir / "config.json").write_text("{}")
+    (workdir / "run.json").unlink()
+    assert main([f"--workdir={workdir}"]) == 0
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 import functools
 
+import jax
 import numpy as np
 
 from ctxjax.audit.check import Check, list_numbers
@@ -14,6 +15,8 @@ from ctxjax.data.digests import digest_question, digest_tokens
 from ctxjax.data.pipeline import draw_other, shuffle_questions
 from ctxjax.data.splits import SPLITS
 from ctxjax.data.task import read_row
+from ctxjax.distill.losses import LossConfig
+from ctxjax.distill.train_step import off_policy_steps
 from ctxjax.host.checksum import compute_digest
 from ctxjax.inputs.data_record import FILE as DATA_FILE, ROWS_FILE, DataRecord
 from ctxjax.inputs.teacher_samples import FILE as SAMPLES_FILE
@@ -189,19 +192,33 @@ class _Expected:
         return [digest_tokens(ids) for ids in prompts_lib.encode(tokenizer, rows, config)]
 
 
+def _find_off_policy_steps(config: dict, arm: str) -> set[int]:
+    """Return the steps of an arm, from 1, that learn from the teacher's samples."""
+    loss = config["loss"] | config["arms"][arm]
+    draw = LossConfig(on_policy_fraction=loss["on_policy_fraction"], off_policy_steps=loss["off_policy_steps"])
+    given = off_policy_steps(draw, jax.random.key(config["seed"]), config["train"]["steps"])
+    return {int(step) + 1 for step in np.flatnonzero(given)}
+
+
 def check_teacher_samples(folder: Folder, check: Check) -> None:
     """The teacher answered the questions of the steps that learn from its answers, and these are training rows."""
     config = folder.config
-    losses = {arm: config["loss"] | config["arms"][arm] for arm in folder.arms}
-    off_policy = [arm for arm, loss in losses.items() if loss["on_policy_fraction"] < 1 or loss["off_policy_steps"] > 0]
+    wanted = {arm: _find_off_policy_steps(config, arm) for arm in folder.arms}
+    learners = ", ".join(arm for arm, steps in wanted.items() if steps)
     if not folder.has(SAMPLES_FILE):
-        if off_policy and folder.is_finished and any(loss["on_policy_fraction"] == 0 for loss in losses.values()):
-            check.wrong.append(f"{SAMPLES_FILE} is missing, and {', '.join(off_policy)} learns from it")
+        if learners and folder.is_finished:
+            check.wrong.append(f"{SAMPLES_FILE} is missing, and {learners} learns from it")
         return
     lines = folder.rows(SAMPLES_FILE)
     by_step: dict[int, list[dict]] = {}
     for line in lines:
         by_step.setdefault(line["step"], []).append(line)
+    steps = set().union(*wanted.values())
+    missing, further = steps - by_step.keys(), by_step.keys() - steps
+    if folder.is_finished and missing:
+        check.wrong.append(f"{SAMPLES_FILE}: step {list_numbers(missing)} is missing, and {learners} learns from it")
+    if further:
+        check.wrong.append(f"{SAMPLES_FILE}: no arm learns from the teacher at step {list_numbers(further)}")
     for step, own in by_step.items():
         check.expect(f"{SAMPLES_FILE}, step {step}: responses", len(own), config["train"]["batch_size"])
     check.seen.append(f"{len(lines)} responses for {len(by_step)} steps")

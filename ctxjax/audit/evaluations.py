@@ -38,8 +38,21 @@ def check_items(folder: Folder, one: Evaluated, check: Check) -> None:
     if "record" not in folder.run:
         check.unchecked.append("older versions did not write down the splits and contexts")
     else:
+        _check_asked(folder, one, ids, check)
         _check_views(folder, one, items, check)
     _check_prompts(folder, name, items, check)
+
+
+def _check_asked(folder: Folder, one: Evaluated, ids: list[str], check: Check) -> None:
+    """No question of the split was left out, except those that are too long for every model of the run."""
+    rows, _ = folder.data
+    expected = [row["id"] for row in rows if row["split"] == one.split]
+    if folder.config["prompt"]["overlong"] != "error":
+        if not folder.trains or one.name in ("base", "teacher"):
+            check.unchecked.append("whether all other questions are too long (prompt.overlong is not error)")
+            return
+        expected = list(dict.fromkeys(item["id"] for item in folder.rows("base/items.jsonl")))
+    check.expect(f"{one.folder}/items.jsonl: questions of {one.split}", ids, expected)
 
 
 def _group(items: list[dict]) -> dict[str, list[dict]]:
@@ -259,13 +272,14 @@ def _check_selected(folder: Folder, check: Check, where: str, arm: str, row: dic
 
 
 def _check_learning(folder: Folder, check: Check, where: str, row: dict, metrics: list[dict]) -> None:
-    """The lowest accuracy with the context while the arm was trained, if the run reports it."""
-    if row.get("lowest_acc_xc") is None:
-        return
-    lowest = min(line["dev/acc_xc"] for line in metrics if line["step"] and "dev/acc_xc" in line)
-    base = folder.json("base/dev/evaluation.json")["metrics"]["acc_xc"]
-    check.expect(f"{where}: lowest_acc_xc", row["lowest_acc_xc"], lowest)
-    check.expect(f"{where}: context_loss", row["context_loss"], max(base - lowest, 0.0))
+    """The lowest accuracy with the context while the arm was trained, if it was evaluated."""
+    found = [line["dev/acc_xc"] for line in metrics if line["step"] and "dev/acc_xc" in line]
+    lowest, lost = None, None
+    if found:
+        lowest = min(found)
+        lost = max(folder.json("base/dev/evaluation.json")["metrics"]["acc_xc"] - lowest, 0.0)
+    check.expect(f"{where}: lowest_acc_xc", row.get("lowest_acc_xc"), lowest)
+    check.expect(f"{where}: context_loss", row.get("context_loss"), lost)
 
 
 def list_checks(folder: Folder):

@@ -15,6 +15,7 @@ from ctxjax.config_sections import Experiment
 from ctxjax.data.splits import SPLITS
 from ctxjax.data.task import Task
 from ctxjax.data.tasks import TASKS
+from ctxjax.host import workdir as workdir_lib
 from ctxjax.host.checksum import compute_digest
 from ctxjax.host.hub import find_folder
 from ctxjax.inputs.data_record import FILE as DATA_FILE
@@ -77,8 +78,8 @@ class Folder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end: only then does run.json have its times."""
-        return "seconds" in self.run or not self.trains
+        """Whether the run came to its end; an evaluation's folder is written at its end."""
+        return not self.trains or workdir_lib.has_ended(self.run)
 
     @property
     def is_recorded(self) -> bool:

@@ -112,6 +112,12 @@ def read_stop_ids(workdir: Path) -> list[int]:
         ) from None
 
 
+def has_ended(manifest: dict) -> bool:
+    """Whether a run with this content of run.json came to its end: only then are its times in it. A run that was made
+    longer has results of its earlier end until then."""
+    return "seconds" in manifest
+
+
 def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
     """Create the workdir and write config.json and run.json. Return the manifest, the content of run.json.
 

@@ -2,9 +2,11 @@
 
 An alarm holds in a row if its metric is beyond its threshold. It is warned of once, and marked as ``alarm/NAME`` in
 every row of metrics.jsonl in which it holds. results.json and the report list it with the step at which it was raised,
-its message, and the number of rows in which it held. It ends the run if ``config.alarms.stop`` names it. All of this is
-a function of the rows alone, so a run that is resumed, and reads its own rows again, raises the same alarms. With
-``train.log_every`` above 1 it reads only those that were written, and what held in between is forgotten.
+its message, and the number of rows in which it held. It ends the run if ``config.alarms.stop`` names it.
+
+A run that is resumed reads its own rows again, and takes the alarms that are marked in them. With ``train.log_every``
+above 1 these are the rows that were due or have an alarm. What the other rows would add is forgotten: to the moving
+average of the agreement, and to the rows in which an alarm held before it was raised.
 
 The agreement of student and teacher is that of their most likely tokens, which the losses compute anyway. The overlap
 of their top k would need a sort along the sharded vocabulary at every token.
@@ -74,31 +76,56 @@ class Alarms:
     def __init__(self, config: AlarmsConfig, arm: str):
         self._config, self._arm = config, arm
         self._falls, self._in_a_row = _Falls(), Counter()
+        self._last: Counter[str] = Counter()  # alarm -> step of the last row that had its metric
         self.raised: dict[str, int] = {}
         self.messages: dict[str, str] = {}
         self.held: Counter[str] = Counter()
         self.skipped = 0
 
-    def observe(self, step: int, row: dict[str, float], quiet: bool = False) -> dict[str, float]:
-        """Return the metrics that the alarms add to a row. ``quiet``: do not warn, an earlier process has."""
+    def observe(self, step: int, row: dict[str, float]) -> dict[str, float]:
+        """Return the metrics that the alarms add to a row. Warn of alarms that are raised."""
         added = self._falls.update(row)
         row = row | added
+        for name in self._find_beyond(step, row):
+            if ALARMS[name].at_once or self._in_a_row[name] >= self._config.patience:
+                added[f"alarm/{name}"] = 1.0
+                if name not in self.raised:
+                    print(f"warning: {self._describe(name, step, row)}", file=sys.stderr, flush=True)
+                self._note(name, step, row)
+        return added
+
+    def replay(self, step: int, row: dict[str, float]) -> None:
+        """Take a row into account that an earlier process observed and wrote: the alarms are those marked in it."""
+        row = self._falls.update(row) | row
+        for name in self._find_beyond(step, row):
+            if f"alarm/{name}" in row:
+                least = 1 if ALARMS[name].at_once else self._config.patience
+                self._in_a_row[name] = max(self._in_a_row[name], least)
+                self._note(name, step, row)
+
+    def _find_beyond(self, step: int, row: dict[str, float]) -> list[str]:
+        """Return the alarms whose metric is beyond its threshold, and count in how many rows in a row it is."""
         self.skipped += int(row.get("skipped", 0))
+        found = []
         for name, alarm in ALARMS.items():
             threshold = alarm.fixed if alarm.fixed is not None else getattr(self._config, name)
             off = alarm.fixed is None and not threshold
             if off or alarm.metric not in row:
                 continue
+            # A step between that was not written had no alarm. Rows of dev are all written.
+            is_next = alarm.metric.startswith("dev/") or step <= self._last[name] + 1
+            before = self._in_a_row[name] if is_next else 0
+            self._last[name] = step
             holds = alarm.beyond(row[alarm.metric], threshold)
-            self._in_a_row[name] = self._in_a_row[name] + 1 if holds else 0
-            if holds and (alarm.at_once or self._in_a_row[name] >= self._config.patience):
-                added[f"alarm/{name}"] = 1.0
-                self.held[name] += 1
-                if name not in self.raised:
-                    self.raised[name], self.messages[name] = step, alarm.message.format(**row)
-                    if not quiet:
-                        print(f"warning: {self._describe(name, step, row)}", file=sys.stderr, flush=True)
-        return added
+            self._in_a_row[name] = before + 1 if holds else 0
+            if holds:
+                found.append(name)
+        return found
+
+    def _note(self, name: str, step: int, row: dict[str, float]) -> None:
+        self.held[name] += 1
+        if name not in self.raised:
+            self.raised[name], self.messages[name] = step, ALARMS[name].message.format(**row)
 
     def stop_if_due(self, step: int, row: dict[str, float]) -> None:
         """Raise StopRun if an alarm of ``alarms.stop`` has held for ``alarms.patience`` observed rows in a row."""

@@ -23,8 +23,8 @@ class Writer:
 
     ``from_step``: the step of the checkpoint from which the run resumes, 0 for a new run. Rows of later steps and
     unfinished lines are dropped; the other rows are ``kept``, and the event file is rewritten from them. ``alarms``
-    observe every row, kept ones too. ``trackers`` get every new row. Methods that write raise StopRun if an alarm ends
-    the run.
+    observe every new row and replay the kept ones. ``trackers`` get every new row. Methods that write raise StopRun if
+    an alarm ends the run.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Writer:
         for row in self.kept:
             if is_first:
                 self._events.add(row)
-            alarms.observe(row["step"], row, quiet=True)
+            alarms.replay(row["step"], row)
         self._alarms, self._trackers = alarms, trackers
         self._name, self._steps, self._from_step, self._bar = name, steps, from_step, None
         self._log_every, self._pending, self._since = log_every, None, time.monotonic()

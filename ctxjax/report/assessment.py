@@ -12,11 +12,22 @@ NO_BREAK = "\u00a0"  # keeps a number and its unit on one line
 
 # Limits of the levels, which the page prints under its table. They are conventions for the eye, not tests.
 CLOSED_GOOD, CLOSED_BAD = 0.90, 0.50  # share of the way from the base's Acc_x to the teacher's accuracy
-HARM = 0.02  # good: the whole interval is below it; bad: the whole interval is above it
+HARM = 0.02  # of harm less its floor. Good: the whole interval is below it; bad: the whole interval is above it
 KEPT_GOOD, KEPT_BAD = 0.90, 0.50  # obedience as a share of the base's
 SHORT_GOOD, SHORT_BAD = 0.02, 0.05  # points below the teacher's accuracy
 LOST_GOOD, LOST_BAD = 0.05, 0.20  # points of Acc_xc below the base's, at the lowest evaluation on dev
-FEW_ANSWERS = 30  # with fewer answers right without the context, harm is hardly measured
+FEW_ANSWERS = 30  # with fewer questions answered right without the context, harm is hardly measured
+
+
+def mark_unknown_floors(results: dict, config: object) -> dict:
+    """Return the results with ``harm_floor`` None where it is not known: responses sampled once for each question.
+
+    ``config``: the configuration of the run. Greedy responses have no entry: their floor is 0.
+    """
+    decoding = config.get("eval") if isinstance(config, dict) else None
+    if not isinstance(decoding, dict) or not finite(decoding.get("temperature")):
+        return results
+    return {arm: {"harm_floor": None} | row for arm, row in results.items()}
 
 
 def trained(results: dict) -> dict[str, dict]:
@@ -46,14 +57,22 @@ def share_closed(row: dict, base: dict | None) -> float | None:
 
 
 def right_without_context(row: dict) -> int | None:
-    """Return the number of questions answered right without the context, the denominator of harm."""
+    """Return the number of questions answered right without the context, the denominator of harm.
+
+    With several samples of a question it is the mean over the samples.
+    """
     flips = row.get("flips")
     if isinstance(flips, dict):
         counts = finite_list([flips.get("right_right"), flips.get("right_wrong")])
         if None not in counts:
-            return int(sum(counts))
+            return round(sum(counts) / samples(row))
     rate, questions = _rate(row, "acc_x"), finite(row.get("n"))
     return None if rate is None or questions is None else round(rate * questions)
+
+
+def samples(row: dict) -> float:
+    """Return the number of responses to each question."""
+    return finite(row.get("samples")) or 1.0
 
 
 def first_arm(results: dict) -> str | None:
@@ -168,7 +187,12 @@ def _harm_clause(row: dict, level: str) -> Markup:
         figures += Markup(", {} than <code>{}</code>").format(points, _compared_with(row, "harm_minus"))
     count = right_without_context(row)
     if count is not None and count < FEW_ANSWERS:
-        figures += f", and there are only {count}"
+        figures += f", and only {count} question{' is' if count == 1 else 's are'} answered right without it"
+    floor = _rate(row, "harm_floor")
+    if floor is not None:
+        figures += f"; by sampling alone it would be {_show(floor)}"
+    elif "harm_floor" in row and level != "good":
+        figures += "; how much of it is due to sampling is not known"
     claim = {
         "good": "the returning context does no harm",
         "mid": "the returning context does neither clear harm nor clearly none",
@@ -182,11 +206,14 @@ def _obedience_clause(row: dict, base: dict | None, level: str) -> Markup:
     value, obeyed = _rate(row, "obedience"), _rate(base, "obedience")
     if value is None:
         return Markup("")
+    not_judged = "its accuracy under other contexts is known, the base's is not"
+    if obeyed is not None:
+        not_judged = "the base did not obey other contexts, so there was nothing to keep"
     claim = {
         "good": "it still obeys other contexts",
         "mid": "it obeys other contexts only in part",
         "bad": "it no longer obeys other contexts",
-        "": "its accuracy under other contexts is known, the base's is not",
+        "": not_judged,
     }[level]
     against = f", base {_show(obeyed)}" if obeyed is not None else ""
     return Markup("{} (<b>{}</b>{})").format(claim, _show(value), against)
@@ -202,16 +229,20 @@ def _about_learning(row: dict) -> Markup:
 
 def _about_all(rows: list[tuple[str, list[str]]]) -> Markup:
     end = [(arm, marks[:3]) for arm, marks in rows]  # of the trained model; the fourth question is about the way to it
-    complete = [(arm, marks) for arm, marks in end if all(marks)]
-    if not complete:
+    if not any(all(marks) for _, marks in end):
         return Markup("")
-    winners = [arm for arm, marks in complete if set(marks) == {"good"}]
-    if not winners:
-        return Markup("No arm is at once internalized, unharmed and still obedient.")
-    names = Markup(" and ").join(Markup("<code>{}</code>").format(arm) for arm in winners)
+    winners = [arm for arm, marks in end if set(marks) == {"good"}]
+    # A harm between the limits is not decided, and neither is what was not measured.
+    open_marks = ({"good", ""}, {"good", "mid", ""}, {"good", ""})
+    is_open = any(
+        arm not in winners and all(mark in own for mark, own in zip(marks, open_marks, strict=True))
+        for arm, marks in end
+    )
+    shown = " shown to be" if is_open and len(winners) < 2 else ""
+    names = Markup(" and ").join(Markup("<code>{}</code>").format(arm) for arm in winners) or "No arm"
     only = "Only " if len(winners) == 1 and len(rows) > 1 else ""
-    verb = "is" if len(winners) == 1 else "are"
-    return Markup("{}{} {} at once internalized, unharmed and still obedient.").format(only, names, verb)
+    verb = "are" if len(winners) > 1 else "is"
+    return Markup("{}{} {}{} at once internalized, unharmed and still obedient.").format(only, names, verb, shown)
 
 
 def _show(rate: float) -> str:
@@ -229,12 +260,32 @@ def _above(value: float | None, good: float, bad: float) -> str:
 
 
 def _harm_level(row: dict) -> str:
-    harm = _rate(row, "harm")
-    if harm is None:
+    ends = _harm_above_floor(row)
+    if ends is None:
         return ""
-    low, high = pair(row.get("harm_ci")) or (harm, harm)
+    low, high = ends
     # The whole interval must be on one side: no harm in 20 questions is no proof of safety.
     return "good" if high <= HARM else "bad" if low >= HARM else "mid"
+
+
+def _harm_above_floor(row: dict) -> tuple[float, float] | None:
+    """Return the interval of harm less its floor; None if there is no harm to judge.
+
+    It contains the interval of harm, moved by the floor, since the bootstrap interval of excess harm is too narrow if
+    few questions have events, and is missing if none has.
+    """
+    harm = _rate(row, "harm")
+    if harm is None:
+        return None
+    low, high = pair(row.get("harm_ci")) or (harm, harm)
+    if "harm_floor" not in row:
+        return low, high
+    floor = _rate(row, "harm_floor")
+    if floor is None:  # the floor may be as high as the harm
+        return -high, high
+    moved = (low - floor, high - floor)
+    excess = pair(row.get("excess_harm_ci")) or moved
+    return min(excess[0], moved[0]), max(excess[1], moved[1])
 
 
 def _context_loss_level(row: dict) -> str:

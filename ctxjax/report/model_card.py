@@ -38,7 +38,7 @@ def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adap
         "---",
         f"# {Path(base).name}, {arm}, step {step}",
         "",
-        f"{'A low-rank adapter for ' if adapter else ''}`{base}`, trained by on-policy context distillation "
+        f"{'A low-rank adapter for ' if adapter else ''}`{base}`, trained by {_describe_training(loss, step)} "
         "(ctxjax): without a context in its prompt it is to answer as its base answers with it. The loss is "
         f"L_distill ({loss['divergence']}) + {loss['beta']:g} L_anchor + {loss['mu']:g} L_retain.",
         "",
@@ -59,6 +59,15 @@ def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adap
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _describe_training(loss: dict, step: int) -> str:
+    """Say whose responses ``step`` steps with this ``config.loss`` have learned from."""
+    if loss["on_policy_fraction"] == 0 or loss["off_policy_steps"] >= step:
+        return "off-policy context distillation, on its teacher's responses"
+    if loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0:
+        return "on-policy context distillation"
+    return "context distillation, on its own responses and its teacher's"
 
 
 def _results(workdir: Path, arm: str, step: int) -> str:

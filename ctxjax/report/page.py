@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from ctxjax.evaluation import metrics as metrics_lib
+from ctxjax.host import workdir as workdir_lib
 from ctxjax.report import assessment, tables
 from ctxjax.report.formatting import finite, finite_list, pair
 from ctxjax.report.run_files import RunFiles, read_run
@@ -36,10 +37,17 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     numbers in them, are missing. The page is written under a temporary name and then renamed, so it is never half
     written.
 
-    Raises FileNotFoundError if results.json is missing, and ValueError if a file cannot be read.
+    Raises FileNotFoundError if results.json is missing, and ValueError if a file cannot be read or if the run was made
+    longer after its end and has not ended again.
     """
     workdir = pathlib.Path(workdir)
-    text = render(read_run(workdir), name=workdir.resolve().name)
+    files = read_run(workdir)
+    if (workdir / "config.json").is_file() and files.run and not workdir_lib.has_ended(files.run):
+        raise ValueError(
+            f"{workdir}: the run has not ended, and its results.json is of an earlier end; start it again with the "
+            "same command, and it writes the page at its end"
+        )
+    text = render(files, name=workdir.resolve().name)
     path = workdir / "report.html"
     handle, temporary = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=workdir)
     try:
@@ -66,7 +74,7 @@ def render(files: RunFiles, name: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    results = files.results
+    results = assessment.mark_unknown_floors(files.results, files.run.get("config"))
     losses = {arm: _loss_series(rows) for arm, rows in files.metrics.items()}
     curves = {arm: _dev_series(rows) for arm, rows in files.metrics.items()}
     positions = {arm: finite_list(row.get("view_kl_by_position")) for arm, row in results.items()}
@@ -104,6 +112,7 @@ def render(files: RunFiles, name: str) -> str:
         ),
         bars=_bars(results, plots),
         flips=_flips(results),
+        answers="Responses" if any(assessment.samples(row) > 1 for row in results.values()) else "Questions",
         lengths=_length_panels(files.items, plots),
         views_legend=_legend({"without context": styles["bare"], "with context": styles["context"]}, plots),
         cosines=_cosine_panels(cosines, results, plots),

@@ -40,14 +40,21 @@ STYLES: Mapping[str, tuple[str, str, str]] = {
     "control": (FAINT, "--", "s"),
 }
 ARM_STYLES = (
-    ("#8a8a8a", "-", ""),
-    ("#D55E00", "--", ""),
-    ("#0072B2", "-", ""),
-    ("#009E73", ":", ""),
-    ("#AA3377", "-.", ""),
-    ("#E69F00", "--", ""),
+    ("#8a8a8a", "-"),
+    ("#D55E00", "--"),
+    ("#0072B2", "-"),
+    ("#009E73", ":"),
+    ("#AA3377", "-."),
+    ("#E69F00", "--"),
 )
 MARKERS = "osD^vP*Xh<>"  # as many as have no divisor with the colours, so that no arm looks like one before it
+# Marker -> its shape in a legend's key.
+_MARKS = {
+    "": "",
+    "o": '<circle cx="14" cy="5" r="2.6" fill="{colour}"/>',
+    "s": '<rect x="11.6" y="2.6" width="4.8" height="4.8" fill="{colour}"/>',
+    "D": '<path d="M14 1.6 17.4 5 14 8.4 10.6 5Z" fill="{colour}"/>',
+}
 _DASHES = {"-": "none", "--": "4 2", ":": "1.2 2", "-.": "4 2 1 2"}
 
 PANEL = (2.5, 1.85)  # inches, one of several small panels in a row
@@ -58,11 +65,7 @@ MAX_POINTS = 300  # longer series are averaged in blocks: more points than pixel
 def swatch(style: tuple[str, str, str]) -> str:
     """Return a legend's key for a (colour, dash, marker) as SVG."""
     colour, dash, marker = style
-    mark = {
-        "o": f'<circle cx="14" cy="5" r="2.6" fill="{colour}"/>',
-        "s": f'<rect x="11.6" y="2.6" width="4.8" height="4.8" fill="{colour}"/>',
-        "D": f'<path d="M14 1.6 17.4 5 14 8.4 10.6 5Z" fill="{colour}"/>',
-    }.get(marker, "")
+    mark = _MARKS[marker].format(colour=colour)
     line = f'<path d="M1 5H27" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{_DASHES[dash]}"/>'
     return f'<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true">{line}{mark}</svg>'
 
@@ -180,11 +183,12 @@ def position_lines(series: Mapping[str, Numbers], label: str) -> str:
     with _figure(WIDE) as (figure, axes):
         shown = []
         for index, values in enumerate(series.values()):
-            colour, dash, _ = arm_style(index)
+            colour, dash, marker = arm_style(index)
             points = [(i + 1, value) for i, value in enumerate(values) if value is not None]
             if points:
                 places, heights = _thin(points)
-                axes.plot(places, heights, dash, color=colour, linewidth=1.5)
+                marks = {"marker": marker, "markersize": 4, "markevery": max(len(places) // 8, 1)}
+                axes.plot(places, heights, dash, color=colour, linewidth=1.5, **marks)
                 shown += heights
         _value_axis(axes, shown)
         axes.set(xlabel="response token", ylabel="view KL, nats")
@@ -238,8 +242,10 @@ def loss_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], l
 
 
 def arm_style(index: int) -> tuple[str, str, str]:
-    """Return the (colour, dash, marker) of the arm with this number in results.json."""
-    return ARM_STYLES[index % len(ARM_STYLES)]
+    """Return the (colour, dash, marker) of the arm with this number in results.json. The first arms have no marker;
+    arms of one colour have different ones."""
+    turn, place = divmod(index, len(ARM_STYLES))
+    return (*ARM_STYLES[place], tuple(_MARKS)[turn % len(_MARKS)])
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
