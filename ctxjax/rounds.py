@@ -40,13 +40,10 @@ def main(config: ConfigDict, workdir: str | None, rounds: int, arm: str | None) 
     command.prepare(config)
     with progress.Bar("importing the libraries"):
         from ctxjax import config as config_lib, report
-        from ctxjax.evaluation import metrics
-        from ctxjax.monitoring import trackers
+        from ctxjax.training.run import check_settings
 
     first = config_lib.experiment(make_round_config(config, place, 1, arm), jax.device_count())
-    metrics.check_select(first.eval.select)
-    metrics.check_select_is_measured(first.eval.select, first.eval)
-    trackers.check_installed(first.logging)
+    check_settings(first)
     if first.lora_init:
         raise ValueError(
             f"lora.init = {first.lora_init}: every round has a new base; merge the adapter into the model first"

@@ -53,6 +53,10 @@ def test_a_process_that_a_claim_was_lent_to_holds_it_after_its_holders_death(tmp
     subprocess.run([sys.executable, "-c", f"{script}.lend({run.pid})"], check=True)
     grow_old(tmp_path / "claim.1", claim.STALE + 5)
     assert find_holder(tmp_path) is not None and Claim.take(tmp_path) is None
+    text = (tmp_path / "claim.1").read_text()
+    (tmp_path / "claim.1").write_text(text.replace(f"\n{run.pid} ", f"\n{run.pid} 1"))
+    assert find_holder(tmp_path) is None  # another process with the same number
+    (tmp_path / "claim.1").write_text(text)
     run.communicate(b"\n")
     assert find_holder(tmp_path) is None and Claim.take(tmp_path).beat()
 

@@ -303,10 +303,17 @@ def test_an_extraction_with_the_real_sampler_goes_on_bit_for_bit(grid, tmp_path,
 # --- Bad input ---
 
 
-def test_sizes_that_do_not_suffice_are_refused_before_a_model_is_opened(sums, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extract.budget": 19}, "a budget of 19 answers is too small for 4 candidates and 24 questions"),
+        ({"math.dev_questions": 2}, "2 questions are too few to choose among 4 candidates"),
+    ],
+)
+def test_sizes_that_do_not_suffice_are_refused_before_a_model_is_opened(sums, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(run_inputs, "prepare_student_path", None)
-    sums.extract.budget = 19
-    with pytest.raises(ValueError, match="a budget of 19 answers is too small for 4 candidates and 24 questions"):
+    sums.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
         command.extract(sums, tmp_path / "extract")
     assert not (tmp_path / "extract" / "config.json").exists()
 
@@ -320,9 +327,7 @@ def test_sizes_that_do_not_suffice_are_refused_before_a_model_is_opened(sums, tm
         ({"task": "qa_jsonl", "qa_jsonl.context_template": "{note}"}, "qa_jsonl.context_template is set, and an extr"),
         ({"extract.request": "Write!"}, "extract.request = 'Write!' must be a text with {trace}"),
         ({"extract.solution": "{question}"}, "extract.solution = .* must be a text with {question} and {response}"),
-        ({"extract.budget": 19}, "a budget of 19 answers is too small for 4 candidates and 24 questions"),
         ({"extract.level": 1.5}, "extract.level = 1.5 must be at most 1"),
-        ({"math.dev_questions": 2}, "2 questions are too few to choose among 4 candidates"),
     ],
 )
 def test_bad_input_ends_before_anything_is_asked(sums, letters, mesh, tmp_path, monkeypatch, changes, message):

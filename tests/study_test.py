@@ -267,7 +267,9 @@ def test_a_run_whose_study_was_killed_is_left_to_end_and_one_that_was_killed_goe
     folder, cell = make_folder(), Cell("small", RATE, 7)
     run = folder.run_of(cell)
     run.mkdir(parents=True)
-    (folder.of(cell) / "claim.1").write_text(f"999999999 {claim._describe_place()}\n{os.getpid()}\n")
+    (folder.of(cell) / "claim.1").write_text(
+        f"999999999 {claim._describe_place()}\n{os.getpid()} {claim._read_start(os.getpid())}\n"
+    )
     assert folder.state(cell) == "running"  # before the run has its lock
     held = worker.workdir_lib.Lock(run)
     held.take()
@@ -337,7 +339,7 @@ def test_two_processes_share_the_cells(tmp_path):
     assert len(begun) == 2  # both first phases, by different processes
     for path in begun:  # each run holds its cell, too, from its start on
         (held,) = path.parents[1].glob("claim.*")
-        assert path.read_text().split()[0] in held.read_text().splitlines()[1:]
+        assert path.read_text().split()[0] == held.read_text().splitlines()[1].split()[0]
     one.send_signal(signal.SIGKILL)
     (tmp_path / "go").touch()
     printed = other.communicate(timeout=120)[0]

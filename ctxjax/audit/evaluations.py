@@ -273,6 +273,9 @@ def _check_selected(folder: Folder, check: Check, where: str, arm: str, row: dic
 
 def _check_learning(folder: Folder, check: Check, where: str, row: dict, metrics: list[dict]) -> None:
     """The lowest accuracy with the context while the arm was trained, if it was evaluated."""
+    if "lowest_acc_xc" not in row and not folder.is_recorded:
+        check.unchecked.append(f"{where}: lowest_acc_xc, which older versions did not write down")
+        return
     found = [line["dev/acc_xc"] for line in metrics if line["step"] and "dev/acc_xc" in line]
     lowest, lost = None, None
     if found:

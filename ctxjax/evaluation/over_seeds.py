@@ -118,7 +118,8 @@ def swap_test(arm: Sequence[Sums], first: Sequence[Sums], resamples: int, seed: 
     for a, b in zip(arm, first, strict=True):
         if a.whole.sum() > 0 and b.whole.sum() > 0:
             differs = (a.part != b.part) | (a.whole != b.whole)
-            kept_RxK = rng.integers(2, size=(resamples + 1, np.count_nonzero(differs)))
+            size = (resamples + 1, np.count_nonzero(differs))
+            kept_RxK = rng.integers(2, size=size, dtype=np.int8).astype(np.float32)  # exact for sums below 2^24
             kept_RxK[0] = 1
             differences += _swapped_share(a, b, differs, kept_RxK) - _swapped_share(b, a, differs, kept_RxK)
     return float(np.mean(np.abs(differences) >= abs(differences[0]) - 1e-9))
@@ -128,7 +129,7 @@ def _swapped_share(own: Sums, other: Sums, differs: np.ndarray, kept_RxK: np.nda
     """The ratios [R] if of the clusters that differ those that are kept add as in ``own``, and those that are not as in
     ``other``."""
     change = np.stack([own.part - other.part, own.whole - other.whole], axis=-1)[differs]
-    part, whole = (kept_RxK.astype(float) @ change + [other.part.sum(), other.whole.sum()]).T
+    part, whole = (kept_RxK @ change.astype(np.float32) + [other.part.sum(), other.whole.sum()]).T
     return part / np.maximum(whole, 1)
 
 

@@ -102,7 +102,6 @@ class Extractor:
         """Raises ValueError if no response has a lesson, or if the questions or the budget are too few."""
         extract = self._config.extract
         dev = [row._replace(context=None) for row in self._task.rows("dev")]
-        selection.check_sizes(extract.candidates, len(dev), extract.budget)
         candidates, counts = self._make_candidates(self._write_lessons(self._collect_traces()))
         if not candidates:
             raise ValueError(

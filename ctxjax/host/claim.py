@@ -46,7 +46,7 @@ class Claim:
     def lend(self, process: int) -> None:
         """Let a process of this machine hold the claim too, as long as it lives, even if this one does not."""
         with _path(self._folder, self._number).open("a", encoding="utf-8") as file:
-            file.write(f"{process}\n")
+            file.write(f"{process} {_read_start(process)}\n")
 
     def release(self) -> None:
         _path(self._folder, self._number).unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def find_holder(folder: Path) -> str | None:
         return None
     number, _, place = first.partition(" ")
     is_here = number and place == _describe_place()
-    is_lent = is_here and any(_is_alive(int(process)) for process in lent)
+    is_lent = is_here and any(map(_is_same_process, lent))
     if not is_lent and (age > STALE or (is_here and not _is_alive(int(number)))):
         return None
     return f"process {number} on {place.split(' ')[0]}"
@@ -90,6 +90,20 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # it is another user's
         pass
     return True
+
+
+def _is_same_process(line: str) -> bool:
+    """Whether the process of a line of ``lend`` lives: its number may belong to another one by now."""
+    number, _, start = line.partition(" ")
+    return _is_alive(int(number)) and _read_start(int(number)) == start
+
+
+def _read_start(process: int) -> str:
+    """Return when a process began, in ticks since the machine did; "" if the system does not say."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def _describe_place() -> str:

@@ -83,7 +83,7 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
     Raises ValueError if the loss is not finite, and OSError, before training, if the folder cannot be written.
     """
     if processes.is_first():
-        workdir_lib.ensure_writable(folder.parent, "base.cache")
+        workdir_lib.ensure_writable(folder.parent, "base.cache or teacher_base.cache")
     tokenizer = world.tokenizer()
     model = make_model_config(config, len(tokenizer))
     mesh_check.check_model_fits_mesh(model, mesh, "config.base")
@@ -101,7 +101,10 @@ def train_base(config: BaseConfig, world: World, mesh: Mesh, folder: Path) -> No
             params, opt_state, loss = _update(params, opt_state, prompts, responses, model, optimizer)
             if step % 50 == 0 or step == config.steps:
                 if not math.isfinite(loss):
-                    raise ValueError(f"base.lr = {config.lr}: the base's loss is {loss} at step {step}; lower the rate")
+                    raise ValueError(
+                        f"the loss of the model from scratch is {loss} at step {step}; lower its lr = {config.lr} "
+                        "(base.lr or teacher_base.lr)"
+                    )
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             bar.update()
     _save(folder, sharding.to_host(params), model, tokenizer, config.family)

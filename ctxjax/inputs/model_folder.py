@@ -153,11 +153,10 @@ def open_folder(
     remat: str = "none",
     attention: str = "auto",
     student: ModelFolder | None = None,
-    tokenizer=None,
 ) -> ModelFolder:
     """Load a Hugging Face folder onto ``mesh``. ``param_dtype``: of the weights. For the rest see ``read_folder``,
     which refuses what it can before any weights are fetched or read."""
-    model = read_folder(path, mesh, dtype, remat, attention, student, tokenizer)
+    model = read_folder(path, mesh, dtype, remat, attention, student)
     return dataclasses.replace(model, params=hf_load.load(find_folder(path), model.config, mesh, param_dtype))
 
 

@@ -30,7 +30,7 @@ from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.types import Rollout
 
 FILE = "teacher_samples.jsonl"
-STEPS_A_WRITE = 8  # a run that is killed loses at most these steps
+STEPS_A_WRITE, GROWTH = 8, 1.25  # a run that is killed loses at most these steps, or a fifth of what it has drawn
 
 
 def steps_with_samples(config: Experiment, arm: str) -> list[int]:
@@ -53,10 +53,12 @@ def open_teacher_samples(config: Experiment, inputs: Inputs, workdir: Path, mesh
     if missing:
         lines = progress.track(_draw(config, inputs, missing, mesh), "teacher's samples", len(missing), compiles=True)
         text = path.read_text(encoding="utf-8") if stored else ""
+        kept = len(text)
         for number, rows in enumerate(lines, 1):
             text += "".join(json.dumps(row) + "\n" for row in rows)
-            if number % STEPS_A_WRITE == 0 or number == len(missing):
+            if number == len(missing) or (number % STEPS_A_WRITE == 0 and len(text) >= GROWTH * kept):
                 workdir_lib.write_text(path, text)
+                kept = len(text)
         processes.wait("teacher's samples")
         stored = _read(path)
     _check_answers([ids for step in wanted for ids, _ in stored[step]], config)

@@ -30,7 +30,8 @@ def check_same_tokenizer(student, teacher) -> None:
             lines += [f"and {len(different) - SHOWN} more"] * (len(different) > SHOWN)
             raise ValueError(
                 f"the tokenizer in teacher.path = {teacher.name_or_path} is not the student's in "
-                f"{student.name_or_path}; choose a teacher of the student's family:\n  " + "\n  ".join(lines)
+                f"{student.name_or_path or 'a base from scratch'}; choose a teacher of the student's family:\n  "
+                + "\n  ".join(lines)
             )
 
 

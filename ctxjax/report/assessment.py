@@ -195,7 +195,7 @@ def _harm_clause(row: dict, level: str) -> Markup:
         figures += "; how much of it is due to sampling is not known"
     claim = {
         "good": "the returning context does no harm",
-        "mid": "the returning context does neither clear harm nor clearly none",
+        "mid": "whether the returning context harms it is not decided",
         "bad": "the returning context harms it",
         "": "",
     }[level]

@@ -72,7 +72,7 @@ class Study:
     @classmethod
     def of(cls, config: ConfigDict) -> Study:
         """Convert a study's configuration. Raises ValueError with the field that is missing, unknown or wrong."""
-        values = config.to_dict()
+        values = {"left_out": {}, "rates_of": {}} | config.to_dict()
         known = [field.name for field in dataclasses.fields(cls)]
         for field in values:
             one_of("the study's field", field, known)

@@ -96,8 +96,13 @@ def _pack(view: Outcomes) -> dict:
 
 
 def _read(record: dict) -> Record:
+    # Older records have the means over layers in place of the row.
+    rows = {
+        name: model["row"] if "row" in model else {key: [value] for key, value in model["values"].items()}
+        for name, model in record["models"].items()
+    }
     models = {
-        name: ModelRecord(model["row"], model["dev"], {view: _unpack(own) for view, own in model["views"].items()})
+        name: ModelRecord(rows[name], model["dev"], {view: _unpack(own) for view, own in model["views"].items()})
         for name, model in record["models"].items()
     }
     return Record(record["facts"], models)

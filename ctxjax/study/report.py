@@ -22,7 +22,7 @@ from ctxjax.study.worker import Folder
 Row = Sequence[str]
 # The metrics of the page; the CSV files have all.
 SHOWN = ("acc_x", "acc_xc", "harm", "both_correct", "obedience", "acc_empty", "dlen", "cosine_by_layer")
-KNOWN = 0.9  # a student below this share of the base's Acc_xc has not internalized the context: a hollow point
+LEARNT_SHARE = 0.9  # a student below this share of the base's Acc_xc has not internalized the context: a hollow point
 
 
 def write_report(folder: Folder) -> Path:
@@ -177,7 +177,7 @@ def signs_table(rows: list[dict]) -> tuple[Row, list[Row]]:
 def draw_harm_and_obedience(results: Results, arms: Sequence[str]) -> str:
     """Draw harm against obedience: a point with intervals for each configuration and each of ``arms``.
 
-    It is hollow if the arm has not internalized the context (KNOWN).
+    It is hollow if the arm has not internalized the context (LEARNT_SHARE).
     """
     points: dict[str, list] = {}
     for arm in arms:
@@ -186,7 +186,7 @@ def draw_harm_and_obedience(results: Results, arms: Sequence[str]) -> str:
             harm, obedience, learnt = (mean(runs, key) for key in ("harm", "obedience", "acc_x"))
             known = mean(models.get("base", []), "acc_xc").value
             if None not in (harm.value, obedience.value):
-                is_hollow = known is not None and learnt.value < KNOWN * known
+                is_hollow = known is not None and learnt.value < LEARNT_SHARE * known
                 points.setdefault(arm, []).append((harm, obedience, is_hollow))
     label = "Harm against obedience, a point for each configuration and arm, with 95 % intervals over seeds"
     return plots.rate_scatter(points, (HEADERS["harm"], HEADERS["obedience"]), label)

@@ -86,7 +86,7 @@ def _reduce(seed: int, record: ModelRecord) -> RunResult:
             continue
         views = [record.views[view] for view in measure.needs]
         part, whole, clusters = measure.part(*views), measure.whole(*views), views[0].clusters
-        if np.count_nonzero(whole) >= measure.least:
+        if np.count_nonzero(whole) >= measure.least * views[0].samples:
             sums[key] = Sums(np.bincount(clusters, part), np.bincount(clusters, whole))
     return RunResult(seed, sums, record.values)
 
@@ -177,7 +177,9 @@ def list_signs(tests: list[dict]) -> Iterator[dict]:
 
 
 def _leaves_out_zero(row: dict) -> bool:
-    return row["low"] is not None and not row["low"] <= 0 <= row["high"]
+    if row["low"] is None:  # one seed, or all seeds agree and no question varies
+        return row["seeds"] > 1 and row["difference"] != 0
+    return not row["low"] <= 0 <= row["high"]
 
 
 def _by_arm_and_metric(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:

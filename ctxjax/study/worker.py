@@ -156,8 +156,8 @@ def _run(folder: Folder, cell: Cell, claim: Claim) -> Outcome:
     line = [*COMMAND, f"--config={config}", f"--workdir={folder.run_of(cell)}"]
     with log.open("a", encoding="utf-8") as output:
         run = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT)
-        claim.lend(run.pid)  # if this process is killed, the run goes on: long before its end it has no lock yet
         try:
+            claim.lend(run.pid)  # if this process is killed, the run goes on, at first without a lock
             beaten = time.monotonic()
             while run.poll() is None:
                 _pause(folder, POLL)

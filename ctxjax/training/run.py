@@ -38,9 +38,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     ``facts`` (configuration, command, versions) go into run.json. Return the results by arm. A run that was
     interrupted resumes: each arm from its latest checkpoint, and finished evaluations are not repeated.
     """
-    metrics_lib.check_select(config.eval.select)
-    metrics_lib.check_select_is_measured(config.eval.select, config.eval)
-    trackers.check_installed(config.logging)
+    check_settings(config)
     started = time.monotonic()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     print(
@@ -56,6 +54,13 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
         page = _write_results(opened, results)
     _print_summary(results, opened.seconds, page)
     return results
+
+
+def check_settings(config: Experiment) -> None:
+    """Raise ValueError for what a run could not select by or log to."""
+    metrics_lib.check_select(config.eval.select)
+    metrics_lib.check_select_is_measured(config.eval.select, config.eval)
+    trackers.check_installed(config.logging)
 
 
 @dataclasses.dataclass(frozen=True)

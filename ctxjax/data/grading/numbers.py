@@ -14,7 +14,7 @@ import unicodedata
 LONGEST_EXPONENT = 1000  # of numbers that are written out, and digits of fractions and powers that are computed
 
 _SUPERSCRIPTS, _VULGAR = "⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿⁱ", "¼-¾⅐-⅞"
-_DIGITS = r"(?:\d[\d,]*+(?:\.\d++)?+|\.\d++)"
+_DIGITS = r"(?:\d++(?:,\d{2,3}(?!\d))*+(?:\.\d++)?+|\.\d++)"
 _TIMES = r"(?:[x×*·⋅]|\\times|\\cdot)"
 _NUMBER = (
     r"(?<![\w.)\]}%°/])(?P<sign>-)?(?:\\?[$€£¥])?(?:"
