@@ -10,7 +10,7 @@ import pytest
 
 from ctxjax import config as config_lib
 from ctxjax.configs import base
-from ctxjax.data.tasks import TASKS
+from ctxjax.data.tasks import GAMES, TASKS
 from ctxjax.host import command
 
 DEVICES = 8
@@ -82,7 +82,8 @@ def another(field: str):
 
 def start(task: str, **changes):
     config = base.get_config()
-    config.task, config.model.path, config.run_arms = task, "/model", ARMS
+    config.task, config.model.path = task, "/model"
+    config.run_arms = ARMS[:1] if task in GAMES else ARMS  # in a game only the student plays
     config.update_from_flattened_dict(changes)
     return config
 

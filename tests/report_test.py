@@ -462,7 +462,7 @@ def test_what_sampling_alone_changes_is_no_harm() -> None:
     few = sampled_row(chances[:40], chances[:40], samples=8)
     assert few["harm"] > 0.15 and levels(few, None)["harm"] == "mid"
     text = verdict({"base": RESULTS["base"], "opcd": equal}).replace("\u00a0", " ")
-    assert "harms it" not in text and f"; by sampling alone it would be {100 * equal['harm_floor']:.1f} %" in text
+    assert "context harms it (" not in text and f"; by sampling alone it would be {100 * equal['harm_floor']:.1f} %" in text
     harmed = sampled_row(chances, 0.7 * chances, samples=8)
     assert levels(harmed, None)["harm"] == "bad"
     sure = sampled_row(np.ones(100), np.arange(100) >= 30, samples=8)
@@ -492,11 +492,11 @@ def test_responses_sampled_once_say_nothing_of_their_floor_and_so_of_no_harm(wor
 
     assert "The returning context harms it (25.0" in page_of(0.0)
     text = page_of(1.0)
-    assert "harms it" not in text and "how much of it is due to sampling is not known" in text
+    assert "context harms it (" not in text and "how much of it is due to sampling is not known" in text
     assert "Only opcd_retained is shown to be at once internalized" in text
     results["opcd"] |= {"samples": 8, "harm_floor": 0.1, "excess_harm": 0.15, "excess_harm_ci": [0.13, 0.17]}
     (workdir / "results.json").write_text(json.dumps(results))
-    assert "harms it" in page_of(1.0)
+    assert "context harms it (" in page_of(1.0)
 
 
 def test_an_arm_that_only_lacks_a_proof_is_not_called_harmed() -> None:
