@@ -52,7 +52,7 @@ def write_report(folder: Folder) -> Path:
     figure = draw_harm_and_obedience(results, folder.study.run_arms)
     write_text(place / "harm_obedience.svg", plots.standalone(figure))
     definitions = [(HEADERS[metric.key], metric.definition) for metric in METRICS if metric.key in HEADERS]
-    commits = sorted({row["commit"] for row in tables["runs"] if row["commit"]})
+    commits = sorted({row["commit"][:9] for row in tables["runs"] if row["commit"]})
     page = _page().render(
         figure=Markup(figure), tables=shown, definitions=definitions, first=folder.study.first_arm,
         progress=worker.format_progress(folder).splitlines()[-1], commits=commits, least=results_lib.LEAST,
@@ -163,7 +163,7 @@ def tests_table(rows: list[dict]) -> tuple[Row, list[Row]]:
 
 def signs_table(rows: list[dict]) -> tuple[Row, list[Row]]:
     """Return header and lines: a line for each arm and metric, over all configurations."""
-    header = ("arm", "metric", "below", "above", "of", "p (sign test)", "mean difference, points", "p (Holm) < 0.05")
+    header = ("arm", "metric", "below", "above", "of", "p (sign test)", "mean difference, points", "significant")
     body = [
         (
             row["arm"], HEADERS[row["metric"]], str(row["below"]), str(row["above"]), str(row["configurations"]),
