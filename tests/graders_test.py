@@ -281,7 +281,7 @@ def test_mathematics(response, reference, right, lenient, outcome):
         ("$5", "5", True, "5"),
         ("#### 72", "72", True, "72"),
         ("2/3 of 9 is 6", "6", True, "6"),
-        # A fraction, a power and what a unit has behind it are read whole.
+        # Fractions and powers are read as one number, and the power of a unit does not count.
         ("3/4", "0.75", True, "0.75"),
         ("1/4", "0.75", False, "0.25"),
         ("It is 3 / 4.", "4", False, "0.75"),
@@ -447,6 +447,8 @@ def test_every_gsm8k_reference_parses_to_itself():
         ("1 3/4 cups", "3/4 cups", False), ("5 m", "25 m²", False), ("25 m2", "25 m²", True), ("25 m", "25 m²", False),
         ("102 m", "10² m", False), ("vitamin B1", "vitamin B12", False), ("in room 12B", "room 12A", False),
         ("in room 12A", "room 12A", True), ("at 11:30", "10:30", False), ("at 10:30", "10:30", True),
+        ("on May 5,2024", "May 5, 2024", True), ("rooms 1,2 and 3", "rooms 1, 2 and 3", True),
+        ("rooms 1,2 and 4", "rooms 1, 2 and 3", False), ("10,00,000 kg", "1000000 kg", True),
         ("on 3/4/2024", "3/4/2024", True), ("on 4/3/2024", "3/4/2024", False), ("$50", "$5", False),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ctxjax.evaluation.outcomes import Outcomes
 from ctxjax.evaluation.over_seeds import Sums
 from ctxjax.evaluation.statistics import Rate
 from ctxjax.report import plots
@@ -150,10 +151,44 @@ def test_arms_are_tested_on_the_same_questions_and_adjusted_for_the_configuratio
 
 def test_a_point_that_has_not_learnt_its_context_is_hollow(folder):
     found = results.read_results(folder)["one"]
-    assert "#ffffff" not in report.draw_harm_and_obedience({"one": found}, tuple(RIGHT))
+
+    def draw(models, arms):
+        return report.draw_harm_and_obedience(list(results.list_metrics({"one": models})), arms)
+
+    assert "#ffffff" not in draw(found, tuple(RIGHT))
     known = {"base": found["retained"], "opcd": [run._replace(sums=run.sums | {"acc_x": poor}) for run, poor in zip(
         found["opcd"], [Sums(np.r_[np.ones(90), np.zeros(30)], np.ones(N))] * 3)]}  # fmt: skip
-    assert "#ffffff" in report.draw_harm_and_obedience({"one": known}, ("opcd",))
+    assert "#ffffff" in draw(known, ("opcd",))
+
+
+def test_a_difference_that_all_seeds_share_is_significant_and_that_of_one_seed_is_not():
+    alike = [Sums(np.full(12, share), np.ones(12)) for share in (0.0, 1.0)]
+    for seeds, significant in (((0, 1, 2), 1), ((0,), 0)):
+        first, arm = ([results.RunResult(seed, {"obedience": own}, {}) for seed in seeds] for own in alike)
+        (row,) = results.list_tests({"one": {"opcd": first, "retained": arm}}, "opcd")
+        assert row["difference"] == 1.0 and row["low"] is None and row["p_holm"] < 0.01
+        (counted,) = results.list_signs([row])
+        assert counted["significant"] == significant
+
+
+def test_harm_needs_questions_and_not_samples_of_few():
+    few, enough = (np.repeat([True, False], [count * 8, (60 - count) * 8]) for count in (19, 20))
+    for correct, is_measured in ((few, False), (enough, True)):
+        view = Outcomes(correct, correct, ~correct, np.ones(480), samples=8)
+        made = results._reduce(0, record.ModelRecord({}, {}, {"bare": view, "context": view}))
+        assert ("harm" in made.sums) == is_measured and "acc_x" in made.sums
+
+
+def test_records_of_earlier_versions_are_read(folder, tmp_path):
+    cell = Cell("one", FINAL, 0)
+    written = record._describe(folder.run_of(cell))
+    for model in written["models"].values():
+        model["values"] = {"cosine_by_layer": 0.8}
+        del model["row"]
+    (tmp_path / "record.json").write_text(json.dumps(written))
+    older, newer = record.read_record(tmp_path), record._read(record._describe(folder.run_of(cell)))
+    assert older.models["opcd"].values == {"cosine_by_layer": pytest.approx(0.8)} == newer.models["opcd"].values
+    assert older.models["opcd"].views.keys() == newer.models["opcd"].views.keys()
 
 
 def test_a_metric_of_fewer_seeds_says_so():
