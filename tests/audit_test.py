@@ -616,6 +616,15 @@ def test_the_lowest_accuracy_is_of_trained_weights_and_what_was_lost_is_of_the_b
     assert check.wrong == []
 
 
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_lowest_accuracy_that_is_missing_is_wrong_but_for_older_versions(is_recorded):
+    rows = [{"step": 2, "dev/acc_xc": 0.5}]
+    base = {"metrics": {"acc_xc": 0.75}}
+    check, folder = Check("results"), SimpleNamespace(json=lambda name: base, is_recorded=is_recorded)
+    evaluations._check_learning(folder, check, "arm", {}, rows)
+    assert len(check.wrong) == 2 * is_recorded and len(check.unchecked) == 1 - is_recorded
+
+
 @pytest.mark.slow
 def test_a_difference_of_two_arms_with_the_wrong_sign_is_found(copied):
     """Grades are drawn anew, since no answer of this run is right, and results.json is written by the library."""

@@ -612,6 +612,9 @@ def test_a_run_that_was_made_longer_and_has_not_ended_has_no_page(
     assert captured.out == "" and captured.err.count("\n") == 1 and not (workdir / "report.html").exists()
     assert f"{workdir}: the run has not ended, and its results.json is of an earlier end" in captured.err
     assert "start it again with the same command" in captured.err
+    (workdir / "run.json").write_text(json.dumps(facts | {"inputs": {"arm": "opcd"}}))  # as ctxjax.rounds writes it
+    assert main([f"--workdir={workdir}"]) == 0
+    (workdir / "run.json").write_text(json.dumps(facts))
     (workdir / "config.json").unlink()  # an evaluation's folder, which has no times
     assert main([f"--workdir={workdir}"]) == 0
     (workdir / "config.json").write_text("{}")
