@@ -169,6 +169,13 @@ def test_variants_of_one_question_never_lie_in_two_splits(tmp_path):
     assert sum(len(task.rows(split)) for split in splits.SPLITS) == 40 and task.skipped == {"duplicate": 80}
 
 
+def test_letters_of_another_width_are_the_same_and_powers_and_fractions_are_not():
+    assert splits.normalize("Ｗhat\u3000ｉs １０ ｶﾞ?") == splits.normalize("what is 10 ガ?") == "what is 10 ガ?"
+    assert splits.normalize("Café") == splits.normalize("CAFE\N{COMBINING ACUTE ACCENT}")
+    values = ["10²", "102", "10₂", "1½", "11⁄2", "①", "1"]
+    assert len({splits.normalize(value) for value in values}) == len(values)
+
+
 @pytest.mark.parametrize(
     ("grading", "value", "reference", "response"),
     [

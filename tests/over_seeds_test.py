@@ -10,6 +10,7 @@ from benchmarks import intervals
 from ctxjax.evaluation import over_seeds
 from ctxjax.evaluation.over_seeds import Sums
 from ctxjax.evaluation.statistics import mcnemar, share
+from ctxjax.study import results
 
 
 def runs_of(*rates, n=400):
@@ -93,6 +94,16 @@ def test_the_difference_of_arms_is_taken_on_the_same_questions_of_each_run():
     between = (stats.t.ppf(0.975, 2) / 1.96) ** 2 * np.var(each, ddof=1) / 3
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(max(within, between)), rel=0.1)
     assert over_seeds.mean_difference(arm, arm, 100) == (0.0, None)
+
+
+def test_the_interval_of_a_difference_of_rates_ends_where_such_a_difference_does():
+    ones = np.ones(50)
+    arm, first = [Sums(ones, ones), Sums(0 * ones, ones)], [Sums(0 * ones, ones), Sums(0 * ones, ones)]
+    value, (low, high) = over_seeds.mean_difference(arm, first, 100)
+    assert value == 0.5 and low < -1 and high > 1  # Student's t of two seeds
+    assert over_seeds.mean_difference(arm, first, 100, over_seeds.RATE_DIFFERENCE) == (0.5, (-1.0, 1.0))
+    found = results.list_signs([{"arm": "a", "metric": "harm", "difference": d, "p_holm": 1.0} for d in (0.0, 0.9)])
+    assert next(found)["high"] == 1.0
 
 
 def harm_of(right, harmed):

@@ -29,8 +29,15 @@ def shuffle(rows: Iterable[Row]) -> list[Row]:
 
 
 def normalize(text: str) -> str:
-    """Normalize case, width and white space. Questions with equal results count as the same."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """Normalize case, width and white space. Questions with equal results count as the same; 10² and 102 do not."""
+    of_one_width = "".join(map(_widen_or_narrow, text))
+    return " ".join(unicodedata.normalize("NFC", of_one_width).casefold().split())
+
+
+def _widen_or_narrow(letter: str) -> str:
+    """Return a letter in its ordinary width. (NFKC of the whole text would write powers and fractions as digits.)"""
+    is_of_other_width = unicodedata.decomposition(letter).startswith(("<wide>", "<narrow>"))
+    return unicodedata.normalize("NFKC", letter) if is_of_other_width else letter
 
 
 def remove_repeats(rows: Iterable[tuple[str, str, Row]]) -> tuple[dict[str, list[Row]], Counter[str]]:

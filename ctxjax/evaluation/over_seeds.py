@@ -18,6 +18,8 @@ from scipy import stats
 
 from ctxjax.evaluation.statistics import Rate, Z, binomial_interval, share
 
+ANY_NUMBER, RATE_DIFFERENCE = (-np.inf, np.inf), (-1.0, 1.0)  # what a value may be
+
 
 class Sums(NamedTuple):
     """A ratio of sums in one run: what each cluster of questions adds to the numerator and the denominator, [K]."""
@@ -61,16 +63,19 @@ def mean_rate(runs: Sequence[Sums], resamples: int) -> Rate:
     return Rate(mean, (float(low), float(high)))
 
 
-def mean_value(values: Sequence[float], variances: Sequence[float]) -> Rate:
-    """Return the mean over runs of any value and its 95 % interval for other seeds; ``variances``: of each value, by
-    drawing other questions. The interval is None for fewer than two runs, and if nothing varies."""
+def mean_value(values: Sequence[float], variances: Sequence[float], bounds: tuple = ANY_NUMBER) -> Rate:
+    """Return the mean over runs of any value and its 95 % interval for other seeds.
+
+    ``variances``: of each value, by drawing other questions. ``bounds``: what the value may be; the interval ends
+    there. It is None for fewer than two runs, and if nothing varies.
+    """
     if not len(values):
         return Rate(None, None)
     mean, variance = float(np.mean(values)), mean_variance(values, variances)
     if not variance:
         return Rate(mean, None)
     half = float(Z * np.sqrt(variance))
-    return Rate(mean, (mean - half, mean + half))
+    return Rate(mean, (max(mean - half, bounds[0]), min(mean + half, bounds[1])))
 
 
 def mean_ratio(runs: Sequence[Sums], resamples: int) -> Rate:
@@ -79,8 +84,8 @@ def mean_ratio(runs: Sequence[Sums], resamples: int) -> Rate:
     return mean_value([run.value for run in runs], [bootstrap_variance(share, run, resamples) for run in runs])
 
 
-def mean_difference(arm: Sequence[Sums], first: Sequence[Sums], resamples: int) -> Rate:
-    """Return the mean over runs of arm minus first, and its 95 % interval for other seeds.
+def mean_difference(arm: Sequence[Sums], first: Sequence[Sums], resamples: int, bounds: tuple = ANY_NUMBER) -> Rate:
+    """Return the mean over runs of arm minus first, and its 95 % interval for other seeds, which ends at ``bounds``.
 
     Both were asked the same questions in each run, and are resampled together.
     """
@@ -90,7 +95,7 @@ def mean_difference(arm: Sequence[Sums], first: Sequence[Sums], resamples: int) 
         return share(a_part, a_whole, axis) - share(b_part, b_whole, axis)
 
     variances = [bootstrap_variance(difference, (*a, *b), resamples) for a, b in pairs]
-    return mean_value([a.value - b.value for a, b in pairs], variances)
+    return mean_value([a.value - b.value for a, b in pairs], variances, bounds)
 
 
 def mean_variance(values: Sequence[float], variances: Sequence[float]) -> float | None:

@@ -33,6 +33,11 @@ class Measure(NamedTuple):
     is_rate: bool = True
     least: int = 1
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What the difference of two runs may be."""
+        return over_seeds.RATE_DIFFERENCE if self.is_rate else over_seeds.ANY_NUMBER
+
 
 def _everything(*views: Outcomes) -> np.ndarray:
     return np.ones_like(views[0].correct)
@@ -142,7 +147,7 @@ def list_tests(results: Results, first: str) -> list[dict]:
                     and all(key in one.sums and one.sums[key].whole.sum() for one in (run, other))
                 ]
                 sums = [[run.sums[key] for run in side] for side in zip(*pairs)] or [[], []]
-                mean, interval = over_seeds.mean_difference(*sums, RESAMPLES)
+                mean, interval = over_seeds.mean_difference(*sums, RESAMPLES, MEASURES[key].bounds)
                 if mean is None:
                     continue
                 low, high = interval or (None, None)
@@ -167,7 +172,7 @@ def list_signs(tests: list[dict]) -> Iterator[dict]:
     for (arm, metric), own in _by_arm_and_metric(tests).items():
         differences = [row["difference"] for row in own]
         below, above, p = over_seeds.sign_test(differences)
-        mean, interval = over_seeds.mean_value(differences, [0.0] * len(differences))
+        mean, interval = over_seeds.mean_value(differences, [0.0] * len(differences), MEASURES[metric].bounds)
         low, high = interval or (None, None)
         yield {
             "arm": arm, "metric": metric, "configurations": len(own), "below": below, "above": above, "p": p,
