@@ -25,11 +25,11 @@ LONG = {
     "1.7b": ("v5p:2x2x4", 4, 4),
 }
 
-THINKING = {"math": True, "text_game": False}  # task -> prompt.thinking
+THINKS = ("math",)  # the tasks with room for reasoning in rollout.max_tokens
 
 
 def get_config(arguments: str = "") -> ConfigDict:
     config = recipes.make_config(arguments, MODELS, PLACES, LONG, SIZES)
     if config.model.path != MODELS["4b-2507"]:  # its template has no such switch
-        config.prompt.thinking = THINKING.get(config.task)
+        config.prompt.thinking = config.task in THINKS
     return config

@@ -76,9 +76,11 @@ def evaluate(config: ConfigDict, split: str):
     from ctxjax.data.records import describe_left_out
     from ctxjax.data.tasks import TASKS
     from ctxjax.evaluation.evaluator import Evaluator
+    from ctxjax.host import processes
     from ctxjax.inputs.data_record import DataRecord
-    from ctxjax.inputs.model_folder import open_folder
+    from ctxjax.inputs.run_inputs import open_student
 
+    processes.check_alone("ctxjax evaluate")
     experiment = config_lib.experiment(config, jax.device_count(), trains=False)
     task_config = experiment.task_config
     if hasattr(task_config, "required"):
@@ -88,8 +90,7 @@ def evaluate(config: ConfigDict, split: str):
         splits.check_splits(task, (split,))
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with jax.set_mesh(mesh):
-        model = experiment.model
-        folder = open_folder(model.path, mesh, model.dtype, model.param_dtype, attention=model.attention)
+        folder = open_student(experiment, experiment.model.path, mesh, {})
         (evaluator,) = Evaluator.of_splits(experiment, task, (split,), folder, folder, mesh)
         quoted = prompts_lib.describe_quoted_control_tokens(folder.tokenizer, task.rows(split))
         if quoted:

@@ -57,8 +57,8 @@ def extract(config: ConfigDict, place: Path, resume: str = "auto", first: int = 
         from ctxjax.host import processes
         from ctxjax.host.checksum import compute_digest, compute_fingerprint
         from ctxjax.inputs import run_inputs
-        from ctxjax.inputs.model_folder import open_folder
 
+    processes.check_alone("ctxjax extract")
     facts = workdir_lib.collect_facts(config)
     experiment = config_lib.experiment(config, jax.device_count(), trains=False)
     workdir_lib.check_workdir(place, facts["config"], resume)
@@ -70,12 +70,11 @@ def extract(config: ConfigDict, place: Path, resume: str = "auto", first: int = 
         task = TASKS[experiment.task][1](task_config)
         splits.check_splits(task, ("train", "dev"))
         selection.check_sizes(experiment.extract.candidates, len(task.rows("dev")), experiment.extract.budget)
+        selection.check_level(len(task.rows("dev")), experiment.extract.level)
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with workdir_lib.Lock(place) as lock, jax.set_mesh(mesh):
         path = run_inputs.prepare_student_path(experiment, task, mesh, {})
-        model = experiment.model
-        folder = open_folder(path, mesh, model.dtype, model.param_dtype, attention=model.attention)
-        print(f"model: {path}; {folder.config.arithmetic}", flush=True)
+        folder = run_inputs.open_student(experiment, path, mesh, {})
         if boards := task.facts.get("boards", {}).get("dev"):
             print(f"dev boards: {describe_players(boards['ceiling'], boards['random'], boards['fixed'])}", flush=True)
         lock.take()

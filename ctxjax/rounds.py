@@ -49,6 +49,13 @@ def main(config: ConfigDict, workdir: str | None, rounds: int, arm: str | None) 
             f"lora.init = {first.lora_init}: every round has a new base; merge the adapter into the model first"
         )
     facts = workdir_lib.collect_facts(config) | {"arm": arm}
+    if (place / "config.json").exists():
+        before = workdir_lib.read_config(place)["train"]["steps"]
+        if before != config.train.steps:
+            raise ValueError(
+                f"train.steps = {config.train.steps}, and the rounds in {place} began with {before}; give that number, "
+                "or choose another --workdir: all rounds are trained alike"
+            )
     workdir_lib.check_workdir(place, facts["config"])
     results: dict[str, dict] = {}
     with workdir_lib.Lock(place) as lock:

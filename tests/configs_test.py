@@ -64,6 +64,12 @@ def test_an_argument_that_is_not_known_is_answered_with_those_that_are():
         load("llama3:medical,70b")
 
 
+@pytest.mark.parametrize(("name", "thinking"), [("medical", False), ("safety,4b", False), ("", False), ("math", True)])
+def test_a_model_that_may_think_does_so_where_its_responses_have_room_for_it(name, thinking):
+    config = load(f"qwen3:{name}")
+    assert config.prompt.thinking is thinking and (config.rollout.max_tokens > 2048) is thinking
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "thinking"), [("frozenlake", False), ("sokoban", None), ("sokoban,4b", False)])
 def test_a_games_recipe_has_boards_for_its_steps_and_turns_that_win_them(name, thinking):

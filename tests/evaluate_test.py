@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 import subprocess
 
+from adapters_test import CONFIG, draw
 import forked
 import jax
 import pytest
 
-from ctxjax import config as config_lib, evaluate, sharding
+from ctxjax import config as config_lib, evaluate, extract, sharding
 from ctxjax.audit import audit
 from ctxjax.configs import base
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
@@ -19,6 +20,7 @@ from ctxjax.evaluation.split import Split, share_shapes
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import open_folder
+from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.training import run
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -108,6 +110,27 @@ def test_bad_input_is_named(field, value, message, folder, questions):
     config.update_from_flattened_dict({field: value})
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate.evaluate(config, "test")
+
+
+def test_an_adapter_to_start_from_is_evaluated_too(folder, questions, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    model = hf_load.read_config(folder)
+    hf_save.save_adapter(
+        tmp_path / "adapter", draw(model, CONFIG), model, CONFIG, hf_load.FAMILIES["llama"], str(folder)
+    )
+    config = settings(folder, questions)
+    config.math.test_questions, config.eval.views = 4, ()
+    plain = evaluate.evaluate(config, "test")[0]
+    config.lora.update({"init": str(tmp_path / "adapter"), "rank": 3, "alpha": 6.0, "targets": ("q", "down")})
+    adapted = evaluate.evaluate(config, "test")[0]
+    assert [item["text"] for item in adapted.items] != [item["text"] for item in plain.items]
+
+
+@pytest.mark.parametrize("run", [lambda c, p: evaluate.evaluate(c, "test"), lambda c, p: extract.extract(c, p)])
+def test_commands_of_one_process_say_so(run, folder, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="runs in one process, and jax found 4; give it on a machine with all of its"):
+        run(settings(folder, questions), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -164,6 +164,15 @@ def test_too_little_to_choose_from(numbers, message):
         selection.select(*numbers, 0.05, look_up(np.zeros((9, 20))))
 
 
+def test_a_test_that_no_context_could_win_is_refused():
+    """Five questions, all of them right and none without a context: p = 2 / 32."""
+    assert [mcnemar(np.ones(n, bool), np.zeros(n, bool)) for n in (5, 6)] == [0.0625, 0.03125]
+    with pytest.raises(ValueError, match="5 are for the test .* below 0.0625, and extract.level = 0.05; .* least 22 "):
+        selection.check_level(20, 0.05)
+    selection.check_level(22, 0.05)
+    selection.check_level(20, 0.1)
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 3, 5, 8, 64])
 def test_no_budget_is_exceeded(candidates):
     for questions in (12, 50):

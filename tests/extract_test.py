@@ -1,5 +1,6 @@
 """The extraction of lessons: a scripted model solves, plays, and writes; the journal, the choice, and bad input."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -12,7 +13,7 @@ import pytest
 from ctxjax import config as config_lib, extract as command
 from ctxjax.configs import base, tiny_grid
 from ctxjax.data import prompts
-from ctxjax.data.task import LESSON
+from ctxjax.data.task import LESSON, Row
 from ctxjax.data.tasks import TASKS
 from ctxjax.data.worlds.tiny_grid import Legend, parse_legend
 from ctxjax.evaluation import player as player_lib
@@ -221,6 +222,95 @@ def test_questions_of_a_file_are_solved_and_lessons_see_no_label(sums, letters, 
     assert len(asked) == 8 and LESSON in asked[0]
 
 
+def test_a_trace_has_the_whole_chat(sums, letters, mesh, tmp_path, monkeypatch):
+    turns = [("user", "1 plus 1?"), ("assistant", "2"), ("user", "{n} plus {m}?"), ("assistant", "{sum}")]
+    rows = []
+    for n in range(100):
+        said = {"n": n, "m": n % 7, "sum": n + n % 7}
+        rows.append({"messages": [{"role": role, "content": text.format(**said)} for role, text in turns]})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sums.task, sums.qa_jsonl.path, sums.qa_jsonl.messages = "qa_jsonl", str(tmp_path / "chats.jsonl"), "messages"
+    sums.qa_jsonl.grading, sums.qa_jsonl.dev_questions, sums.qa_jsonl.test_questions = "numeric", 24, 24
+
+    def answer(text):
+        if "This is what happened." in text:
+            return f"{LESSON} Always carry the one."
+        a, b = text.split("<|user|>")[-1].split("?")[0].split(" plus ")
+        return str(int(a) + int(b) + ("carry" not in text))
+
+    model = Model(letters, answer, monkeypatch)
+    run(sums, model, mesh, tmp_path / "c.jsonl")
+    asked = [split_prompt(text)[1] for text in model.prompts if "This is what happened." in text]
+    assert len(asked) == 8 and all("Problem:\n1 plus 1?\n2\n" in question for question in asked)
+
+
+def test_a_trace_that_is_too_long_has_no_lesson(sums, letters, mesh, tmp_path, monkeypatch, capsys):
+    def wordy(text):
+        is_long = "This is what happened." not in text and split_prompt(text)[1].startswith("1")
+        return "na " * 1000 if is_long else make_solver(text)
+
+    model = Model(letters, wordy, monkeypatch)
+    model.folder.config.max_positions, sums.extract.limit, sums.rollout.max_tokens = 2300, 300, 2000
+    done = run(sums, model, mesh, tmp_path / "c.jsonl")
+    long = capsys.readouterr().out
+    count = int(long.split("warning: ")[1].split(" of 8 traces are left without a lesson")[0])
+    assert 0 < count == done.counts["without a lesson"] < 8 and "lower extract.max_tokens or rollout" in long
+    assert done.counts["responses"] == 8
+
+
+def test_prompts_that_lessons_would_make_too_long_are_found_first(sums, letters, mesh, tmp_path, monkeypatch):
+    model = Model(letters, make_solver, monkeypatch)
+
+    def check(tokens, room, field):
+        longest = max(map(len, tokens))
+        if longest + room > 4000:
+            raise ValueError(f"{longest} tokens and {field} = {room}")
+
+    model.folder.check_prompts, sums.extract.limit = check, 3600
+    with pytest.raises(ValueError, match="tokens and extract.limit . rollout.max_tokens = 4112"):
+        run(sums, model, mesh, tmp_path / "c.jsonl")
+    sums.extract.limit, sums.prompt.max_context_tokens = 100, 120
+    with pytest.raises(ValueError, match="more than prompt.max_context_tokens = 120; .*; extract.limit = 100 tokens"):
+        run(sums, model, mesh, tmp_path / "c.jsonl")
+    assert model.calls == 0
+    short = make_prompt(letters, "99 plus 1?")
+    sums.prompt.max_context_tokens, sums.prompt.max_bare_tokens, sums.prompt.overlong = 0, len(short), "drop"
+    sums.math.dev_questions, sums.math.ask_format, sums.extract.level = (
+        0,
+        False,
+        0.9,
+    )  # about ten have two digits
+    model.folder.check_prompts = lambda *given: None
+    run(sums, model, mesh, tmp_path / "c.jsonl")
+    asked = [split_prompt(text)[1] for text in model.prompts if "This is what happened." not in text]
+    assert len(asked) > 8 and all(int(question.split(" plus ")[0]) < 100 for question in asked)
+
+
+def make_prompt(tokenizer, question):
+    config = prompts.PromptConfig(**base.get_config().prompt)
+    return prompts.encode(tokenizer, [Row("0", question, None, "")], config)[0]
+
+
+def test_a_template_that_takes_no_context_is_found_first(sums, letters, mesh, tmp_path, monkeypatch):
+    strict = copy.deepcopy(letters)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict.chat_template = refusal + letters.chat_template
+    model = Model(strict, make_solver, monkeypatch)
+    with pytest.raises(ValueError, match="no system"):
+        run(sums, model, mesh, tmp_path / "c.jsonl")
+    assert model.calls == 0
+
+
+def test_prompts_with_lessons_think_no_more_than_those_without(sums, letters, mesh, tmp_path, monkeypatch):
+    thinking = copy.deepcopy(letters)
+    thinking.chat_template = letters.chat_template + "{% if enable_thinking %}!{% endif %}"
+    sums.prompt.thinking, sums.prompt.teacher_thinking = False, True
+    model = Model(thinking, make_solver, monkeypatch)
+    run(sums, model, mesh, tmp_path / "c.jsonl")
+    assert any(LESSON in split_prompt(text)[0] for text in model.prompts)
+    assert not any(text.endswith("!") for text in model.prompts)
+
+
 def test_texts_with_braces_are_not_filled_in():
     filled = extraction._fill("{question} / {response} / {x}", question="{response} {trace}", response="b")
     assert filled == "{response} {trace} / b / {x}"
@@ -308,6 +398,10 @@ def test_an_extraction_with_the_real_sampler_goes_on_bit_for_bit(grid, tmp_path,
     [
         ({"extract.budget": 19}, "a budget of 19 answers is too small for 4 candidates and 24 questions"),
         ({"math.dev_questions": 2}, "2 questions are too few to choose among 4 candidates"),
+        (
+            {"math.dev_questions": 20},
+            "of 20 dev questions 5 are for the test .* give at least 22 dev questions",
+        ),
     ],
 )
 def test_sizes_that_do_not_suffice_are_refused_before_a_model_is_opened(sums, tmp_path, monkeypatch, changes, message):

@@ -127,6 +127,15 @@ def test_more_rounds_can_be_asked_for_later_and_another_arm_cannot(stages, tmp_p
         start(tmp_path / "other", 2, "none")
 
 
+def test_all_rounds_are_trained_alike(stages, tmp_path):
+    assert start(tmp_path / "run", 1) == 0
+    config = tiny_grid.get_config()
+    config.train.steps *= 2
+    with pytest.raises(ValueError, match="train.steps = 200, and the rounds in .*run began with 100; give that number"):
+        rounds.main(config, str(tmp_path / "run"), 2, "opcd")
+    assert len(stages.calls) == 3
+
+
 def test_the_last_round_is_the_one_in_which_the_empty_context_wins(stages, tmp_path, capsys):
     stages.empty = (2,)
     assert start(tmp_path / "run", 3) == extract.EMPTY_WINS

@@ -245,6 +245,37 @@ def test_the_file_has_different_questions_with_replies_and_the_task_reads_it(tmp
     assert len(fake.batches) == 8 and not path.with_suffix(".drafts").exists()
 
 
+def test_a_question_keeps_the_context_that_it_was_written_for(tmp_path, monkeypatch, tokenizer, mesh):
+    contexts = {"a": CONTEXT, "b": CONTEXT.replace("Ironstone", "Oakford").replace("freedom", "peace")}
+    for name, text in contexts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    files = tuple(str(tmp_path / f"{name}.txt") for name in contexts)
+    changes = {"self_study.context": "", "self_study.context_files": files, "self_study.unrelated_share": 0.0}
+    config = make(tmp_path, **SMALL, **changes)
+    Fake(monkeypatch, tokenizer, DRAFTS)
+    question_writer.ensure_questions(config, mesh)
+    path = find_questions_file(config.task_config)
+    about = {row["question"]: row["about"] for row in map(json.loads, path.read_text().splitlines())}
+    task = SelfStudy(config.task_config)
+    rows = [row for split in ("train", "dev", "test") for row in task.rows(split) if not row.earlier]
+    assert len({row.context for row in rows}) == 2 and all(about[row.question] in row.context for row in rows)
+    changes["self_study.context_files"] = (files[0], str(tmp_path / "c.txt"))
+    (tmp_path / "c.txt").write_text("Another text with another capital.")
+    with pytest.raises(ValueError, match="line .* was written for another context .*; give self_study.context_fi"):
+        SelfStudy(make(tmp_path, **changes, **{"self_study.path": str(path)}).task_config)
+
+
+def test_few_questions_are_about_all_of_a_long_context(tmp_path, monkeypatch, tokenizer, mesh, capsys):
+    lines = [f"Fact number {i} is known." for i in range(300)]
+    config = make(tmp_path, **SMALL, **{"self_study.context": "\n".join(lines)})
+    asked = [r.about for r in list_requests(config.task_config)[:48] if r.row.context is not None]
+    places = [lines.index(about) for about in asked]
+    assert len(set(places)) == len(places) and sum(place >= 150 for place in places) > len(places) / 4
+    Fake(monkeypatch, tokenizer, DRAFTS)
+    question_writer.ensure_questions(config, mesh)
+    assert "of 300 sentences and lines of the context; not all were asked about" in capsys.readouterr().out
+
+
 def test_the_reasoning_of_a_writer_that_thinks_is_no_part_of_its_replies(tmp_path, monkeypatch, tokenizer, mesh):
     Fake(monkeypatch, tokenizer, DRAFTS).reply = "<think>It asks for {}.</think>reply"
     config = make(tmp_path, **SMALL)

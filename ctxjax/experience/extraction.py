@@ -33,6 +33,7 @@ from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.inputs.run_inputs import make_sampling_config
 
 TRACES, LESSONS, ANSWERS = range(3)  # each has a key of its own
+PROBE = f"{LESSON} one"  # a context, to see whether the chat template takes one
 SOURCES = ("context", "context_file", "context_files", "context_column", *FROM_ROWS)
 
 
@@ -90,19 +91,22 @@ class Extractor:
     ):
         self._config, self._task, self._folder, self._journal, self._first = config, task, folder, journal, first
         self._batch, self._key = config.eval.batch_size, jax.random.key(config.extract.seed)
-        self._reader = Player(_OneTurn(), folder, config.prompt, self._batch, mesh)
+        # With and without lessons the model is asked alike: what a teacher alone is told would be taken for their gain.
+        self._prompt = dataclasses.replace(config.prompt, teacher_thinking=None, teacher_keywords=())
+        self._reader = Player(_OneTurn(), folder, self._prompt, self._batch, mesh)
         self._player = self._reader
         if isinstance(task, GameTask):
-            self._player = Player(task, folder, config.prompt, self._batch, mesh)
+            self._player = Player(task, folder, self._prompt, self._batch, mesh)
         self._rollout = make_sampling_config(config.rollout, folder)
         self._writing = dataclasses.replace(self._rollout, max_tokens=config.extract.max_tokens)
         self._judged = make_sampling_config(config.eval.decode, folder)
 
     def __call__(self) -> Extraction:
-        """Raises ValueError if no response has a lesson, or if the questions or the budget are too few."""
+        """Raises ValueError if no response has a lesson, if the questions or the budget are too few, or if a question
+        with the longest context is too long."""
         extract = self._config.extract
-        dev = [row._replace(context=None) for row in self._task.rows("dev")]
-        candidates, counts = self._make_candidates(self._write_lessons(self._collect_traces()))
+        train, dev = self._find_questions()
+        candidates, counts = self._make_candidates(self._write_lessons(self._collect_traces(train)))
         if not candidates:
             raise ValueError(
                 f"none of {counts['responses']} responses has a line with a lesson, one that begins with {LESSON!r}; "
@@ -117,12 +121,43 @@ class Extractor:
             text = items_lib.write_context(candidates[chosen.winner - 1].lines)
         return Extraction(text, candidates, counts, chosen)
 
-    def _collect_traces(self) -> list[str]:
-        """Answer training questions without a context, or play. Return the traces, those of a candidate in a row."""
-        extract, rows = self._config.extract, self._task.rows("train")
+    def _find_questions(self) -> tuple[list[Row], list[Row]]:
+        """Return the questions to solve and those to choose with, without the ones that are too long (prompt.overlong).
+
+        What would fail later is found here: a chat template that refuses a context, and prompts with lessons of
+        extract.limit tokens.
+        """
+        extract = self._config.extract
+        train = self._keep_fitting("train", None, 0, self._rollout.max_tokens, "rollout.max_tokens")
+        room = extract.limit + self._judged.max_tokens
+        dev = self._keep_fitting("dev", PROBE, extract.limit, room, "extract.limit + rollout.max_tokens")
+        selection.check_sizes(extract.candidates, len(dev), extract.budget)
+        selection.check_level(len(dev), extract.level)
+        return train, dev
+
+    def _keep_fitting(self, split: str, context: str | None, lessons: int, room: int, field: str) -> list[Row]:
+        """Return the rows that keep the limits with ``lessons`` more tokens of context than ``context`` has. ``room``:
+        tokens, of the name ``field``, that the model needs after a prompt."""
+        rows = [row._replace(context=None) for row in self._task.rows(split)]
+        longest = longest_turns(self._task, rows)
+        full = self._encode([row._replace(context=context) for row in longest])
+        views = {"bare": self._encode(longest), "context": [[0] * lessons + ids for ids in full]}
+        try:
+            kept = prompts_lib.keep_fitting_rows(rows, views, self._prompt)
+        except ValueError as error:
+            why = f"{error}; extract.limit = {lessons} tokens of lessons are part of it" if lessons else str(error)
+            raise ValueError(why) from None
+        self._folder.check_prompts([full[index] for index in kept], room, field)
+        return [rows[index] for index in kept]
+
+    def _encode(self, rows: list[Row]) -> list[list[int]]:
+        return prompts_lib.encode(self._folder.tokenizer, rows, self._prompt)
+
+    def _collect_traces(self, rows: list[Row]) -> list[str]:
+        """Answer training questions, or play. Return the traces, those of a candidate in a row."""
+        extract = self._config.extract
         order = np.random.default_rng([extract.seed, len(rows)]).permutation(len(rows))
         asked = [rows[order[(self._first + i) % len(rows)]] for i in range(extract.candidates * extract.traces)]
-        asked = [row._replace(context=None) for row in asked]
         traces = []
         for start, stop in self._chunks("solving or playing", len(asked)):
             own = asked[start:stop]
@@ -138,18 +173,29 @@ class Extractor:
     def _write_trace(self, row: Row, said: list[str]) -> str:
         if isinstance(self._task, GameTask):
             return self._task.trace(row, said)
-        return _fill(self._config.extract.solution, question=row.question, response=said[0])
+        return _fill(self._config.extract.solution, question=row.conversation, response=said[0])
 
     def _write_lessons(self, traces: list[str]) -> list[list[str]]:
         """Return the lessons that the model writes from each trace."""
         request, lessons = self._config.extract.request, []
         rows = [Row(f"trace {i}", _fill(request, trace=trace), None, "") for i, trace in enumerate(traces)]
+        most = self._folder.config.max_positions - self._writing.max_tokens
+        readable = [len(ids) <= most for ids in self._encode(rows)]
+        if not all(readable):
+            print(
+                f"warning: {readable.count(False)} of {len(rows)} traces are left without a lesson: with their request "
+                f"they have more than {most} tokens, and extract.max_tokens = {self._writing.max_tokens} more are over "
+                "the model's positions; lower extract.max_tokens or rollout.max_tokens",
+                flush=True,
+            )
         for start, stop in self._chunks("writing lessons", len(rows)):
             own = rows[start:stop]
 
             def write(own=own, start=start) -> dict:
-                played = self._play(self._reader, self._writing, own, LESSONS, start)
-                return {"responses": [{"text": said[0], "cut": cut} for said, cut in played]}
+                asked = [row for row, can_read in zip(own, readable[start:]) if can_read]
+                played = iter(self._play(self._reader, self._writing, asked, LESSONS, start))
+                said = [next(played) if can_read else ([""], False) for can_read in readable[start : start + len(own)]]
+                return {"responses": [{"text": texts[0], "cut": cut} for texts, cut in said]}
 
             found = self._journal.do(f"lessons {start}", write)["responses"]
             lessons += [items_lib.read_items(response["text"], response["cut"]) for response in found]
@@ -215,12 +261,12 @@ class Extractor:
         self, player: Player, sampling: SamplingConfig, rows: list[Row], phase: int, first: int
     ) -> list[tuple[list[str], bool]]:
         """Return, of every row, the texts of its turns, and whether one of them was cut."""
-        folder = self._folder
+        if not rows:
+            return []
         longest = rows if phase == LESSONS else longest_turns(self._task, rows)
-        tokens = prompts_lib.encode(folder.tokenizer, longest, self._config.prompt)
         field = "extract.max_tokens" if phase == LESSONS else "rollout.max_tokens"
-        folder.check_prompts(tokens, sampling.max_tokens, field)
-        played = player.play(folder.params, sampling, rows, rng.key_for(self._key, phase, "experience"), first)
+        self._folder.check_prompts(self._encode(longest), sampling.max_tokens, field)
+        played = player.play(self._folder.params, sampling, rows, rng.key_for(self._key, phase, "experience"), first)
         return [self._read_turns(turns) for turns in played]
 
     def _read_turns(self, turns: list[Turn]) -> tuple[list[str], bool]:

@@ -8,6 +8,7 @@ no part in the choice: on those that did, the best of many looks better than it 
 from __future__ import annotations
 
 from collections.abc import Callable
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,21 @@ def check_sizes(candidates: int, questions: int, budget: int) -> None:
         raise ValueError(
             f"a budget of {budget} answers is too small for {candidates} candidates and {questions} questions; a "
             f"choice needs at least {smallest_budget(candidates, questions)}, of which {2 * held} are for the test"
+        )
+
+
+def check_level(questions: int, level: float) -> None:
+    """Raise ValueError if the test has so few questions that no context could win."""
+
+    def smallest_p(questions: int) -> float:
+        return 2 * 0.5 ** count_test_questions(questions)  # all of them right, and none without a context
+
+    if smallest_p(questions) >= level:
+        least = next(n for n in itertools.count(questions) if smallest_p(n) < level)
+        raise ValueError(
+            f"of {questions} dev questions {count_test_questions(questions)} are for the test against the empty "
+            f"context, whose p-value cannot be below {smallest_p(questions):.3g}, and extract.level = {level:g}; give "
+            f"at least {least} dev questions, or raise extract.level"
         )
 
 

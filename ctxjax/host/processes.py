@@ -105,6 +105,15 @@ def check_same_facts(facts: dict) -> None:
         )
 
 
+def check_alone(command: str) -> None:
+    """Raise ValueError if ``command``, which writes files as a single process, runs in several."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{command} runs in one process, and jax found {jax.process_count()}; give it on a machine with all of its "
+            "devices, such as a slice of one host (v5e:2x4), and take what it writes to the others"
+        )
+
+
 def silence_others() -> None:
     """Discard what this process prints to the standard output from now on, unless it is the first."""
     if not is_first():

@@ -26,7 +26,7 @@ from ctxjax.data import prompts as prompts_lib, responses, splits
 from ctxjax.data.contexts import Contexts
 from ctxjax.data.grading.graders import read_short, strip_reasoning
 from ctxjax.data.task import Row, describe_earlier
-from ctxjax.data.tasks.self_study import SelfStudyConfig, assign_split, find_questions_file, make_id
+from ctxjax.data.tasks.self_study import SelfStudyConfig, assign_split, find_questions_file, make_id, name_context
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.host.checksum import hash_file
@@ -121,13 +121,18 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict]:
     task = config.task_config
     writer, left_out = _Writer(config, _find_drafts(path), mesh), Counter()
     second = _count_follow_ups(task)
-    answered = writer.reply(writer.ask(list_requests(task), task.questions - second, left_out), left_out)
+    asked, parts = writer.ask(list_requests(task), task.questions - second, left_out), _list_parts(task)
+    seen = {(one.request.context, one.request.about) for one in asked} & {*parts}
+    is_whole = writer.drafted >= len(parts)
+    answered = writer.reply(asked, left_out)
     trained = [(asked, reply) for asked, reply in answered if assign_split(asked.row) == "train"]
     follow_ups = writer.ask([request_follow_up(asked, reply) for asked, reply in trained], second, left_out)
     answered += writer.reply(follow_ups, left_out)
     why = ", ".join(f"{name} {count}" for name, count in left_out.items() if count) or "none"
     drafted = f"{writer.drafted} drafts"
     print(f"{len(answered)} questions with replies, of {drafted}; left out: {why}", flush=True)
+    more = "" if is_whole else "; not all were asked about: raise self_study.questions"
+    print(f"they ask about {len(seen)} of {len(parts)} sentences and lines of the context{more}", flush=True)
     if len(answered) < task.questions // 2:
         raise ValueError(
             f"{task.writer} wrote {len(answered)} usable questions in {drafted} (left out: {why}), and "
@@ -137,6 +142,7 @@ def write_questions(config: Experiment, path: Path, mesh: Mesh) -> list[dict]:
         )
     return [
         {"id": make_id(row), "question": row.question, "reference": reply, "about": request.about}
+        | {"context": name_context(request.context)}
         | describe_earlier(row)
         for (row, request), reply in answered
     ]
@@ -157,14 +163,19 @@ def split_parts(context: str) -> list[str]:
     return [part[:LONGEST_PART] for part in parts if len(part.split()) > 2] or [context.strip()[:LONGEST_PART]]
 
 
+def _list_parts(task: SelfStudyConfig) -> list[tuple[str, str]]:
+    """Return (context, part) of all contexts."""
+    contexts = Contexts(task, "self_study").texts.values()
+    return [(context, part) for context in contexts for part in split_parts(context)]
+
+
 def list_requests(task: SelfStudyConfig) -> list[Request]:
     """Return what the writer is asked, in order. A request depends on the seed and its number only."""
-    contexts = list(Contexts(task, "self_study").texts.values())
-    parts = [(context, part) for context in contexts for part in split_parts(context)]
-    requests = []
+    parts, requests = _list_parts(task), []
+    order = np.random.default_rng(task.seed).permutation(len(parts))  # a few questions are about all of a long context
     for number in range(MOST_DRAFTS * task.questions):
         generator = np.random.default_rng([task.seed, number])
-        context, part = parts[number % len(parts)]  # every part in turn
+        context, part = parts[order[number % len(parts)]]  # every part in turn
         form = generator.integers(len(ABOUT) + 1)
         is_task = bool(form == len(ABOUT))
         about, shown, text = part, context, (TASK if is_task else ABOUT[form]).format(part=part)

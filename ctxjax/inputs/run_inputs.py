@@ -57,7 +57,7 @@ def open_inputs(config: Experiment, mesh, seconds: dict[str, float]) -> Inputs:
     _check_models(config, tokenizer, prompts, mesh)
     teacher_path = _prepare_teacher_path(config, task, mesh, seconds)
     path = prepare_student_path(config, task, mesh, seconds)
-    student = _open_student(config, path, mesh, seconds)
+    student = open_student(config, path, mesh, seconds)
     folder, teacher = open_teacher(config, teacher_path, student, mesh, seconds)
     if config.teacher.offload:
         is_one = teacher is folder
@@ -172,7 +172,8 @@ def prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str
     return str(path)
 
 
-def _open_student(config: Experiment, path: str, mesh, seconds: dict[str, float]) -> ModelFolder:
+def open_student(config: Experiment, path: str, mesh, seconds: dict[str, float]) -> ModelFolder:
+    """Open the folder or Hub id ``path`` with the adapter of lora.init, if there is one. ``seconds``: gets the time."""
     clock = time.monotonic()
     model, adapter = config.model, None
     if config.lora_init:  # one that does not fit is refused before the weights are read

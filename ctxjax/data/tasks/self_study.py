@@ -10,7 +10,8 @@ reply adds to the question (graders.grade_new_words): all replies to "What is th
 others. Accuracy is agreement with the teacher, not truth. If the context demands something of every reply that can be
 checked (``self_study.check``), accuracy is obedience to this demand instead.
 
-The second turn of a conversation has the first one as ``"earlier": [[QUESTION, REPLY]]``.
+The second turn of a conversation has the first one as ``"earlier": [[QUESTION, REPLY]]``. ``"context"`` names the
+context that a question was written for (``name_context``), which matters if there are several.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ctxjax.data.tasks.file_task import FileTask, FileTaskConfig, Question
 from ctxjax.types import bounded
 
 # Part of a file's name: increase it when the requests or the filter change.
-RECIPE = 5
+RECIPE = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,16 +72,17 @@ class SelfStudy(FileTask):
                 f"{path} does not exist: no questions have been written for this context and self_study.writer = "
                 f"{self.config.writer!r} yet. Training writes them; or give a file as self_study.path"
             )
+        contexts = {name_context(text): text for text in self.contexts.texts.values()}
         for record in reader.read(path, 0, "self_study.path"):
             texts = reader.get_texts(record, "question")
             reference = texts and reader.get_reference(record, "reference", graders.read_short)
             earlier = _read_earlier(reader, record) if reference else None
             if earlier is not None:
                 row = Row("", texts[0], None, reference, earlier=earlier)
-                split = assign_split(row)
+                split, context = assign_split(row), _find_context(contexts, record)
                 if split:
                     new = graders.find_new_words(reference, row.question)
-                    yield split, make_id(row), Question(row.conversation, row.question, new, earlier=earlier)
+                    yield split, make_id(row), Question(row.conversation, row.question, new, context, earlier)
 
     def rows_under(self, row: Row, context: str) -> list[Row]:
         """Return the conversation's first question under another context, which has not been obeyed in a reply yet."""
@@ -104,6 +106,24 @@ def assign_split(row: Row) -> str | None:
 def make_id(row: Row) -> str:
     """Return the id of a conversation."""
     return hash_text(splits.normalize(row.conversation))[:16]
+
+
+def name_context(text: str) -> str:
+    return hash_text(text)[:16]
+
+
+def _find_context(contexts: dict[str, str], record: Record) -> str | None:
+    """Return the one of several contexts that the question was written for; None if it does not say so, or if there is
+    only one."""
+    name = record.value.get("context")
+    if name is None or len(contexts) == 1:
+        return None
+    if name not in contexts:
+        raise ValueError(
+            f"{record.where} was written for another context ({name!r}); give self_study.context_files as they were, "
+            'or remove "context" from the rows, so that one of them is drawn for each question'
+        )
+    return contexts[name]
 
 
 def _read_earlier(reader: Reader, record: Record) -> tuple[tuple[str, str], ...] | None:
