@@ -115,6 +115,10 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
     _check_model(result)
     if config.task in GAMES and result.eval.meters:
         raise ValueError(f"eval.meters = {result.eval.meters}: they read single responses, not games; leave it empty")
+    if config.task == "style" and "drift" in result.eval.meters:
+        raise ValueError(
+            "eval.meters: drift asks the everyday questions that task = 'style' trains on; leave drift out"
+        )
     if trains and config.task in GAMES:
         _check_arms_play(result)
     if trains and result.lora is None and result.model.param_dtype != "float32":

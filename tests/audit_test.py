@@ -1,5 +1,6 @@
 """The audit: a finished run passes, a copy in which one thing was changed does not, and the audit names it."""
 
+import dataclasses
 import json
 from pathlib import Path
 import re
@@ -570,7 +571,7 @@ def test_a_path_that_is_no_run_ends_with_one_line(tmp_path, capsys):
     assert "is not the folder of a run or of an evaluation" in printed[0] and "no configuration" in printed[2]
 
 
-def make_items(seed: int, samples: int, contexts: int = 3) -> list[dict]:
+def make_items(seed: int, samples: int, contexts: int = 3, groups: int = 0) -> list[dict]:
     """Random items of 12 questions in the views of an evaluation."""
     rng, items = np.random.default_rng(seed), []
     for view in ("bare", "context", "empty", "other", "paraphrase", "unrelated"):
@@ -583,19 +584,25 @@ def make_items(seed: int, samples: int, contexts: int = 3) -> list[dict]:
                 "lenient": bool(rng.random() < 0.7), "length": int(rng.integers(1, 9)),
                 "truncated": bool(rng.random() < 0.3),
             })  # fmt: skip
+            if groups:
+                items[-1]["group"] = f"fact {number // samples % groups}"
     return items
 
 
 @pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("groups", [0, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_second_implementation_computes_the_same_numbers(seed, samples):
-    items = make_items(seed, samples)
+def test_the_second_implementation_computes_the_same_numbers(seed, groups, samples):
+    items = make_items(seed, samples, groups=groups)
     outcomes: dict[str, Outcomes] = evaluator.collect_outcomes(items)
-    found = numbers.recompute(items, None, resamples=50)
+    ignored = outcomes["bare"].correct
+    outcomes["ignored"] = dataclasses.replace(outcomes["other"], correct=ignored)
+    found = numbers.recompute(items, None, 50, ignored.tolist())
+    assert ("mcnemar_p" in found) == (samples == 1 and not groups) and "obedience_floor_ci" in found
     check = Check("numbers")
     check.expect("all", found, json.loads(json.dumps(metrics.compute_metrics(outcomes, 50))))
     assert not check.wrong
-    first = make_items(seed + 10, samples)
+    first = make_items(seed + 10, samples, groups=groups)
     expected = harm_difference(outcomes, evaluator.collect_outcomes(first), 50)
     assert numbers.harm_difference(items, first, 50) == pytest.approx(expected)
 

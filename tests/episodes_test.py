@@ -52,3 +52,15 @@ def test_an_episode_of_several_turns_is_one_item_with_all_its_tokens():
     (item,) = grade([Episode(ROWS[0], 0, turns)])
     assert (item["text"], item["length"], item["truncated"]) == ("up\n\nleft left\n\ngoal", 6, True)
     assert item["correct"] and item["parsed"] == "goal"
+
+
+def test_an_item_has_the_group_of_its_row_or_is_one_of_its_own():
+    episodes = [Episode(row, 0, (np.array([3, 0]),)) for row in ROWS]
+    assert not any("group" in item for item in grade(episodes))
+
+    class Grouped(LastWord):
+        def group(self, row):
+            return {"a": "first", "b": ""}[row.id]
+
+    items = grade_episodes(Grouped(), None, (0,), episodes, "bare")
+    assert [item["group"] for item in items] == ["first", "b"]

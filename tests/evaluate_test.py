@@ -4,6 +4,7 @@ writes single letters."""
 import json
 from pathlib import Path
 import subprocess
+from types import SimpleNamespace
 
 from adapters_test import CONFIG, draw
 import forked
@@ -13,6 +14,7 @@ import pytest
 from ctxjax import config as config_lib, evaluate, extract, sharding
 from ctxjax.audit import audit
 from ctxjax.configs import base
+from ctxjax.data import prompts
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
 from ctxjax.evaluation import views
 from ctxjax.evaluation.evaluator import Evaluator
@@ -138,6 +140,31 @@ def test_the_command_says_in_one_line_what_is_missing(folder, questions):
     result = command(folder, questions)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: --out is missing; give a folder" in result.stderr
+
+
+def test_other_contexts_with_their_own_questions_are_the_control_of_the_same_questions(folder, questions, tmp_path):
+    rows = [
+        {"question": f"Under {c}: {q}?", "answer": f"#### {q}", "context": f"Note {c}."}
+        for c in range(6)
+        for q in (1, 2)
+    ]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(folder, questions)
+    config.task, config.qa_jsonl.path, config.qa_jsonl.grading = "qa_jsonl", config.math.path, "numeric"
+    config.qa_jsonl.context_file, config.qa_jsonl.other_rows = (
+        str(questions / "context.txt"),
+        str(tmp_path / "others.jsonl"),
+    )
+    config.qa_jsonl.dev_questions, config.qa_jsonl.test_questions = 8, 10
+    experiment, mesh = config_lib.experiment(config, jax.device_count()), sharding.make_mesh(fsdp=2)
+    with jax.set_mesh(mesh):
+        model = open_folder(folder, mesh)
+        (evaluator,) = Evaluator.of_splits(experiment, QaJsonl(experiment.task_config), ("test",), model, model, mesh)
+    bare = evaluator._rows["bare"]
+    control = evaluator._asker.prompts(SimpleNamespace(turns=list(enumerate(bare))))[2]
+    texts = model.tokenizer.batch_decode(prompts.unpad(control))
+    assert len(texts) == len(bare) and all("Note " in text and "Under" not in text for text in texts)
+    assert all(row.question in text for row, text in zip(bare, texts))
 
 
 def split(batch: int, **columns: int) -> Split:

@@ -469,6 +469,36 @@ def test_bootstraps_of_samples_take_the_configured_number_of_resamples():
     assert few["harm_ci"] == many["harm_ci"]
 
 
+def test_wordings_of_one_fact_say_no_more_than_the_fact():
+    """Three of twelve facts are known, each in all of its sixteen wordings."""
+    facts = [f"fact {index % 12}" for index in range(192)]
+    known = np.array([index % 12 < 3 for index in range(192)])
+    views = {"bare": dataclasses.replace(outcomes(known), groups=facts)}
+    views["context"] = dataclasses.replace(outcomes(np.ones(192)), groups=facts)
+    result = metrics.compute_metrics(views, 1000)
+    assert result["acc_x_ci"] == pytest.approx(statistics.binomial_interval(3, 12)) and result["n"] == 192
+    assert result["harm_ci"] == pytest.approx(statistics.binomial_interval(0, 3))
+    assert "mcnemar_p" not in result and result["regime"] == "scaffold"  # nine facts better, none worse
+    few = {view: dataclasses.replace(own, groups=[f"fact {i % 4}" for i in range(192)]) for view, own in views.items()}
+    few["bare"] = dataclasses.replace(few["bare"], correct=np.array([i % 4 < 1 for i in range(192)]))
+    assert metrics.compute_metrics(few, 1000)["regime"] == "agreement"  # three facts may be chance
+
+
+def test_arms_are_compared_by_facts_and_not_by_their_wordings():
+    rng = np.random.default_rng(0)
+    facts = [f"fact {index // 16}" for index in range(192)]
+    lost = np.repeat(rng.random(12) < 0.5, 16)
+
+    def harmed(correct, groups):
+        return {"bare": dataclasses.replace(outcomes(np.ones(192)), groups=groups), "context": outcomes(correct)}
+
+    single, grouped = (
+        outcomes_lib.harm_difference(harmed(~lost, g), harmed(np.ones(192), g), 2000) for g in (None, facts)
+    )
+    assert single[0] == grouped[0] == pytest.approx(lost.mean())
+    assert grouped[2] - grouped[1] > 3 * (single[2] - single[1])  # the square root of 16 is 4
+
+
 def test_obedience_is_clustered_by_context_and_reported_by_it():
     """Two of twelve contexts are never obeyed, the others always: 480 responses say no more than twelve."""
     contexts = [f"context {index % 12}" for index in range(480)]

@@ -162,3 +162,10 @@ def test_a_document_is_as_long_as_asked_for(style, tokens):
 def test_a_document_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+def test_wordings_of_a_fact_are_one_group(task):
+    facts = {}
+    for row in task.rows("test"):
+        facts.setdefault(task.group(row), set()).add(row.reference)
+    assert len(facts) == 12 and all(len(values) == 1 for values in facts.values())

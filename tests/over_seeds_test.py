@@ -102,7 +102,10 @@ def test_the_interval_of_a_difference_of_rates_ends_where_such_a_difference_does
     value, (low, high) = over_seeds.mean_difference(arm, first, 100)
     assert value == 0.5 and low < -1 and high > 1  # Student's t of two seeds
     assert over_seeds.mean_difference(arm, first, 100, over_seeds.RATE_DIFFERENCE) == (0.5, (-1.0, 1.0))
-    found = results.list_signs([{"arm": "a", "metric": "harm", "difference": d, "p_holm": 1.0} for d in (0.0, 0.9)])
+    both = {"seeds": 2, "of_seeds": 2}
+    found = results.list_signs(
+        [{"arm": "a", "metric": "harm", "difference": d, "p_holm": 1.0} | both for d in (0.0, 0.9)]
+    )
     assert next(found)["high"] == 1.0
 
 

@@ -115,6 +115,10 @@ CASES = {
     ),
     "an adapter and all weights trained": (setting(lora__init="/adapter"), "lora.init = '/adapter' and lora.rank = 0"),
     "no adapter": (setting(lora__init="/adapter", lora__rank=2), "/adapter has no adapter_config.json; give a folder"),
+    "drift of style": (
+        setting(task="style", eval__meters=("drift",), model__path="x"),
+        "drift asks the everyday questions that task = 'st",
+    ),
     "another meter": (setting(eval__meters=("speed",)), "eval.meters = 'speed' is not known; choose from drift, trace"),
     "a meter that cannot be asked": (
         setting(eval__meters=("drift",)),

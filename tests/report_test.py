@@ -1,5 +1,6 @@
 """Tests of the report: a small synthetic run goes in, a table and a page come out."""
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -530,11 +531,37 @@ def test_a_harm_that_is_not_decided_has_a_word_of_its_own(workdir: pathlib.Path)
 def test_a_base_that_obeyed_no_other_context_is_told_from_one_that_was_not_measured() -> None:
     arm = metrics_of(1.0, 1.0, 0.0, 0.0)
     text = verdict({"base": metrics_of(0.0, 1.0, None, 0.0), "a": arm}).striptags().replace("\u00a0", " ")
-    assert "the base did not obey other contexts, so there was nothing to keep (0.0 %, base 0.0 %)" in text
+    kept = "the base obeyed other contexts no more than if it ignored them, so there was nothing to keep"
+    assert f"{kept} (0.0 %, base 0.0 %)" in text
     assert "is not" not in text.replace("is not shown", "")
     base = metrics_of(0.0, 1.0, None, 0.0)
     del base["obedience"]
     assert "is known, the base's is not (0.0 %)" in verdict({"base": base, "a": arm}).striptags().replace("\u00a0", " ")
+
+
+@pytest.mark.parametrize(
+    ("base", "floors", "arm", "level"),
+    [
+        (0.20, (0.15, 0.19), 0.19, "bad"),  # as much as it would say without reading
+        (1.00, (0.0, 0.05), 1.00, "good"),
+        (1.00, (0.0, 0.30), 0.79, "mid"),
+        (0.15, (0.15, 0.15), 0.15, ""),  # the base ignored them, too
+        (0.80, (0.0, 0.0), 0.78, "good"),
+    ],
+)
+def test_obedience_is_what_a_model_does_that_it_would_not_do_without_reading(base, floors, arm, level) -> None:
+    rows = [metrics_of(1.0, 1.0, 0.0, v, obedience_floor=floor) for v, floor in zip((base, arm), floors)]
+    assert levels(rows[1], rows[0]).get("obedience", "") == level
+    text = verdict({"base": rows[0], "a": rows[1]}).striptags().replace("\u00a0", " ")
+    assert ("by ignoring them" in text) == bool(floors[1])
+
+
+def test_facts_without_harm_in_many_wordings_are_no_proof(workdir: pathlib.Path) -> None:
+    facts = [f"fact {index % 12}" for index in range(192)]
+    right = Outcomes(*[np.ones(192, bool)] * 2, np.zeros(192, bool), np.ones(192))
+    for groups, level in ((None, "good"), (facts, "mid")):
+        views = dict.fromkeys(("bare", "context"), dataclasses.replace(right, groups=groups))
+        assert levels(metrics.compute_metrics(views, 100), None)["harm"] == level
 
 
 def test_samples_of_a_question_are_responses_and_not_questions(workdir: pathlib.Path) -> None:

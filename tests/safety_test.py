@@ -46,8 +46,10 @@ def test_every_published_layout_is_read(folder):
     examples = safety_sets.read_examples(folder, reader=reader)
     assert Counter(example.set for example in examples) == {"tweeteval": 40, "hatecheck": 120, "ethos": 60}
     by_id = {example.id: example for example in examples}
-    assert by_id["tweeteval-val-3"] == ("tweeteval-val-3", "tweeteval", "dev", "tweet val 3\u2028 on one line", True)
-    assert by_id["hatecheck-3"][3:] == ("I like men, 1", False)
+    assert by_id["tweeteval-val-3"] == (
+        "tweeteval-val-3", "tweeteval", "dev", "tweet val 3\u2028 on one line", True, "",
+    )  # fmt: skip
+    assert by_id["hatecheck-3"][3:] == ("I like men, 1", False, "hatecheck 1")
     assert [by_id[f"ethos-{n}"].harmful for n in range(4)] == [False, True, False, True]
     assert by_id["ethos-2"].text == 'comment; with "marks" 2'
     assert len(reader.digests) == 8
@@ -64,6 +66,15 @@ def test_splits_are_the_publishers_or_by_hash_and_keep_a_template_together(folde
                 splits_of.setdefault(int(rest[0]) // 2, set()).add(split)
     assert all(len(found) == 1 for found in splits_of.values())
     assert {split for found in splits_of.values() for split in found} == set(splits.SPLITS)
+
+
+def test_texts_of_one_template_are_one_group_and_others_are_in_none(folder):
+    asked = task(folder)
+    groups = {}
+    for row in asked.rows("train"):
+        groups.setdefault(asked.group(row), []).append(row.id)
+    assert all(name.startswith("hatecheck") for names in (own for g, own in groups.items() if g) for name in names)
+    assert not any(name.startswith("hatecheck") for name in groups[""]) and len(groups) > 20
 
 
 def test_a_row_asks_its_sets_question_and_for_the_format_unless_told_not_to(folder):

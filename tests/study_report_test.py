@@ -199,6 +199,26 @@ def test_a_metric_of_fewer_seeds_says_so():
     assert (line["seeds"], line["Acc_x %"], line["Harm %"], line["obedience %"]) == ("3", "50.0", "75.0 (1 seed)", "-")
 
 
+def test_a_test_of_fewer_seeds_says_so_and_is_no_sign():
+    ones, none = Sums(np.ones(12), np.ones(12)), Sums(np.zeros(12), np.ones(12))
+    first = [results.RunResult(seed, {"acc_x": none} | ({"harm": ones} if not seed else {}), {}) for seed in range(3)]
+    arm = [results.RunResult(seed, {"acc_x": ones, "harm": none}, {}) for seed in range(3)]
+    rows = results.list_tests({"one": {"opcd": first, "retained": arm}}, "opcd")
+    header, lines = report.tests_table(rows)
+    found = {line[2]: dict(zip(header, line, strict=True))["seeds"] for line in lines}
+    assert found == {"Acc_x": "3", "Harm": "1 of 3"}
+    assert [row["metric"] for row in results.list_signs(rows)] == ["acc_x"]
+
+
+def test_records_keep_the_groups_of_questions(tmp_path):
+    rng = np.random.default_rng(0)
+    correct = rng.random(60) < 0.5
+    view = Outcomes(correct, correct, ~correct, np.ones(60), groups=[f"fact {i % 7}" for i in range(60)])
+    read = record._unpack(json.loads(json.dumps(record._pack(view))))
+    np.testing.assert_array_equal(read.clusters, view.clusters)
+    assert read.contexts is None and len(set(read.groups)) == 7
+
+
 def test_no_two_arms_of_a_figure_look_alike():
     point = [(Rate(0.1, None), Rate(0.5, None), False)]
     figure = plots.rate_scatter({f"arm{i}": point for i in range(14)}, ("harm", "obedience"), "fourteen arms")

@@ -61,6 +61,13 @@ def test_no_topic_is_in_two_splits():
     assert make().rows("test") == task.rows("test") and make(test_questions=8).rows("test") == task.rows("test")[:8]
 
 
+def test_questions_about_a_topic_are_one_group():
+    task = make("french")
+    groups = {task.group(row) for row in task.rows("test")}
+    assert 3 < len(groups) < len(task.rows("test")) / 2
+    assert all(task.group(row) in row.question for row in task.rows("test"))
+
+
 def test_other_contexts_that_nothing_judges_are_refused(tmp_path):
     path = tmp_path / "others.jsonl"
     path.write_text("".join(json.dumps(f"Other {n}.") + "\n" for n in range(8)))

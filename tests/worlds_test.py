@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from ctxjax.data.task import World, make_evaluation_views
 from ctxjax.data.tasks import TASKS, WORLDS
 from ctxjax.data.worlds import policy, scratch
 from ctxjax.data.worlds.rules import RulesConfig
+from ctxjax.evaluation.evaluator import Evaluator, collect_outcomes
+from ctxjax.evaluation.metrics import compute_metrics
 from ctxjax.inputs import base_model
 from ctxjax.models.hf import load as hf_load
 
@@ -107,6 +110,24 @@ def test_every_view_of_the_new_worlds_has_the_answer_of_its_context(world):
         assert sorted(paraphrase.context.split(";")) == sorted(row.context.split(";"))
     assert len({row.reference == view.reference for row, view in zip(rows, views["other"])}) >= 1
     assert np.mean([row.reference == view.reference for row, view in zip(rows, views["other"])]) < 0.2
+
+
+def test_a_student_that_ignores_other_contexts_obeys_them_by_chance_and_no_more(world):
+    """Its answers are those of the internalized context in every view."""
+    views = make_evaluation_views(world, world.rows("test"), "test")
+    items = []
+    for view in ("bare", "other"):
+        for asked, own in zip(views[view], views["bare"]):
+            grade = world.grade(own.reference, asked.reference)._asdict()
+            items.append({"id": own.id, "view": view, "sample": 0, "context": asked.context, "text": own.reference,
+                          "truncated": False, "length": 1, **grade})  # fmt: skip
+    outcomes = collect_outcomes(items)
+    evaluator = SimpleNamespace(_rows=views, _task=world)
+    outcomes |= Evaluator._grade_against_others(evaluator, items, outcomes)
+    found = compute_metrics(outcomes, 0)
+    assert (world.__class__ is policy.Policy) <= (found["obedience"] > 0)  # some policies agree on a rule
+    assert found["obedience"] == found["obedience_floor"] < 0.2
+    assert found["obedience_floor_ci"] == found["obedience_ci"]
 
 
 def test_no_row_of_the_new_worlds_is_longer_than_the_longest_and_none_has_an_unknown_token(world):

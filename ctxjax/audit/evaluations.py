@@ -9,7 +9,7 @@ from ctxjax.audit.check import SUMS, Check
 from ctxjax.audit.folder import Evaluated, Folder
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.digests import digest_context, digest_question, digest_tokens
-from ctxjax.data.task import GameTask, read_row
+from ctxjax.data.task import GameTask, grade_response, read_row
 from ctxjax.evaluation.episodes import TURN_BREAK, grade_turns
 from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host.checksum import compute_digest
@@ -159,6 +159,8 @@ def check_grades(folder: Folder, one: Evaluated, check: Check) -> None:
             check.wrong.append(f"{where}: its question is none that may be asked there")
             continue
         check.expect(f"{where}: reference", item["reference"], str(row.check or row.reference))
+        if "group" in item:  # older runs have none
+            check.expect(f"{where}: group", item["group"], task.group(row) or row.id)
         said = item["text"].split(TURN_BREAK) if isinstance(task, GameTask) else [item["text"]]
         if len(said) != item.get("turns", 1):
             check.unchecked.append(f"{where}: its turns cannot be told apart, since a response has an empty line")
@@ -173,7 +175,8 @@ def check_numbers(folder: Folder, one: Evaluated, check: Check) -> None:
     stored = _read_stored(folder, one, check)
     items = folder.rows(f"{one.folder}/items.jsonl")
     resamples = folder.config["eval"]["bootstrap"]
-    expected = numbers.recompute(items, _grade_defaults(folder, one, items), resamples)
+    ignored = _grade_ignored(folder, one, items) if stored and "obedience_floor" in stored["metrics"] else None
+    expected = numbers.recompute(items, _grade_defaults(folder, one, items), resamples, ignored)
     sources = [] if stored is None else [(f"{one.folder}/evaluation.json", stored["metrics"])]
     if one.results is not None:
         sources.append((f"results.json, {one.label}", one.results))
@@ -197,6 +200,23 @@ def _grade_defaults(folder: Folder, one: Evaluated, items: list[dict]) -> list[b
     if any(row is None or row.default is None for row, _ in bare):
         return None
     return [task.grade(text, row.default).correct for row, text in bare]
+
+
+def _grade_ignored(folder: Folder, one: Evaluated, items: list[dict]) -> list[bool] | None:
+    """Whether each bare response is right under the other context that its question was asked under."""
+    task = folder.opened.task
+    rows = {} if task is None else {row.id: row for row in task.rows(one.split)}
+    pairs = zip(*([item for item in items if item["view"] == view] for view in ("bare", "other")), strict=True)
+    graded = []
+    for bare, other in pairs:
+        if bare["id"] not in rows:
+            return None
+        asked = task.rows_under(rows[bare["id"]], other["context"])
+        row = next((row for row in asked if row.question == bare["question"]), None)
+        if row is None:
+            return None
+        graded.append(grade_response(task, bare["text"], row).correct)
+    return graded
 
 
 def _check_view_kl(check: Check, where: str, found: dict, items: list[dict]) -> None:

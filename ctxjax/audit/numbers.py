@@ -17,10 +17,13 @@ MOST_CONTEXTS = 100  # with more, results.json has no accuracies by context
 NAMES = {"bare": "x", "context": "xc"}
 
 
-def recompute(items: list[dict], defaults: list[bool] | None, resamples: int) -> dict:
+def recompute(
+    items: list[dict], defaults: list[bool] | None, resamples: int, ignored: list[bool] | None = None
+) -> dict:
     """Return the metrics that follow from the items, by their names in results.json.
 
-    ``defaults``: whether each bare response is the base's default answer; None if the task has none.
+    ``defaults``: whether each bare response is the base's default answer; None if the task has none. ``ignored``:
+    whether it would be right under the other context of its question; None if that was not measured.
     """
     views: dict[str, list[dict]] = {}
     for item in items:
@@ -34,23 +37,25 @@ def recompute(items: list[dict], defaults: list[bool] | None, resamples: int) ->
         result |= _compare_views(views["bare"], views["context"], samples, resamples)
     for view in ("empty", "paraphrase", "unrelated"):
         if view in views:
-            result |= _rate(f"acc_{view}", [item["correct"] for item in views[view]], _questions(views[view], samples))
+            result |= _rate(f"acc_{view}", [item["correct"] for item in views[view]], _clusters(views[view], samples))
     if "other" in views:
         contexts = [item["context"] for item in views["other"]]
         right = [item["correct"] for item in views["other"]]
         result |= _rate("obedience", right, _number(contexts))
+        if ignored is not None:
+            result |= _rate("obedience_floor", ignored, _number(contexts))
         if len(set(contexts)) <= MOST_CONTEXTS:
             result["obedience_by_context"] = {
                 context: [_mean([r for r, c in zip(right, contexts) if c == context]), contexts.count(context)]
                 for context in set(contexts)
             }
     if defaults is not None:
-        result |= _rate("acc_default", defaults, _questions(views["bare"], samples))
+        result |= _rate("acc_default", defaults, _clusters(views["bare"], samples))
     return result
 
 
 def _describe_view(items: list[dict], suffix: str, samples: int) -> dict:
-    clusters = _questions(items, samples)
+    clusters = _clusters(items, samples)
     result = _rate(f"acc_{suffix}", [item["correct"] for item in items], clusters)
     if all(item["lenient"] is not None for item in items):
         result |= _rate(f"acc_{suffix}_lenient", [item["lenient"] for item in items], clusters)
@@ -64,7 +69,7 @@ def _describe_view(items: list[dict], suffix: str, samples: int) -> dict:
 
 def _compare_views(bare: list[dict], context: list[dict], samples: int, resamples: int) -> dict:
     x, xc = ([bool(item["correct"]) for item in items] for items in (bare, context))
-    pairs, clusters = list(zip(x, xc)), _questions(bare, samples)
+    pairs, clusters = list(zip(x, xc)), _clusters(bare, samples)
     result = {
         "gap": _mean(xc) - _mean(x),
         "dlen": _mean([item["length"] for item in context]) / _mean([item["length"] for item in bare]) - 1,
@@ -77,18 +82,19 @@ def _compare_views(bare: list[dict], context: list[dict], samples: int, resample
     result |= _rate("benefit", xc, clusters, among=[not right for right in x])
     result |= _rate("both_correct", [a and b for a, b in pairs], clusters)
     better, worse = result["flips"]["wrong_right"], result["flips"]["right_wrong"]
-    if samples == 1:
+    if samples > 1:
+        result["samples"] = samples
+        result |= _floor(x, xc, bare, samples, resamples)
+    if samples == 1 and "group" not in bare[0]:
         p_value = result["mcnemar_p"] = _sign_test(better, worse)
     else:
-        result["samples"] = samples
-        result |= _floor(x, xc, samples, resamples)
-        difference = _by_question(xc, samples) - _by_question(x, samples)
+        difference = _by_cluster(xc, bare, samples) - _by_cluster(x, bare, samples)
         p_value = statistics.sign_flip_p(difference, resamples)
     word = "perturbation" if result["gap"] < 0 else "scaffold"
     return result | {"regime": word if p_value < 0.05 else "agreement"}
 
 
-def _floor(x: list[bool], xc: list[bool], samples: int, resamples: int) -> dict:
+def _floor(x: list[bool], xc: list[bool], bare: list[dict], samples: int, resamples: int) -> dict:
     """The harm that two samples of the bare view would have, and what the harm has above it."""
     right_n = _by_question(x, samples)
     harmed_n = _by_question([a and not b for a, b in zip(x, xc)], samples)
@@ -96,7 +102,8 @@ def _floor(x: list[bool], xc: list[bool], samples: int, resamples: int) -> dict:
     result = {}
     for key, part_n in (("harm_floor", floor_n), ("excess_harm", harmed_n - floor_n)):
         result[key] = float(part_n.sum() / right_n.sum()) if right_n.sum() else None
-        result[f"{key}_ci"] = _list(statistics.bootstrap_ratio(part_n, right_n, resamples).interval)
+        parts = (_sum_by(_clusters(bare, samples)[::samples], values) for values in (part_n, right_n))
+        result[f"{key}_ci"] = _list(statistics.bootstrap_ratio(*parts, resamples).interval)
     return result
 
 
@@ -107,7 +114,8 @@ def harm_difference(arm: list[dict], first: list[dict], resamples: int) -> list 
         x, xc = ([bool(i["correct"]) for i in items if i["view"] == view] for view in ("bare", "context"))
         samples = 1 + max(item["sample"] for item in items)
         harmed = [a and not b for a, b in zip(x, xc)]
-        parts += [_by_question(harmed, samples), _by_question(x, samples)]
+        bare = [item for item in items if item["view"] == "bare"]
+        parts += [_by_cluster(harmed, bare, samples), _by_cluster(x, bare, samples)]
         harms.append(sum(harmed) / sum(x) if any(x) else None)
     if None in harms:
         return None
@@ -137,8 +145,23 @@ def _by_question(values: list[bool], samples: int) -> np.ndarray:
     return np.array([sum(values[i : i + samples]) / samples for i in range(0, len(values), samples)])
 
 
-def _questions(items: list[dict], samples: int) -> np.ndarray:
+def _clusters(items: list[dict], samples: int) -> np.ndarray:
+    """The number of each item's group, if the task has groups, else of its question."""
+    if "group" in items[0]:
+        return _number([item["group"] for item in items])
     return np.array([place // samples for place in range(len(items))])
+
+
+def _by_cluster(values: list[bool], items: list[dict], samples: int) -> np.ndarray:
+    """The sums over each cluster of the questions' means."""
+    return _sum_by(_clusters(items, samples)[::samples], _by_question(values, samples))
+
+
+def _sum_by(clusters: np.ndarray, values: np.ndarray) -> np.ndarray:
+    sums: dict[int, float] = {}
+    for cluster, value in zip(clusters, values):
+        sums[cluster] = sums.get(cluster, 0.0) + value
+    return np.array([sums[cluster] for cluster in sorted(sums)])
 
 
 def _number(names: list[str]) -> np.ndarray:

@@ -30,13 +30,15 @@ FILES = {
 
 
 class Example(NamedTuple):
-    """One labelled text. ``id``: the name of its set and its number there."""
+    """One labelled text. ``id``: the name of its set and its number there. ``template``: what HateCheck made it of, as
+    well as other texts, which name other people."""
 
     id: str
     set: str
     split: str
     text: str
     harmful: bool
+    template: str = ""
 
 
 def _find_file(folder: Path, what: str, split: str = "") -> Path:
@@ -80,9 +82,10 @@ def read_hatecheck(folder: Path, reader: Reader) -> list[Example]:
             continue
         case, text, label, template = texts
         harmful = _parse_label(reader, record, label, labels, "hateful or non-hateful")
-        split = splits.assign_split(f"hatecheck {template}")
+        name = f"hatecheck {template}"
+        split = splits.assign_split(name)
         if harmful is not None:
-            examples.append(Example(f"hatecheck-{case}", "hatecheck", split, text.strip(), harmful))
+            examples.append(Example(f"hatecheck-{case}", "hatecheck", split, text.strip(), harmful, name))
     return examples
 
 

@@ -124,6 +124,14 @@ class GameTask(Protocol):
         """Return what happened in an episode that has ended: what was read, said, and how it ended."""
 
 
+@runtime_checkable
+class GroupedTask(Protocol):
+    """A task with rows that are not independent, such as wordings of one fact or texts of one template."""
+
+    def group(self, row: Row) -> str:
+        """Return the name of the row's group, which intervals and tests take as a whole; "" if it is in none."""
+
+
 def longest_turns(task: Task, rows: list[Row]) -> list[Row]:
     """Return the longest turn of every row; ``rows`` themselves if the task's episodes have one turn."""
     return [task.longest_turn(row) for row in rows] if isinstance(task, GameTask) else rows

@@ -34,15 +34,15 @@ class Asker(Protocol):
         """Answer every row of a view; samples are drawn with ``key``. ``what``: of the progress bar; "" for none."""
 
     def prompts(self, answers: Answers) -> tuple[Prompts, Prompts, Prompts]:
-        """Return what came before the responses of the bare view's ``answers``: without the context, with it, and under
-        an unrelated context (the control of the hidden-state comparison)."""
+        """Return what came before the responses of the bare view's ``answers``: without the context, with it, and with
+        the context of the control view (of the hidden-state comparison)."""
 
 
 class Questions:
     """Episodes of one turn."""
 
-    def __init__(self, split: Split, folder: ModelFolder, mesh: Mesh):
-        self._split, self._folder, self._mesh = split, folder, mesh
+    def __init__(self, split: Split, folder: ModelFolder, prompt: PromptConfig, mesh: Mesh):
+        self._split, self._folder, self._prompt, self._mesh = split, folder, prompt, mesh
         self._prompts = {
             v: prompts_lib.left_pad(lists, split.columns[v], folder.pad_id, split.prefixes[v])
             for v, lists in split.tokens.items()
@@ -56,11 +56,32 @@ class Questions:
         return Answers(episodes, first, list(enumerate(split.rows[view])))
 
     def prompts(self, answers: Answers) -> tuple[Prompts, Prompts, Prompts]:
-        return self._prompts["bare"], self._prompts["context"], self._prompts[_control_view(self._split)]
+        split, view = self._split, _control_view(self._split)
+        control = self._prompts[view]
+        if any(own.question != row.question for own, (_, row) in zip(split.rows[view], answers.turns)):
+            control = _read(
+                answers, view, split, self._folder, self._prompt
+            )  # other contexts with questions of their own
+        return self._prompts["bare"], self._prompts["context"], control
 
 
 def _control_view(split: Split) -> str:
+    """Return the view whose contexts are the control: an unrelated one if the task has one, else others, else none."""
     return next(view for view in ("unrelated", "other", "empty") if view in split.rows)
+
+
+def _read(answers: Answers, view: str, split: Split, folder: ModelFolder, prompt: PromptConfig) -> Prompts:
+    """Return what the bare view read, with the contexts of ``view``.
+
+    In a view whose first turns look different, such as that of the control, the shared prefix may differ.
+    """
+    rows = [row._replace(context=split.rows[view][i].context) for i, row in answers.turns]
+    tokens = prompts_lib.encode(folder.tokenizer, rows, prompt)
+    prefix, columns = split.prefixes[view], split.columns[view]
+    if any(ids[: len(prefix)] != prefix for ids in tokens):
+        prefix, columns = [], len(prefix) + columns
+    columns = max(columns, max(map(len, tokens)) - len(prefix))
+    return prompts_lib.left_pad(tokens, columns, folder.pad_id, prefix)
 
 
 class Games:
@@ -83,16 +104,5 @@ class Games:
         return Answers(episodes, pad_responses([turn for _, turn in first], one), [(i, t.row) for i, t in first])
 
     def prompts(self, answers: Answers) -> tuple[Prompts, Prompts, Prompts]:
-        return tuple(self._read(answers, view) for view in ("bare", "context", _control_view(self._split)))
-
-    def _read(self, answers: Answers, view: str) -> Prompts:
-        """Return what the bare view's players read, with the contexts of ``view``.
-
-        In a view whose first turns look different, such as that of the control, the shared prefix may differ.
-        """
-        rows = [row._replace(context=self._split.rows[view][i].context) for i, row in answers.turns]
-        tokens = prompts_lib.encode(self._folder.tokenizer, rows, self._prompt)
-        prefix, columns = self._split.prefixes[view], self._split.columns[view]
-        if any(ids[: len(prefix)] != prefix for ids in tokens):
-            prefix, columns = [], len(prefix) + columns
-        return prompts_lib.left_pad(tokens, columns, self._folder.pad_id, prefix)
+        views = ("bare", "context", _control_view(self._split))
+        return tuple(_read(answers, view, self._split, self._folder, self._prompt) for view in views)

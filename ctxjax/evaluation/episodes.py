@@ -13,7 +13,7 @@ import numpy as np
 from ctxjax.data import responses
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import OPEN_REASONING
-from ctxjax.data.task import GameTask, Row, Task, describe_earlier, grade_response
+from ctxjax.data.task import GameTask, GroupedTask, Row, Task, describe_earlier, grade_response
 from ctxjax.types import Rollout
 
 TURN_BREAK = "\n\n"  # between the texts of an episode's turns
@@ -43,10 +43,12 @@ def grade_episodes(task: Task, tokenizer, stop_ids: tuple[int, ...], episodes: l
 
     A game grades its episode, any other task the text.
 
+    ``group``: of the row (data.task.GroupedTask), else the row itself; without groups there is none.
+
     If the prompts end inside <think>, each turn's text begins with it: graders then know that it begins with reasoning.
     """
     texts = iter(responses.decode(tokenizer, (ids for episode in episodes for ids in episode.turns), stop_ids))
-    items = []
+    items, is_grouped = [], isinstance(task, GroupedTask)
     for row, sample, turns, opened in episodes:
         said = [f"{OPEN_REASONING * opened}{next(texts)}" for _ in turns]
         text = TURN_BREAK.join(said)
@@ -56,6 +58,7 @@ def grade_episodes(task: Task, tokenizer, stop_ids: tuple[int, ...], episodes: l
             "reference": str(row.check or row.reference), "text": text, **grade._asdict(),
             "turns": len(turns), "length": sum(len(ids) for ids in turns),
             "truncated": any(int(ids[-1]) not in stop_ids for ids in turns), **describe_earlier(row),
+            **({"group": task.group(row) or row.id} if is_grouped else {}),
         })  # fmt: skip
     return items
 

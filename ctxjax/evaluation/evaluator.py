@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from ctxjax import rng
 from ctxjax.config_sections import Experiment
 from ctxjax.data import shapes as shapes_lib
 from ctxjax.data.digests import digest_tokens
-from ctxjax.data.task import FURTHER_VIEWS, GameTask, Row, Task
+from ctxjax.data.task import FURTHER_VIEWS, GameTask, Row, Task, grade_response
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation import metrics as metrics_lib, views as views_lib
@@ -83,7 +83,9 @@ class Evaluator:
         self._rollout = make_sampling_config(config.rollout, folder)
         self._rows, self._batch, self.dropped = split.rows, split.batch, split.dropped
         is_game = isinstance(split.task, GameTask)
-        self._asker: Asker = Games(split, folder, config.prompt, mesh) if is_game else Questions(split, folder, mesh)
+        self._asker: Asker = (
+            Games(split, folder, config.prompt, mesh) if is_game else Questions(split, folder, config.prompt, mesh)
+        )
         # Of the first turns: what else is read follows from them and the responses.
         self._digests = {view: [digest_tokens(ids) for ids in lists] for view, lists in split.tokens.items()}
         self._seed, self._resamples = config.seed, config.eval.bootstrap
@@ -125,6 +127,7 @@ class Evaluator:
         items = [item for view, own in answers.items() for item in self._grade(view, own)]
         outcomes = collect_outcomes(items)
         measured = dict(outcomes) | self._grade_against_defaults(items, outcomes["bare"])
+        measured |= self._grade_against_others(items, outcomes)
         measured |= {"boards": self._boards} if self._boards else {}
         if "context" in outcomes:
             first, prompts = answers["bare"].rollout, self._asker.prompts(answers["bare"])
@@ -162,6 +165,17 @@ class Evaluator:
         same = [self._task.grade(text, rows[i // bare.samples].default).correct for i, text in enumerate(texts)]
         return {"default": dataclasses.replace(bare, correct=np.array(same))}
 
+    def _grade_against_others(self, items: list[dict], outcomes: Mapping[str, Outcomes]) -> dict[str, Outcomes]:
+        """Return {"ignored": the bare responses graded as if they were those under the other contexts}; {} for games,
+        and where other contexts have other questions."""
+        others = self._rows["other"] if "other" in outcomes else []
+        same_questions = [row.question for row in others] == [row.question for row in self._rows["bare"]]
+        if not others or not same_questions or isinstance(self._task, GameTask):
+            return {}
+        bare, texts = outcomes["bare"], (item["text"] for item in items if item["view"] == "bare")
+        same = [grade_response(self._task, text, others[i // bare.samples]).correct for i, text in enumerate(texts)]
+        return {"ignored": dataclasses.replace(outcomes["other"], correct=np.array(same))}
+
     def _distillation(self, params: Params, sampling: SamplingConfig, whats: dict[str, str]) -> float:
         """Return the held-out KL(q_x || f) in nats per token on the student's own samples, as in training."""
         answers = self._answer(params, "bare", sampling, whats["samples"])
@@ -198,6 +212,7 @@ def collect_outcomes(items: list[dict]) -> dict[str, Outcomes]:
             reasons=[item["reason"] for item in own],
             samples=1 + max(item["sample"] for item in own),
             contexts=[item["context"] for item in own] if view == "other" else None,
+            groups=[item["group"] for item in own] if "group" in own[0] else None,
         )
         for view, own in by_view.items()
     }

@@ -160,8 +160,14 @@ METRICS = (
     Metric(
         "obedience", "obedience", "share",
         "Accuracy under other contexts than the internalized one, judged by what they ask for; no arm was trained on "
-        "them. A student should keep the base's.",
+        "them. A student should keep the base's. Read it above its floor.",
         ("other",), outcomes.accuracy, better="higher",
+    ),
+    Metric(
+        "obedience_floor", "obedience floor", "share",
+        "What the answers without a context would score under the other contexts: the obedience of a model that "
+        "ignores them.",
+        ("ignored",), outcomes.accuracy, table="checks",
     ),
     Metric(
         "obedience_by_context", "obedience by context", None,
@@ -195,7 +201,8 @@ METRICS = (
     Metric(
         "cosine_by_layer", "cosine", "cosine",
         "Cosine of the hidden states of the same response tokens without and with the context, mean over the layers' "
-        "outputs. Centred: after subtracting each view's mean state. Control: with an unrelated context.",
+        "outputs. Centred: after subtracting each view's mean state. Control: with an unrelated context if the task "
+        "has one, else with other contexts, which a student may obey, else with an empty one.",
         ("comparison",), outcomes.mean_cosine, better="higher",
     ),
     Metric(
@@ -203,7 +210,7 @@ METRICS = (
         ("comparison",), outcomes.fifth_percentile_of_cosine,
     ),
     Metric(
-        "cosine_control_by_layer", "cosine, control", None, "Mean cosine with an unrelated context, by layer.",
+        "cosine_control_by_layer", "cosine, control", None, "Mean cosine with the context of the control, by layer.",
         ("comparison",), outcomes.mean_control_cosine,
     ),
     Metric(
@@ -217,7 +224,7 @@ METRICS = (
         ("comparison",), outcomes.context_cka,
     ),
     Metric(
-        "cka_control_by_layer", "CKA, control", None, "Linear CKA with an unrelated context, by layer.",
+        "cka_control_by_layer", "CKA, control", None, "Linear CKA with the context of the control, by layer.",
         ("comparison",), outcomes.control_cka,
     ),
     Metric(
@@ -276,9 +283,10 @@ def compute_metrics(measured: Mapping[str, Any], resamples: int) -> dict[str, An
 
     ``measured`` holds what was measured, by name; any of it may be missing. "bare", "context", "empty", "other",
     "paraphrase" and "unrelated" are the Outcomes of the views; "default" those of the bare responses, graded against
-    the default answers; "comparison" is the Comparison of the bare and the context view; "distill" the held-out
-    distillation loss in nats per token; "trace_gap" and "drift" the meters of these names; "learning" an arm's
-    Learning; "boards" what the boards of a game are worth (data.boards.measure_boards). ``resamples``: of bootstrap
+    the default answers, and "ignored" graded as if they were under the other contexts; "comparison" is the Comparison
+    of the bare and the context view; "distill" the held-out distillation loss in nats per token; "trace_gap" and
+    "drift" the meters of these names; "learning" an arm's Learning; "boards" what the boards of a game are worth
+    (data.boards.measure_boards). ``resamples``: of bootstrap
     intervals.
     """
     result, measured = {}, {**measured, "resamples": resamples}

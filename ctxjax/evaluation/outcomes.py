@@ -29,7 +29,7 @@ class Outcomes:
     right if the required format is not demanded; None if the task has no such reader. ``reasons``: why no answer could
     be read from a response, None if one could. ``contexts``: the context of each response, if the contexts were drawn
     from a pool and questions share them; then the outcomes of a context, and not only those of a question, are not
-    independent.
+    independent. ``groups``: the group of each response's question, if the task has groups (data.task.GroupedTask).
     """
 
     correct: np.ndarray
@@ -41,13 +41,19 @@ class Outcomes:
     samples: int = 1
     contexts: list[str] | None = None
     turns: np.ndarray | None = None
+    groups: list[str] | None = None
 
     @property
     def clusters(self) -> np.ndarray:
-        """The number of each outcome's cluster, as statistics.rate takes it."""
-        if self.contexts is None:
+        """The number of each outcome's cluster, as statistics.rate takes it: of its context, group or question."""
+        shared = self.groups if self.contexts is None else self.contexts
+        if shared is None:
             return np.arange(len(self.correct)) // self.samples
-        return np.unique(self.contexts, return_inverse=True)[1]
+        return np.unique(shared, return_inverse=True)[1]
+
+    def sum_clusters(self, values_n: np.ndarray) -> np.ndarray:
+        """Return the sums [K] of a value of each question [n] over the clusters."""
+        return np.bincount(self.clusters[:: self.samples], values_n)
 
 
 MOST_CONTEXTS = 100  # in ``accuracy_by_context``: with more, each has few questions
@@ -158,7 +164,8 @@ def harm_floor(bare: Outcomes, context: Outcomes, resamples: int) -> Rate | None
     """None for one sample a question, from which p (1 - p) cannot be estimated."""
     if bare.samples == 1:
         return None
-    return bootstrap_ratio(_disagreement(bare), mean_by_question(bare.correct, bare.samples), resamples)
+    right_n = mean_by_question(bare.correct, bare.samples)
+    return bootstrap_ratio(*map(bare.sum_clusters, (_disagreement(bare), right_n)), resamples)
 
 
 def excess_harm(bare: Outcomes, context: Outcomes, resamples: int) -> Rate | None:
@@ -166,7 +173,7 @@ def excess_harm(bare: Outcomes, context: Outcomes, resamples: int) -> Rate | Non
     if bare.samples == 1:
         return None
     right_n, harmed_n = (mean_by_question(v, bare.samples) for v in (bare.correct, bare.correct & ~context.correct))
-    return bootstrap_ratio(harmed_n - _disagreement(bare), right_n, resamples)
+    return bootstrap_ratio(*map(bare.sum_clusters, (harmed_n - _disagreement(bare), right_n)), resamples)
 
 
 def _disagreement(bare: Outcomes) -> np.ndarray:
@@ -176,21 +183,20 @@ def _disagreement(bare: Outcomes) -> np.ndarray:
 
 
 def mcnemar_p(bare: Outcomes, context: Outcomes) -> float | None:
-    """None for several samples a question: the test assumes independent pairs."""
-    return mcnemar(bare.correct, context.correct) if bare.samples == 1 else None
+    """None for several samples a question, and for groups of questions: the test assumes independent pairs."""
+    return mcnemar(bare.correct, context.correct) if bare.samples == 1 and bare.groups is None else None
 
 
 def regime(bare: Outcomes, context: Outcomes, resamples: int) -> str:
     """Return the sign of a gap that is significant at 5 %, in words.
 
-    The test is McNemar's or, with several samples a question, its like for the questions' accuracies
-    (statistics.sign_flip_p).
+    The test is McNemar's or, with several samples a question or groups of questions, its like for the accuracies of
+    these (statistics.sign_flip_p).
     """
-    if bare.samples == 1:
-        p_value = mcnemar(bare.correct, context.correct)
-    else:
+    p_value = mcnemar_p(bare, context)
+    if p_value is None:
         bare_n, context_n = (mean_by_question(view.correct, view.samples) for view in (bare, context))
-        p_value = sign_flip_p(context_n - bare_n, resamples)
+        p_value = sign_flip_p(bare.sum_clusters(context_n - bare_n), resamples)
     if p_value >= 0.05:
         return "agreement"
     return "perturbation" if gap(bare, context) < 0 else "scaffold"
@@ -270,10 +276,11 @@ def context_loss(learning: Learning) -> float | None:
 def harm_difference(
     arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], resamples: int
 ) -> list[float | None] | None:
-    """Return [harm(arm) - harm(first), low, high] by paired bootstrap over questions; None if either has no harm.
+    """Return [harm(arm) - harm(first), low, high] by paired bootstrap over questions, or over groups of them.
 
-    The denominators differ: each arm is right without the context on its own set of questions. ``low`` and ``high`` are
-    None if the bootstrap cannot tell them, as for two arms without a harmed question.
+    It is None if either has no harm. The denominators differ: each arm is right without the context on its own set of
+    questions. ``low`` and ``high`` are None if the bootstrap cannot tell them, as for two arms without a harmed
+    question.
     """
 
     def difference(arm_harmed, arm_right, first_harmed, first_right, axis=-1):
@@ -281,7 +288,8 @@ def harm_difference(
 
     pairs = [(views["bare"].correct, views["context"].correct) for views in (arm, first)]
     samples = arm["bare"].samples
-    parts = tuple(mean_by_question(values, samples) for x, xc in pairs for values in (x & ~xc, x))
+    by_question = (mean_by_question(values, samples) for x, xc in pairs for values in (x & ~xc, x))
+    parts = tuple(map(arm["bare"].sum_clusters, by_question))
     value = float(difference(*parts))
     if not np.isfinite(value):
         return None

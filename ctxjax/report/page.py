@@ -121,7 +121,7 @@ def render(files: RunFiles, name: str) -> str:
             {
                 "with against without context": styles["mean"],
                 "centred": styles["centred"],
-                "unrelated-context control": styles["control"],
+                "control: with another context": styles["control"],
             },
             plots,
         ),

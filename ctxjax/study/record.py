@@ -29,7 +29,7 @@ _BITS = ("correct", "parsed", "truncated")
 
 class ModelRecord(NamedTuple):
     """One model of a run. ``row``: its row of results.json, without LARGE. ``dev``: the last row of its metrics.jsonl,
-    {} for none. ``views``: its outcomes on test; other contexts have numbers in place of their texts."""
+    {} for none. ``views``: its outcomes on test; other contexts and groups have numbers in place of their texts."""
 
     row: dict
     dev: dict[str, float]
@@ -91,8 +91,9 @@ def _describe(run: Path) -> dict:
 
 def _pack(view: Outcomes) -> dict:
     packed = {name: "".join("01"[int(bit)] for bit in getattr(view, name)) for name in _BITS}
-    contexts = None if view.contexts is None else view.clusters.tolist()
-    return packed | {"length": view.length.tolist(), "samples": view.samples, "contexts": contexts}
+    shared = {"contexts": view.contexts, "groups": view.groups}
+    numbers = {name: own and np.unique(own, return_inverse=True)[1].tolist() for name, own in shared.items()}
+    return packed | {"length": view.length.tolist(), "samples": view.samples} | numbers
 
 
 def _read(record: dict) -> Record:
@@ -110,5 +111,6 @@ def _read(record: dict) -> Record:
 
 def _unpack(packed: dict) -> Outcomes:
     bits = {name: np.array([bit == "1" for bit in packed[name]], bool) for name in _BITS}
-    contexts = packed["contexts"] and [f"{number:06}" for number in packed["contexts"]]
-    return Outcomes(**bits, length=np.array(packed["length"]), samples=packed["samples"], contexts=contexts)
+    numbers = {name: packed.get(name) for name in ("contexts", "groups")}  # older records have no groups
+    shared = {name: own and [f"{number:06}" for number in own] for name, own in numbers.items()}
+    return Outcomes(**bits, length=np.array(packed["length"]), samples=packed["samples"], **shared)

@@ -152,12 +152,13 @@ def arms_table(folder: Folder) -> tuple[Row, list[Row]]:
 
 def tests_table(rows: list[dict]) -> tuple[Row, list[Row]]:
     """Return header and lines: a line for each arm against the first one, in each configuration and metric."""
-    header = ("configuration", "arm", "metric", "difference, points", "p", "p (Holm)")
+    header = ("configuration", "arm", "metric", "seeds", "difference, points", "p", "p (Holm)")
     body = []
     for row in rows:
         difference = _difference(row["difference"], row)
         p_values = [p_value(row["p"]), p_value(row["p_holm"])]
-        body.append((row["configuration"], row["arm"], HEADERS[row["metric"]], difference, *p_values))
+        seeds = str(row["seeds"]) if row["seeds"] == row["of_seeds"] else f"{row['seeds']} of {row['of_seeds']}"
+        body.append((row["configuration"], row["arm"], HEADERS[row["metric"]], seeds, difference, *p_values))
     return header, body
 
 

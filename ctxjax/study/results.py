@@ -133,19 +133,15 @@ def list_tests(results: Results, first: str) -> list[dict]:
     """Return a row for each configuration, arm and measure: the arm against the arm ``first`` on the same questions.
 
     ``p``: over_seeds.swap_test of the difference. ``p_holm``: adjusted for the number of configurations in which this
-    arm was tested by this measure.
+    arm was tested by this measure. ``of_seeds``: the seeds that both arms have; in some of them an arm may have no harm
+    to compare, since it answers too little.
     """
     rows = []
     for configuration, models in results.items():
         for model, runs in models.items():
             for key in MEASURES if model != first and first in models else ():
-                pairs = [
-                    (run, other)
-                    for run in runs
-                    for other in models[first]
-                    if run.seed == other.seed
-                    and all(key in one.sums and one.sums[key].whole.sum() for one in (run, other))
-                ]
+                both = [(run, other) for run in runs for other in models[first] if run.seed == other.seed]
+                pairs = [p for p in both if all(key in one.sums and one.sums[key].whole.sum() for one in p)]
                 sums = [[run.sums[key] for run in side] for side in zip(*pairs)] or [[], []]
                 mean, interval = over_seeds.mean_difference(*sums, RESAMPLES, MEASURES[key].bounds)
                 if mean is None:
@@ -153,7 +149,7 @@ def list_tests(results: Results, first: str) -> list[dict]:
                 low, high = interval or (None, None)
                 rows.append({
                     "configuration": configuration, "arm": model, "metric": key, "seeds": len(pairs),
-                    "difference": mean, "low": low, "high": high,
+                    "of_seeds": len(both), "difference": mean, "low": low, "high": high,
                     "p": over_seeds.swap_test(*sums, SWAPS), "p_holm": None,
                 })  # fmt: skip
     for own in _by_arm_and_metric(rows).values():
@@ -165,11 +161,13 @@ def list_tests(results: Results, first: str) -> list[dict]:
 def list_signs(tests: list[dict]) -> Iterator[dict]:
     """Yield a row for each arm and measure: in how many configurations it is below and above the first arm.
 
+    Only configurations count in which all seeds have the measure: the others are a choice by the outcome.
     The mean difference counts every configuration once; its interval, ``low`` to ``high``, is for other configurations
     of this kind: Student's t between them. ``significant``: in how many the adjusted p is below 0.05 and the interval
     for other seeds leaves out 0.
     """
-    for (arm, metric), own in _by_arm_and_metric(tests).items():
+    whole = [row for row in tests if row["seeds"] == row["of_seeds"]]
+    for (arm, metric), own in _by_arm_and_metric(whole).items():
         differences = [row["difference"] for row in own]
         below, above, p = over_seeds.sign_test(differences)
         mean, interval = over_seeds.mean_value(differences, [0.0] * len(differences), MEASURES[metric].bounds)

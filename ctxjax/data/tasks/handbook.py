@@ -298,6 +298,10 @@ class Handbook:
         document = next(documents[context] for documents in self.others.values() if context in documents)
         return [row._replace(context=context, reference=document.values()[self._asked[row.id]])]
 
+    def group(self, row: Row) -> str:
+        """The fact: a model that knows it knows it in most wordings."""
+        return self._asked[row.id]
+
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
         """Return the document in the next style, the same for all rows, so that they share it as a prefix."""
         return self.document.write(STYLES[(STYLES.index(self.config.style) + 1) % len(STYLES)])

@@ -10,6 +10,7 @@ from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.graders import grade_yes_no
 from ctxjax.data.records import Reader
 from ctxjax.data.safety_sets import read_examples
+from ctxjax.data.task import Row
 from ctxjax.data.tasks.file_task import FileTask, FileTaskConfig, Question
 
 QUESTIONS = {
@@ -32,6 +33,7 @@ class Safety(FileTask):
     """The task over the pooled sets, with a context of the user."""
 
     def __init__(self, config: SafetyConfig):
+        self._templates: dict[str, str] = {}
         super().__init__(config, "safety", Contexts(config, "safety"))
 
     def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
@@ -39,7 +41,11 @@ class Safety(FileTask):
             question = f"{QUESTIONS[example.set]}\n\n{example.text}"
             if self.config.ask_format:
                 question += f"\n\n{FORMAT}"
+            self._templates[example.id] = example.template
             yield example.split, example.id, Question(example.text, question, "yes" if example.harmful else "no")
+
+    def group(self, row: Row) -> str:
+        return self._templates[row.id]
 
     def grade(self, response: str, reference: str) -> Grade:
         return grade_yes_no(response, reference)

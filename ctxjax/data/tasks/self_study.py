@@ -62,6 +62,7 @@ class SelfStudy(FileTask):
 
     def __init__(self, config: SelfStudyConfig):
         self._check = read_check(config.check, "self_study.check")
+        self._about: dict[str, str] = {}
         super().__init__(config, "self_study", Contexts(config, "self_study"))
         self.pool.require_checks("self_study.other_contexts_file")
 
@@ -81,6 +82,7 @@ class SelfStudy(FileTask):
                 row = Row("", texts[0], None, reference, earlier=earlier)
                 split, context = assign_split(row), _find_context(contexts, record)
                 if split:
+                    self._about[make_id(row)] = str(record.value.get("about") or "")
                     new = graders.find_new_words(reference, row.question)
                     yield split, make_id(row), Question(row.conversation, row.question, new, context, earlier)
 
@@ -88,6 +90,10 @@ class SelfStudy(FileTask):
         """Return the conversation's first question under another context, which has not been obeyed in a reply yet."""
         first = row.earlier[0][0] if row.earlier else row.question
         return super().rows_under(row._replace(question=first, earlier=()), context)
+
+    def group(self, row: Row) -> str:
+        """What the question was written about."""
+        return self._about[row.id]
 
     def make_row(self, row_id: str, question: Question) -> Row:
         return super().make_row(row_id, question)._replace(check=self._check)

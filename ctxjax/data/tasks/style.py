@@ -90,6 +90,7 @@ class Style(FileTask):
         if config.demand not in demands:
             raise ValueError(f"style.demand = {config.demand!r} is not known; choose from {', '.join(demands)}")
         self.demand = demands[config.demand]
+        self._topics = {text: topic for topic, text in list_questions()}
         source = ContextConfig(
             context=self.demand.context,
             context_file="",
@@ -109,6 +110,9 @@ class Style(FileTask):
 
     def grade(self, response: str, reference: str) -> Grade:
         return grade_check(self.demand.check, response)
+
+    def group(self, row: Row) -> str:
+        return self._topics[row.question]
 
     def paraphrase(self, row: Row, rng: np.random.Generator) -> str:
         return self.demand.paraphrase

@@ -127,6 +127,7 @@ class TinySafety:
         self.config = config
         reader = Reader(config.records)
         examples = {example.id: example for example in read_examples(config.path, reader=reader)}
+        self._templates = {example.id: example.template for example in examples.values()}
         rows = []
         for example in examples.values():
             text = " ".join(example.text.split())
@@ -173,6 +174,9 @@ class TinySafety:
 
     def rows(self, split: str) -> list[Row]:
         return self.splits[split]
+
+    def group(self, row: Row) -> str:
+        return self._templates[row.id]
 
     def grade(self, response: str, reference: str) -> Grade:
         """Grade to the letter; ``lenient``: the right word, in any format."""
