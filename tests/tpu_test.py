@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -77,9 +81,49 @@ def test_a_bucket_is_mounted_on_every_host_and_no_run_begins_without_it():
     arguments = ("--config=c", "--workdir=/mnt/bucket/r")
     line = script("run.sh", *arguments, DRY_RUN="1", BUCKET="my-b").stdout
     remote = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], capture_output=True, text=True, check=True).stdout
-    assert f"--command={command} && cd ctxjax" in remote
+    assert f"{command} && cd ctxjax" in remote
     for name, more in (("setup.sh", ()), ("run.sh", arguments)):
         assert "mount" not in script(name, *more, DRY_RUN="1").stdout.replace("/mnt/", "").replace(arguments[1], "")
+
+
+def get_remote_command(line: str) -> str:
+    """Return what a printed ssh command runs on the hosts, as their shell reads it."""
+    return next(word for word in shlex.split(line) if word.startswith("--command=")).removeprefix("--command=")
+
+
+# Saves for two seconds after SIGTERM, and prints meanwhile, as a run does.
+SAVING_PYTHON = f"""#!{sys.executable}
+import signal, sys, time
+def save(*signal):
+    for n in range(4):
+        time.sleep(0.5)
+        print("saving", n, flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("begins", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("is_ssh_lost", [False, True])
+def test_a_host_that_shuts_down_lets_the_run_save_and_its_log_is_whole(is_ssh_lost, tmp_path):
+    """A shutdown sends SIGTERM and SIGHUP to all processes of the ssh session, at once."""
+    remote = get_remote_command(script("run.sh", "--config=c", "--workdir=w", DRY_RUN="1").stdout)
+    (tmp_path / "ctxjax").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").write_text(SAVING_PYTHON)
+    (tmp_path / "venv" / "bin" / "python").chmod(0o755)
+    environment, log = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, tmp_path / "run.log"
+    line = ["bash", "-c", remote]
+    with subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True) as run:
+        assert run.stdout.readline() == b"begins\n"
+        if is_ssh_lost:
+            run.stdout.close()
+        time.sleep(0.3)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            os.killpg(run.pid, number)
+        assert run.wait(30) == 75
+    assert log.read_text().split("\n") == ["begins", *(f"saving {n}" for n in range(4)), ""]
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ once() {
     # If the bucket is not mounted, its folder would be on the host's own disk and be lost with the host.
     mounted=""
     if [ -n "$BUCKET" ]; then printf -v mounted 'mountpoint -q %q && ' "$MOUNT"; fi
-    command="${mounted}cd ctxjax && set -o pipefail && env $flags$coordinator../venv/bin/python -m ctxjax.main$arguments 2>&1 | tee -a ~/run.log"
+    # A shutdown sends SIGTERM and SIGHUP to all processes of this session. The run must get the first one only, and its
+    # log and this shell must outlive it, also if ssh is lost: a run that cannot print ends before it has saved.
+    command="trap '' HUP; trap : TERM; ${mounted}cd ctxjax && set -o pipefail && env $flags$coordinator../venv/bin/python -m ctxjax.main$arguments 2>&1 | (trap '' TERM; exec tee -p -a ~/run.log)"
     if [ "$DRY_RUN" = 1 ]; then
       on_workers "$node" "$command"
       continue
