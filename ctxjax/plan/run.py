@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ctxjax import config as config_lib
 from ctxjax.config_sections import Experiment
 from ctxjax.data import splits
+from ctxjax.data.contexts import FROM_ROWS
 from ctxjax.data.prompts import SHORTEST_PREFIX
 from ctxjax.data.shapes import ViewShape, make_shape
 from ctxjax.data.task import Task
@@ -196,7 +197,7 @@ def _make_views(config: Experiment, lengths: Lengths) -> Views:
 
 def _is_context_shared(config: Experiment) -> bool:
     """Whether all rows have the same context, which is then read once for all."""
-    own = ("context_column", "context_files", "hint")
+    own = ("context_column", "context_files", "hint", *FROM_ROWS)
     return not any(getattr(config.task_config, field, None) for field in own)
 
 
