@@ -88,6 +88,7 @@ def export(
         else:
             if config.lora is not None:
                 base = hf_load.load(source, model, mesh, config.model.param_dtype)
+                stored_arms.check_source(workdir, config, base, mesh)
                 trained = lora.join(base, trained, lora_config)
             hf_save.save_weights(partial, trained, model, family, dtype or kind, max_shard_bytes)
             fields = hf_save.set_dtype(fields, dtype or kind)
