@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-import shlex
 import shutil
 import signal
 import subprocess
@@ -35,6 +34,12 @@ def script(name: str, *arguments: str, **settings: str) -> subprocess.CompletedP
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
 
+def get_remote_command(line: str) -> str:
+    """Return what a printed ssh command runs on the hosts, as their shell reads it."""
+    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+    return done.stdout.partition("\n--command=")[2].removesuffix("\n")
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "settings", "commands"),
     [
@@ -64,8 +69,7 @@ def test_a_run_reaches_every_host_of_every_slice_with_its_flags_and_its_argument
     assert len(lines) == 2
     for index, line in enumerate(lines):
         assert line.startswith(f"gcloud compute tpus tpu-vm ssh n-{index} {WHERE} --worker=all --command=")
-        remote = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], capture_output=True, text=True, check=True)
-        command = remote.stdout.split("--command=")[1]
+        command = get_remote_command(line)
         assert (
             f"MEGASCALE_COORDINATOR_ADDRESS=ADDRESS-OF-n-0 MEGASCALE_NUM_SLICES=2 MEGASCALE_SLICE_ID={index} "
             in command
@@ -80,15 +84,9 @@ def test_a_bucket_is_mounted_on_every_host_and_no_run_begins_without_it():
     assert "gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 my-b /mnt/bucket" in setup
     arguments = ("--config=c", "--workdir=/mnt/bucket/r")
     line = script("run.sh", *arguments, DRY_RUN="1", BUCKET="my-b").stdout
-    remote = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], capture_output=True, text=True, check=True).stdout
-    assert f"{command} && cd ctxjax" in remote
+    assert f"; {command} && cd ctxjax" in get_remote_command(line)
     for name, more in (("setup.sh", ()), ("run.sh", arguments)):
         assert "mount" not in script(name, *more, DRY_RUN="1").stdout.replace("/mnt/", "").replace(arguments[1], "")
-
-
-def get_remote_command(line: str) -> str:
-    """Return what a printed ssh command runs on the hosts, as their shell reads it."""
-    return next(word for word in shlex.split(line) if word.startswith("--command=")).removeprefix("--command=")
 
 
 # Saves for two seconds after SIGTERM, and prints meanwhile, as a run does.
@@ -103,6 +101,22 @@ signal.signal(signal.SIGTERM, save)
 print("begins", flush=True)
 time.sleep(60)
 """
+
+
+@pytest.mark.parametrize("failing", ["fetch", "checkout", "pull", "nothing"])
+def test_a_host_that_cannot_get_the_new_code_is_not_set_up_with_the_old(failing, tmp_path):
+    remote = get_remote_command(script("setup.sh", DRY_RUN="1").stdout)
+    for folder in ("ctxjax", "bin", ".local/bin", "venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("bin/git", "bin/python3", ".local/bin/uv", "venv/bin/python"):
+        fake = tmp_path / name
+        fake.write_text(f'#!/usr/bin/env bash\necho "{fake.name} $*" >> ~/calls\n[ "$3" != {failing} ]\n')
+        fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", remote], cwd=tmp_path, env=environment, check=False)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert (done.returncode == 0) == (failing == "nothing")
+    assert failing in calls[-1] if failing != "nothing" else calls[-1].startswith("python -c")
 
 
 @pytest.mark.parametrize("is_ssh_lost", [False, True])
