@@ -19,7 +19,10 @@ CLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CLOUD/calls"
 case "$*" in
   *"queued-resources create"*) echo READY > "$CLOUD/state" ;;
-  *"tpu-vm describe"*) cat "$CLOUD/state" ;;
+  *"tpu-vm describe"*)
+    refusal=$(head -n 1 "$CLOUD/refusals"); sed -i 1d "$CLOUD/refusals"
+    if [ -n "$refusal" ]; then echo "ERROR: (gcloud.compute.tpus.tpu-vm.describe) $refusal" >&2; exit 1; fi
+    cat "$CLOUD/state" ;;
   *ctxjax.main*)
     code=$(head -n 1 "$CLOUD/codes"); sed -i 1d "$CLOUD/codes"
     [ "$code" = 143 ] && echo PREEMPTED > "$CLOUD/state"
@@ -142,14 +145,18 @@ def test_a_host_that_shuts_down_lets_the_run_save_and_its_log_is_whole(is_ssh_lo
 
 @pytest.fixture
 def cloud(tmp_path):
-    """cloud(codes): runs run.sh --resume in a cloud whose runs end with these codes; (result, cloud commands)."""
+    """cloud(codes): runs run.sh --resume in a cloud whose runs end with these codes; (result, cloud commands).
 
-    def run(*codes: int):
+    ``refusals``: the errors that the first questions for a state are answered with.
+    """
+
+    def run(*codes: int, refusals: tuple[str, ...] = ()):
         gcloud = tmp_path / "gcloud"
         gcloud.write_text(CLOUD)
         gcloud.chmod(0o755)
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
         (tmp_path / "state").write_text("READY\n")
+        (tmp_path / "refusals").write_text("".join(f"{text}\n" for text in refusals))
         places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CLOUD": str(tmp_path), "LOGS": str(tmp_path / "logs")}
         done = script("run.sh", "--resume", "--config=c", "--workdir=w", WAIT="0", **places)
         return done, (tmp_path / "calls").read_text().splitlines()
@@ -169,6 +176,24 @@ def test_a_slice_that_was_taken_away_is_asked_for_again_and_the_run_goes_on(clou
     assert done.returncode == 0, done.stderr
     kinds = [kind for call in calls for kind in ("delete", "create", "device_count", "ctxjax.main") if kind in call]
     assert kinds == ["ctxjax.main", "delete", "create", "device_count", "ctxjax.main"]
+
+
+UNAVAILABLE = "UNAVAILABLE: 503: The service is currently unavailable."
+
+
+@pytest.mark.parametrize("code", [75, 1])
+def test_a_slice_whose_state_is_unknown_is_asked_for_again_and_not_deleted(code, cloud):
+    done, calls = cloud(code, 0, refusals=(UNAVAILABLE, UNAVAILABLE))
+    assert not [call for call in calls if "delete" in call or "create" in call]
+    assert done.returncode == (0 if code == 75 else 1)
+    assert done.stderr.count("the state of n is unknown, asking again: ERROR: (gcloud.compute.tpus.tpu-vm.") == 2
+
+
+def test_a_slice_that_does_not_exist_any_more_is_created_again(cloud):
+    missing = "NOT_FOUND: Resource 'projects/p/locations/z/nodes/n' was not found."
+    done, calls = cloud(143, 0, refusals=(UNAVAILABLE, missing, missing))
+    assert done.returncode == 0, done.stderr
+    assert sum("queued-resources create" in call for call in calls) == 1
 
 
 def test_a_run_that_fails_is_not_repeated(cloud):

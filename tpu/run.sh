@@ -8,7 +8,7 @@ source "$(dirname "$0")/common.sh"
 need PROJECT ZONE NAME
 
 PREEMPTED=${PREEMPTED:-75}  # exit code of a run that was stopped by SIGTERM and saved its state
-WAIT=${WAIT:-60}            # seconds between checks of a slice that is being created
+WAIT=${WAIT:-60}            # seconds between questions for the state of a slice
 here=$(dirname "$0")
 
 resume=0
@@ -54,9 +54,18 @@ address() {
     --format='value(networkEndpoints[0].ipAddress)'
 }
 
+# Print the state of a node: GONE if it does not exist. Any other error says nothing of the node: ask again.
 state() {
-  gcloud compute tpus tpu-vm describe "$1" --project="$PROJECT" --zone="$ZONE" --format='value(state)' 2>/dev/null ||
-    echo GONE
+  local found errors
+  errors=$(mktemp)
+  until found=$(gcloud compute tpus tpu-vm describe "$1" --project="$PROJECT" --zone="$ZONE" \
+    --format='value(state)' < /dev/null 2> "$errors"); do
+    if grep -q NOT_FOUND "$errors"; then found=GONE; break; fi
+    echo "the state of $1 is unknown, asking again: $(tail -n 1 "$errors")" >&2
+    sleep "$WAIT"
+  done
+  rm "$errors"
+  echo "$found"
 }
 
 all_ready() {
