@@ -92,6 +92,26 @@ def test_a_bucket_is_mounted_on_every_host_and_no_run_begins_without_it():
         assert "mount" not in script(name, *more, DRY_RUN="1").stdout.replace("/mnt/", "").replace(arguments[1], "")
 
 
+# What pgrep -f does, with the shell that asks and those of a file as all processes.
+PGREP = """#!/usr/bin/env bash
+{ tr '\\0' ' ' < /proc/$PPID/cmdline; echo; cat ~/processes; } | grep -qE -- "${@: -1}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"), [("python -m ctxjax.main --config=c", "running"), ("python -m ctxjax.plan", "idle")]
+)
+def test_the_monitor_does_not_take_its_own_question_for_a_run(processes, said, tmp_path):
+    remote = get_remote_command(script("monitor.sh", DRY_RUN="1").stdout.splitlines()[-1])
+    (tmp_path / "pgrep").write_text(PGREP)
+    (tmp_path / "pgrep").chmod(0o755)
+    (tmp_path / "processes").write_text(processes + "\n")
+    (tmp_path / "run.log").write_text("step 3\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", remote], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [said, "step 3"]
+
+
 # Saves for two seconds after SIGTERM, and prints meanwhile, as a run does.
 SAVING_PYTHON = f"""#!{sys.executable}
 import signal, sys, time
