@@ -246,9 +246,18 @@ def submit(folder: Path, code: int) -> tuple[subprocess.CompletedProcess, list[s
     bin_folder.mkdir()
     (bin_folder / "activate").touch()
     for name, end in (("srun", code), ("scontrol", 0)):
-        (bin_folder / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {folder}/calls\nexit {end}\n')
+        (bin_folder / name).write_text(
+            f'#!/usr/bin/env bash\necho "{name} $*" >> {folder}/calls\n'
+            f'echo "${{SRUN_CPUS_PER_TASK:-}}" >> {folder}/cpus\nexit {end}\n'
+        )
         (bin_folder / name).chmod(0o755)
-    settings = {"VENV": str(folder), "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NAME": "ctxjax"}
+    settings = {
+        "VENV": str(folder),
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "32",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_JOB_NAME": "ctxjax",
+    }
     done = script("slurm.sbatch", "--config=c", "--workdir=w", PATH=f"{bin_folder}:{os.environ['PATH']}", **settings)
     return done, (folder / "calls").read_text().splitlines()
 
@@ -264,6 +273,12 @@ def test_a_slurm_job_that_saved_its_state_is_queued_again(code, requeued, tmp_pa
 def test_a_task_that_ends_with_75_does_not_get_the_others_killed(tmp_path):
     """srun ends with the largest exit code; that of a killed task is 137, after which nothing would be queued again."""
     assert "--kill-on-bad-exit=0" in submit(tmp_path, 0)[1][0]  # 0 also where the cluster's default is 1
+
+
+def test_a_task_has_the_cpus_of_the_job(tmp_path):
+    """srun does not read sbatch's --cpus-per-task since Slurm 22.05: it would give a task one CPU."""
+    submit(tmp_path, 0)
+    assert (tmp_path / "cpus").read_text() == "32\n"
 
 
 def test_a_slurm_jobs_log_needs_no_folder_and_survives_the_requeue():
