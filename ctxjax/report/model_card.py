@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+from ctxjax.data.prompts import PromptConfig
 from ctxjax.report.run_files import read_results
 from ctxjax.report.tables import glossary, results_table
 
@@ -48,6 +50,7 @@ def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adap
         "",
         f"weights: {weights}",
         "",
+        *_describe_prompts(config.get("prompt", {})),
         "## Results",
         "",
         _results(workdir, arm, step),
@@ -68,6 +71,15 @@ def _describe_training(loss: dict, step: int) -> str:
     if loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0:
         return "on-policy context distillation"
     return "context distillation, on its own responses and its teacher's"
+
+
+def _describe_prompts(prompt: dict) -> list[str]:
+    """Name the fields of ``config.prompt`` that the run has changed: the folder's chat template does not know them."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(PromptConfig())))
+    changed = [f"prompt.{name} = {json.dumps(value)}" for name, value in prompt.items() if value != defaults.get(name)]
+    if not changed:
+        return []
+    return [f"prompts: {', '.join(changed)}; with other ones the prompts, and so the answers, are not the run's", ""]
 
 
 def _results(workdir: Path, arm: str, step: int) -> str:
