@@ -135,7 +135,8 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, 
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"
     facts["batch"] = shapes.describe()
     facts["step"] = f"{model.arithmetic}, {trained}, remat {experiment.model.remat}"
-    facts["notes"] = views.note
+    offloaded = "teacher.offload: the teacher is counted as if it stayed on the device" * experiment.teacher.offload
+    facts["notes"] = "; ".join(filter(None, [views.note, offloaded]))
     return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, effort), facts
 
 
