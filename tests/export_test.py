@@ -326,19 +326,41 @@ def test_the_card_of_an_arm_on_the_teachers_responses_does_not_call_it_on_policy
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("revision", ["", "v2"])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_the_card_names_a_model_of_the_hub_and_not_its_copy_here(adapter, trained, tmp_path, monkeypatch):
+def test_the_card_names_a_model_of_the_hub_and_not_its_copy_here(adapter, revision, trained, tmp_path, monkeypatch):
     run, cached = trained("lora"), tmp_path / "cache" / "snapshots" / "0a1b2c"
     workdir_copy = shutil.copytree(run.workdir, tmp_path / "run")
     shutil.copytree(run.source, cached)
     fields = json.loads((workdir_copy / "config.json").read_text())
-    edit(workdir_copy / "config.json", model=fields["model"] | {"path": "org/name"})
-    monkeypatch.setattr(export, "find_folder", lambda name: {"org/name": cached}[name])
+    name = f"org/name{revision and '@'}{revision}"
+    edit(workdir_copy / "config.json", model=fields["model"] | {"path": name})
+    monkeypatch.setattr(export, "find_folder", {name: cached}.get)
     export.export(workdir_copy, tmp_path / "out", adapter=adapter)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "# name, opcd, step 3" in card and "`org/name`, trained by on-policy context distillation (ctxjax)" in card
-    assert ('AutoModelForCausalLM.from_pretrained("org/name")' in card) == adapter
+    assert "# name, opcd, step 3" in card and f"`{name}`, trained by on-policy context distillation (ctxjax)" in card
+    given = f'"org/name", revision="{revision}"' if revision else '"org/name"'
+    assert (f"AutoModelForCausalLM.from_pretrained({given})" in card) == adapter
     assert str(cached) not in card and cached.name not in card
+    if adapter:
+        fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (fields["base_model_name_or_path"], fields["revision"]) == ("org/name", revision or None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", ["source", "~/source"])
+def test_an_adapter_names_the_folder_of_its_base_from_everywhere(typed, trained, tmp_path, monkeypatch):
+    run, source = trained("lora"), tmp_path / "source"
+    workdir_copy = shutil.copytree(run.workdir, tmp_path / "run")
+    shutil.copytree(run.source, source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fields = json.loads((workdir_copy / "config.json").read_text())
+    edit(workdir_copy / "config.json", model=fields["model"] | {"path": typed})
+    export.export(workdir_copy, tmp_path / "out", adapter=True)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (fields["base_model_name_or_path"], fields["revision"]) == (str(source), None)
+    assert f'AutoModelForCausalLM.from_pretrained("{source}")' in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
