@@ -53,7 +53,7 @@ def start_run(config: ConfigDict, workdir: Path, resume: str, **facts) -> dict[s
 
     facts = workdir_lib.collect_facts(config) | facts
     if jax.process_count() > 1:
-        processes.check_same_facts({name: facts[name] for name in ("config", "versions")})
+        processes.check_same_facts({name: facts[name] for name in ("config", "versions", "commit")})
         processes.silence_others()
     experiment = config_lib.experiment(config, jax.device_count())
     workdir_lib.check_workdir(workdir, facts["config"], resume)

@@ -23,7 +23,7 @@ from ctxjax import sharding
 from ctxjax.config_sections import Experiment
 from ctxjax.host import command, preemption, progress, workdir as workdir_lib
 from ctxjax.host.checksum import compute_checksums, hash_file
-from ctxjax.host.hub import find_folder
+from ctxjax.host.hub import find_folder, parse_name
 from ctxjax.models import lora
 from ctxjax.models.hf import load as hf_load, safetensors_files, save as hf_save
 from ctxjax.report.model_card import model_card
@@ -71,8 +71,8 @@ def export(
     lora_config = config.lora and dataclasses.replace(config.lora, alpha=config.lora.alpha * scale)
     arm, step = choose_checkpoint(workdir, config, arm, step)
     stop_ids = workdir_lib.read_stop_ids(workdir)
-    name = stored_arms.find_source(config)
-    source = find_folder(name)
+    path = stored_arms.find_source(config)
+    source, (name, revision) = find_folder(path), parse_name(path)
     model = hf_load.read_config(source)
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
     family = hf_load.find_family(fields, source)
@@ -84,10 +84,11 @@ def export(
         weights += f"; the adapter's update times {scale:g}, which the results are not of" * (scale != 1.0)
         origin = {"arm": arm, "step": step, "adapter": adapter, "scale": scale, "weights": compute_checksums(trained)}
         if adapter:
-            hf_save.save_adapter(partial, trained, model, lora_config, family, name, dtype)
+            hf_save.save_adapter(partial, trained, model, lora_config, family, name, dtype, revision)
         else:
             if config.lora is not None:
                 base = hf_load.load(source, model, mesh, config.model.param_dtype)
+                stored_arms.check_source(workdir, config, base, mesh)
                 trained = lora.join(base, trained, lora_config)
             hf_save.save_weights(partial, trained, model, family, dtype or kind, max_shard_bytes)
             fields = hf_save.set_dtype(fields, dtype or kind)
@@ -95,7 +96,7 @@ def export(
         for path in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
             shutil.copyfile(path, partial / path.name)
         _write_stop_ids(partial, stop_ids)
-        card = model_card(workdir, arm, step, name, stored, adapter, weights)
+        card = model_card(workdir, arm, step, name, stored, adapter, weights, revision)
         (partial / "README.md").write_text(card, encoding="utf-8")
         results = workdir / "results.json"
         origin["results"] = hash_file(results) if results.exists() else None

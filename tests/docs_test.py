@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+import json
 import multiprocessing
 from pathlib import Path
 import re
@@ -24,6 +25,7 @@ from docs import write_configuration
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [ROOT / "README.md", ROOT / "tpu" / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # In a forked process: the commands of this project read their command line, and end.
 _FORK = multiprocessing.get_context("forkserver")
 
@@ -39,8 +41,19 @@ def list_commands(text: str) -> Iterator[tuple[list[str], str]]:
                 yield [module, *rest], shlex.split(printed)[1].replace("\\n", "\n") if printed else ""
 
 
+def _read(path: Path) -> str:
+    """Return the text of a page, or of a notebook's cells of text."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
 COMMANDS = [
-    (path.relative_to(ROOT), words, typed) for path in TEXTS for words, typed in list_commands(path.read_text())
+    (path.relative_to(ROOT), words, typed)
+    for path in [*TEXTS, *NOTEBOOKS]
+    for words, typed in list_commands(_read(path))
 ]
 
 
@@ -71,6 +84,12 @@ def test_a_documented_command_is_accepted(page, words, monkeypatch):
     process.start()
     process.join(120)
     assert process.exitcode == 0, shlex.join(words)
+
+
+def test_a_documented_command_has_its_configuration():
+    """It is missed only by the command itself, after it has read its flags."""
+    need = [words for _, words, _ in COMMANDS if words[0] in ("ctxjax.main", "ctxjax.plan")]
+    assert need and not [words for words in need if not any(word.startswith("--config=") for word in words)]
 
 
 def test_a_misspelt_flag_would_be_noticed():

@@ -1,5 +1,5 @@
-"""Every command in README, docs/ and CONTRIBUTING.md does what its page says, in small: all of them run in one folder,
-with a random model in place of a real one."""
+"""Every command in README, docs/, notebooks/ and CONTRIBUTING.md does what its page says, in small: all of them run in
+one folder, with a random model in place of a real one."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 NOT_RUN = {
     "ctxjax.plan --config=configs/llama3.py:medical --topology=v5e:4x8 --prefix=124 --question=512": "needs libtpu",
+    "ctxjax.plan --config=configs/llama3.py:medical,3b --topology=v5e:4x4 --prefix=124 --question=512": "needs libtpu",
     "ctxjax.main --config=configs/debug.py --workdir=/tmp/debug": "is the fixture debug_run of all tests",
 }
 # Parts of commands that have whole tests of their own: extract, rounds, study and dose, chat_rows.

@@ -1,6 +1,7 @@
 """The change that training made to the weights: where it is, and what a model is with part of it."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from ctxjax.models import change, lora
 from ctxjax.models.lora import LoraConfig
-from ctxjax.study import dose
+from ctxjax.study import angles, dose
 
 
 def make_tree(seed):
@@ -78,3 +79,15 @@ def test_a_finished_run_has_its_own_metrics_at_scales_zero_and_one(debug_run, tm
             assert row[key] == pytest.approx(results[name][key], rel=1e-4), (name, key)
     assert len(found["change"]["q"]["norm"]) == 1 and min(found["change"]["q"]["norm"]) > 0
     assert "| 0 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [dose, angles])
+def test_a_run_whose_base_is_another_one_now_is_refused(command, debug_run, tmp_path, capsys):
+    workdir, out = shutil.copytree(debug_run[0], tmp_path / "run"), tmp_path / "out.json"
+    manifest = json.loads((workdir / "run.json").read_text())
+    manifest["inputs"]["model"] = "0123456789abcdef"
+    (workdir / "run.json").write_text(json.dumps(manifest))
+    assert command.main([f"--workdir={workdir}", "--arm=opcd_retained", f"--out={out}"]) == 2
+    assert "is not the model that the run began with (digest 0123456789abcdef in" in capsys.readouterr().err
+    assert not out.exists()

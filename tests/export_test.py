@@ -18,13 +18,14 @@ from ctxjax.configs import tiny
 from ctxjax.data.worlds import rules, word_tokenizer
 from ctxjax.distill import train_step
 from ctxjax.host import workdir
+from ctxjax.host.checksum import compute_fingerprint
 from ctxjax.inputs import model_folder
 from ctxjax.models import lora, transformer
 from ctxjax.models.architecture import LayerKind
 from ctxjax.models.hf import load as hf_load, save as hf_save
 from ctxjax.models.rope import Llama3Scaling
 from ctxjax.models.transformer import apply_head, head_weights
-from ctxjax.training import checkpoint
+from ctxjax.training import checkpoint, stored_arms
 from ctxjax.types import Batch, Frozen
 
 STEPS, TOKENS = 3, 40
@@ -58,7 +59,8 @@ class Trained:
             edit(self.source / "config.json", **EXTRA)
             config = tiny.get_config()
             config.model.path, config.lora.rank, config.run_arms = str(self.source), rank, ("opcd", "opcd_anchored")
-            workdir.claim(self.workdir, workdir.collect_facts(config), {"stop_ids": [tokenizer.eos_token_id]})
+            inputs = {"model": compute_fingerprint(base), "stop_ids": [tokenizer.eos_token_id]}
+            workdir.claim(self.workdir, workdir.collect_facts(config), inputs)
             experiment = config_lib.experiment(config, jax.device_count())
             sampling = train_step.SamplingConfig(max_tokens=4, eos_ids=(2,), pad_id=0)
             step_config = train_step.StepConfig(
@@ -213,6 +215,9 @@ def test_an_adapter_is_not_rounded_into_a_bfloat16_base(trained, tmp_path):
     config = json.loads((workdir_copy / "config.json").read_text())
     config["model"]["param_dtype"] = "bfloat16"
     (workdir_copy / "config.json").write_text(json.dumps(config))
+    rounded = jax.tree.map(lambda weight: weight.astype("bfloat16"), run.base)
+    inputs = json.loads((workdir_copy / "run.json").read_text())["inputs"]
+    edit(workdir_copy / "run.json", inputs=inputs | {"model": compute_fingerprint(rounded)})
     assert "float32, as trained" in export.export(workdir_copy, tmp_path / "out").weights
     written = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].T
     layers = run.student["layers"]
@@ -274,7 +279,8 @@ def test_an_export_ends_its_responses_where_the_run_did(trained, tmp_path, mesh,
         (source / "generation_config.json").unlink()
     folder, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(run.workdir, folder)
-    edit(folder / "run.json", inputs={"stop_ids": [3, TEACHERS_END]})
+    inputs = json.loads((folder / "run.json").read_text())["inputs"]
+    edit(folder / "run.json", inputs=inputs | {"stop_ids": [3, TEACHERS_END]})
     fields = json.loads((folder / "config.json").read_text())
     edit(folder / "config.json", model=fields["model"] | {"path": str(source)})
     assert model_folder.open_folder(source, mesh).stop_ids == (3,)
@@ -320,19 +326,41 @@ def test_the_card_of_an_arm_on_the_teachers_responses_does_not_call_it_on_policy
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("revision", ["", "v2"])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_the_card_names_a_model_of_the_hub_and_not_its_copy_here(adapter, trained, tmp_path, monkeypatch):
+def test_the_card_names_a_model_of_the_hub_and_not_its_copy_here(adapter, revision, trained, tmp_path, monkeypatch):
     run, cached = trained("lora"), tmp_path / "cache" / "snapshots" / "0a1b2c"
     workdir_copy = shutil.copytree(run.workdir, tmp_path / "run")
     shutil.copytree(run.source, cached)
     fields = json.loads((workdir_copy / "config.json").read_text())
-    edit(workdir_copy / "config.json", model=fields["model"] | {"path": "org/name"})
-    monkeypatch.setattr(export, "find_folder", lambda name: {"org/name": cached}[name])
+    name = f"org/name{revision and '@'}{revision}"
+    edit(workdir_copy / "config.json", model=fields["model"] | {"path": name})
+    monkeypatch.setattr(export, "find_folder", {name: cached}.get)
     export.export(workdir_copy, tmp_path / "out", adapter=adapter)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "# name, opcd, step 3" in card and "`org/name`, trained by on-policy context distillation (ctxjax)" in card
-    assert ('AutoModelForCausalLM.from_pretrained("org/name")' in card) == adapter
+    assert "# name, opcd, step 3" in card and f"`{name}`, trained by on-policy context distillation (ctxjax)" in card
+    given = f'"org/name", revision="{revision}"' if revision else '"org/name"'
+    assert (f"AutoModelForCausalLM.from_pretrained({given})" in card) == adapter
     assert str(cached) not in card and cached.name not in card
+    if adapter:
+        fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (fields["base_model_name_or_path"], fields["revision"]) == ("org/name", revision or None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", ["source", "~/source"])
+def test_an_adapter_names_the_folder_of_its_base_from_everywhere(typed, trained, tmp_path, monkeypatch):
+    run, source = trained("lora"), tmp_path / "source"
+    workdir_copy = shutil.copytree(run.workdir, tmp_path / "run")
+    shutil.copytree(run.source, source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fields = json.loads((workdir_copy / "config.json").read_text())
+    edit(workdir_copy / "config.json", model=fields["model"] | {"path": typed})
+    export.export(workdir_copy, tmp_path / "out", adapter=True)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (fields["base_model_name_or_path"], fields["revision"]) == (str(source), None)
+    assert f'AutoModelForCausalLM.from_pretrained("{source}")' in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -370,6 +398,43 @@ def test_an_existing_folder_is_left_as_it_is(trained, tmp_path, capsys):
     assert export.main(arguments) == 2
     assert "out exists; nothing was written" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_into_no_other_model_than_the_runs(trained, tmp_path):
+    run = trained("lora")
+    folder, source = shutil.copytree(run.workdir, tmp_path / "run"), shutil.copytree(run.source, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", model=fields["model"] | {"path": str(source)})
+    message = f"{source} is not the model that the run began with .*run.json.* bring it back"
+    with pytest.raises(ValueError, match=message):
+        export.export(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        open_run(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
+    export.export(folder, tmp_path / "out", adapter=True)  # which has none of its weights
+
+
+@pytest.mark.slow
+def test_a_run_that_began_with_an_adapter_knows_its_model_with_it(trained, tmp_path):
+    run = trained("lora")
+    folder, start = shutil.copytree(run.workdir, tmp_path / "run"), tmp_path / "start"
+    export.export(run.workdir, start, adapter=True, step=2)
+    fields = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", lora=fields["lora"] | {"init": str(start)})
+    with pytest.raises(ValueError, match="is not the model that the run began with"):
+        export.export(folder, tmp_path / "out")
+    config = stored_arms.read_experiment(folder)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        adapter = stored_arms.read_trained(run.workdir, config, run.model, "opcd", 2, mesh)
+        joined = lora.join(run.base, adapter, config.lora)
+    inputs = json.loads((folder / "run.json").read_text())["inputs"]
+    edit(folder / "run.json", inputs=inputs | {"model": compute_fingerprint(joined)})
+    export.export(folder, tmp_path / "out")
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):

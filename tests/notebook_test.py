@@ -88,7 +88,7 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     (place,) = (i for i, cell in enumerate(curves) if cell.cell_type == "code" and "RUN = " in cell.source)
     curves.insert(place + 1, nbformat.v4.new_code_cell(f"RUN = Path({str(tmp_path / 'run' / 'run')!r})"))
     printed = execute(curves)
-    assert "opcd_anchored    Acc_x" in printed and "questions are harmed in opcd_anchored" in printed
+    assert "opcd_anchored    Acc_x" in printed and "answers are harmed in opcd_anchored" in printed
 
 
 def test_the_line_of_the_curves_is_the_teachers_accuracy(tmp_path):
@@ -102,6 +102,18 @@ def test_the_line_of_the_curves_is_the_teachers_accuracy(tmp_path):
         exec(source, found)
         assert list(found["axes"].lines[-1].get_ydata()) == [target, target]
         pyplot.close(found["figure"])
+
+
+def test_each_of_several_samples_of_a_question_is_compared_with_its_own(tmp_path, capsys):
+    (tmp_path / "opcd").mkdir()
+    rights = {("bare", 0): True, ("context", 0): False, ("bare", 1): False, ("context", 1): True}
+    items = [{"id": "a", "view": view, "sample": n, "text": f"{view} {n}", "correct": right}
+             for (view, n), right in rights.items()]  # fmt: skip
+    (tmp_path / "opcd" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    cells = nbformat.read(FOLDER / "removability_curves.ipynb", as_version=4).cells
+    exec(cells[-1].source, {"RUN": tmp_path, "json": json, "arms": ["opcd"]})
+    said = capsys.readouterr().out
+    assert "1 of 2 answers are harmed in opcd" in said and "without: 'bare 0'   with: 'context 0'" in said
 
 
 @pytest.mark.slow

@@ -621,6 +621,15 @@ def test_a_step_without_a_reserve_is_planned_again_with_one_change_each(planned)
     assert found == [(13000 + held, True), (4000 + held, True), (5000 + held, True), ((14000 + held) / 2, False)]
 
 
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_plan_says_that_it_counts_a_teacher_in_the_hosts_memory(is_away, planned):
+    config = tiny.get_config()
+    config.teacher.offload = is_away
+    notes = planned.plan(config, None, 8, lengths=SHORT)["notes"]
+    assert notes.startswith("prompts have the lengths of --prefix and --question")
+    assert notes.endswith("; teacher.offload: the teacher is counted as if it stayed on the device") == is_away
+
+
 @pytest.mark.parametrize(("own", "theirs"), [(28, 29), (29, 28)])
 def test_both_models_need_the_positions(own, theirs, planned, monkeypatch):
     models = {"org/student": (STUDENT, own), "org/teacher": (TEACHER, theirs)}

@@ -149,6 +149,14 @@ def test_lengths_take_the_place_of_data(folders, questions):
     assert batch.bare.tokens_BxP.shape == (8 * config.text_game.turns, 96) and f"{8 * 7} rows a step" in line
 
 
+@pytest.mark.parametrize("field", ["context_template", "teacher_messages", "context_column"])
+def test_contexts_that_are_made_of_the_rows_are_planned_in_every_row(field, folders, questions):
+    config = make_config("file", folders, questions)
+    config.qa_jsonl.context_file, config.qa_jsonl[field] = "", "{hint}" if field == "context_template" else "hint"
+    views = run.find_views(config_lib.experiment(config, 2), run.Lengths(1500, 90))
+    assert (views.context.prefix, views.context.columns) == (0, 1664)
+
+
 @pytest.mark.parametrize(
     ("task", "path", "message"),
     [

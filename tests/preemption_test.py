@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C end a run in exit codes of their own: after a save where steps are trained, at once everywhere
-else. A second Ctrl-C ends it at once."""
+"""SIGTERM, SIGHUP and Ctrl-C end a run in exit codes of their own: after a save where steps are trained, at once
+everywhere else. A second Ctrl-C ends it at once."""
 
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def run(body: str, signal: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signal", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(("signal", "code"), [("SIGTERM", 75), ("SIGHUP", 75), ("SIGINT", 130)])
 @pytest.mark.parametrize("name", CASES)
 def test_the_process_ends_as_it_should(name, signal, code):
     body, printed = CASES[name]
@@ -79,6 +80,48 @@ def test_the_process_ends_as_it_should(name, signal, code):
     assert result.returncode == code, result.stderr
     assert result.stdout.split() == printed.split()
     assert "Traceback" not in result.stderr
+
+
+TERMINAL = """
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from ctxjax.host import preemption
+preemption.listen()
+try:
+    with preemption.training():
+        for step in range(300):
+            print("step", step, flush=True)
+            print("bar", file=sys.stderr)
+            time.sleep(0.1)
+            if preemption.reached(step):
+                open({saved!r}, "w").close()
+                print("saved", flush=True)
+                raise preemption.Preempted
+except preemption.Preempted as ended:
+    print(ended, file=sys.stderr)
+    sys.exit(ended.code)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_saves_after_its_terminal_was_closed(tmp_path):
+    """Nothing can be written to a terminal that is gone: the first progress bar would end the run before it saves."""
+    screen, terminal = os.openpty()
+    line = [sys.executable, "-c", TERMINAL.format(saved=str(tmp_path / "saved"))]
+    places = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "start_new_session": True}
+    with subprocess.Popen(line, cwd=Path(__file__).parents[1], **places) as process:
+        os.close(terminal)
+        os.read(screen, 1)  # the first step
+        os.close(screen)
+        assert process.wait(60) == 75
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As with nohup, and in tpu/run.sh."""
+    line = "import signal; from ctxjax.host import preemption; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    line += "preemption.listen(); assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
+    subprocess.run([sys.executable, "-c", line], cwd=Path(__file__).parents[1], check=True, timeout=120)
 
 
 @pytest.mark.slow

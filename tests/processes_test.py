@@ -10,9 +10,12 @@ import time
 
 from forked import Command
 import jax
+import numpy as np
 import pytest
 
+from ctxjax import api
 from ctxjax.audit import audit
+from ctxjax.configs import tiny
 from ctxjax.host import command, processes
 from ctxjax.training.checkpoint import saved_steps
 
@@ -159,6 +162,19 @@ def test_processes_with_different_configurations_end_with_the_difference(tmp_pat
         assert "config.seed: 0 in 0; 7 in 1" in run.read_output(index)
         assert "Traceback" not in run.read_output(index)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_different_commits_are_refused(tmp_path, monkeypatch):
+    def gather(row):
+        other = np.frombuffer(row.tobytes().replace(b"aaaa", b"bbbb"), row.dtype).reshape(row.shape)
+        return np.stack([row, other])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_all_gather", gather)
+    monkeypatch.setattr(api.workdir_lib, "_find_commit", lambda package: "aaaa")
+    monkeypatch.setattr("ctxjax.training.run.run", lambda *given: {})
+    with pytest.raises(ValueError, match="the same command, code and packages.*\n  commit: 'aaaa' in 0; 'bbbb' in 1$"):
+        api.start_run(tiny.get_config(), tmp_path / "run", "auto")
 
 
 def test_invalid_flags_of_several_processes_are_refused():

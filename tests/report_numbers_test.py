@@ -8,6 +8,7 @@ import re
 from matplotlib.colors import to_hex
 import pytest
 
+from ctxjax.configs import base
 from ctxjax.report import plots, write_report
 from ctxjax.report.model_card import model_card
 
@@ -201,6 +202,16 @@ def test_the_model_card_says_whose_responses_the_arm_learned_from(changes, words
     loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
     config = {"loss": loss, "arms": {"arm": changes}}
     assert words in model_card(tmp_path, "arm", 20, "org/name", config, False, "float32")
+
+
+def test_the_model_card_names_the_prompts_fields_that_are_not_the_defaults(tmp_path):
+    loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
+    prompt = json.loads(base.get_config().prompt.to_json())
+    config = {"loss": loss, "arms": {"arm": {}}, "prompt": prompt}
+    assert "prompt." not in model_card(tmp_path, "arm", 20, "org/name", config, False, "float32").split("## Results")[0]
+    config["prompt"] = prompt | {"thinking": False, "keywords": ["reasoning_effort=low"]}
+    card = model_card(tmp_path, "arm", 20, "org/name", config, False, "float32")
+    assert '\nprompts: prompt.thinking = false, prompt.keywords = ["reasoning_effort=low"]; ' in card
 
 
 def test_flips_of_every_model_stand_in_their_cells(page):

@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -16,7 +19,10 @@ CLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CLOUD/calls"
 case "$*" in
   *"queued-resources create"*) echo READY > "$CLOUD/state" ;;
-  *"tpu-vm describe"*) cat "$CLOUD/state" ;;
+  *"tpu-vm describe"*)
+    refusal=$(head -n 1 "$CLOUD/refusals"); sed -i 1d "$CLOUD/refusals"
+    if [ -n "$refusal" ]; then echo "ERROR: (gcloud.compute.tpus.tpu-vm.describe) $refusal" >&2; exit 1; fi
+    cat "$CLOUD/state" ;;
   *ctxjax.main*)
     code=$(head -n 1 "$CLOUD/codes"); sed -i 1d "$CLOUD/codes"
     [ "$code" = 143 ] && echo PREEMPTED > "$CLOUD/state"
@@ -29,6 +35,12 @@ def script(name: str, *arguments: str, **settings: str) -> subprocess.CompletedP
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]} | SETTINGS | settings
     command = ["bash", str(SCRIPTS / name), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+def get_remote_command(line: str) -> str:
+    """Return what a printed ssh command runs on the hosts, as their shell reads it."""
+    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+    return done.stdout.partition("\n--command=")[2].removesuffix("\n")
 
 
 @pytest.mark.parametrize(
@@ -60,8 +72,7 @@ def test_a_run_reaches_every_host_of_every_slice_with_its_flags_and_its_argument
     assert len(lines) == 2
     for index, line in enumerate(lines):
         assert line.startswith(f"gcloud compute tpus tpu-vm ssh n-{index} {WHERE} --worker=all --command=")
-        remote = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], capture_output=True, text=True, check=True)
-        command = remote.stdout.split("--command=")[1]
+        command = get_remote_command(line)
         assert (
             f"MEGASCALE_COORDINATOR_ADDRESS=ADDRESS-OF-n-0 MEGASCALE_NUM_SLICES=2 MEGASCALE_SLICE_ID={index} "
             in command
@@ -76,22 +87,96 @@ def test_a_bucket_is_mounted_on_every_host_and_no_run_begins_without_it():
     assert "gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 my-b /mnt/bucket" in setup
     arguments = ("--config=c", "--workdir=/mnt/bucket/r")
     line = script("run.sh", *arguments, DRY_RUN="1", BUCKET="my-b").stdout
-    remote = subprocess.run(["bash", "-c", f"printf '%s\n' {line}"], capture_output=True, text=True, check=True).stdout
-    assert f"--command={command} && cd ctxjax" in remote
+    assert f"; {command} && cd ctxjax" in get_remote_command(line)
     for name, more in (("setup.sh", ()), ("run.sh", arguments)):
         assert "mount" not in script(name, *more, DRY_RUN="1").stdout.replace("/mnt/", "").replace(arguments[1], "")
 
 
+# What pgrep -f does, with the shell that asks and those of a file as all processes.
+PGREP = """#!/usr/bin/env bash
+{ tr '\\0' ' ' < /proc/$PPID/cmdline; echo; cat ~/processes; } | grep -qE -- "${@: -1}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"), [("python -m ctxjax.main --config=c", "running"), ("python -m ctxjax.plan", "idle")]
+)
+def test_the_monitor_does_not_take_its_own_question_for_a_run(processes, said, tmp_path):
+    remote = get_remote_command(script("monitor.sh", DRY_RUN="1").stdout.splitlines()[-1])
+    (tmp_path / "pgrep").write_text(PGREP)
+    (tmp_path / "pgrep").chmod(0o755)
+    (tmp_path / "processes").write_text(processes + "\n")
+    (tmp_path / "run.log").write_text("step 3\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", remote], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [said, "step 3"]
+
+
+# Saves for two seconds after SIGTERM, and prints meanwhile, as a run does.
+SAVING_PYTHON = f"""#!{sys.executable}
+import signal, sys, time
+def save(*signal):
+    for n in range(4):
+        time.sleep(0.5)
+        print("saving", n, flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("begins", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("failing", ["fetch", "checkout", "pull", "nothing"])
+def test_a_host_that_cannot_get_the_new_code_is_not_set_up_with_the_old(failing, tmp_path):
+    remote = get_remote_command(script("setup.sh", DRY_RUN="1").stdout)
+    for folder in ("ctxjax", "bin", ".local/bin", "venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("bin/git", "bin/python3", ".local/bin/uv", "venv/bin/python"):
+        fake = tmp_path / name
+        fake.write_text(f'#!/usr/bin/env bash\necho "{fake.name} $*" >> ~/calls\n[ "$3" != {failing} ]\n')
+        fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", remote], cwd=tmp_path, env=environment, check=False)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert (done.returncode == 0) == (failing == "nothing")
+    assert failing in calls[-1] if failing != "nothing" else calls[-1].startswith("python -c")
+
+
+@pytest.mark.parametrize("is_ssh_lost", [False, True])
+def test_a_host_that_shuts_down_lets_the_run_save_and_its_log_is_whole(is_ssh_lost, tmp_path):
+    """A shutdown sends SIGTERM and SIGHUP to all processes of the ssh session, at once."""
+    remote = get_remote_command(script("run.sh", "--config=c", "--workdir=w", DRY_RUN="1").stdout)
+    (tmp_path / "ctxjax").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").write_text(SAVING_PYTHON)
+    (tmp_path / "venv" / "bin" / "python").chmod(0o755)
+    environment, log = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, tmp_path / "run.log"
+    line = ["bash", "-c", remote]
+    with subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True) as run:
+        assert run.stdout.readline() == b"begins\n"
+        if is_ssh_lost:
+            run.stdout.close()
+        time.sleep(0.3)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            os.killpg(run.pid, number)
+        assert run.wait(30) == 75
+    assert log.read_text().split("\n") == ["begins", *(f"saving {n}" for n in range(4)), ""]
+
+
 @pytest.fixture
 def cloud(tmp_path):
-    """cloud(codes): runs run.sh --resume in a cloud whose runs end with these codes; (result, cloud commands)."""
+    """cloud(codes): runs run.sh --resume in a cloud whose runs end with these codes; (result, cloud commands).
 
-    def run(*codes: int):
+    ``refusals``: the errors that the first questions for a state are answered with.
+    """
+
+    def run(*codes: int, refusals: tuple[str, ...] = ()):
         gcloud = tmp_path / "gcloud"
         gcloud.write_text(CLOUD)
         gcloud.chmod(0o755)
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
         (tmp_path / "state").write_text("READY\n")
+        (tmp_path / "refusals").write_text("".join(f"{text}\n" for text in refusals))
         places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CLOUD": str(tmp_path), "LOGS": str(tmp_path / "logs")}
         done = script("run.sh", "--resume", "--config=c", "--workdir=w", WAIT="0", **places)
         return done, (tmp_path / "calls").read_text().splitlines()
@@ -111,6 +196,24 @@ def test_a_slice_that_was_taken_away_is_asked_for_again_and_the_run_goes_on(clou
     assert done.returncode == 0, done.stderr
     kinds = [kind for call in calls for kind in ("delete", "create", "device_count", "ctxjax.main") if kind in call]
     assert kinds == ["ctxjax.main", "delete", "create", "device_count", "ctxjax.main"]
+
+
+UNAVAILABLE = "UNAVAILABLE: 503: The service is currently unavailable."
+
+
+@pytest.mark.parametrize("code", [75, 1])
+def test_a_slice_whose_state_is_unknown_is_asked_for_again_and_not_deleted(code, cloud):
+    done, calls = cloud(code, 0, refusals=(UNAVAILABLE, UNAVAILABLE))
+    assert not [call for call in calls if "delete" in call or "create" in call]
+    assert done.returncode == (0 if code == 75 else 1)
+    assert done.stderr.count("the state of n is unknown, asking again: ERROR: (gcloud.compute.tpus.tpu-vm.") == 2
+
+
+def test_a_slice_that_does_not_exist_any_more_is_created_again(cloud):
+    missing = "NOT_FOUND: Resource 'projects/p/locations/z/nodes/n' was not found."
+    done, calls = cloud(143, 0, refusals=(UNAVAILABLE, missing, missing))
+    assert done.returncode == 0, done.stderr
+    assert sum("queued-resources create" in call for call in calls) == 1
 
 
 def test_a_run_that_fails_is_not_repeated(cloud):
@@ -143,9 +246,18 @@ def submit(folder: Path, code: int) -> tuple[subprocess.CompletedProcess, list[s
     bin_folder.mkdir()
     (bin_folder / "activate").touch()
     for name, end in (("srun", code), ("scontrol", 0)):
-        (bin_folder / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {folder}/calls\nexit {end}\n')
+        (bin_folder / name).write_text(
+            f'#!/usr/bin/env bash\necho "{name} $*" >> {folder}/calls\n'
+            f'echo "${{SRUN_CPUS_PER_TASK:-}}" >> {folder}/cpus\nexit {end}\n'
+        )
         (bin_folder / name).chmod(0o755)
-    settings = {"VENV": str(folder), "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NAME": "ctxjax"}
+    settings = {
+        "VENV": str(folder),
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "32",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_JOB_NAME": "ctxjax",
+    }
     done = script("slurm.sbatch", "--config=c", "--workdir=w", PATH=f"{bin_folder}:{os.environ['PATH']}", **settings)
     return done, (folder / "calls").read_text().splitlines()
 
@@ -161,6 +273,12 @@ def test_a_slurm_job_that_saved_its_state_is_queued_again(code, requeued, tmp_pa
 def test_a_task_that_ends_with_75_does_not_get_the_others_killed(tmp_path):
     """srun ends with the largest exit code; that of a killed task is 137, after which nothing would be queued again."""
     assert "--kill-on-bad-exit=0" in submit(tmp_path, 0)[1][0]  # 0 also where the cluster's default is 1
+
+
+def test_a_task_has_the_cpus_of_the_job(tmp_path):
+    """srun does not read sbatch's --cpus-per-task since Slurm 22.05: it would give a task one CPU."""
+    submit(tmp_path, 0)
+    assert (tmp_path / "cpus").read_text() == "32\n"
 
 
 def test_a_slurm_jobs_log_needs_no_folder_and_survives_the_requeue():

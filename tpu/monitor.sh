@@ -10,5 +10,5 @@ run gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" -
 nodes | while read -r node; do
   run gcloud compute tpus tpu-vm describe "$node" --project="$PROJECT" --zone="$ZONE" \
     --format='table(name,state,health,acceleratorType,schedulingConfig.preemptible)' < /dev/null
-  on_workers "$node" "pgrep -f ctxjax.main > /dev/null && echo running || echo idle; tail -n 3 ~/run.log" < /dev/null
+  on_workers "$node" "pgrep -f '[c]txjax\.main' > /dev/null && echo running || echo idle; tail -n 3 ~/run.log" < /dev/null
 done

@@ -8,7 +8,7 @@ source "$(dirname "$0")/common.sh"
 need PROJECT ZONE NAME
 
 PREEMPTED=${PREEMPTED:-75}  # exit code of a run that was stopped by SIGTERM and saved its state
-WAIT=${WAIT:-60}            # seconds between checks of a slice that is being created
+WAIT=${WAIT:-60}            # seconds between questions for the state of a slice
 here=$(dirname "$0")
 
 resume=0
@@ -33,7 +33,9 @@ once() {
     # If the bucket is not mounted, its folder would be on the host's own disk and be lost with the host.
     mounted=""
     if [ -n "$BUCKET" ]; then printf -v mounted 'mountpoint -q %q && ' "$MOUNT"; fi
-    command="${mounted}cd ctxjax && set -o pipefail && env $flags$coordinator../venv/bin/python -m ctxjax.main$arguments 2>&1 | tee -a ~/run.log"
+    # A shutdown sends SIGTERM and SIGHUP to all processes of this session. The run must get the first one only, and its
+    # log and this shell must outlive it, also if ssh is lost: a run that cannot print ends before it has saved.
+    command="trap '' HUP; trap : TERM; ${mounted}cd ctxjax && set -o pipefail && env $flags$coordinator../venv/bin/python -m ctxjax.main$arguments 2>&1 | (trap '' TERM; exec tee -p -a ~/run.log)"
     if [ "$DRY_RUN" = 1 ]; then
       on_workers "$node" "$command"
       continue
@@ -52,9 +54,18 @@ address() {
     --format='value(networkEndpoints[0].ipAddress)'
 }
 
+# Print the state of a node: GONE if it does not exist. Any other error says nothing of the node: ask again.
 state() {
-  gcloud compute tpus tpu-vm describe "$1" --project="$PROJECT" --zone="$ZONE" --format='value(state)' 2>/dev/null ||
-    echo GONE
+  local found errors
+  errors=$(mktemp)
+  until found=$(gcloud compute tpus tpu-vm describe "$1" --project="$PROJECT" --zone="$ZONE" \
+    --format='value(state)' < /dev/null 2> "$errors"); do
+    if grep -q NOT_FOUND "$errors"; then found=GONE; break; fi
+    echo "the state of $1 is unknown, asking again: $(tail -n 1 "$errors")" >&2
+    sleep "$WAIT"
+  done
+  rm "$errors"
+  echo "$found"
 }
 
 all_ready() {

@@ -8,7 +8,10 @@ need PROJECT ZONE NAME REPOSITORY
 printf -v from '%q' "$REPOSITORY"
 printf -v at '%q' "$BRANCH"
 install="set -e
-if [ -d ctxjax ]; then git -C ctxjax fetch -q origin && git -C ctxjax checkout -q $at && git -C ctxjax pull -q
+if [ -d ctxjax ]; then
+  git -C ctxjax fetch -q origin
+  git -C ctxjax checkout -q $at
+  git -C ctxjax pull -q
 else git clone -q --branch $at $from ctxjax; fi
 python3 -m pip install -q --user uv
 [ -d venv ] || ~/.local/bin/uv venv -q --python 3.12 venv

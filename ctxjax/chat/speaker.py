@@ -81,6 +81,8 @@ def open_run(workdir: Path, placement: str | None = None) -> Speaker:
     folder = open_folder(
         stored_arms.find_source(config), mesh, model.dtype, model.param_dtype, attention=model.attention
     )
+    with jax.set_mesh(mesh):
+        stored_arms.check_source(workdir, config, folder.params, mesh)
     folder = dataclasses.replace(folder, stop_ids=stop_ids)
     prompt = dataclasses.replace(config.prompt, placement=placement or config.prompt.placement)
     run = Run(workdir, config, steps)

@@ -39,6 +39,19 @@ def find_folder(path: str | Path, weights: bool = True) -> Path:
     return _fetch(str(path), "model", allow_patterns=WANTED if weights else SMALL, ignore_patterns=UNWANTED)
 
 
+def parse_name(path: str) -> tuple[str, str | None]:
+    """Return what other programs open ``path`` by, as in ``find_folder``: a folder's whole path, or the Hub id and its
+    revision, None if it has none."""
+    folder = Path(path).expanduser()
+    return (str(folder.resolve()), None) if folder.is_dir() else split_revision(path)
+
+
+def split_revision(path: str) -> tuple[str, str | None]:
+    """Return the name and the revision, None if it has none, of a Hub id ``org/name`` or ``org/name@revision``."""
+    name, _, revision = path.partition("@")
+    return name, revision or None
+
+
 def find_data_files(path: str, field: str) -> list[Path]:
     """Return the data files that ``path`` names, in alphabetical order.
 
@@ -74,9 +87,9 @@ def _fetch(path: str, what: str, **options) -> Path:
 
     The Hub's client itself repeats requests that fail for a moment.
     """
-    name, _, revision = path.partition("@")
+    name, revision = split_revision(path)
     kind = "datasets/" if options.get("repo_type") == "dataset" else ""
-    options["revision"] = revision or None
+    options["revision"] = revision
     try:
         return Path(snapshot_download(name, **options))
     except GatedRepoError:

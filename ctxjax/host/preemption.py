@@ -1,4 +1,5 @@
-"""SIGTERM, which announces that the machine will be taken away, and Ctrl-C: the command ends without a traceback.
+"""SIGTERM, which announces that the machine will be taken away, SIGHUP, after which the terminal is gone, and Ctrl-C:
+the command ends without a traceback.
 
 While an arm trains (``training``), it finishes the step or the evaluation batch under way, saves, and ends; a second
 Ctrl-C ends it at once. At other times there is nothing to save, and the handler ends the process. It runs between two
@@ -16,17 +17,19 @@ import os
 from pathlib import Path
 import shutil
 import signal
+import stat
 
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # after SIGTERM: sysexits.h's EX_TEMPFAIL: no error, try again
+EXIT_CODE = 75  # after SIGTERM and SIGHUP: sysexits.h's EX_TEMPFAIL: no error, try again
 INTERRUPTED = 130  # after Ctrl-C, as shells have it
 RUN_ENDS = "the run ends; the same command goes on"
 COMMAND_ENDS = "the command ends; nothing half-written is left"
 SAVES = "\nCtrl-C: the run saves after this step, and ends; Ctrl-C again ends it at once\n"
 
-_is_requested = _is_training = _is_interrupted = False
+_is_requested = _is_training = False
+_received = signal.SIGTERM  # why the command ends; SIGINT stays
 _then = COMMAND_ENDS
 _unfinished: set[Path] = set()
 
@@ -35,12 +38,14 @@ class Preempted(BaseException):
     """End the run, with exit code ``code``. Not an Exception, so that no library catches it."""
 
     def __init__(self):
-        super().__init__(_describe(_is_interrupted))
-        self.code = INTERRUPTED if _is_interrupted else EXIT_CODE
+        super().__init__(_describe(_received))
+        self.code = _choose_code(_received)
 
 
 def listen(then: str = COMMAND_ENDS) -> None:
-    """Handle SIGTERM and Ctrl-C from now on; ``then``: what the message says of the end.
+    """Handle SIGTERM, Ctrl-C and SIGHUP from now on; ``then``: what the message says of the end.
+
+    A SIGHUP that is ignored, as after nohup, stays ignored.
 
     Call it from the main thread, before jax.distributed is initialized.
     """
@@ -48,6 +53,8 @@ def listen(then: str = COMMAND_ENDS) -> None:
     _then = then
     signal.signal(signal.SIGTERM, _on_signal)
     signal.signal(signal.SIGINT, _on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _on_signal)
 
 
 def reached(step: int) -> bool:
@@ -87,21 +94,36 @@ def discarding(folder: Path) -> Iterator[None]:
 
 
 def _on_signal(number: int, frame) -> None:
-    global _is_requested, _is_interrupted
-    is_second, is_interrupt = _is_interrupted, number == signal.SIGINT
-    _is_interrupted = is_second or is_interrupt
-    if not _is_training or (is_second and is_interrupt):
+    global _is_requested, _received
+    is_second = number == _received == signal.SIGINT
+    if _received != signal.SIGINT:
+        _received = signal.Signals(number)
+    if number == signal.SIGHUP:
+        _leave_terminal()
+    if not _is_training or is_second:
         for folder in _unfinished:
             shutil.rmtree(folder, ignore_errors=True)
-        os.write(2, f"{_describe(is_interrupt)}\n".encode())  # print() may be under way in the interrupted code
-        os._exit(INTERRUPTED if is_interrupt else EXIT_CODE)
-    if is_interrupt:
+        os.write(2, f"{_describe(number)}\n".encode())  # print() may be under way in the interrupted code
+        os._exit(_choose_code(number))
+    if number == signal.SIGINT:
         os.write(2, SAVES.encode())
-    if is_interrupt and jax.distributed.is_initialized():
+    if number != signal.SIGTERM and jax.distributed.is_initialized():
         os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on to all processes
     else:
         _is_requested = True
 
 
-def _describe(is_interrupt: bool) -> str:
-    return f"\n{'Ctrl-C' if is_interrupt else 'SIGTERM'}: {_then}"
+def _leave_terminal() -> None:
+    """Discard what is printed to a terminal from now on: it is gone, and writing to it would raise OSError."""
+    with open(os.devnull, "wb") as nowhere:
+        for output in (1, 2):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(nowhere.fileno(), output)
+
+
+def _choose_code(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else EXIT_CODE
+
+
+def _describe(number: int) -> str:
+    return f"\n{'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}: {_then}"

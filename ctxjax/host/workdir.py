@@ -103,12 +103,20 @@ def read_config(workdir: Path) -> dict:
 
 def read_stop_ids(workdir: Path) -> list[int]:
     """Read the ids that end the responses of the run in a folder. Raises ValueError if run.json does not name them."""
+    return _read_input(workdir, "stop_ids", "end tokens")
+
+
+def read_model_digest(workdir: Path) -> str:
+    """Read the digest of the model that the run in a folder began with. Raises ValueError if run.json has none."""
+    return _read_input(workdir, "model", "model")
+
+
+def _read_input(workdir: Path, name: str, what: str):
     try:
-        return json.loads((workdir / "run.json").read_text(encoding="utf-8"))["inputs"]["stop_ids"]
+        return json.loads((workdir / "run.json").read_text(encoding="utf-8"))["inputs"][name]
     except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(
-            f"{workdir}/run.json does not name the run's end tokens ({error!r}); use the version of ctxjax that "
-            "trained it"
+            f"{workdir}/run.json does not name the run's {what} ({error!r}); use the version of ctxjax that trained it"
         ) from None
 
 

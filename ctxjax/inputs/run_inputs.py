@@ -25,7 +25,7 @@ from ctxjax.inputs.batch_shapes import find_batch_shapes
 from ctxjax.inputs.model_folder import ModelFolder, load_tokenizer, open_folder, read_folder
 from ctxjax.models import lora, transformer
 from ctxjax.models.hf import adapters
-from ctxjax.types import PrefixKV
+from ctxjax.types import Params, PrefixKV
 
 
 class Inputs(NamedTuple):
@@ -174,10 +174,8 @@ def prepare_student_path(config: Experiment, task: Task, mesh, seconds: dict[str
 
 def open_student(config: Experiment, path: str, mesh, seconds: dict[str, float]) -> ModelFolder:
     """Open the folder or Hub id ``path`` with the adapter of lora.init, if there is one. ``seconds``: gets the time."""
-    clock = time.monotonic()
-    model, adapter = config.model, None
-    if config.lora_init:  # one that does not fit is refused before the weights are read
-        adapter = adapters.load(Path(config.lora_init).expanduser(), path, find_folder(path), config.lora, mesh)
+    clock, model = time.monotonic(), config.model
+    adapter = read_first_adapter(config, path, mesh)  # one that does not fit is refused before the weights are read
     folder = open_folder(path, mesh, model.dtype, model.param_dtype, model.remat, model.attention)
     if adapter is not None:
         joined = lora.join(folder.params, adapter, config.lora)
@@ -186,6 +184,13 @@ def open_student(config: Experiment, path: str, mesh, seconds: dict[str, float])
     seconds["load"] = time.monotonic() - clock
     print(f"model: {path}; {folder.config.arithmetic}", flush=True)
     return folder
+
+
+def read_first_adapter(config: Experiment, path: str, mesh) -> Params | None:
+    """Read the adapter that the student starts from, for the model ``path``; None if it starts from a new one."""
+    if not config.lora_init:
+        return None
+    return adapters.load(Path(config.lora_init).expanduser(), path, find_folder(path), config.lora, mesh)
 
 
 def compute_teacher_prefix(teacher: ModelFolder, rows: EncodedRows) -> PrefixKV | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from ctxjax.host.hub import HUB_ID
+from ctxjax.host.hub import HUB_ID, split_revision
 from ctxjax.models.architecture import ModelConfig
 from ctxjax.models.hf import load as hf_load
 
@@ -86,12 +86,10 @@ def find_architecture(path: str, dtype: str, remat) -> tuple[ModelConfig, str]:
         return hf_load.read_config(Path(path).expanduser(), dtype, remat), path
     if not HUB_ID.fullmatch(path):
         raise FileNotFoundError(f"model folder {path} does not exist; give a folder, or a Hub id such as org/name")
-    name, _, revision = path.partition("@")
+    name, revision = split_revision(path)
     for offline in (True, False):
         try:
-            file = hf_hub_download(
-                name, "config.json", revision=revision or None, local_files_only=offline, etag_timeout=5
-            )
+            file = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline, etag_timeout=5)
             return hf_load.read_config(Path(file).parent, dtype, remat), "the Hub's cache" if offline else "the Hub"
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError):
             continue

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ctxjax import config as config_lib
 from ctxjax.config_sections import Experiment
 from ctxjax.data import splits
+from ctxjax.data.contexts import FROM_ROWS
 from ctxjax.data.prompts import SHORTEST_PREFIX
 from ctxjax.data.shapes import ViewShape, make_shape
 from ctxjax.data.task import Task
@@ -134,7 +135,8 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, 
     trained = f"LoRA of rank {experiment.lora.rank}" if experiment.lora else "all weights trained"
     facts["batch"] = shapes.describe()
     facts["step"] = f"{model.arithmetic}, {trained}, remat {experiment.model.remat}"
-    facts["notes"] = views.note
+    offloaded = "teacher.offload: the teacher is counted as if it stayed on the device" * experiment.teacher.offload
+    facts["notes"] = "; ".join(filter(None, [views.note, offloaded]))
     return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, effort), facts
 
 
@@ -196,7 +198,7 @@ def _make_views(config: Experiment, lengths: Lengths) -> Views:
 
 def _is_context_shared(config: Experiment) -> bool:
     """Whether all rows have the same context, which is then read once for all."""
-    own = ("context_column", "context_files", "hint")
+    own = ("context_column", "context_files", "hint", *FROM_ROWS)
     return not any(getattr(config.task_config, field, None) for field in own)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+from ctxjax.data.prompts import PromptConfig
 from ctxjax.report.run_files import read_results
 from ctxjax.report.tables import glossary, results_table
 
@@ -18,36 +20,48 @@ _OPEN_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "this folder")
 """
 
 
-def model_card(workdir: Path, arm: str, step: int, base: str, config: dict, adapter: bool, weights: str) -> str:
+def model_card(
+    workdir: Path,
+    arm: str,
+    step: int,
+    base: str,
+    config: dict,
+    adapter: bool,
+    weights: str,
+    revision: str | None = None,
+) -> str:
     """Return the card as Markdown with the front matter that model hubs read.
 
     ``workdir`` is the run's folder; without results.json in it, as in an unfinished run, the card has no table. ``arm``
-    and ``step`` name the exported checkpoint, ``base`` the folder or Hub id of the model that training started from.
+    and ``step`` name the exported checkpoint, ``base`` the folder or Hub id of the model that training started from,
+    and ``revision`` that of the Hub id, if it was given.
     ``config`` is the run's config.json; ``adapter`` says whether an adapter was exported and not the whole model.
     ``weights`` is the number type of the weights.
     """
     front = ["library_name: " + ("peft" if adapter else "transformers"), "tags:", "- ctxjax"]
     loss = config["loss"] | config["arms"][arm]
+    shown, given = (f"{base}@{revision}", f'"{base}", revision="{revision}"') if revision else (base, f'"{base}"')
     lines = [
         "---",
         *front,
         "---",
         f"# {Path(base).name}, {arm}, step {step}",
         "",
-        f"{'A low-rank adapter for ' if adapter else ''}`{base}`, trained by {_describe_training(loss, step)} "
+        f"{'A low-rank adapter for ' if adapter else ''}`{shown}`, trained by {_describe_training(loss, step)} "
         "(ctxjax): without a context in its prompt it is to answer as its base answers with it. The loss is "
         f"L_distill ({loss['divergence']}) + {loss['beta']:g} L_anchor + {loss['mu']:g} L_retain.",
         "",
         "```python",
-        (_OPEN_ADAPTER.format(base=base) if adapter else _OPEN_MODEL).rstrip(),
+        (_OPEN_ADAPTER.format(base=given) if adapter else _OPEN_MODEL).rstrip(),
         "```",
         "",
         f"weights: {weights}",
         "",
+        *_describe_prompts(config.get("prompt", {})),
         "## Results",
         "",
         _results(workdir, arm, step),
@@ -68,6 +82,15 @@ def _describe_training(loss: dict, step: int) -> str:
     if loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0:
         return "on-policy context distillation"
     return "context distillation, on its own responses and its teacher's"
+
+
+def _describe_prompts(prompt: dict) -> list[str]:
+    """Name the fields of ``config.prompt`` that the run has changed: the folder's chat template does not know them."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(PromptConfig())))
+    changed = [f"prompt.{name} = {json.dumps(value)}" for name, value in prompt.items() if value != defaults.get(name)]
+    if not changed:
+        return []
+    return [f"prompts: {', '.join(changed)}; with other ones the prompts, and so the answers, are not the run's", ""]
 
 
 def _results(workdir: Path, arm: str, step: int) -> str:

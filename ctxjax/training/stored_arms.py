@@ -7,11 +7,13 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctxjax import config as config_lib
+from ctxjax import config as config_lib, sharding
 from ctxjax.config_sections import Experiment
 from ctxjax.data.tasks import TASKS
-from ctxjax.host import workdir as workdir_lib
+from ctxjax.host import progress, workdir as workdir_lib
+from ctxjax.host.checksum import compute_fingerprint
 from ctxjax.inputs import base_model
+from ctxjax.inputs.run_inputs import read_first_adapter
 from ctxjax.models import lora, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.training import checkpoint
@@ -37,6 +39,24 @@ def find_source(config: Experiment) -> str:
         return config.model.path
     task = TASKS[config.task][1](config.task_config)
     return str(base_model.find_base_folder(config.base, config.task, task))
+
+
+def check_source(workdir: Path, config: Experiment, params: Params, mesh: Mesh) -> None:
+    """Check that ``params``, the weights of ``find_source``, are those that the run began with.
+
+    A Hub id can move, a folder be written anew. Raises ValueError that names the model and the remedy.
+    """
+    source = find_source(config)
+    adapter = read_first_adapter(config, source, mesh)
+    if adapter is not None:  # run.json has the digest of both together
+        params = lora.join(params, adapter, config.lora)
+    with progress.Bar("computing the digest of the base"):
+        before, now = workdir_lib.read_model_digest(workdir), compute_fingerprint(sharding.bring_to_device(params))
+    if before != now:
+        raise ValueError(
+            f"{source} is not the model that the run began with (digest {before} in {workdir}/run.json, now {now}); "
+            "bring it back, or set model.path in the run's config.json to that model, of the Hub org/name@revision"
+        )
 
 
 def list_steps(workdir: Path, config: Experiment) -> dict[str, list[int]]:

@@ -114,9 +114,16 @@ def save_weights(
 
 
 def save_adapter(
-    folder: Path, adapter: Params, model: ModelConfig, config: LoraConfig, family, base: str, dtype: str | None = None
+    folder: Path,
+    adapter: Params,
+    model: ModelConfig,
+    config: LoraConfig,
+    family,
+    base: str,
+    dtype: str | None = None,
+    revision: str | None = None,
 ) -> None:
-    """Write an adapter in PEFT's format, for the model folder or Hub id ``base``."""
+    """Write an adapter in PEFT's format, for the model folder ``base``, or for the Hub id and its ``revision``."""
     tensors = {
         theirs: _tensor(adapter["layers"], ours, layer, True, dtype)
         for theirs, (ours, layer) in adapters.list_tensor_names(family, model, config.targets).items()
@@ -127,6 +134,7 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "use_rslora": config.rslora,
