@@ -188,6 +188,16 @@ def test_the_console_and_the_model_card_print_the_same_cells(page, tmp_path):
             assert cell == (expected if name.startswith("Harm") else expected.split(" [")[0]), (model, name)
 
 
+def test_the_model_card_of_another_teacher_has_its_accuracy(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS | {"teacher": RESULTS["base"] | {"acc_xc": 0.4321}}))
+    loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
+    for section in ({"teacher": {"path": "org/larger"}}, {"teacher_base": {"steps": 9}}):
+        config = {"loss": loss, "arms": {"opcd_anchored": {"beta": 0.5}}} | section
+        card = model_card(tmp_path, "opcd_anchored", 30, "/models/base", config, False, "float32")
+        (line,) = [line for line in card.splitlines() if line.startswith("| teacher with context")]
+        assert "43.2" in line and "it is to answer as its teacher answers with it" in card
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -52,8 +52,8 @@ def model_card(
         f"# {Path(base).name}, {arm}, step {step}",
         "",
         f"{'A low-rank adapter for ' if adapter else ''}`{shown}`, trained by {_describe_training(loss, step)} "
-        "(ctxjax): without a context in its prompt it is to answer as its base answers with it. The loss is "
-        f"L_distill ({loss['divergence']}) + {loss['beta']:g} L_anchor + {loss['mu']:g} L_retain.",
+        f"(ctxjax): without a context in its prompt it is to answer as its {_name_teacher(config)} answers with it. "
+        f"The loss is L_distill ({loss['divergence']}) + {loss['beta']:g} L_anchor + {loss['mu']:g} L_retain.",
         "",
         "```python",
         (_OPEN_ADAPTER.format(base=given) if adapter else _OPEN_MODEL).rstrip(),
@@ -84,6 +84,11 @@ def _describe_training(loss: dict, step: int) -> str:
     return "context distillation, on its own responses and its teacher's"
 
 
+def _name_teacher(config: dict) -> str:
+    is_other = config.get("teacher", {}).get("path") or config.get("teacher_base", {}).get("steps")
+    return "teacher" if is_other else "base"
+
+
 def _describe_prompts(prompt: dict) -> list[str]:
     """Name the fields of ``config.prompt`` that the run has changed: the folder's chat template does not know them."""
     defaults = json.loads(json.dumps(dataclasses.asdict(PromptConfig())))
@@ -105,6 +110,6 @@ def _results(workdir: Path, arm: str, step: int) -> str:
     note = "On the run's test questions."
     if evaluated != step:
         note += f" **The row of {arm} is of step {evaluated}, not of the exported step {step}.**"
-    table = results_table({name: results[name] for name in ("base", arm) if name in results})
+    table = results_table({name: results[name] for name in ("base", "teacher", arm) if name in results})
     definitions = "\n".join(f"- {header}: {definition}" for header, definition in glossary("results"))
     return f"{note}\n\n{table}\n\n{definitions}"
