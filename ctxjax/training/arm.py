@@ -118,7 +118,12 @@ class Arm:
                     raise preemption.Preempted
                 writer.begin()
                 for step in range(first, train.steps):
-                    inputs = source.next(state, step)
+                    try:
+                        inputs = source.next(state, step)
+                    except preemption.Preempted:  # a game's episodes are given up; no step has used ``state``
+                        if step > first:
+                            self._save(state, step, checkpoints, writer, fed)
+                        raise
                     with jax.transfer_guard("disallow"):
                         program = programs[self._find_kind(step, inputs)]
                         state, metrics = program(state, self._frozen, **inputs._asdict())
@@ -133,9 +138,7 @@ class Arm:
                         self._evaluate(taken, state, dev, writer)
                     preempted = preemption.reached(taken)
                     if preempted or self._is_save_due(taken):
-                        writer.sync()
-                        fed.sync()
-                        checkpoints.save(state, taken, self._shared.record | {"data_position": taken})
+                        self._save(state, taken, checkpoints, writer, fed)
                     if preempted:
                         raise preemption.Preempted
                 writer.close()
@@ -252,6 +255,12 @@ class Arm:
     def _is_save_due(self, taken: int) -> bool:
         train = self._config.train
         return taken in (train.steps, best_step(self._scores)) or taken % train.save_every == 0
+
+    def _save(self, state: TrainState, taken: int, checkpoints: Checkpoints, writer: Writer, fed: StepRows) -> None:
+        """Save a checkpoint, and before it the rows of the steps that it contains."""
+        writer.sync()
+        fed.sync()
+        checkpoints.save(state, taken, self._shared.record | {"data_position": taken})
 
     def _evaluate(self, taken: int, state: TrainState, dev: Evaluator, writer: Writer) -> bool:
         """Evaluate on dev and write the row of metrics. Return False, without a row, if SIGTERM came during it."""
