@@ -13,7 +13,7 @@ from ctxjax.monitoring.trackers import LoggingConfig, Trackers
 
 
 def writer(folder, from_step: int) -> Writer:
-    off = Trackers(LoggingConfig("", ""), folder, {})
+    off = Trackers(LoggingConfig("", ""), folder, {}, "")
     return Writer(folder, "arm", 9, from_step, 1, Alarms(AlarmsConfig(), "arm"), off)
 
 

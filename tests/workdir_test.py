@@ -132,6 +132,7 @@ def test_the_manifest_says_what_ran_and_keeps_the_earlier_starts(tmp_path, facts
     manifest = json.loads((tmp_path / "run.json").read_text())
     assert {"config", "seed", "command", "versions", "commit", "device", "host", "inputs"} <= manifest.keys()
     assert (manifest["started"], manifest["record"]) == ("3", {"data.jsonl": "3"})
+    assert workdir.find_first_start(manifest) == "0"
     kept = ("started", "command", "device", "commit", "versions", "record")
     assert [{name: start[name] for name in kept} for start in manifest["earlier_starts"]] == [
         {name: start[name] for name in kept} for start in starts[:3]

@@ -118,6 +118,11 @@ def has_ended(manifest: dict) -> bool:
     return "seconds" in manifest
 
 
+def find_first_start(manifest: dict) -> str:
+    """Return when a run with this content of run.json was started for the first time."""
+    return [*manifest["earlier_starts"], manifest][0]["started"]
+
+
 def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
     """Create the workdir and write config.json and run.json. Return the manifest, the content of run.json.
 

@@ -23,6 +23,7 @@ from ctxjax.distill.train_step import StepConfig, init_state, student_params, tr
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host import compile_times, memory, preemption
+from ctxjax.host.workdir import find_first_start
 from ctxjax.inputs.data_record import ROWS_FILE
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.inputs.teacher_samples import steps_with_samples
@@ -96,7 +97,9 @@ class Arm:
         train = self._config.train
         checkpoints = Checkpoints(self._folder / "checkpoints", train.keep, self._scores)
         state, first = self._restore_or_init(checkpoints)
-        trackers = Trackers(self._config.logging, self._folder, self._shared.record["config"])
+        record = self._shared.record
+        first_start = find_first_start(record["manifest"])
+        trackers = Trackers(self._config.logging, self._folder, record["config"], first_start)
         writer = Writer(self._folder, self._name, train.steps, first, train.log_every, self.alarms, trackers)
         dev_rows = {row["step"]: row for row in writer.kept if _has_dev_metrics(row)}
         for taken, row in dev_rows.items():
