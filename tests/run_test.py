@@ -437,6 +437,16 @@ def test_a_finished_run_that_is_made_longer_is_the_run_of_all_steps(cache, tmp_p
     assert [row["step"] for row in written if "loss" in row] == [1, 2, 3]
 
 
+def test_arms_can_be_added_and_left_out_when_a_run_goes_on(sampled, cache, tmp_path):
+    config, whole = make_off_policy_config(cache), json.loads((sampled / "results.json").read_text())
+    for arms in (("opcd",), ("sft", "opcd"), ("opcd",)):
+        config.run_arms, config.alarms.stop = arms, ()
+        results = json.loads(json.dumps(run_once(config, tmp_path / "run")))
+        assert results.keys() == {"base", *arms}
+        assert results["opcd"] == {name: whole["opcd"][name] for name in results["opcd"]}
+        assert not [wrong for check in audit.check_folder(tmp_path / "run") for wrong in check.wrong]
+
+
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
     """The folder of a wider base model."""

@@ -88,7 +88,7 @@ def test_no_other_field_may_change(tmp_path, facts):
     assert list_changeable(facts["config"]) == {
         "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices", "cpu_devices", "compile_cache", "model.remat",
         "model.attention", "rollout.weights", "train.micro_batches", "train.save_every", "train.keep", "logging.wandb",
-        "logging.trackio",
+        "logging.trackio", "run_arms", *(f"alarms.{name}" for name in facts["config"]["alarms"]),
     }  # fmt: skip
 
 

@@ -27,11 +27,11 @@ from ctxjax.host import preemption, processes, redact
 from ctxjax.host.checksum import compute_digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# Fields that may change when a run is resumed: where it computes, with which kernels, in how much memory, and how often
-# it saves, not what it computes.
+# Fields that may change when a run is resumed: where it computes, with which kernels, in how much memory, how often it
+# saves, which arms it trains and when it warns or stops, not what an arm computes.
 CHANGEABLE = (
     "mesh", "cpu_devices", "compile_cache", "model.remat", "model.attention", "rollout.weights", "train.micro_batches",
-    "train.save_every", "train.keep", "logging",
+    "train.save_every", "train.keep", "logging", "run_arms", "alarms",
 )  # fmt: skip
 RESUME = ("auto", "never", "must")  # see check_workdir
 FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
@@ -139,7 +139,7 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
                 "then, and now:\n  " + "\n  ".join(different)
             )
         kept = ("started", "command", "device", "commit", "versions", "resumed", "record")
-        start = {name: before.get(name) for name in kept}
+        start = {name: before.get(name) for name in kept} | {"run_arms": before["config"]["run_arms"]}
         manifest["earlier_starts"] = [*before.get("earlier_starts", []), start]
     workdir.mkdir(parents=True, exist_ok=True)
     processes.wait("workdir read")
