@@ -257,6 +257,16 @@ def test_an_unknown_metric_to_select_by_is_refused_before_inputs_are_opened(sele
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("select", ["turns_x", "random_moves"])
+def test_a_metric_that_the_task_never_has_is_refused_before_the_base_is_evaluated(select, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_evaluate_untrained", None)
+    config = make_config(cache)
+    config.eval.select = select
+    with pytest.raises(ValueError, match=f"eval.select = '{select}' is not a metric of this task; choose from .*-harm"):
+        run_once(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_entry_in_the_table_of_metrics_is_enough_to_select_and_report_it(cache, tmp_path, monkeypatch, capsys):
     """The metric is in results.json, metrics.jsonl, the console's table and the report; the first arm is not opcd."""
     long = metrics.Metric(

@@ -60,6 +60,8 @@ def check_settings(config: Experiment) -> None:
     """Raise ValueError for what a run could not select by or log to."""
     metrics_lib.check_select(config.eval.select)
     metrics_lib.check_select_is_measured(config.eval.select, config.eval)
+    if warning := metrics_lib.describe_wrong_sign(config.eval.select):
+        print(f"warning: {warning}", flush=True)
     trackers.check_installed(config.logging)
 
 
@@ -124,6 +126,7 @@ def _open(
     memory.warn_if_too_large(_count_held_bytes(config, student, teacher, mesh), "weights, gradients and optimiser")
     prefix = compute_teacher_prefix(teacher, rows)
     dev, test = Evaluator.of_splits(config, task, ("dev", "test"), student, teacher, mesh)
+    metrics_lib.check_select(config.eval.select, dev.measurable)
     dropped = {"train": rows.dropped, "dev": dev.dropped, "test": test.dropped}
     left_out = describe_left_out(dropped, task.skipped)
     print(f"{len(rows.rows)} training questions; left out: {left_out}", flush=True)
