@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
+import re
 import shlex
 import shutil
 import socket
@@ -34,7 +35,8 @@ CHANGEABLE = (
     "train.save_every", "train.keep", "logging", "run_arms", "alarms",
 )  # fmt: skip
 RESUME = ("auto", "never", "must")  # see check_workdir
-FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
+# All that a run can have left that was killed before config.json was complete.
+FIRST_FILES = re.compile(r"lock|config\.json\.partial.*")
 
 
 def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
@@ -47,7 +49,7 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
         raise ValueError(f"resume = {resume!r} is not known; choose from {', '.join(RESUME)}")
     stored = workdir / "config.json"
     if not stored.exists():
-        if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - FIRST_FILES):
+        if workdir.exists() and not (workdir.is_dir() and all(map(_is_first_file, workdir.iterdir()))):
             raise ValueError(f"{workdir} exists and is not a run's folder; choose another --workdir")
         if resume == "must":
             raise ValueError(f"{workdir} holds no run to go on with; leave out --resume=must, or correct --workdir")
@@ -65,6 +67,10 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
             f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
             + "\n  ".join(different)
         )
+
+
+def _is_first_file(path: Path) -> bool:
+    return FIRST_FILES.fullmatch(path.name) is not None
 
 
 def _judge_steps(before: dict, now: dict, difference: str) -> str:
@@ -200,7 +206,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise FileExistsError(f"{folder} exists; nothing was written. Choose another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial = _name_partial(folder)
     partial.mkdir()
     try:
         with preemption.discarding(partial):
@@ -232,9 +238,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file that appears under its name only when it is complete. Only the first process writes."""
     if not processes.is_first():
         return
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial = _name_partial(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _name_partial(path: Path) -> Path:
+    """Return a new name for an incomplete file or folder: two processes may write the same one, in a shared cache."""
+    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
 def _list_differences(before, now, name: str = "") -> list[str]:
