@@ -1,6 +1,7 @@
 """A run's folder: one run in it, one process at it, the same configuration and inputs, and a record of them."""
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -171,6 +172,21 @@ def test_a_file_that_cannot_be_completed_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         workdir.write_text(tmp_path / "file", "text")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_warned_of_and_other_errors_are_raised(number, tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Lock(tmp_path / "run") as lock:
+        lock.take()
+        lock.take()
+    assert capsys.readouterr().err.count("warning: ") == 1
+    number = errno.EIO
+    with Lock(tmp_path / "run") as lock, pytest.raises(OSError, match="Input/output"):
+        lock.take()
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/runs/one", "s3://bucket/one", "file:///tmp/one"])

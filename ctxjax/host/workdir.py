@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import importlib.metadata
@@ -34,6 +35,7 @@ CHANGEABLE = (
     "mesh", "cpu_devices", "compile_cache", "model.remat", "model.attention", "rollout.weights", "train.micro_batches",
     "train.save_every", "train.keep", "logging", "run_arms", "alarms",
 )  # fmt: skip
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what flock says on file systems that have none
 RESUME = ("auto", "never", "must")  # see check_workdir
 # All that a run can have left that was killed before config.json was complete.
 FIRST_FILES = re.compile(r"lock|config\.json\.partial.*")
@@ -166,7 +168,7 @@ class Lock:
     def take(self) -> None:
         """Create the folder if needed and lock it. Of several processes only the first takes the lock.
 
-        Raises ValueError if another run holds the lock, and says which.
+        Warn if the file system has no locks. Raises ValueError if another run holds the lock, and says which.
         """
         if self._file is not None or not processes.is_first():
             return
@@ -182,6 +184,16 @@ class Lock:
                 f"{self._path.parent} is in use by another run ({holder}); wait for it, end it, or choose another "
                 "--workdir"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+            print(
+                f"warning: the file system of {self._path.parent} has no locks ({error.strerror}), so nothing keeps a "
+                "second run out of this folder; start no other one in it",
+                file=sys.stderr,
+                flush=True,
+            )
         file.truncate(0)
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
