@@ -150,7 +150,9 @@ def _evaluate_untrained(run: _OpenRun) -> tuple[dict[str, Evaluation], Evaluatio
     run.seconds["evaluate base"] = time.monotonic() - clock
     if teacher is not student:
         clock = time.monotonic()
-        (test,) = Evaluator.of_splits(config, task, ("test",), teacher, teacher, run.mesh)
+        meters = tuple(name for name in config.eval.meters if name != "drift")  # it does not come from the base
+        own = dataclasses.replace(config, eval=dataclasses.replace(config.eval, meters=meters))
+        (test,) = Evaluator.of_splits(own, task, ("test",), teacher, teacher, run.mesh)
         models["teacher"] = run.evaluate(run.workdir / "teacher", test, teacher.params, 0)
         run.seconds["evaluate teacher"] = time.monotonic() - clock
     return models, base_on_dev
