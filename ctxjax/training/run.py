@@ -122,6 +122,9 @@ def _open(
     seconds: dict[str, float] = {}
     inputs = open_inputs(config, mesh, seconds)
     task, student, teacher, rows, _ = inputs
+    with progress.Bar("computing the digests of weights and questions"):
+        data, digests = DataRecord(task, rows, inputs.retention), compute_digests(inputs)
+    processes.check_same_facts(digests)
     print(_describe_sizes(config, student, teacher, mesh), flush=True)
     memory.warn_if_too_large(_count_held_bytes(config, student, teacher, mesh), "weights, gradients and optimiser")
     prefix = compute_teacher_prefix(teacher, rows)
@@ -131,8 +134,6 @@ def _open(
     left_out = describe_left_out(dropped, task.skipped)
     print(f"{len(rows.rows)} training questions; left out: {left_out}", flush=True)
     lock.take()
-    with progress.Bar("computing the digests of weights and questions"):
-        data, digests = DataRecord(task, rows, inputs.retention), compute_digests(inputs)
     facts = facts | {"rows_left_out": dict(task.skipped), "task": task.facts, "arithmetic": student.config.arithmetic}
     manifest = workdir_lib.claim(workdir, facts | data.facts, digests)
     workdir_lib.write_text(workdir / DATA_FILE, data.text)
