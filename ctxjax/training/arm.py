@@ -139,7 +139,7 @@ class Arm:
                         seconds["first step done"] = time.monotonic() - started
                     if self._is_evaluation_due(taken):
                         self._evaluate(taken, state, dev, writer)
-                    preempted = preemption.reached(taken)
+                    preempted = preemption.is_due()
                     if preempted or self._is_save_due(taken):
                         self._save(state, taken, checkpoints, writer, fed)
                     if preempted:
