@@ -154,6 +154,14 @@ def test_a_run_that_reads_its_rows_again_goes_on_as_one_that_was_not_interrupted
         assert stop.value.alarm == name
 
 
+@pytest.mark.parametrize("name", ALARMS)
+def test_a_run_that_goes_on_with_other_thresholds_keeps_the_alarms_of_its_rows(name):
+    rows = steps_of(name)
+    before, kept = observed(rows, stop=()), kept_rows(rows)
+    off = dict.fromkeys(AlarmsConfig.__dataclass_fields__.keys() - {"stop", "patience"}, 0.0)
+    assert replayed(kept, stop=(name,), **off).record == before.record
+
+
 def test_bad_rows_with_others_between_them_that_were_not_written_are_not_in_a_row():
     """Every fourth step is truncated and written; the steps between are not."""
     rows = [STEP | ({"truncated": 0.7} if step % 4 == 0 else {}) for step in range(1, 25)]

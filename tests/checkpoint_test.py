@@ -1,11 +1,14 @@
 """Checkpoints: exact on any mesh; the latest and the best are kept; damage is detected and an older one is used."""
 
+import errno
 import os
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tenacity
 
 from ctxjax.host.checksum import compute_checksums
 from ctxjax.training.checkpoint import Checkpoints, best_step, saved_steps
@@ -133,6 +136,26 @@ def test_values_with_another_checksum_are_damage(saved, monkeypatch, capsys):
     _, record = restore(folder, mesh)
     assert record["data_position"] == 1
     assert "the checksums of 1 arrays differ from the saved ones, first params/layers/q" in capsys.readouterr().err
+
+
+TENSORSTORE = ValueError("UNKNOWN: Error reading local file \"d/0\": Input/output error [os_error_code='5']")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), TENSORSTORE])
+def test_an_error_that_passes_by_itself_is_not_damage(error, saved, monkeypatch, capsys):
+    folder, mesh = saved
+    read, errors = ocp.CheckpointManager.restore, [error]
+
+    def fail_once(*given, **named):
+        if errors:
+            raise errors.pop()
+        return read(*given, **named)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail_once)
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
+    found, record = restore(folder, mesh)
+    assert are_equal(found, make_state(mesh, 2)) and record["data_position"] == 2 and not errors
+    assert saved_steps(folder) == [1, 2] and "damaged" not in capsys.readouterr().err
 
 
 def test_if_all_checkpoints_are_damaged_none_is_renamed(saved):

@@ -199,6 +199,27 @@ def test_a_selection_by_what_is_not_measured_is_refused(select, message):
         metrics.check_select_is_measured(select, dataclasses.replace(evaluation, views=("empty",), meters=()))
 
 
+@pytest.mark.parametrize(
+    ("select", "samples", "message"),
+    [
+        ("-excess_harm", 1, "'-excess_harm' needs several responses to a question, not eval.samples = 1"),
+        ("-harm_floor", 1, "'-harm_floor' needs several responses"),
+        ("mcnemar_p", 2, "'mcnemar_p' needs one response to a question, not eval.samples = 2"),
+    ],
+)
+def test_a_selection_that_the_number_of_samples_excludes_is_refused(select, samples, message):
+    evaluation = config_lib.experiment(tiny.get_config(), 8).eval
+    metrics.check_select_is_measured(select, dataclasses.replace(evaluation, samples=3 - samples))
+    with pytest.raises(ValueError, match=message):
+        metrics.check_select_is_measured(select, dataclasses.replace(evaluation, samples=samples))
+
+
+@pytest.mark.parametrize(("select", "wrong"), [("harm", True), ("-acc_x", True), ("-harm", False), ("gap", False)])
+def test_a_selection_that_keeps_the_worst_checkpoint_is_warned_of(select, wrong):
+    warning = metrics.describe_wrong_sign(select)
+    assert ("eval.select" in warning and "better" in warning) if wrong else warning == ""
+
+
 # --- Statistics ---
 
 

@@ -9,8 +9,10 @@ import pytest
 from ctxjax import config as config_lib
 from ctxjax.audit import audit
 from ctxjax.configs import tiny_grid
-from ctxjax.host import workdir as workdir_lib
+from ctxjax.host import preemption, workdir as workdir_lib
 from ctxjax.training import preview, run
+from ctxjax.training.checkpoint import saved_steps
+from ctxjax.training.game_episodes import GameEpisodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_devices", "no_page")]
 STEPS, BOARDS = 4, 4
@@ -36,6 +38,12 @@ def run_once(config, workdir: Path) -> dict:
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """Return the rows of metrics.jsonl without their times."""
+    rows = read_rows(workdir / "opcd_retained" / "metrics.jsonl")
+    return [{name: v for name, v in row.items() if "time" not in name and "second" not in name} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +85,26 @@ def test_a_run_that_stops_and_goes_on_is_the_same(finished, cache, tmp_path, cap
     for steps in (2, STEPS):
         run_once(make_config(cache, steps), tmp_path / "run")
     assert "continues from the checkpoint of step 2" in capsys.readouterr().out
-    paths = [folder / "opcd_retained" / "metrics.jsonl" for folder in (finished[0], tmp_path / "run")]
-    ours, theirs = (
-        [{name: value for name, value in row.items() if "time" not in name and "second" not in name} for row in rows]
-        for rows in map(read_rows, paths)
-    )
-    assert ours == theirs
+    assert read_metrics(tmp_path / "run") == read_metrics(finished[0])
+
+
+def test_a_signal_while_episodes_are_played_saves_the_steps_before_them(finished, cache, tmp_path, monkeypatch):
+    config, workdir = make_config(cache, STEPS), tmp_path / "run"
+    config.train.save_every = 50
+    play = GameEpisodes.next
+
+    def play_with_signal(self, state, step):
+        monkeypatch.setattr(preemption, "_is_requested", step == 1)
+        return play(self, state, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GameEpisodes, "next", play_with_signal)
+        with pytest.raises(preemption.Preempted):
+            run_once(config, workdir)
+    assert saved_steps(workdir / "opcd_retained" / "checkpoints") == [1]
+    monkeypatch.setattr(preemption, "_is_requested", False)
+    run_once(config, workdir)
+    assert read_metrics(workdir) == read_metrics(finished[0])
 
 
 def test_the_audit_plays_the_episodes_again(finished):

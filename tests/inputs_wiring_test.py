@@ -249,7 +249,8 @@ def make_arm(folder, monkeypatch, tmp_path, mesh, **changes):
 
     monkeypatch.setattr(arm_lib, "Writer", writer)
     fed_rows = SimpleNamespace(describe=lambda step, drawn: (step, drawn))
-    shared = arm_lib.Shared(config, inputs, "prefix", {}, mesh, {"config": {}}, fed_rows)
+    record = {"config": {}, "manifest": {"started": "today", "earlier_starts": []}}
+    shared = arm_lib.Shared(config, inputs, "prefix", {}, mesh, record, fed_rows)
     found.arm = arm_lib.Arm(shared, "opcd_retained", tmp_path)
     with pytest.raises(Recorded):
         found.arm.train(None, None, 0.0, {})

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ctxjax.inputs.model_folder import open_folder
 from ctxjax.models import transformer
 from ctxjax.models.transformer import apply_head, head_weights
 from ctxjax.sharding import make_mesh
+from ctxjax.training import run as run_lib
 from ctxjax.types import Rollout
 
 
@@ -71,6 +73,24 @@ def logprobs(params, model, prompts, rollout, temperature):
 def test_meters_are_off_by_default_and_then_nothing_is_measured(make_evaluator):
     evaluator, _ = make_evaluator()
     assert evaluator._measured == [] and not any("meter" in what or "gap" in what for what in evaluator._whats)
+
+
+def test_the_drift_of_another_teacher_is_not_measured(monkeypatch, tmp_path):
+    """It has not come from the base, and its evaluator would compare it with itself."""
+    config = base.get_config()
+    config.model.path, config.eval.meters = "/model", ("trace_gap", "drift")
+    config, asked = config_lib.experiment(config, 1), []
+
+    def of_splits(config, *given):
+        asked.append(config.eval.meters)
+        return [None]
+
+    monkeypatch.setattr(run_lib, "Evaluator", SimpleNamespace(of_splits=of_splits))
+    found = SimpleNamespace(metrics={"both_correct": 0.5})
+    inputs = (None, SimpleNamespace(params={}), SimpleNamespace(params={}), None, None)
+    shared = {"config": config, "inputs": inputs, "workdir": tmp_path, "evaluate": lambda *given: found, "seconds": {}}
+    run_lib._evaluate_untrained(SimpleNamespace(**shared, mesh=None, test=None, dev=None))
+    assert asked == [("trace_gap",)]
 
 
 @pytest.mark.slow

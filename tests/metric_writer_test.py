@@ -13,7 +13,7 @@ from ctxjax.monitoring.trackers import LoggingConfig, Trackers
 
 
 def writer(folder, from_step: int) -> Writer:
-    off = Trackers(LoggingConfig("", ""), folder, {})
+    off = Trackers(LoggingConfig("", ""), folder, {}, "")
     return Writer(folder, "arm", 9, from_step, 1, Alarms(AlarmsConfig(), "arm"), off)
 
 
@@ -50,6 +50,12 @@ def test_a_resumed_runs_rows_and_scalars_are_those_of_one_run(tmp_path, capsys):
     assert ("loss", 4, 0.5) in curves[1] and ("dev/acc_x", 2, 0.5) in curves[1]
     assert [row["step"] for row in second.kept] == [1, 2, 2, 3]
     assert "line 6 was not finished" in capsys.readouterr().err
+
+
+def test_old_event_files_that_cannot_be_removed_do_not_end_the_run(tmp_path, monkeypatch):
+    (tmp_path / "events").mkdir()
+    monkeypatch.setattr(metric_writer.shutil, "rmtree", lambda folder, ignore_errors: None)
+    writer(tmp_path, 0).close()
 
 
 def test_what_was_synced_is_on_the_disk_with_the_last_step(tmp_path):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from ctxjax.data import prompts as prompts_lib
+from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.rollouts import StepInputs
+from ctxjax.distill.train_step import StepConfig
 from ctxjax.training import nonfinite
-from ctxjax.types import Batch, TrainState
+from ctxjax.types import Batch, Frozen, TrainState
 
 LOSSES = {"bare": [0.5, np.nan, 1.5, np.inf], "other": [np.nan, 2.5]}
 
@@ -61,3 +63,20 @@ def test_each_view_is_written_with_its_own_prompts_responses_and_losses(
             })  # fmt: skip
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert written == sorted(expected, key=lambda row: row["loss"] is not None)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+def test_rows_are_compared_with_the_teacher_of_the_step(teacher, tiny_model, make_prompts, make_rollout, monkeypatch):
+    found = []
+
+    def values(networks, loss, rows):
+        found.append(networks.teacher)
+        return rows.weight_BxT
+
+    monkeypatch.setattr(nonfinite, "distillation_values", values)
+    config = StepConfig(tiny_model, tiny_model, None, LossConfig(teacher=teacher), None)
+    state = TrainState(np.int32(9), {"w": np.ones(2)}, (), jax.random.key(0), {"w": np.full(2, 2.0)})
+    frozen = Frozen({"w": np.full(2, 3.0)}, None, None)
+    score = nonfinite._compute_row_losses.__wrapped__
+    score(state, frozen, make_prompts(0, 4, 5), make_prompts(1, 4, 8), make_rollout(3, 4, 7), config)
+    assert found[0]["w"][0] == (2 if teacher == "ema" else 3)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from ctxjax.host import preemption
+
 BEGIN = """
 import os, signal, sys, time
 from ctxjax.host import preemption
@@ -40,7 +42,7 @@ CASES = {
         "            term() if step == 1 else None\n"
         "            time.sleep(0.1)\n"
         "            print('step', step)\n"
-        "            if preemption.reached(step):\n"
+        "            if preemption.is_due():\n"
         "                time.sleep(3)\n"
         "                print('saved')\n"
         "                raise preemption.Preempted",
@@ -58,11 +60,31 @@ CASES = {
         "                print('batch', batch)\n"
         "                term(); time.sleep(0.1)\n"
         "        except preemption.Preempted: print('given up')\n"
-        "        print('saved', preemption.reached(1))\n"
+        "        print('saved', preemption.is_due())\n"
         "        raise preemption.Preempted",
         "batch 0 given up saved True ended",
     ),
 }
+
+
+@pytest.mark.parametrize("signal_after", [2, 3, 6], ids=["during_an_arm", "between_arms", "during_an_evaluation"])
+def test_all_processes_end_at_one_call_whenever_the_signal_comes(signal_after, monkeypatch):
+    """JAX names a call after all that the processes have made, and says so at this call alone."""
+    numbers, named = [], []
+
+    def reached(number: int) -> bool:
+        numbers.append(number)
+        named.extend([max(numbers) + 1] * (len(numbers) == signal_after))
+        return number in named
+
+    monkeypatch.setattr(preemption, "_is_requested", False)
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", reached)
+    steps = [preemption.is_due() for _ in range(2) for _ in range(3)]  # of two arms
+    assert steps == [n >= signal_after for n in range(6)]
+    with pytest.raises(preemption.Preempted):
+        preemption.raise_if_requested()
+    with pytest.raises(preemption.Preempted):
+        preemption.raise_if_requested()
 
 
 def run(body: str, signal: str) -> subprocess.CompletedProcess:

@@ -17,6 +17,8 @@ from ctxjax import api
 from ctxjax.audit import audit
 from ctxjax.configs import tiny
 from ctxjax.host import command, processes
+from ctxjax.inputs import run_inputs
+from ctxjax.training import run as run_lib
 from ctxjax.training.checkpoint import saved_steps
 
 SMALL = [
@@ -175,6 +177,28 @@ def test_processes_with_different_commits_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("ctxjax.training.run.run", lambda *given: {})
     with pytest.raises(ValueError, match="the same command, code and packages.*\n  commit: 'aaaa' in 0; 'bbbb' in 1$"):
         api.start_run(tiny.get_config(), tmp_path / "run", "auto")
+
+
+def test_processes_with_other_data_or_weights_are_refused_before_the_first_common_computation(monkeypatch, tmp_path):
+    """As if a file had the same path and another content on the second host."""
+    digests = {"model": "aa", "rows": {"train": "bb", "dev": "cc"}}
+
+    def gather(row):
+        others = np.frombuffer(bytes(row).replace(b"bb", b"dd"), np.uint8) if row.ndim else row
+        return np.stack([row, others])
+
+    monkeypatch.setattr(processes, "_all_gather", gather)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(run_lib, "open_inputs", lambda *given: run_inputs.Inputs(*[None] * 5))
+    monkeypatch.setattr(run_lib, "compute_digests", lambda inputs: digests)
+    monkeypatch.setattr(run_lib, "DataRecord", lambda *given: None)
+    monkeypatch.setattr(run_lib, "compute_teacher_prefix", None)
+    monkeypatch.setattr(run_lib, "_describe_sizes", lambda *given: "")
+    monkeypatch.setattr(run_lib.memory, "warn_if_too_large", lambda *given: None)
+    monkeypatch.setattr(run_lib, "_count_held_bytes", lambda *given: 0)
+    with pytest.raises(ValueError, match=r"different inputs(.|\n)*files(.|\n)*  rows.train: 'bb' in 0; 'dd' in 1$"):
+        run_lib._open(None, tmp_path / "run", {}, None, None, 0.0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_invalid_flags_of_several_processes_are_refused():

@@ -257,6 +257,16 @@ def test_an_unknown_metric_to_select_by_is_refused_before_inputs_are_opened(sele
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("select", ["turns_x", "random_moves"])
+def test_a_metric_that_the_task_never_has_is_refused_before_the_base_is_evaluated(select, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_evaluate_untrained", None)
+    config = make_config(cache)
+    config.eval.select = select
+    with pytest.raises(ValueError, match=f"eval.select = '{select}' is not a metric of this task; choose from .*-harm"):
+        run_once(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_entry_in_the_table_of_metrics_is_enough_to_select_and_report_it(cache, tmp_path, monkeypatch, capsys):
     """The metric is in results.json, metrics.jsonl, the console's table and the report; the first arm is not opcd."""
     long = metrics.Metric(
@@ -435,6 +445,16 @@ def test_a_finished_run_that_is_made_longer_is_the_run_of_all_steps(cache, tmp_p
     assert files[0] == files[1] and len(files[0].splitlines()) == 2 * 8
     written = read_rows(tmp_path / "grown" / "opcd" / "metrics.jsonl")
     assert [row["step"] for row in written if "loss" in row] == [1, 2, 3]
+
+
+def test_arms_can_be_added_and_left_out_when_a_run_goes_on(sampled, cache, tmp_path):
+    config, whole = make_off_policy_config(cache), json.loads((sampled / "results.json").read_text())
+    for arms in (("opcd",), ("sft", "opcd"), ("opcd",)):
+        config.run_arms, config.alarms.stop = arms, ()
+        results = json.loads(json.dumps(run_once(config, tmp_path / "run")))
+        assert results.keys() == {"base", *arms}
+        assert results["opcd"] == {name: whole["opcd"][name] for name in results["opcd"]}
+        assert not [wrong for check in audit.check_folder(tmp_path / "run") for wrong in check.wrong]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -47,10 +48,10 @@ def package(monkeypatch):
     return make
 
 
-def write(folder, config: LoggingConfig) -> list[dict]:
+def write(folder, config: LoggingConfig, started: str = "2026-12-01") -> list[dict]:
     """Write two steps and an evaluation; return the rows of metrics.jsonl without their time."""
     folder.mkdir(parents=True, exist_ok=True)
-    watching = Trackers(config, folder, FACTS)
+    watching = Trackers(config, folder, FACTS, started)
     writer = Writer(folder, "arm", 2, 0, 1, Alarms(AlarmsConfig(), "arm"), watching)
     for step in (1, 2):
         writer.step(step, {"loss": np.float32(step / 8), "response_tokens": np.float32(3)})
@@ -68,7 +69,21 @@ def test_a_project_gets_what_metrics_jsonl_gets(name, package, tmp_path):
     rows = write(tmp_path / "mine" / "opcd", LoggingConfig(**{"wandb": "", "trackio": ""} | {name: "project"}))
     assert len(rows) == 3 and seen.rows == rows and seen.finished == 1
     options = {"project": "project", "name": "mine/opcd", "group": "mine", "config": FACTS, "resume": "allow"}
-    assert seen.options == options | ({"id": "mine-opcd"} if name == "wandb" else {})
+    assert (seen.options.pop("id", "none").endswith("-opcd"), seen.options) == (name == "wandb", options)
+
+
+def test_only_a_resumed_run_goes_on_under_its_id(package, tmp_path, monkeypatch):
+    seen = package("wandb")
+
+    def find_id(folder, started: str) -> str:
+        write(folder, LoggingConfig("project", ""), started)
+        return seen.options["id"]
+
+    first = find_id(tmp_path / "a" / "run" / "opcd", "10:00")
+    monkeypatch.chdir(tmp_path)
+    assert find_id(Path("a/run/opcd"), "10:00") == first
+    others = [("b/run/opcd", "10:00"), ("a/run/sft", "10:00"), ("a/run/opcd", "11:00")]
+    assert len({first, *(find_id(tmp_path / folder, started) for folder, started in others)}) == 4
 
 
 def test_nothing_is_imported_if_no_project_is_named(package, tmp_path):

@@ -1,5 +1,7 @@
 """A run's folder: one run in it, one process at it, the same configuration and inputs, and a record of them."""
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -88,7 +90,7 @@ def test_no_other_field_may_change(tmp_path, facts):
     assert list_changeable(facts["config"]) == {
         "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices", "cpu_devices", "compile_cache", "model.remat",
         "model.attention", "rollout.weights", "train.micro_batches", "train.save_every", "train.keep", "logging.wandb",
-        "logging.trackio",
+        "logging.trackio", "run_arms", *(f"alarms.{name}" for name in facts["config"]["alarms"]),
     }  # fmt: skip
 
 
@@ -132,6 +134,7 @@ def test_the_manifest_says_what_ran_and_keeps_the_earlier_starts(tmp_path, facts
     manifest = json.loads((tmp_path / "run.json").read_text())
     assert {"config", "seed", "command", "versions", "commit", "device", "host", "inputs"} <= manifest.keys()
     assert (manifest["started"], manifest["record"]) == ("3", {"data.jsonl": "3"})
+    assert workdir.find_first_start(manifest) == "0"
     kept = ("started", "command", "device", "commit", "versions", "record")
     assert [{name: start[name] for name in kept} for start in manifest["earlier_starts"]] == [
         {name: start[name] for name in kept} for start in starts[:3]
@@ -141,11 +144,49 @@ def test_the_manifest_says_what_ran_and_keeps_the_earlier_starts(tmp_path, facts
 def test_a_run_that_was_killed_at_its_very_begin_can_be_started_again(tmp_path, facts):
     with Lock(tmp_path) as lock:
         lock.take()
-        (tmp_path / "config.json.partial").write_text("{")
+        (tmp_path / "config.json.partial-1a2b3c4d").write_text("{")
         workdir.check_workdir(tmp_path, facts["config"])
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is not a run's folder"):
         workdir.check_workdir(tmp_path, facts["config"])
+
+
+def test_two_processes_that_write_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    path, replace = tmp_path / "file", os.replace
+
+    def replace_after_the_other(*paths):
+        monkeypatch.setattr(os, "replace", replace)
+        workdir.write_text(path, "of the other")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replace_after_the_other)
+    workdir.write_text(path, "of the last")
+    assert path.read_text() == "of the last" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_completed_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        workdir.write_text(tmp_path / "file", "text")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_warned_of_and_other_errors_are_raised(number, tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Lock(tmp_path / "run") as lock:
+        lock.take()
+        lock.take()
+    assert capsys.readouterr().err.count("warning: ") == 1
+    number = errno.EIO
+    with Lock(tmp_path / "run") as lock, pytest.raises(OSError, match="Input/output"):
+        lock.take()
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/runs/one", "s3://bucket/one", "file:///tmp/one"])

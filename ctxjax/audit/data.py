@@ -213,8 +213,8 @@ def check_teacher_samples(folder: Folder, check: Check) -> None:
     by_step: dict[int, list[dict]] = {}
     for line in lines:
         by_step.setdefault(line["step"], []).append(line)
-    steps = set().union(*wanted.values())
-    missing, further = steps - by_step.keys(), by_step.keys() - steps
+    missing = set().union(*wanted.values()) - by_step.keys()
+    further = by_step.keys() - set().union(*(_find_off_policy_steps(config, arm) for arm in folder.arms_of_all_starts))
     if folder.is_finished and missing:
         check.wrong.append(f"{SAMPLES_FILE}: step {list_numbers(missing)} is missing, and {learners} learns from it")
     if further:

@@ -77,6 +77,12 @@ class Folder:
         return list(self.config["run_arms"]) if self.trains else []
 
     @property
+    def arms_of_all_starts(self) -> set[str]:
+        """The arms of the last start and those that an earlier one had and the last one left out."""
+        starts = self.run.get("earlier_starts", [])
+        return {*self.arms, *(arm for start in starts for arm in start.get("run_arms", ()))}
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run came to its end; an evaluation's folder is written at its end."""
         return not self.trains or workdir_lib.has_ended(self.run)

@@ -96,6 +96,11 @@ class Evaluator:
         self._asked = [view for view in self._rows if view not in FURTHER_VIEWS or view in config.eval.views]
         parts = [*self._asked, *(("comparison", "samples", "distill") if "context" in self._rows else ())]
         parts += [*self._measured, "metrics"]
+        self._has_defaults = bool(self._rows["bare"]) and self._rows["bare"][0].default is not None
+        further = ["default"] * self._has_defaults + ["boards"] * bool(self._boards)
+        names, metrics = {*parts, *further, "resamples"}, metrics_lib.METRICS
+        # The keys of the metrics that can have a value here.
+        self.measurable = {m.key for m in metrics if names >= {*m.needs} and (is_game or m.unit != "turns")}
         self._whats = {part: f"on {split.name}: {part}, {n} of {len(parts)}" for n, part in enumerate(parts, 1)}
 
     @classmethod
@@ -158,9 +163,9 @@ class Evaluator:
 
     def _grade_against_defaults(self, items: list[dict], bare: Outcomes) -> dict[str, Outcomes]:
         """Return {"default": the bare responses graded against the base's default answers}; {} if the task has none."""
-        rows: list[Row] = self._rows["bare"]
-        if not rows or rows[0].default is None:
+        if not self._has_defaults:
             return {}
+        rows: list[Row] = self._rows["bare"]
         texts = (item["text"] for item in items if item["view"] == "bare")
         same = [self._task.grade(text, rows[i // bare.samples].default).correct for i, text in enumerate(texts)]
         return {"default": dataclasses.replace(bare, correct=np.array(same))}

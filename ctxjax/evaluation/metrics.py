@@ -31,6 +31,7 @@ class Metric:
     needs       what ``compute`` takes, by name (see ``compute_metrics``); without one of them the metric is left out
     compute     returns a Rate (KEY and KEY_ci in results.json), another value, or None if the metric is not defined
     better      "higher", "lower" or None
+    responses   ONE or SEVERAL if it has a value only with so many responses to a question (``eval.samples``)
     table       which table has its column: "results" (console, model card, page) or "checks" (page)
     compare     for a metric of two arms, instead of ``compute``: takes the outcomes by view of an arm and of the first
                 arm, and a number of resamples; returns [difference, low, high] or None, low and high may be None. Its
@@ -44,6 +45,7 @@ class Metric:
     needs: tuple[str, ...] = ()
     compute: Callable[..., Any] | None = None
     better: str | None = None
+    responses: str | None = None
     table: str = "results"
     compare: Callable[..., list[float | None] | None] | None = None
 
@@ -95,6 +97,7 @@ def _metrics_of_view(suffix: str, view: str, condition: str) -> tuple[Metric, ..
 
 
 BOTH = ("bare", "context")
+ONE, SEVERAL = "one response", "several responses"
 
 METRICS = (
     Metric("n", "questions", None, "Number of questions.", ("bare",), outcomes.count_questions),
@@ -135,16 +138,16 @@ METRICS = (
         "harm_floor", "harm floor", "share",
         "The harm between two samples of the same view: E[p (1 - p)] / E[p], with p the probability of a right answer "
         "without the context. Measured if eval.samples > 1.",
-        (*BOTH, "resamples"), outcomes.harm_floor, table="checks",
+        (*BOTH, "resamples"), outcomes.harm_floor, responses=SEVERAL, table="checks",
     ),
     Metric(
         "excess_harm", "excess harm", "points", "Harm minus the harm floor.",
-        (*BOTH, "resamples"), outcomes.excess_harm, better="lower", table="checks",
+        (*BOTH, "resamples"), outcomes.excess_harm, better="lower", responses=SEVERAL, table="checks",
     ),
     Metric(
         "mcnemar_p", "McNemar p, x against xc", "p-value",
         "Exact test on the questions that only one of the two views gets right.",
-        BOTH, outcomes.mcnemar_p, table="checks",
+        BOTH, outcomes.mcnemar_p, responses=ONE, table="checks",
     ),
     Metric(
         "regime", "regime", "word",
@@ -321,13 +324,33 @@ def check_select(select: str, measured: Collection[str] | None = None) -> None:
 
 
 def check_select_is_measured(select: str, evaluation: EvalConfig) -> None:
-    """Raise ValueError if ``evaluation`` leaves out a view or a meter that the metric of ``select`` needs."""
-    (metric,) = (metric for metric in METRICS if metric.key == parse_select(select)[0])
+    """Raise ValueError if ``evaluation`` leaves out a view or a meter that the metric of ``select`` needs, or draws
+    another number of responses."""
+    metric = _find(select)
+    if metric.responses not in (None, ONE if evaluation.samples == 1 else SEVERAL):
+        given = f"eval.samples = {evaluation.samples}"
+        raise ValueError(f"eval.select = {select!r} needs {metric.responses} to a question, not {given}; change one")
     for field, known in (("views", FURTHER_VIEWS), ("meters", METERS)):
         for name in sorted({*metric.needs} & {*known} - {*getattr(evaluation, field)}):
             raise ValueError(
                 f"eval.select = {select!r} needs {name!r} in eval.{field}, which is {getattr(evaluation, field)}"
             )
+
+
+def describe_wrong_sign(select: str) -> str:
+    """Return a warning if ``select`` takes the checkpoint that is worst by its metric; "" if not."""
+    metric, (key, sign) = _find(select), parse_select(select)
+    if metric.better is None or (sign > 0) == (metric.better == "higher"):
+        return ""
+    right = f"-{key}" if metric.better == "lower" else key
+    return (
+        f"eval.select = {select!r} keeps the checkpoint that is worst by it: of {metric.header}, {metric.better} is "
+        f"better; that is eval.select = {right!r}"
+    )
+
+
+def _find(select: str) -> Metric:
+    return next(metric for metric in METRICS if metric.key == parse_select(select)[0])
 
 
 def parse_select(select: str) -> tuple[str, int]:

@@ -6,7 +6,8 @@ Ctrl-C ends it at once. At other times there is nothing to save, and the handler
 bytecodes of the main thread; jax also lets it run during a compilation, but not while it waits for a device, at most a
 step or an evaluation batch.
 
-Among several processes JAX takes SIGTERM over, and ``reached`` stops all of them at the same step.
+Among several processes JAX takes SIGTERM over, and tells all of them at the same call of ``is_due`` or
+``raise_if_requested``: they make the same calls, since they compute the same steps and batches.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SAVES = "\nCtrl-C: the run saves after this step, and ends; Ctrl-C again ends it
 
 _is_requested = _is_training = False
 _received = signal.SIGTERM  # why the command ends; SIGINT stays
+_calls = 0  # of JAX, in all processes the same; it stops them at a number that none has reached
 _then = COMMAND_ENDS
 _unfinished: set[Path] = set()
 
@@ -57,20 +59,25 @@ def listen(then: str = COMMAND_ENDS) -> None:
         signal.signal(signal.SIGHUP, _on_signal)
 
 
-def reached(step: int) -> bool:
-    """Return whether to save and end after ``step``, the same step in all processes. Call it after every step."""
-    return _is_requested or multihost_utils.reached_preemption_sync_point(step)
+def is_due() -> bool:
+    """Return whether to save and end, in all processes at the same call. Call it after every step."""
+    global _is_requested, _calls
+    if not _is_requested:
+        _calls += 1
+        if multihost_utils.reached_preemption_sync_point(_calls):
+            _is_requested = True
+    return _is_requested
 
 
 def raise_if_requested() -> None:
     """Raise Preempted if a signal has come: for work inside ``training`` that can be given up, as an evaluation."""
-    if _is_requested:
+    if is_due():
         raise Preempted
 
 
 @contextlib.contextmanager
 def training() -> Iterator[None]:
-    """Leave it to the block to end: it calls ``reached`` after every step, saves, and raises Preempted.
+    """Leave it to the block to end: it calls ``is_due`` after every step, saves, and raises Preempted.
 
     Raises Preempted at the block's end if a signal came after the last step.
     """

@@ -100,8 +100,8 @@ def check_same_facts(facts: dict) -> None:
             different.append(f"{name}: {where}")
     if different:
         raise ValueError(
-            "the processes of this run have different inputs; give all the same command, code and packages. Values and "
-            "processes:\n  " + "\n  ".join(different)
+            "the processes of this run have different inputs; give all the same command, code, packages and files. "
+            "Values and processes:\n  " + "\n  ".join(different)
         )
 
 

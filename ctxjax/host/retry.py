@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 import errno
+import re
 import sys
 from typing import TypeVar
 
@@ -17,13 +18,17 @@ TRANSIENT = {
     errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET,
     errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EPIPE,
 }  # fmt: skip
+_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
 
 counts: Counter[str] = Counter()  # failed attempts of this process that were repeated, by what was read
 
 
 def is_transient(error: BaseException) -> bool:
     """Return whether an error of the operating system may pass by itself, as on network file systems."""
-    return isinstance(error, OSError) and error.errno in TRANSIENT
+    if isinstance(error, OSError):
+        return error.errno in TRANSIENT
+    number = _TENSORSTORE.search(str(error))  # its errors have other types, such as ValueError
+    return number is not None and int(number[1]) in TRANSIENT
 
 
 def retry(read: Callable[[], T], what: str) -> T:

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import importlib.metadata
 import json
 import os
 from pathlib import Path
+import re
 import shlex
 import shutil
 import socket
@@ -27,14 +29,16 @@ from ctxjax.host import preemption, processes, redact
 from ctxjax.host.checksum import compute_digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# Fields that may change when a run is resumed: where it computes, with which kernels, in how much memory, and how often
-# it saves, not what it computes.
+# Fields that may change when a run is resumed: where it computes, with which kernels, in how much memory, how often it
+# saves, which arms it trains and when it warns or stops, not what an arm computes.
 CHANGEABLE = (
     "mesh", "cpu_devices", "compile_cache", "model.remat", "model.attention", "rollout.weights", "train.micro_batches",
-    "train.save_every", "train.keep", "logging",
+    "train.save_every", "train.keep", "logging", "run_arms", "alarms",
 )  # fmt: skip
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what flock says on file systems that have none
 RESUME = ("auto", "never", "must")  # see check_workdir
-FIRST_FILES = {"lock", "config.json.partial"}  # all that a run can have left that was killed before config.json
+# All that a run can have left that was killed before config.json was complete.
+FIRST_FILES = re.compile(r"lock|config\.json\.partial.*")
 
 
 def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
@@ -47,7 +51,7 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
         raise ValueError(f"resume = {resume!r} is not known; choose from {', '.join(RESUME)}")
     stored = workdir / "config.json"
     if not stored.exists():
-        if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - FIRST_FILES):
+        if workdir.exists() and not (workdir.is_dir() and all(map(_is_first_file, workdir.iterdir()))):
             raise ValueError(f"{workdir} exists and is not a run's folder; choose another --workdir")
         if resume == "must":
             raise ValueError(f"{workdir} holds no run to go on with; leave out --resume=must, or correct --workdir")
@@ -65,6 +69,10 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
             f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
             + "\n  ".join(different)
         )
+
+
+def _is_first_file(path: Path) -> bool:
+    return FIRST_FILES.fullmatch(path.name) is not None
 
 
 def _judge_steps(before: dict, now: dict, difference: str) -> str:
@@ -126,6 +134,11 @@ def has_ended(manifest: dict) -> bool:
     return "seconds" in manifest
 
 
+def find_first_start(manifest: dict) -> str:
+    """Return when a run with this content of run.json was started for the first time."""
+    return [*manifest["earlier_starts"], manifest][0]["started"]
+
+
 def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
     """Create the workdir and write config.json and run.json. Return the manifest, the content of run.json.
 
@@ -142,7 +155,7 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
                 "then, and now:\n  " + "\n  ".join(different)
             )
         kept = ("started", "command", "device", "commit", "versions", "resumed", "record")
-        start = {name: before.get(name) for name in kept}
+        start = {name: before.get(name) for name in kept} | {"run_arms": before["config"]["run_arms"]}
         manifest["earlier_starts"] = [*before.get("earlier_starts", []), start]
     workdir.mkdir(parents=True, exist_ok=True)
     processes.wait("workdir read")
@@ -163,7 +176,7 @@ class Lock:
     def take(self) -> None:
         """Create the folder if needed and lock it. Of several processes only the first takes the lock.
 
-        Raises ValueError if another run holds the lock, and says which.
+        Warn if the file system has no locks. Raises ValueError if another run holds the lock, and says which.
         """
         if self._file is not None or not processes.is_first():
             return
@@ -179,6 +192,16 @@ class Lock:
                 f"{self._path.parent} is in use by another run ({holder}); wait for it, end it, or choose another "
                 "--workdir"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+            print(
+                f"warning: the file system of {self._path.parent} has no locks ({error.strerror}), so nothing keeps a "
+                "second run out of this folder; start no other one in it",
+                file=sys.stderr,
+                flush=True,
+            )
         file.truncate(0)
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
@@ -203,7 +226,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise FileExistsError(f"{folder} exists; nothing was written. Choose another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial = _name_partial(folder)
     partial.mkdir()
     try:
         with preemption.discarding(partial):
@@ -235,9 +258,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file that appears under its name only when it is complete. Only the first process writes."""
     if not processes.is_first():
         return
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial = _name_partial(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _name_partial(path: Path) -> Path:
+    """Return a new name for an incomplete file or folder: two processes may write the same one, in a shared cache."""
+    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
 def _list_differences(before, now, name: str = "") -> list[str]:

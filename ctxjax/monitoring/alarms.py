@@ -95,13 +95,17 @@ class Alarms:
         return added
 
     def replay(self, step: int, row: dict[str, float]) -> None:
-        """Take a row into account that an earlier process observed and wrote: the alarms are those marked in it."""
+        """Take a row into account that an earlier process observed and wrote: the alarms are those marked in it, also
+        if the thresholds have changed since."""
         row = self._falls.update(row) | row
-        for name in self._find_beyond(step, row):
-            if f"alarm/{name}" in row:
+        beyond = self._find_beyond(step, row)
+        for name in ALARMS:
+            if f"alarm/{name}" not in row:
+                continue
+            if name in beyond:
                 least = 1 if ALARMS[name].at_once else self._config.patience
                 self._in_a_row[name] = max(self._in_a_row[name], least)
-                self._note(name, step, row)
+            self._note(name, step, row)
 
     def _find_beyond(self, step: int, row: dict[str, float]) -> list[str]:
         """Return the alarms whose metric is beyond its threshold, and count in how many rows in a row it is."""
@@ -133,7 +137,8 @@ class Alarms:
             if f"alarm/{name}" in row and self._in_a_row[name] >= self._config.patience:
                 raise StopRun(
                     f"{self._describe(name, step, row)}. This ends the run, since alarms.stop names {name!r}, after "
-                    f"alarms.patience = {self._config.patience} in a row; its files and checkpoints are kept",
+                    f"alarms.patience = {self._config.patience} in a row; its files and checkpoints are kept. The same "
+                    f'command goes on with --config.alarms.stop="()", or without {self._arm} in --config.run_arms',
                     name,
                     step,
                 )

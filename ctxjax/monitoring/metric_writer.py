@@ -124,8 +124,8 @@ class _Events:
     """
 
     def __init__(self, folder: Path):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        shutil.rmtree(folder, ignore_errors=True)  # a network file system keeps files that are still open
+        folder.mkdir(exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
 
     def add(self, row: dict[str, float]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import sys
 
 from ctxjax.host import processes
+from ctxjax.host.checksum import compute_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +37,21 @@ def check_installed(config: LoggingConfig) -> None:
 
 
 class Trackers:
-    """The runs of one arm in the configured projects. ``folder``: the arm's. ``facts``: the configuration to show."""
+    """The runs of one arm in the configured projects. ``folder``: the arm's. ``facts``: the configuration to show.
+    ``started``: when the run was started for the first time."""
 
-    def __init__(self, config: LoggingConfig, folder: Path, facts: dict):
+    def __init__(self, config: LoggingConfig, folder: Path, facts: dict, started: str):
         self._runs = {}
         if not processes.is_first():
             return
         for package, project in dataclasses.asdict(config).items():
             if project:
-                self._try(package, self._open, package, project, folder, facts)
+                self._try(package, self._open, package, project, folder, facts, started)
 
-    def _open(self, package: str, project: str, folder: Path, facts: dict) -> None:
-        group = folder.parent.name
-        # A run that is resumed goes on under its name.
-        options = {"id": f"{group}-{folder.name}"} if package == "wandb" else {}
+    def _open(self, package: str, project: str, folder: Path, facts: dict, started: str) -> None:
+        group, run = folder.parent.name, compute_digest([str(folder.parent.resolve()), started])
+        # A resumed run goes on under its id. Folders of the same name, as in a study, are different runs.
+        options = {"id": f"{run}-{folder.name}"} if package == "wandb" else {}
         self._runs[package] = importlib.import_module(package).init(
             project=project, name=f"{group}/{folder.name}", group=group, config=facts, resume="allow", **options
         )

@@ -23,6 +23,7 @@ from ctxjax.distill.train_step import StepConfig, init_state, student_params, tr
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.metrics import parse_select
 from ctxjax.host import compile_times, memory, preemption
+from ctxjax.host.workdir import find_first_start
 from ctxjax.inputs.data_record import ROWS_FILE
 from ctxjax.inputs.run_inputs import Inputs, make_sampling_config
 from ctxjax.inputs.teacher_samples import steps_with_samples
@@ -96,7 +97,9 @@ class Arm:
         train = self._config.train
         checkpoints = Checkpoints(self._folder / "checkpoints", train.keep, self._scores)
         state, first = self._restore_or_init(checkpoints)
-        trackers = Trackers(self._config.logging, self._folder, self._shared.record["config"])
+        record = self._shared.record
+        first_start = find_first_start(record["manifest"])
+        trackers = Trackers(self._config.logging, self._folder, record["config"], first_start)
         writer = Writer(self._folder, self._name, train.steps, first, train.log_every, self.alarms, trackers)
         dev_rows = {row["step"]: row for row in writer.kept if _has_dev_metrics(row)}
         for taken, row in dev_rows.items():
@@ -118,7 +121,12 @@ class Arm:
                     raise preemption.Preempted
                 writer.begin()
                 for step in range(first, train.steps):
-                    inputs = source.next(state, step)
+                    try:
+                        inputs = source.next(state, step)
+                    except preemption.Preempted:  # a game's episodes are given up; no step has used ``state``
+                        if step > first:
+                            self._save(state, step, checkpoints, writer, fed)
+                        raise
                     with jax.transfer_guard("disallow"):
                         program = programs[self._find_kind(step, inputs)]
                         state, metrics = program(state, self._frozen, **inputs._asdict())
@@ -131,11 +139,9 @@ class Arm:
                         seconds["first step done"] = time.monotonic() - started
                     if self._is_evaluation_due(taken):
                         self._evaluate(taken, state, dev, writer)
-                    preempted = preemption.reached(taken)
+                    preempted = preemption.is_due()
                     if preempted or self._is_save_due(taken):
-                        writer.sync()
-                        fed.sync()
-                        checkpoints.save(state, taken, self._shared.record | {"data_position": taken})
+                        self._save(state, taken, checkpoints, writer, fed)
                     if preempted:
                         raise preemption.Preempted
                 writer.close()
@@ -252,6 +258,12 @@ class Arm:
     def _is_save_due(self, taken: int) -> bool:
         train = self._config.train
         return taken in (train.steps, best_step(self._scores)) or taken % train.save_every == 0
+
+    def _save(self, state: TrainState, taken: int, checkpoints: Checkpoints, writer: Writer, fed: StepRows) -> None:
+        """Save a checkpoint, and before it the rows of the steps that it contains."""
+        writer.sync()
+        fed.sync()
+        checkpoints.save(state, taken, self._shared.record | {"data_position": taken})
 
     def _evaluate(self, taken: int, state: TrainState, dev: Evaluator, writer: Writer) -> bool:
         """Evaluate on dev and write the row of metrics. Return False, without a row, if SIGTERM came during it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
+import functools
 import math
 from pathlib import Path
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ctxjax.host import memory, processes, progress
+from ctxjax.host import memory, processes, progress, retry
 from ctxjax.host.checksum import compute_checksums
 from ctxjax.types import Params, TrainState
 
@@ -86,14 +87,15 @@ class Checkpoints:
         """Return (state, record) of the latest undamaged checkpoint, in the shardings of ``like``; None if there is no
         checkpoint.
 
-        A checkpoint is damaged if it cannot be read or its checksums differ. Damaged ones that are later than the
-        returned one are renamed ``<taken>.damaged``, with a warning. Raises ValueError if all are damaged.
+        A checkpoint is damaged if it cannot be read or its checksums differ. Reading is tried again after an error that
+        may pass by itself, as on network file systems. Damaged ones that are later than the returned one are renamed
+        ``<taken>.damaged``, with a warning. Raises ValueError if all are damaged.
         """
         damaged: dict[int, Exception] = {}
         for taken in sorted(self._manager.all_steps(), reverse=True):
             try:
                 with progress.Bar(f"reading the checkpoint of step {taken}"):
-                    found = self._read(taken, like)
+                    found = retry.retry(functools.partial(self._read, taken, like), f"the checkpoint of step {taken}")
             except Exception as error:  # orbax, tensorstore and the JSON reader raise different types
                 if processes.is_lost_process(error) or memory.is_exhausted(error):
                     raise

@@ -18,7 +18,7 @@ from ctxjax import sharding
 from ctxjax.data import prompts as prompts_lib
 from ctxjax.distill.objective import Networks, WeightedBatch, distillation_values
 from ctxjax.distill.rollouts import StepInputs
-from ctxjax.distill.train_step import StepConfig, rollout_step, student_params
+from ctxjax.distill.train_step import StepConfig, rollout_step, student_params, teacher_params
 from ctxjax.host.workdir import write_text
 from ctxjax.types import Batch, Frozen, Prompts, Rollout, TrainState
 
@@ -77,8 +77,8 @@ def _compute_row_losses(
     """Return the KL of student and teacher by row, [B], in mean nats per response token."""
     mask_BxT = rollout.mask_BxT
     batch = Batch(student, teacher, None, jnp.zeros(mask_BxT.shape[0], jnp.int32))
-    params, frozen_teacher = student_params(state.params, frozen, config), sharding.bring_to_device(frozen.teacher)
-    networks = Networks(params, frozen_teacher, None, config.model, config.teacher_model)
+    params, compared = student_params(state.params, frozen, config), teacher_params(state.ema, frozen, config)
+    networks = Networks(params, compared, None, config.model, config.teacher_model)
     loss = dataclasses.replace(config.loss, clip=0.0)  # clipping would hide infinite values
     values_BxT = distillation_values(networks, loss, WeightedBatch(batch, rollout, mask_BxT.astype(jnp.float32)))
     return jnp.sum(values_BxT, axis=1) / jnp.maximum(jnp.sum(mask_BxT, axis=1), 1)

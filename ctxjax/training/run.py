@@ -60,6 +60,8 @@ def check_settings(config: Experiment) -> None:
     """Raise ValueError for what a run could not select by or log to."""
     metrics_lib.check_select(config.eval.select)
     metrics_lib.check_select_is_measured(config.eval.select, config.eval)
+    if warning := metrics_lib.describe_wrong_sign(config.eval.select):
+        print(f"warning: {warning}", flush=True)
     trackers.check_installed(config.logging)
 
 
@@ -120,16 +122,18 @@ def _open(
     seconds: dict[str, float] = {}
     inputs = open_inputs(config, mesh, seconds)
     task, student, teacher, rows, _ = inputs
+    with progress.Bar("computing the digests of weights and questions"):
+        data, digests = DataRecord(task, rows, inputs.retention), compute_digests(inputs)
+    processes.check_same_facts(digests)
     print(_describe_sizes(config, student, teacher, mesh), flush=True)
     memory.warn_if_too_large(_count_held_bytes(config, student, teacher, mesh), "weights, gradients and optimiser")
     prefix = compute_teacher_prefix(teacher, rows)
     dev, test = Evaluator.of_splits(config, task, ("dev", "test"), student, teacher, mesh)
+    metrics_lib.check_select(config.eval.select, dev.measurable)
     dropped = {"train": rows.dropped, "dev": dev.dropped, "test": test.dropped}
     left_out = describe_left_out(dropped, task.skipped)
     print(f"{len(rows.rows)} training questions; left out: {left_out}", flush=True)
     lock.take()
-    with progress.Bar("computing the digests of weights and questions"):
-        data, digests = DataRecord(task, rows, inputs.retention), compute_digests(inputs)
     facts = facts | {"rows_left_out": dict(task.skipped), "task": task.facts, "arithmetic": student.config.arithmetic}
     manifest = workdir_lib.claim(workdir, facts | data.facts, digests)
     workdir_lib.write_text(workdir / DATA_FILE, data.text)
@@ -147,7 +151,9 @@ def _evaluate_untrained(run: _OpenRun) -> tuple[dict[str, Evaluation], Evaluatio
     run.seconds["evaluate base"] = time.monotonic() - clock
     if teacher is not student:
         clock = time.monotonic()
-        (test,) = Evaluator.of_splits(config, task, ("test",), teacher, teacher, run.mesh)
+        meters = tuple(name for name in config.eval.meters if name != "drift")  # it does not come from the base
+        own = dataclasses.replace(config, eval=dataclasses.replace(config.eval, meters=meters))
+        (test,) = Evaluator.of_splits(own, task, ("test",), teacher, teacher, run.mesh)
         models["teacher"] = run.evaluate(run.workdir / "teacher", test, teacher.params, 0)
         run.seconds["evaluate teacher"] = time.monotonic() - clock
     return models, base_on_dev
