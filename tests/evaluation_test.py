@@ -13,7 +13,7 @@ from ctxjax import config as config_lib, sharding
 from ctxjax.configs import tiny
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import SamplingConfig
-from ctxjax.evaluation import metrics, outcomes as outcomes_lib, statistics, views
+from ctxjax.evaluation import metrics, outcomes as outcomes_lib, select as select_lib, statistics, views
 from ctxjax.evaluation.outcomes import Comparison, Learning, Outcomes
 from ctxjax.inputs import decoding
 from ctxjax.types import Prompts, Rollout
@@ -143,9 +143,9 @@ def test_one_entry_of_the_table_is_a_metric(monkeypatch):
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, long))
     result = both_views(outcomes([1, 1], length=[10, 11]), outcomes([1, 1]))
     assert result["long"] == 0.5 and result["long_ci"] == pytest.approx(statistics.binomial_interval(1, 2))
-    metrics.check_select("-long")
+    select_lib.check_select("-long")
     with pytest.raises(ValueError, match="length_xc, -long, "):
-        metrics.check_select("short")
+        select_lib.check_select("short")
 
 
 def test_keys_are_unique_and_metrics_of_one_header_share_unit_table_and_definition():
@@ -167,8 +167,8 @@ def test_every_number_of_one_model_selects_even_if_the_base_has_no_value_for_it(
     numbers = {key for key, value in result.items() if isinstance(value, float)}
     assert {"acc_x_lenient", "harm", "distill", "acc_default", "view_kl"} < numbers
     for key in numbers:
-        metrics.check_select(key)
-        metrics.check_select(f"-{key}", result | {key: None})
+        select_lib.check_select(key)
+        select_lib.check_select(f"-{key}", result | {key: None})
 
 
 @pytest.mark.parametrize(
@@ -176,12 +176,12 @@ def test_every_number_of_one_model_selects_even_if_the_base_has_no_value_for_it(
 )
 def test_what_is_no_number_of_one_model_does_not_select(select):
     with pytest.raises(ValueError, match=rf"eval.select = '{select}' is not a metric; choose from -acc_.*, -harm, "):
-        metrics.check_select(select)
+        select_lib.check_select(select)
 
 
 def test_a_metric_that_a_task_does_not_have_is_refused_with_those_that_it_has():
     with pytest.raises(ValueError, match=r"'-obedience' is not a metric of this task; choose from acc_x, -harm \("):
-        metrics.check_select("-obedience", {"acc_x": 1.0, "harm": None, "regime": "agreement"})
+        select_lib.check_select("-obedience", {"acc_x": 1.0, "harm": None, "regime": "agreement"})
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_a_metric_that_a_task_does_not_have_is_refused_with_those_that_it_has():
 )
 def test_a_selection_by_what_is_not_measured_is_refused(select, message):
     evaluation = config_lib.experiment(tiny.get_config(), 8).eval
-    metrics.check_select_is_measured("obedience", evaluation)
-    metrics.check_select_is_measured(select, dataclasses.replace(evaluation, meters=("drift",)))
+    select_lib.check_select_is_measured("obedience", evaluation)
+    select_lib.check_select_is_measured(select, dataclasses.replace(evaluation, meters=("drift",)))
     with pytest.raises(ValueError, match=message):
-        metrics.check_select_is_measured(select, dataclasses.replace(evaluation, views=("empty",), meters=()))
+        select_lib.check_select_is_measured(select, dataclasses.replace(evaluation, views=("empty",), meters=()))
 
 
 @pytest.mark.parametrize(
@@ -209,14 +209,14 @@ def test_a_selection_by_what_is_not_measured_is_refused(select, message):
 )
 def test_a_selection_that_the_number_of_samples_excludes_is_refused(select, samples, message):
     evaluation = config_lib.experiment(tiny.get_config(), 8).eval
-    metrics.check_select_is_measured(select, dataclasses.replace(evaluation, samples=3 - samples))
+    select_lib.check_select_is_measured(select, dataclasses.replace(evaluation, samples=3 - samples))
     with pytest.raises(ValueError, match=message):
-        metrics.check_select_is_measured(select, dataclasses.replace(evaluation, samples=samples))
+        select_lib.check_select_is_measured(select, dataclasses.replace(evaluation, samples=samples))
 
 
 @pytest.mark.parametrize(("select", "wrong"), [("harm", True), ("-acc_x", True), ("-harm", False), ("gap", False)])
 def test_a_selection_that_keeps_the_worst_checkpoint_is_warned_of(select, wrong):
-    warning = metrics.describe_wrong_sign(select)
+    warning = select_lib.describe_wrong_sign(select)
     assert ("eval.select" in warning and "better" in warning) if wrong else warning == ""
 
 

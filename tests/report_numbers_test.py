@@ -288,7 +288,7 @@ def test_legends_name_the_views_by_the_colours_that_their_lines_have(page):
     found = {name: re.search(r'stroke="(#\w+)"', key)[1].lower() for key, name in entries}
     names = {
         "without context": "bare", "with context": "context", "obeys other contexts": "obedience", "centred": "centred",
-        "with against without context": "mean", "unrelated-context control": "control", "distill": "distill",
+        "with against without context": "mean", "control: with another context": "control", "distill": "distill",
         "loss": "loss", "anchor": "anchor", "retain": "retain",
     }  # fmt: skip
     assert {name: found[name] for name in names} == {name: colour(style) for name, style in names.items()}

@@ -11,7 +11,7 @@ from ctxjax.data import prompts as prompts_lib
 from ctxjax.data.digests import digest_context, digest_question, digest_tokens
 from ctxjax.data.task import GameTask, grade_response, read_row
 from ctxjax.evaluation.episodes import TURN_BREAK, grade_turns
-from ctxjax.evaluation.metrics import parse_select
+from ctxjax.evaluation.select import parse_select
 from ctxjax.host.checksum import compute_digest
 from ctxjax.training.checkpoint import best_step, saved_steps
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ctxjax import config as config_lib
 from ctxjax.config_fields import one_of, require
 from ctxjax.config_sections import Experiment
-from ctxjax.evaluation.metrics import check_select, check_select_is_measured
+from ctxjax.evaluation.select import check_select, check_select_is_measured
 from ctxjax.host import command
 
 RATE, FINAL = "rate", "final"  # the phases

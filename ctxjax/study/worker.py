@@ -15,7 +15,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from ctxjax.evaluation.metrics import parse_select
+from ctxjax.evaluation.select import parse_select
 from ctxjax.host import claim as claim_lib, preemption, workdir as workdir_lib
 from ctxjax.host.claim import Claim
 from ctxjax.study import grid

@@ -21,7 +21,7 @@ from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.rollouts import Questions, RolloutSource, StepInputs, TeacherSamples
 from ctxjax.distill.train_step import StepConfig, init_state, student_params, train_step
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
-from ctxjax.evaluation.metrics import parse_select
+from ctxjax.evaluation.select import parse_select
 from ctxjax.host import compile_times, memory, preemption
 from ctxjax.host.workdir import find_first_start
 from ctxjax.inputs.data_record import ROWS_FILE

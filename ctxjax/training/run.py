@@ -15,7 +15,7 @@ from ctxjax import sharding
 from ctxjax.config_sections import Experiment
 from ctxjax.data.records import describe_left_out
 from ctxjax.distill import optim
-from ctxjax.evaluation import metrics as metrics_lib
+from ctxjax.evaluation import metrics as metrics_lib, select as select_lib
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.evaluation.outcomes import Learning
 from ctxjax.host import memory, processes, progress, retry, workdir as workdir_lib
@@ -58,9 +58,9 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
 
 def check_settings(config: Experiment) -> None:
     """Raise ValueError for what a run could not select by or log to."""
-    metrics_lib.check_select(config.eval.select)
-    metrics_lib.check_select_is_measured(config.eval.select, config.eval)
-    if warning := metrics_lib.describe_wrong_sign(config.eval.select):
+    select_lib.check_select(config.eval.select)
+    select_lib.check_select_is_measured(config.eval.select, config.eval)
+    if warning := select_lib.describe_wrong_sign(config.eval.select):
         print(f"warning: {warning}", flush=True)
     trackers.check_installed(config.logging)
 
@@ -129,7 +129,7 @@ def _open(
     memory.warn_if_too_large(_count_held_bytes(config, student, teacher, mesh), "weights, gradients and optimiser")
     prefix = compute_teacher_prefix(teacher, rows)
     dev, test = Evaluator.of_splits(config, task, ("dev", "test"), student, teacher, mesh)
-    metrics_lib.check_select(config.eval.select, dev.measurable)
+    select_lib.check_select(config.eval.select, dev.measurable)
     dropped = {"train": rows.dropped, "dev": dev.dropped, "test": test.dropped}
     left_out = describe_left_out(dropped, task.skipped)
     print(f"{len(rows.rows)} training questions; left out: {left_out}", flush=True)
@@ -147,7 +147,7 @@ def _evaluate_untrained(run: _OpenRun) -> tuple[dict[str, Evaluation], Evaluatio
     clock = time.monotonic()
     models = {"base": run.evaluate(run.workdir / "base", run.test, student.params, 0)}
     base_on_dev = run.evaluate(run.workdir / "base" / "dev", run.dev, student.params, 0)
-    metrics_lib.check_select(config.eval.select, base_on_dev.metrics)
+    select_lib.check_select(config.eval.select, base_on_dev.metrics)
     run.seconds["evaluate base"] = time.monotonic() - clock
     if teacher is not student:
         clock = time.monotonic()
