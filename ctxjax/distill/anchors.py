@@ -7,7 +7,7 @@ literature compares:
 
     bare          KL( sg q_x || q_c )        No-Context Anchoring
     ema           KL( sg ema || q_c )        the moving average of the student, bare
-    teacher_bare  KL( sg f_x || q_c )        the teacher's bare output: what was there before training
+    teacher_bare  KL( sg f_x || q_c )        the frozen teacher's bare output: what was there before training
     joint         KL( q_x || q_c )           like "bare", but q_x is moved towards q_c too
     symmetric     (KL(q_x||q_c) + KL(q_c||q_x)) / 2, both moved: "SymKL"
     teacher       KL( q_c || sg f )          the context view is distilled like the bare one: "DualOPD"

@@ -85,7 +85,8 @@ def teacher_rollout(
     return sample(sharding.bring_to_device(teacher), model, sampling, batch.context, keys_B)
 
 
-def _teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> Params:
+def teacher_params(ema: Params | None, frozen: Frozen, config: StepConfig) -> Params:
+    """Return the whole parameter tree of the teacher: the frozen one, or the student's moving average."""
     if config.loss.teacher == "ema":
         return student_params(ema, frozen, config)
     return sharding.bring_to_device(frozen.teacher)
@@ -171,10 +172,12 @@ def _weighted_rows(batch: Batch, rollout: Rollout, other_rollout: Rollout | None
 
 def _networks(trained: Params, state: TrainState, frozen: Frozen, config: StepConfig) -> Networks:
     """The student of ``trained``, and what it is compared with."""
-    student, teacher = student_params(trained, frozen, config), _teacher_params(state.ema, frozen, config)
+    student, teacher = student_params(trained, frozen, config), teacher_params(state.ema, frozen, config)
     ema = student_params(state.ema, frozen, config) if state.ema is not None else None
-    prefix = frozen.teacher_prefix if config.loss.teacher == "frozen" else None
-    return Networks(student, teacher, ema, config.model, config.teacher_model, prefix)
+    models = config.model, config.teacher_model
+    if config.loss.teacher == "frozen":
+        return Networks(student, teacher, ema, *models, teacher_prefix=frozen.teacher_prefix)
+    return Networks(student, teacher, ema, *models, frozen=sharding.bring_to_device(frozen.teacher))
 
 
 def _gradient(state: TrainState, frozen: Frozen, rows: WeightedBatch, config: StepConfig):
