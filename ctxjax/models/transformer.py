@@ -30,6 +30,7 @@ from ctxjax.models.architecture import (
 )
 from ctxjax.models.attention import cut_prefix
 from ctxjax.models.layer import Layout, Segment, kind_of, make_rope, rms_norm, run_layer, scan_layers, segments
+from ctxjax.models.linear import find_precision
 from ctxjax.sharding import (
     all_gather_embed,
     batch_spec,
@@ -61,7 +62,10 @@ def head_weights(params: Params, config: ModelConfig) -> jax.Array:
 
 def apply_head(hidden: jax.Array, head_DxV: jax.Array) -> jax.Array:
     """Return the head's raw output [..., V] in float32. The caller decides for how many tokens at a time."""
-    return jnp.einsum("...d,dv->...v", hidden, head_DxV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...d,dv->...v", hidden, head_DxV.astype(hidden.dtype),
+        precision=find_precision(hidden), preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 def finish_logits(raw: jax.Array, config: ModelConfig) -> jax.Array:
