@@ -41,7 +41,9 @@ def get_config() -> ConfigDict:
     # Responses end at the end tokens of either model.
     config.teacher = ConfigDict()
     config.teacher.path = ""  # folder or Hub id; "": the teacher is the student's initial weights, stored once
-    config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")  # of its weights; "bfloat16" halves memory
+    # Dtype of its weights, if it has a path or teacher_base.steps of its own; "bfloat16" halves their memory. A teacher
+    # that is the student's initial weights has model.param_dtype.
+    config.teacher.param_dtype = config.model.get_oneway_ref("param_dtype")
     config.teacher.offload = False  # keep the teacher's weights in host memory between its passes
 
     config.lora = ConfigDict()  # low-rank adapters: W + alpha / rank * A @ B; only A and B are trained

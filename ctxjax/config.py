@@ -125,7 +125,8 @@ def experiment(config: ConfigDict, device_count: int, trains: bool = True) -> Ex
         raise ValueError(
             f"model.param_dtype = {result.model.param_dtype!r} and lora.rank = 0: these weights are trained, and their "
             "updates, often 5e-6, would round away; use model.param_dtype=float32 with model.dtype=bfloat16, which "
-            "computes in bfloat16 all the same, or an adapter: lora.rank=16. teacher.param_dtype may be bfloat16"
+            "computes in bfloat16 all the same, or an adapter: lora.rank=16. A teacher with a folder of its own "
+            "(teacher.path) may have bfloat16 weights: teacher.param_dtype"
         )
     ways = result.mesh.data * result.mesh.fsdp
     rows = {"train.batch_size": train.batch_size, "eval.batch_size": result.eval.batch_size}

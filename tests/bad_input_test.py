@@ -80,6 +80,11 @@ def test_a_folder_that_is_not_a_runs_is_not_written_to(tmp_path):
         ("prompt.date", "", "prompt.date = '' is not a date such as '26 Jul 2024'"),
         ("prompt.date", "today", "prompt.date = 'today' is not a date"),
         ("model.param_dtype", "bfloat16", "model.param_dtype = 'bfloat16' .* lora.rank = 0.*model.dtype=bfloat16"),
+        (
+            "model.param_dtype",
+            "bfloat16",
+            r"A teacher with a folder of its own \(teacher.path\) may have bfloat16 weights",
+        ),
         ("teacher.param_dtype", "int8", "teacher.param_dtype = 'int8' is not known"),
         ("mesh", {"tensor": 3}, "needs 6 devices, and there are 8; use mesh.tensor = 2 or 4$"),
         ("mesh", {"tensor": 16}, "needs 16 devices, and there are 8; use mesh.tensor = 8$"),

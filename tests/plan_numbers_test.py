@@ -76,6 +76,8 @@ def test_the_memory_floor_is_what_is_read_and_written(mesh8):
     assert floor(LossConfig(mu=0.5)) == decode + 2 * (4 * own + 2 * theirs) + optimiser
     assert floor(LossConfig()) == decode + 2 * (2 * own + theirs) + optimiser
     assert floor(LossConfig(reference=0.5)) == decode + 2 * (2 * own + 2 * theirs) + optimiser
+    moving = LossConfig(reference=0.5, mu=0.5, teacher="ema")
+    assert floor(moving) == decode + 2 * (4 * own + 3 * theirs) + optimiser
     assert floor(LossConfig(beta=0.5, anchor="ema")) == decode + 2 * (5 * own + theirs) + optimiser
     assert floor(LossConfig(divergence="cross_entropy")) == decode + 2 * 2 * own + optimiser  # runs no teacher
     assert floor(micro_batches=1) == decode + 6 * own + 2 * theirs + optimiser

@@ -179,6 +179,15 @@ def test_a_step_has_the_turns_of_whole_episodes_and_empty_places_after_them(worl
     assert len(legends) == 2 and legends <= set(world.legends["train"])
 
 
+@pytest.mark.parametrize("steps", [3, 30])
+def test_programs_are_compiled_from_the_prompts_of_one_step(steps, world, folder, sampling, mesh, monkeypatch):
+    source, calls, encode = make_source(world, folder, sampling, mesh), [], prompts.encode
+    monkeypatch.setattr(prompts, "encode", lambda *own: calls.append(own) or encode(*own))
+    examples = [example for step in range(10, 10 + steps) for example in source.examples(step)]
+    assert 0 < len(calls) <= 8  # those of one step
+    assert len(examples) == steps
+
+
 def test_a_step_is_a_function_of_its_number(world, folder, sampling, mesh, expert):
     first, second = (make_source(world, folder, sampling, mesh, retention=False) for _ in range(2))
     for step in (0, 1, 2):

@@ -317,6 +317,7 @@ def test_micro_batches_change_neither_metrics_nor_gradient(on, count, halves, co
 
 @pytest.mark.slow
 def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_student(start, config, batch, mesh):
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mu=0.0))
     ema = dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher="ema", ema_decay=0.75))
     data, (before, rollouts) = put_batch(batch, mesh), start
     average, nobody = (jax.tree.map(lambda leaf: times * leaf, before.params) for times in (0.9, 0.0))  # noqa: B023
@@ -331,6 +332,20 @@ def test_an_average_teaches_in_place_of_the_frozen_teacher_and_follows_the_stude
     assert largest_difference(after.ema, by_hand) < 1e-6
 
 
+@pytest.mark.slow
+def test_beside_an_average_the_frozen_teacher_holds_retention_the_reference_and_its_own_bare_output(
+    config, batch, make_params, mesh
+):
+    """The average is the student itself at first, so that a comparison with it has no gradient."""
+    loss = dataclasses.replace(config.loss, teacher="ema", reference=1.0, anchor="teacher_bare")
+    config = dataclasses.replace(config, loss=loss)
+    data, frozen = put_batch(batch, mesh), Frozen(make_params(config.model, 1, mesh))
+    state = init_state(make_params(config.model, 0, mesh), config, jax.random.key(2))
+    norms = {name: float(optax.tree.norm(g)) for name, g in term_gradients(state, frozen, data, config).items()}
+    assert norms.keys() == {"distill", "reference", "anchor", "retain"}
+    assert min(norms.values()) > 0.01, norms
+
+
 @pytest.mark.parametrize("teacher", ["frozen", "ema"])
 def test_the_stored_prefix_is_read_with_the_weights_that_computed_it(teacher, config, monkeypatch, mesh):
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher=teacher))
@@ -342,6 +357,7 @@ def test_the_stored_prefix_is_read_with_the_weights_that_computed_it(teacher, co
     ((networks, *_),) = given
     assert float(networks.teacher["w"][0]) == {"frozen": 3.0, "ema": 2.0}[teacher]
     assert networks.teacher_prefix is (frozen.teacher_prefix if teacher == "frozen" else None)
+    assert teacher == "frozen" or float(networks.frozen["w"][0]) == 3.0
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from ctxjax.models.linear import project
 from ctxjax.models.remat import POLICIES
 from ctxjax.models.rope import Llama3Scaling
 from ctxjax.models.transformer import ModelConfig, apply_head, head_weights
+from ctxjax.sharding import make_mesh, put_batch
 
 LLAMA31_SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 LLAMA31_8B = ModelConfig(
@@ -168,6 +169,27 @@ def test_logits_are_float32_when_the_model_computes_in_bfloat16(tiny_model, make
     hidden = jax.eval_shape(lambda p: transformer.forward(p, half, tokens, mask), params)
     logits = jax.eval_shape(lambda p: forward(p, half, tokens, mask), params)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_the_gradient_of_a_frequent_tokens_embedding_is_summed_in_float32(shape, tiny_model, make_params):
+    """Thousandths that are added in bfloat16 stop growing at 2."""
+    model = dataclasses.replace(tiny_model, dtype="bfloat16")
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    with jax.set_mesh(mesh):
+        tokens = put_batch(np.full((8, 512), 7, np.int32), mesh)
+
+        def total(params):
+            rows_BxLxD = transformer._embed(params, model, tokens)
+            assert rows_BxLxD.dtype == jnp.bfloat16
+            return jnp.sum(rows_BxLxD.astype(jnp.float32)) * 1e-3
+
+        params = make_params(model, 0, mesh)
+        gradient = jax.jit(jax.grad(total))(params)["embedding"]
+        assert jax.typeof(gradient) == jax.typeof(params["embedding"])
+    expected = np.zeros(gradient.shape)
+    expected[7] = 4.096
+    np.testing.assert_allclose(gradient, expected, rtol=0.01)
 
 
 @pytest.mark.slow

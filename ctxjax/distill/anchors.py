@@ -7,12 +7,13 @@ literature compares:
 
     bare          KL( sg q_x || q_c )        No-Context Anchoring
     ema           KL( sg ema || q_c )        the moving average of the student, bare
-    teacher_bare  KL( sg f_x || q_c )        the teacher's bare output: what was there before training
+    teacher_bare  KL( sg f_x || q_c )        the frozen teacher's bare output: what was there before training
     joint         KL( q_x || q_c )           like "bare", but q_x is moved towards q_c too
     symmetric     (KL(q_x||q_c) + KL(q_c||q_x)) / 2, both moved: "SymKL"
     teacher       KL( q_c || sg f )          the context view is distilled like the bare one: "DualOPD"
-    handover      KL( sg m || q_c )          m = w q_x + (1 - w) f with w = sum_v min(q_x, f): as "teacher" while the
-                                             bare student knows nothing yet, as "bare" once it has learned
+    handover      KL( sg m || q_c )          m = w q_x + (1 - w) f with w = sum_v min(q_x, f): KL( sg f || q_c ) while
+                                             the bare student knows nothing yet (forward; "teacher" is the reverse),
+                                             as "bare" once it has learned
 
 Only "bare" and "ema" are known to remove the harm. "bare" drags the context view to a bare view that may not have
 learned anything yet, so that the model stops using the context before the context is in its weights; "handover" is to

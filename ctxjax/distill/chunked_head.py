@@ -26,6 +26,7 @@ from jax import lax
 from jax.lax import stop_gradient
 import jax.numpy as jnp
 
+from ctxjax.models.linear import find_precision
 from ctxjax.models.transformer import apply_head
 from ctxjax.sharding import BATCH, WEIGHT_RULES, batch_spec, batch_ways
 
@@ -158,15 +159,18 @@ def _sweep(function, chunk, head_of, hidden, heads, fixed, wanted_hidden, wanted
         d_logits = {name: g.astype(dtype) for name, g in d_logits.items()}
         for name in wanted_hidden:
             head_DxV = cast_heads[head_of[name]]
-            d_h = jnp.einsum("btv,dv->btd", d_logits[name], head_DxV, out_sharding=batch_spec(None, None))
+            d_h = jnp.einsum(
+                "btv,dv->btd", d_logits[name], head_DxV,
+                precision=find_precision(head_DxV), out_sharding=batch_spec(None, None),
+            )  # fmt: skip
             d_hidden = d_hidden | {name: write_chunk(d_hidden[name], d_h, index)}
         for head in wanted_heads:
             mine = [name for name in trained if head_of[name] == head]
             h_of_head = jnp.concatenate([per_device(h[name]) for name in mine], axis=2)
             d_logits_of_head = jnp.concatenate([per_device(d_logits[name]) for name in mine], axis=2)
             d_head_WxDxV = jnp.einsum(
-                "wntd,wntv->wdv", h_of_head, d_logits_of_head, preferred_element_type=jnp.float32,
-                out_sharding=_HEADS_SPEC,
+                "wntd,wntv->wdv", h_of_head, d_logits_of_head,
+                precision=find_precision(h_of_head), preferred_element_type=jnp.float32, out_sharding=_HEADS_SPEC,
             )  # fmt: skip
             d_heads = d_heads | {head: d_heads[head] + d_head_WxDxV}
         mask = slice_chunk(mask_BxT, index)

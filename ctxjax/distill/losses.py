@@ -7,8 +7,8 @@
 
     q_x   student(. | x, y<t)          the bare student
     q_c   student(. | c, x, y<t)       the student when the context comes back
-    f     teacher(. | c, x, y<t)       frozen, sees the context
-    q_c', f'  student and teacher (. | c', x', y'<t); the student sampled y' from (c', x')
+    f     teacher(. | c, x, y<t)       frozen, sees the context; with ``teacher`` = "ema" the student's moving average
+    q_c', f'  student and frozen teacher (. | c', x', y'<t); the student sampled y' from (c', x')
 
 On samples of the teacher, -log q_x(y_t) may replace the first term: "cross_entropy", supervised fine-tuning, which does
 not need the teacher's distributions.
@@ -50,12 +50,13 @@ class LossConfig:
     anchor_every        apply the anchor only every ``anchor_every`` steps; its weight is multiplied by
                         ``anchor_every``, so the average weight is unchanged
     mu, mu_ramp         weight of L_retain; it rises from 0 over the first ``mu_ramp`` steps
-    reference           weight of KL(q_x || teacher without context): a brake on drift
+    reference           weight of KL(q_x || frozen teacher without context): a brake on drift
     clip                L_distill per token is cut at this many nats, without gradient above; 0: no clipping
     skip_first          do not train on the first tokens of a response
     masked_ids          do not train on these token ids
     drop_truncated      do not train on responses cut at the length limit
-    teacher, ema_decay  "frozen", or "ema": the student's own moving average (decay per step), with context
+    teacher, ema_decay  "frozen", or "ema": f is the student's own moving average (decay per step), with context; the
+                        frozen teacher remains the target of L_retain, of ``reference`` and of "teacher_bare"
     on_policy_fraction  probability that a step learns from the student's samples; otherwise it learns from the frozen
                         teacher's, sampled with the context
     off_policy_steps    this many first steps are off-policy, whatever the fraction

@@ -35,7 +35,7 @@ def terms(config: LossConfig) -> tuple[Term, ...]:
 
 
 def count_passes(config: LossConfig) -> Counter[str]:
-    """Return the number of forward passes by the weights that they run, "student", "teacher" or "ema"."""
+    """Return the number of forward passes by the weights that they run (terms.Pass)."""
     return Counter(PASSES[name].weights for name in {name for term in terms(config) for name in term.passes})
 
 
@@ -58,7 +58,8 @@ class WeightedBatch:
 
 class Networks(NamedTuple):
     """Whole parameter trees and their architectures. ``ema``: the student's moving average, None if none is kept.
-    ``teacher_prefix``: the teacher's keys and values of the shared context prefix, if the caller has computed them."""
+    ``teacher_prefix``: the teacher's keys and values of the shared context prefix, if the caller has computed them.
+    ``frozen``: the frozen teacher if ``teacher`` is the moving average, None if ``teacher`` is frozen itself."""
 
     student: Params
     teacher: Params
@@ -66,6 +67,7 @@ class Networks(NamedTuple):
     config: ModelConfig
     teacher_config: ModelConfig
     teacher_prefix: PrefixKV | None = None
+    frozen: Params | None = None
 
 
 class _Passes:
@@ -76,7 +78,9 @@ class _Passes:
             "student": (networks.student, networks.config),
             "teacher": (networks.teacher, networks.teacher_config),
             "ema": (networks.ema, networks.config),
+            "frozen": (networks.frozen, networks.teacher_config),
         }
+        self._is_teacher_frozen = networks.frozen is None
         self._batch, self._rollout = batch, rollout
         self._prefixes = {"f": networks.teacher_prefix}
         self._hidden, self._heads = {}, {}
@@ -84,17 +88,23 @@ class _Passes:
     def hidden(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
         for name in names:
             if name not in self._hidden:
-                weights, prompts = PASSES[name]
+                prompts = getattr(self._batch, PASSES[name].prompts)
                 self._hidden[name] = scoring.response_hidden(
-                    *self._weights[weights], getattr(self._batch, prompts), self._rollout, self._prefixes.get(name)
+                    *self._weights[self._find_weights(name)], prompts, self._rollout, self._prefixes.get(name)
                 )
         return {name: self._hidden[name] for name in names}
 
     def heads(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
-        for weights in {PASSES[name].weights: None for name in names}:
+        by_name = {name: self._find_weights(name) for name in names}
+        for weights in by_name.values():
             if weights not in self._heads:
                 self._heads[weights] = head_weights(*self._weights[weights])
-        return {name: self._heads[PASSES[name].weights] for name in names}
+        return {name: self._heads[weights] for name, weights in by_name.items()}
+
+    def _find_weights(self, name: str) -> str:
+        """One name for a frozen teacher, so that its passes share one head."""
+        weights = PASSES[name].weights
+        return "teacher" if weights == "frozen" and self._is_teacher_frozen else weights
 
 
 def objective(

@@ -26,8 +26,9 @@ Measure = Callable[[tuple[str, ...], Callable[[Logits], dict[str, jax.Array]]], 
 
 
 class Pass(NamedTuple):
-    """``weights``: "student", "teacher" or "ema" (the student's moving average). ``prompts``: the field of Batch that
-    is read before the response: "bare" and "context" go with the response y, "other" with y'."""
+    """``weights``: "student", "ema" (its moving average), "teacher" (the frozen one; with ``loss.teacher`` = "ema" the
+    moving average) or "frozen" (the frozen teacher, always). ``prompts``: the field of Batch that is read before the
+    response: "bare" and "context" go with the response y, "other" with y'."""
 
     weights: str
     prompts: str
@@ -37,10 +38,10 @@ PASSES = {
     "q_x": Pass("student", "bare"),
     "q_c": Pass("student", "context"),
     "f": Pass("teacher", "context"),
-    "f_x": Pass("teacher", "bare"),
+    "f_x": Pass("frozen", "bare"),
     "ema": Pass("ema", "bare"),
     "q_other": Pass("student", "other"),
-    "f_other": Pass("teacher", "other"),
+    "f_other": Pass("frozen", "other"),
 }
 
 
@@ -102,9 +103,8 @@ def _comparable(raw: Logits, models: tuple[ModelConfig, ModelConfig], temperatur
     A cut, like picking ids, needs the vocabulary whole on every device.
     """
     student, teacher = models
-    logits = {
-        name: finish_logits(x, teacher if PASSES[name].weights == "teacher" else student) for name, x in raw.items()
-    }
+    is_teacher = {name: PASSES[name].weights in ("teacher", "frozen") for name in raw}
+    logits = {name: finish_logits(x, teacher if is_teacher[name] else student) for name, x in raw.items()}
     sizes = {x.shape[-1] for x in logits.values()}
     if len(sizes) > 1 or needs_whole:
         replicated = sharding.batch_spec(None, None)

@@ -174,8 +174,10 @@ def _networks(trained: Params, state: TrainState, frozen: Frozen, config: StepCo
     """The student of ``trained``, and what it is compared with."""
     student, teacher = student_params(trained, frozen, config), teacher_params(state.ema, frozen, config)
     ema = student_params(state.ema, frozen, config) if state.ema is not None else None
-    prefix = frozen.teacher_prefix if config.loss.teacher == "frozen" else None
-    return Networks(student, teacher, ema, config.model, config.teacher_model, prefix)
+    models = config.model, config.teacher_model
+    if config.loss.teacher == "frozen":
+        return Networks(student, teacher, ema, *models, teacher_prefix=frozen.teacher_prefix)
+    return Networks(student, teacher, ema, *models, frozen=sharding.bring_to_device(frozen.teacher))
 
 
 def _gradient(state: TrainState, frozen: Frozen, rows: WeightedBatch, config: StepConfig):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from ctxjax import masks
 from ctxjax.models import kernels
 from ctxjax.models.architecture import ModelConfig
+from ctxjax.models.linear import find_precision
 from ctxjax.sharding import batch_spec, platform
 from ctxjax.types import PrefixKV
 
@@ -222,7 +223,9 @@ def _scores(q_BxKxQxDh, source: Source) -> jax.Array:
     keys = "kmd" if source.keys.ndim == 3 else "bkmd"
     rows = "kb" if source.keys.ndim == 3 else "bk"
     q = _rows_first(q_BxKxQxDh, source)
-    scores = jnp.einsum(f"{rows}qd,{keys}->{rows}qm", q, source.keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        f"{rows}qd,{keys}->{rows}qm", q, source.keys, precision=find_precision(q), preferred_element_type=jnp.float32
+    )
     if source.real_BxM is None:
         return scores
     mask_BxLxM = masks.causal(source.real_BxM, source.columns_BxL, source.window, source.key_columns_M)
@@ -236,5 +239,8 @@ def _weighted_values(weights, source: Source) -> jax.Array:
     values = "kmd" if source.values.ndim == 3 else "bkmd"
     rows = "kb" if source.values.ndim == 3 else "bk"
     weights = weights.astype(source.values.dtype)
-    out = jnp.einsum(f"{rows}qm,{values}->{rows}qd", weights, source.values, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        f"{rows}qm,{values}->{rows}qd", weights, source.values,
+        precision=find_precision(weights), preferred_element_type=jnp.float32,
+    )  # fmt: skip
     return _rows_first(out, source)

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from ctxjax.sharding import all_gather_embed, batch_spec, platform
+
+
+def find_precision(x: jax.Array) -> lax.Precision | None:
+    """Return the precision of a matrix product of x and an array of its dtype.
+
+    By default TPUs round float32 operands to bfloat16, and GPUs to TF32 (10 bits of 23), so that a float32 model would
+    not compute in float32. Half precision is left to the platform: its products lose nothing.
+    """
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def project(weights: dict, name: str, x_BxLxI: jax.Array, inputs: str, outputs: str) -> jax.Array:
@@ -28,10 +38,12 @@ def _product(x_BxLxI: jax.Array, weight_IxO: jax.Array, inputs: str | None, outp
     compiler would make a transposed copy of an operand (benchmarks/README.md, "Choices in models/").
     """
     weight_IxO = all_gather_embed(weight_IxO.astype(x_BxLxI.dtype), inputs, outputs)
+    precision = find_precision(x_BxLxI)
     inside, outside = (None if axis == "embed" else axis for axis in (inputs, outputs))
     if platform() != "cpu":
-        return jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO, out_sharding=batch_spec(None, outside))
+        out_spec = batch_spec(None, outside)
+        return jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO, precision=precision, out_sharding=out_spec)
     B, L, size = x_BxLxI.shape
     x_NxI = jnp.reshape(x_BxLxI, (B * L, size), out_sharding=batch_spec(inside))
-    out_NxO = jnp.einsum("ni,io->no", x_NxI, weight_IxO, out_sharding=batch_spec(outside))
+    out_NxO = jnp.einsum("ni,io->no", x_NxI, weight_IxO, precision=precision, out_sharding=batch_spec(outside))
     return jnp.reshape(out_NxO, (B, L, weight_IxO.shape[1]), out_sharding=batch_spec(None, outside))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ctxjax.models.architecture import ModelConfig, param_specs
+from ctxjax.models.linear import find_precision
 from ctxjax.models.params import ParamSpec
 from ctxjax.types import Params, bounded
 
@@ -68,7 +69,7 @@ def merged_weight(weights: dict, name: str, dtype=None) -> jax.Array:
     weight, dtype = weights[name], dtype or weights[name].dtype
     if f"{name}_lora_a" in weights:
         a, b = (weights[f"{name}_lora_{part}"].astype(jnp.float32) for part in "ab")
-        weight = weight.astype(jnp.float32) + a @ b
+        weight = weight.astype(jnp.float32) + jnp.matmul(a, b, precision=find_precision(a))
     return weight.astype(dtype)
 
 

@@ -30,6 +30,7 @@ from ctxjax.models.architecture import (
 )
 from ctxjax.models.attention import cut_prefix
 from ctxjax.models.layer import Layout, Segment, kind_of, make_rope, rms_norm, run_layer, scan_layers, segments
+from ctxjax.models.linear import find_precision
 from ctxjax.sharding import (
     all_gather_embed,
     batch_spec,
@@ -44,8 +45,29 @@ from ctxjax.types import KVCache, Params, PrefixKV
 
 def _embed(params: Params, config: ModelConfig, tokens_BxL: jax.Array) -> jax.Array:
     """Return the input of the first layer [B, L, D]."""
-    x = lookup(all_gather_embed(params["embedding"].astype(config.dtype), "vocab", "embed"), tokens_BxL)
+    x = _embedding_rows(params["embedding"], tokens_BxL, config.dtype)
     return x * config.embedding_scale if config.embedding_scale != 1 else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embedding_rows(table_VxD: jax.Array, tokens_BxL: jax.Array, dtype: str) -> jax.Array:
+    """Return rows of a table [B, L, D] in ``dtype``. The table is cast before the all-gather, which halves the traffic;
+    its gradient is summed in its own dtype: in bfloat16 a frequent token's sum would stop growing."""
+    return lookup(all_gather_embed(table_VxD.astype(dtype), "vocab", "embed"), tokens_BxL)
+
+
+def _embedding_rows_forward(table_VxD, tokens_BxL, dtype):
+    return _embedding_rows(table_VxD, tokens_BxL, dtype), (table_VxD, tokens_BxL)
+
+
+def _embedding_rows_backward(dtype, kept, d_rows_BxLxD):
+    del dtype
+    table_VxD, tokens_BxL = kept
+    _, pull_back = jax.vjp(lambda table: lookup(all_gather_embed(table, "vocab", "embed"), tokens_BxL), table_VxD)
+    return *pull_back(d_rows_BxLxD.astype(table_VxD.dtype)), None
+
+
+_embedding_rows.defvjp(_embedding_rows_forward, _embedding_rows_backward)
 
 
 def _final_norm(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -61,7 +83,10 @@ def head_weights(params: Params, config: ModelConfig) -> jax.Array:
 
 def apply_head(hidden: jax.Array, head_DxV: jax.Array) -> jax.Array:
     """Return the head's raw output [..., V] in float32. The caller decides for how many tokens at a time."""
-    return jnp.einsum("...d,dv->...v", hidden, head_DxV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...d,dv->...v", hidden, head_DxV.astype(hidden.dtype),
+        precision=find_precision(hidden), preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 def finish_logits(raw: jax.Array, config: ModelConfig) -> jax.Array:

@@ -230,7 +230,8 @@ def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchS
     cache = 2 * model.kv_heads * model.head_dim * kind // tensor * (prefix + rows * own_columns)
     decode = (tokens - 1) * (own + cache)
     count = count_passes(step.loss)
-    passes = step.micro_batches * ((2 * count["student"] + count["ema"]) * own + count["teacher"] * theirs)
+    of_teacher = count["teacher"] + count["frozen"]
+    passes = step.micro_batches * ((2 * count["student"] + count["ema"]) * own + of_teacher * theirs)
     weights, moments = buffers["trained weights"], buffers["optimiser moments"]
     return decode + passes + 2 * (weights + moments) + weights
 

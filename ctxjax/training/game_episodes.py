@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -88,8 +89,13 @@ class GameEpisodes:
         return self._assemble(step, boards, played, others, other)
 
     def examples(self, step: int) -> list[StepInputs]:
-        boards, others, _ = self._draw(step)
-        return [self._assemble(step, boards, [[] for _ in boards], others, [[] for _ in others])]
+        return [self._example]
+
+    @functools.cached_property
+    def _example(self) -> StepInputs:
+        """Inputs of the first step without responses; those of all steps have their shapes."""
+        boards, others, _ = self._draw(0)
+        return self._assemble(0, boards, [[] for _ in boards], others, [[] for _ in others])
 
     def _draw(self, step: int) -> tuple[list[Row], list[Row], Drawn]:
         """Return the boards of a step, those under other contexts, and the first turns of all."""
