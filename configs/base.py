@@ -148,7 +148,7 @@ def get_config() -> ConfigDict:
     config.loss.skip_first = 0  # the first response tokens that are not trained on
     config.loss.masked_ids = ()  # token ids that are not trained on
     config.loss.drop_truncated = False  # do not train on responses truncated at the length limit
-    config.loss.teacher = "frozen"  # or "ema": the moving average of the student
+    config.loss.teacher = "frozen"  # or "ema", as the target of distillation alone: the moving average of the student
     config.loss.ema_decay = 0.99  # decay per step of that average and of the "ema" anchor
     config.loss.on_policy_fraction = 1.0  # probability of a step on the student's samples; else on the teacher's
     config.loss.off_policy_steps = 0  # first steps, on the teacher's samples

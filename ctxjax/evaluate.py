@@ -51,6 +51,8 @@ def main(
 def apply_flags(config: ConfigDict, model: str | None, task: str | None, context: str | None) -> None:
     """Copy the command's flags into the configuration. Raises ValueError if the task takes no context."""
     if model is not None:
+        if config.model.path not in ("", model):  # of a run's config.json: the adapter was for that model
+            config.lora.update({"init": "", "rank": 0})
         config.model.path = model
     if not config.model.path:
         raise ValueError("--model is missing; give the folder or the Hub id of a model")

@@ -4,6 +4,7 @@ import errno
 import os
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import orbax.checkpoint as ocp
@@ -56,6 +57,17 @@ def test_restore_returns_the_saved_state_and_record(saved):
     found, record = restore(*saved)
     assert are_equal(found, make_state(saved[1], 2))
     assert record == {"data_position": 2, "manifest": {"commit": "abc"}}
+
+
+def test_a_save_does_not_count_as_a_question_for_a_preemption(saved, monkeypatch):
+    """JAX stops all processes at a number that none has asked for yet (host/preemption.py counts them)."""
+    folder, mesh = saved
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    checkpoints = Checkpoints(folder, 2, {})
+    checkpoints.save(make_state(mesh, 3), 3, {})
+    checkpoints.close()
+    assert asked == [] and saved_steps(folder)[-1] == 3
 
 
 def test_restore_returns_none_before_the_first_save(tmp_path, mesh):

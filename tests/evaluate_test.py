@@ -128,6 +128,16 @@ def test_an_adapter_to_start_from_is_evaluated_too(folder, questions, tmp_path):
     assert [item["text"] for item in adapted.items] != [item["text"] for item in plain.items]
 
 
+def test_a_runs_adapter_to_start_from_is_not_added_to_another_model():
+    config = base.get_config()
+    config.model.path = "base"
+    config.lora.update({"init": "adapter", "rank": 3})
+    evaluate.apply_flags(config, "base", None, None)
+    assert (config.lora.init, config.lora.rank) == ("adapter", 3)
+    evaluate.apply_flags(config, "merged", None, None)
+    assert (config.model.path, config.lora.init, config.lora.rank) == ("merged", "", 0)
+
+
 @pytest.mark.parametrize("run", [lambda c, p: evaluate.evaluate(c, "test"), lambda c, p: extract.extract(c, p)])
 def test_commands_of_one_process_say_so(run, folder, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)

@@ -115,7 +115,7 @@ try:
             print("step", step, flush=True)
             print("bar", file=sys.stderr)
             time.sleep(0.1)
-            if preemption.reached(step):
+            if preemption.is_due():
                 open({saved!r}, "w").close()
                 print("saved", flush=True)
                 raise preemption.Preempted

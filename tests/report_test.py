@@ -531,7 +531,7 @@ def test_a_harm_that_is_not_decided_has_a_word_of_its_own(workdir: pathlib.Path)
 def test_a_base_that_obeyed_no_other_context_is_told_from_one_that_was_not_measured() -> None:
     arm = metrics_of(1.0, 1.0, 0.0, 0.0)
     text = verdict({"base": metrics_of(0.0, 1.0, None, 0.0), "a": arm}).striptags().replace("\u00a0", " ")
-    kept = "the base obeyed other contexts no more than if it ignored them, so there was nothing to keep"
+    kept = "the base hardly obeyed other contexts more than if it ignored them, so there was nothing to keep"
     assert f"{kept} (0.0 %, base 0.0 %)" in text
     assert "is not" not in text.replace("is not shown", "")
     base = metrics_of(0.0, 1.0, None, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -259,6 +260,9 @@ def test_a_question_keeps_the_context_that_it_was_written_for(tmp_path, monkeypa
     task = SelfStudy(config.task_config)
     rows = [row for split in ("train", "dev", "test") for row in task.rows(split) if not row.earlier]
     assert len({row.context for row in rows}) == 2 and all(about[row.question] in row.context for row in rows)
+    without = make(tmp_path, **SMALL, **{"self_study.context": "", "self_study.path": str(path)}).task_config
+    alone = SelfStudy(dataclasses.replace(without, required=False))
+    assert {row.context for row in alone.rows("test")} == {None}
     changes["self_study.context_files"] = (files[0], str(tmp_path / "c.txt"))
     (tmp_path / "c.txt").write_text("Another text with another capital.")
     with pytest.raises(ValueError, match="line .* was written for another context .*; give self_study.context_fi"):

@@ -175,7 +175,11 @@ def check_numbers(folder: Folder, one: Evaluated, check: Check) -> None:
     stored = _read_stored(folder, one, check)
     items = folder.rows(f"{one.folder}/items.jsonl")
     resamples = folder.config["eval"]["bootstrap"]
-    ignored = _grade_ignored(folder, one, items) if stored and "obedience_floor" in stored["metrics"] else None
+    ignored = None
+    if stored and "obedience_floor" in stored["metrics"]:
+        ignored = _grade_ignored(folder, one, items)
+        if ignored is None:
+            check.unchecked.append("the floor of obedience, since the task or its rows are not here")
     expected = numbers.recompute(items, _grade_defaults(folder, one, items), resamples, ignored)
     sources = [] if stored is None else [(f"{one.folder}/evaluation.json", stored["metrics"])]
     if one.results is not None:

@@ -14,7 +14,7 @@ from ctxjax.data.task import Row
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation.episodes import Episode, single_turn_episodes
 from ctxjax.evaluation.player import Player, pad_responses
-from ctxjax.evaluation.split import Split
+from ctxjax.evaluation.split import Split, have_same_questions
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder
 from ctxjax.types import Params, Prompts, Rollout
@@ -58,10 +58,8 @@ class Questions:
     def prompts(self, answers: Answers) -> tuple[Prompts, Prompts, Prompts]:
         split, view = self._split, _control_view(self._split)
         control = self._prompts[view]
-        if any(own.question != row.question for own, (_, row) in zip(split.rows[view], answers.turns)):
-            control = _read(
-                answers, view, split, self._folder, self._prompt
-            )  # other contexts with questions of their own
+        if not have_same_questions(split.rows[view], [row for _, row in answers.turns]):
+            control = _read(answers, view, split, self._folder, self._prompt)
         return self._prompts["bare"], self._prompts["context"], control
 
 

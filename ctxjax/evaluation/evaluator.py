@@ -24,7 +24,7 @@ from ctxjax.evaluation.answers import Answers, Asker, Games, Questions
 from ctxjax.evaluation.episodes import grade_episodes
 from ctxjax.evaluation.meters import Meters
 from ctxjax.evaluation.outcomes import Comparison, Outcomes
-from ctxjax.evaluation.split import Split, share_shapes
+from ctxjax.evaluation.split import Split, have_same_questions, share_shapes
 from ctxjax.host import progress
 from ctxjax.host.checksum import compute_checksums, compute_digest
 from ctxjax.host.workdir import write_json, write_text
@@ -174,8 +174,7 @@ class Evaluator:
         """Return {"ignored": the bare responses graded as if they were those under the other contexts}; {} for games,
         and where other contexts have other questions."""
         others = self._rows["other"] if "other" in outcomes else []
-        same_questions = [row.question for row in others] == [row.question for row in self._rows["bare"]]
-        if not others or not same_questions or isinstance(self._task, GameTask):
+        if not have_same_questions(self._rows["bare"], others) or isinstance(self._task, GameTask):
             return {}
         bare, texts = outcomes["bare"], (item["text"] for item in items if item["view"] == "bare")
         same = [grade_response(self._task, text, others[i // bare.samples]).correct for i, text in enumerate(texts)]

@@ -51,7 +51,7 @@ class Metric:
     def is_selectable(self) -> bool:
         """Whether ``eval.select`` can name it: its value is one number of one model."""
         one_number = self.unit in ("share", "points", "change", "nats", "tokens", "turns", "p-value")
-        return self.compute is not None and one_number and "learning" not in self.needs
+        return self.compute is not None and one_number and not {"learning", "ignored"} & {*self.needs}
 
 
 def _metrics_of_view(suffix: str, view: str, condition: str) -> tuple[Metric, ...]:

@@ -67,7 +67,7 @@ def mean_value(values: Sequence[float], variances: Sequence[float], bounds: tupl
     """Return the mean over runs of any value and its 95 % interval for other seeds.
 
     ``variances``: of each value, by drawing other questions. ``bounds``: what the value may be; the interval ends
-    there. It is None for fewer than two runs, and if nothing varies.
+    there. The interval is None for fewer than two runs, and if nothing varies.
     """
     if not len(values):
         return Rate(None, None)

@@ -81,3 +81,8 @@ def share_shapes(splits: list[Split]) -> list[Split]:
 
 def _raise_if_near(size: int, largest: int) -> int:
     return largest if largest <= SLACK * size else size
+
+
+def have_same_questions(rows: list[Row], others: list[Row]) -> bool:
+    """Whether the rows of two views ask the same; other contexts may have questions of their own."""
+    return [row.question for row in rows] == [row.question for row in others]

@@ -128,26 +128,29 @@ class Extractor:
         extract.limit tokens.
         """
         extract = self._config.extract
-        train = self._keep_fitting("train", None, 0, self._rollout.max_tokens, "rollout.max_tokens")
-        room = extract.limit + self._judged.max_tokens
-        dev = self._keep_fitting("dev", PROBE, extract.limit, room, "extract.limit + rollout.max_tokens")
+        train = self._keep_fitting("train", None, 0, self._rollout.max_tokens)
+        dev = self._keep_fitting("dev", PROBE, extract.limit, self._judged.max_tokens)
         selection.check_sizes(extract.candidates, len(dev), extract.budget)
         selection.check_level(len(dev), extract.level)
         return train, dev
 
-    def _keep_fitting(self, split: str, context: str | None, lessons: int, room: int, field: str) -> list[Row]:
-        """Return the rows that keep the limits with ``lessons`` more tokens of context than ``context`` has. ``room``:
-        tokens, of the name ``field``, that the model needs after a prompt."""
+    def _keep_fitting(self, split: str, context: str | None, lessons: int, most: int) -> list[Row]:
+        """Return the rows that keep the limits with ``lessons`` more tokens of context than ``context`` has. ``most``:
+        tokens of a response."""
         rows = [row._replace(context=None) for row in self._task.rows(split)]
         longest = longest_turns(self._task, rows)
         full = self._encode([row._replace(context=context) for row in longest])
-        views = {"bare": self._encode(longest), "context": [[0] * lessons + ids for ids in full]}
+        views = {"bare": self._encode(longest), "context": [ids[:1] * lessons + ids for ids in full]}
         try:
             kept = prompts_lib.keep_fitting_rows(rows, views, self._prompt)
+            self._folder.check_prompts([views["context"][index] for index in kept], most)
         except ValueError as error:
-            why = f"{error}; extract.limit = {lessons} tokens of lessons are part of it" if lessons else str(error)
+            why = (
+                f"{error}; extract.limit = {lessons} tokens of lessons are part of the prompt"
+                if lessons
+                else str(error)
+            )
             raise ValueError(why) from None
-        self._folder.check_prompts([full[index] for index in kept], room, field)
         return [rows[index] for index in kept]
 
     def _encode(self, rows: list[Row]) -> list[list[int]]:

@@ -70,7 +70,7 @@ def is_due() -> bool:
 
 
 def raise_if_requested() -> None:
-    """Raise Preempted if a signal has come: for work inside ``training`` that can be given up, as an evaluation."""
+    """Raise Preempted if a signal has come: for work that can be given up, as an evaluation."""
     if is_due():
         raise Preempted
 

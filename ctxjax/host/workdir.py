@@ -155,7 +155,8 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
                 "then, and now:\n  " + "\n  ".join(different)
             )
         kept = ("started", "command", "device", "commit", "versions", "resumed", "record")
-        start = {name: before.get(name) for name in kept} | {"run_arms": before["config"]["run_arms"]}
+        start = {name: before.get(name) for name in kept}
+        start |= {name: before["config"].get(name) for name in ("run_arms", "alarms")}
         manifest["earlier_starts"] = [*before.get("earlier_starts", []), start]
     workdir.mkdir(parents=True, exist_ok=True)
     processes.wait("workdir read")

@@ -137,8 +137,9 @@ class Alarms:
             if f"alarm/{name}" in row and self._in_a_row[name] >= self._config.patience:
                 raise StopRun(
                     f"{self._describe(name, step, row)}. This ends the run, since alarms.stop names {name!r}, after "
-                    f"alarms.patience = {self._config.patience} in a row; its files and checkpoints are kept. The same "
-                    f'command goes on with --config.alarms.stop="()", or without {self._arm} in --config.run_arms',
+                    f"alarms.patience = {self._config.patience} in a row; its files and checkpoints are kept. A "
+                    'training goes on with --config.alarms.stop="()" or, if it has other arms, without '
+                    f"{self._arm} in --config.run_arms",
                     name,
                     step,
                 )

@@ -207,8 +207,10 @@ def _obedience_clause(row: dict, base: dict | None, level: str) -> Markup:
     if value is None:
         return Markup("")
     not_judged = "its accuracy under other contexts is known, the base's is not"
-    if obeyed is not None:
-        not_judged = "the base obeyed other contexts no more than if it ignored them, so there was nothing to keep"
+    if _above_floor(row) is None:
+        not_judged = "ignoring other contexts would score as much"
+    elif obeyed is not None:
+        not_judged = "the base hardly obeyed other contexts more than if it ignored them, so there was nothing to keep"
     claim = {
         "good": "it still obeys other contexts",
         "mid": "it obeys other contexts only in part",

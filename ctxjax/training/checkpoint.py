@@ -51,6 +51,12 @@ def best_step(scores: Mapping[int, float]) -> int | None:
     return max(scores, key=rank, default=None)
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never ask JAX, which would take the step for a number of host/preemption.py, and stop at none of those."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one arm: the ``keep`` latest, and the best one by ``scores``.
 
@@ -63,7 +69,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(keep, scores), cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "run"))
+        self._manager = _Manager(self._folder, options=options, item_names=("state", "run"))
 
     @property
     def latest_step(self) -> int | None:

@@ -119,10 +119,10 @@ def name_context(text: str) -> str:
 
 
 def _find_context(contexts: dict[str, str], record: Record) -> str | None:
-    """Return the one of several contexts that the question was written for; None if it does not say so, or if there is
-    only one."""
+    """Return the one of several contexts that the question was written for; None if it does not say so, or if there are
+    no several."""
     name = record.value.get("context")
-    if name is None or len(contexts) == 1:
+    if name is None or len(contexts) < 2:
         return None
     if name not in contexts:
         raise ValueError(
