@@ -117,10 +117,10 @@ def compare(
     """Return KL(q_x || q_c) in nats, [n, T], hidden-state cosines, each [N+1, n, T], and linear CKA, each [N+1], along
     the same responses.
 
-    "cosine" is between the bare and the context view, "control" between the bare view and one under the
-    context of the control. "centred" is "cosine" after subtracting each view's mean state over all n responses, since raw cosines are
-    high everywhere. CKA compares how the states of all response tokens lie to each other, "context" in the bare and the
-    context view, "control" in the bare view and under the context of the control. The batches run twice, through one compiled
+    "cosine" is between the bare and the context view, "control" between the bare view and one under the context of
+    the control. "centred" is "cosine" after subtracting each view's mean state over all n responses, since raw cosines
+    are high everywhere. CKA compares how the states of all response tokens lie to each other, "context" in the bare and
+    the context view, "control" in the bare view and that of the control. The batches run twice, through one compiled
     program: first for these means.
     """
     width = model.width

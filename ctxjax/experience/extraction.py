@@ -145,12 +145,8 @@ class Extractor:
             kept = prompts_lib.keep_fitting_rows(rows, views, self._prompt)
             self._folder.check_prompts([views["context"][index] for index in kept], most)
         except ValueError as error:
-            why = (
-                f"{error}; extract.limit = {lessons} tokens of lessons are part of the prompt"
-                if lessons
-                else str(error)
-            )
-            raise ValueError(why) from None
+            why = f"; extract.limit = {lessons} tokens of lessons are part of the prompt" if lessons else ""
+            raise ValueError(f"{error}{why}") from None
         return [rows[index] for index in kept]
 
     def _encode(self, rows: list[Row]) -> list[list[int]]:
