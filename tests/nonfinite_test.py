@@ -45,8 +45,9 @@ def test_each_view_is_written_with_its_own_prompts_responses_and_losses(
     monkeypatch.setattr(nonfinite, "rollout_step", sample)
     monkeypatch.setattr(nonfinite, "_compute_row_losses", losses)
     inputs = StepInputs(batch, rollout, other_rollout)
-    path = nonfinite.save_rows(tmp_path, state, None, inputs, "config", 7, tokenizer)
-    assert path == tmp_path / "not_finite_step_8.jsonl" and sampled == [("config", None)]
+    config = StepConfig(None, None, None, LossConfig(), None)
+    path = nonfinite.save_rows(tmp_path, state, None, inputs, config, 7, tokenizer)
+    assert path == tmp_path / "not_finite_step_8.jsonl" and sampled == [(config, None)]
     views = [("bare", bare, context, rollout)] + [("other", other, other, other_rollout)] * retains
     assert len(measured) == len(views)
     for found, (_, student, teacher, _) in zip(measured, views):
@@ -80,3 +81,19 @@ def test_rows_are_compared_with_the_teacher_of_the_step(teacher, tiny_model, mak
     score = nonfinite._compute_row_losses.__wrapped__
     score(state, frozen, make_prompts(0, 4, 5), make_prompts(1, 4, 8), make_rollout(3, 4, 7), config)
     assert found[0]["w"][0] == (2 if teacher == "ema" else 3)
+
+
+def test_rows_of_retention_are_compared_with_the_frozen_teacher(tiny_model, make_prompts, tmp_path, monkeypatch):
+    found = {}
+
+    def make_rows(view, *given):
+        found[view] = given[-2].loss.teacher
+        return []
+
+    monkeypatch.setattr(nonfinite, "_make_rows", make_rows)
+    monkeypatch.setattr(nonfinite, "rollout_step", lambda state, frozen, batch, config, *rollouts: rollouts)
+    batch = Batch(make_prompts(0, 4, 5), make_prompts(1, 4, 8), make_prompts(2, 2, 6), np.arange(4, dtype=np.int32))
+    config = StepConfig(tiny_model, tiny_model, None, LossConfig(teacher="ema", mu=1.0), None)
+    state = TrainState(np.int32(9), {"w": np.ones(2)}, (), jax.random.key(0), {"w": np.ones(2)})
+    nonfinite.save_rows(tmp_path, state, Frozen({}, None, None), StepInputs(batch, None, None), config, 3, None)
+    assert found == {"bare": "ema", "other": "frozen"}

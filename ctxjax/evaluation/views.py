@@ -16,6 +16,7 @@ from ctxjax.distill.objective import Networks, WeightedBatch
 from ctxjax.host import progress
 from ctxjax.inputs import decoding
 from ctxjax.models import transformer
+from ctxjax.models.linear import find_precision
 from ctxjax.models.transformer import ModelConfig, finish_logits, head_weights
 from ctxjax.types import Batch, Params, Prompts, Rollout
 
@@ -43,9 +44,11 @@ def _compare(
         return jnp.sum(jnp.where(rollout.mask_BxT[..., None], x_BxTxD, 0.0), axis=(0, 1))
 
     def products(*states):
-        features = [jnp.where(rollout.mask_BxT[..., None], state, 0.0) @ directions_DxK for state in states]
+        exact = {"precision": find_precision(directions_DxK)}
+        masked = (jnp.where(rollout.mask_BxT[..., None], state, 0.0) for state in states)
+        features = [jnp.matmul(state, directions_DxK, **exact) for state in masked]
         pairs = {name: (features[one], features[other]) for name, (one, other) in _PRODUCTS.items()}
-        return {name: jnp.einsum("btk,btl->kl", *pair, out_sharding=jax.P()) for name, pair in pairs.items()}
+        return {name: jnp.einsum("btk,btl->kl", *pair, out_sharding=jax.P(), **exact) for name, pair in pairs.items()}
 
     def summarise(x_bare, x_context, x_control, mean_3xD):
         states = ((bare, x_bare), (context, x_context), (control, x_control))
