@@ -172,7 +172,7 @@ def test_an_evaluation_decodes_as_eval_says_and_its_distillation_loss_as_the_rol
     assert found.weights == checksum.compute_checksums(STUDENT)
     ((measured, resamples),) = computed
     assert resamples == 77 and found.metrics == {"n": 8}
-    assert measured.keys() == {"bare", "context", "empty", "other", "comparison", "distill"}
+    assert measured.keys() == {"bare", "context", "empty", "other", "ignored", "comparison", "distill"}
     assert all(measured[view] is found.outcomes[view] for view in found.outcomes)
     decodes = [call for call in calls if call[0] == "decode"]
     settings_of = [(s.temperature, s.top_k, s.top_p, s.samples, s.max_tokens) for _, _, s, *_ in decodes]
@@ -426,7 +426,7 @@ def test_the_summary_is_in_seconds_and_gibibytes(monkeypatch, capsys):
 def test_a_run_prints_how_many_rows_each_split_lost(folder, monkeypatch, tmp_path, mesh, capsys):
     config = settings(folder, **{"prompt.max_bare_tokens": 200, "prompt.overlong": "drop", "run_arms": ("opcd",)})
     dropped = {"dev": 3, "test": 5}
-    lost = [SimpleNamespace(dropped=count) for count in dropped.values()]
+    lost = [SimpleNamespace(dropped=count, measurable={"both_correct"}) for count in dropped.values()]
     monkeypatch.setattr(
         run_lib.Evaluator, "of_splits", lambda config, task, names, *_: lost if names == tuple(dropped) else 0
     )
@@ -505,7 +505,7 @@ def test_the_teachers_samples_are_of_the_questions_of_their_steps(folder, monkey
 
 def test_an_arm_steps_evaluates_and_saves_in_turn(folder, monkeypatch, tmp_path, mesh):
     made = make_arm(folder, monkeypatch, tmp_path, mesh, **{"train.steps": 5, "train.save_every": 3, "eval.every": 2})
-    arm, done, seconds = made.arm, [], {}
+    arm, done, seconds, kept = made.arm, [], {}, made.arm._shared.record
 
     def note(name: str):
         return lambda *given: done.append((name, *given))
@@ -535,8 +535,8 @@ def test_an_arm_steps_evaluates_and_saves_in_turn(folder, monkeypatch, tmp_path,
     assert [own for own in done if own[0] in ("write", "step", "evaluate", "save")] == [
         ("write", 0, {"dev/acc_x": 0.25}), ("step", 1, {"loss": 0.0}), ("step", 2, {"loss": 1.0}),
         ("evaluate", 2, 2, "dev"),
-        ("step", 3, {"loss": 2.0}), ("save", 3, 3, {"config": {}, "data_position": 3}), ("step", 4, {"loss": 3.0}),
-        ("evaluate", 4, 4, "dev"), ("step", 5, {"loss": 4.0}), ("save", 5, 5, {"config": {}, "data_position": 5}),
+        ("step", 3, {"loss": 2.0}), ("save", 3, 3, kept | {"data_position": 3}), ("step", 4, {"loss": 3.0}),
+        ("evaluate", 4, 4, "dev"), ("step", 5, {"loss": 4.0}), ("save", 5, 5, kept | {"data_position": 5}),
     ]  # fmt: skip
     saves = [place for place, own in enumerate(done) if own[0] == "save"]
     assert all(done[place - 2 : place] == [("sync",), ("fed",)] for place in saves)

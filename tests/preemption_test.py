@@ -12,6 +12,7 @@ from ctxjax.host import preemption
 
 BEGIN = """
 import os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 from ctxjax.host import preemption
 preemption.listen()
 term = lambda: os.kill(os.getpid(), signal.{signal})
@@ -105,7 +106,8 @@ def test_the_process_ends_as_it_should(name, signal, code):
 
 
 TERMINAL = """
-import fcntl, sys, termios, time
+import fcntl, signal, sys, termios, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from ctxjax.host import preemption
 preemption.listen()

@@ -175,7 +175,9 @@ def test_processes_with_different_commits_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_all_gather", gather)
     monkeypatch.setattr(api.workdir_lib, "_find_commit", lambda package: "aaaa")
     monkeypatch.setattr("ctxjax.training.run.run", lambda *given: {})
-    with pytest.raises(ValueError, match="the same command, code and packages.*\n  commit: 'aaaa' in 0; 'bbbb' in 1$"):
+    with pytest.raises(
+        ValueError, match="the same command, code, packages and files.*\n  commit: 'aaaa' in 0; 'bbbb' in 1$"
+    ):
         api.start_run(tiny.get_config(), tmp_path / "run", "auto")
 
 
