@@ -9,10 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 _INPUT = "layer_input"
 
-# Name -> a policy of jax.checkpoint, None: keep everything but gathered weights. "full" keeps only a layer's input:
-# least memory, a third more arithmetic. "dots" also keeps the results of products with weights, nine tenths of the
-# arithmetic. "offload" keeps the input in pinned host memory: less memory on the device, but every input is copied to
-# the host and back.
+# Name -> a policy of jax.checkpoint, None: keep everything. "full" keeps only a layer's input: least memory, a third
+# more arithmetic. "dots" also keeps the results of products with weights, nine tenths of the arithmetic. "offload"
+# keeps the input in pinned host memory: less memory on the device, but every input is copied to the host and back.
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -26,22 +25,13 @@ POLICIES = {
 }
 
 
-def _is_no_gathered_weight(primitive, *_, **__) -> bool:
-    """A policy of jax.checkpoint: keep all but what sharding.all_gather_embed gives, which the backward pass gathers
-    again. Of all layers together it would be the whole model on every device."""
-    return primitive.name != "reshard"
-
-
 def remat(layer: Callable, name: str) -> Callable:
     """Return ``layer(x, weights)``, the body of a scan over layers, under the policy of this name."""
-    policy = POLICIES[name]
-    if policy is None:
-        if jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
-            return layer
-        policy = _is_no_gathered_weight
+    if POLICIES[name] is None:
+        return layer
 
     def named(x, weights):
         return layer(checkpoint_name(x, _INPUT), weights)
 
     # Inside a scan, XLA cannot merge a layer with its recomputation; the barriers that prevent it would cost memory.
-    return jax.checkpoint(named, policy=policy, prevent_cse=False)
+    return jax.checkpoint(named, policy=POLICIES[name], prevent_cse=False)
