@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
     # kernel that cannot run the model is an error. Short passes take the reference path. Speed: benchmarks/README.md
     # (accelerator.py); what was checked: ctxjax/models/kernels.py.
     config.model.attention = "auto"
-    # What each layer stores for the backward pass; the rest is recomputed. "none": everything is stored; "dots":
-    # products with weights; "full": only the layer's input, for a third more arithmetic; "offload": the layer's input,
-    # in host memory.
+    # What each layer stores for the backward pass; the rest is recomputed. "none": everything is stored, with
+    # mesh.fsdp > 1 the gathered weights of all layers, too; "dots": products with weights; "full": only the layer's
+    # input, for a third more arithmetic; "offload": the layer's input, in host memory.
     config.model.remat = "none"
 
     # A separate frozen teacher, often larger. It reads the student's prompts, so the tokenizers must be the same.

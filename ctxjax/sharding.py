@@ -95,7 +95,8 @@ def weight_spec(axes: tuple[str | None, ...]) -> P:
 def all_gather_embed(weight: jax.Array, *axes: str | None) -> jax.Array:
     """All-gather a weight along ``embed`` for a matrix product; its other axes stay sharded.
 
-    Call it on one layer's weights inside the scan over layers, so that at most one layer is gathered at a time.
+    Call it on one layer's weights inside the scan over layers, so that at most one layer is gathered at a time. With
+    model.remat = "none" a pass that is differentiated keeps them all for its backward pass.
     """
     return jax.reshard(weight, P(*(None if axis in (None, "embed") else WEIGHT_RULES[axis] for axis in axes)))
 
