@@ -121,8 +121,15 @@ def test_the_readme_is_read_in_five_minutes():
     assert len(text.splitlines()) <= 130
     for marker in ("# install", "# run the tests", "# run it"):
         assert sum(marker in line for line in text.splitlines()) == 1, marker
-    order = ["harm_obedience.svg", "## Two commands", "## What you should see", "## Your prompt, your model, your questions"]
-    order += ["## Results", "## Compared with others", "## Hardware", "## Map", "## Citation"]
+    order = ["harm_obedience.svg", "## Two commands", "## What you should see"]
+    order += [
+        "## Your prompt, your model, your questions",
+        "## Results",
+        "## Compared with others",
+        "## Hardware",
+        "## Map",
+        "## Citation",
+    ]
     assert [text.count(part) for part in order] == [1] * len(order)
     assert sorted(order, key=text.index) == order
 
