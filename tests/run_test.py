@@ -247,22 +247,24 @@ def test_the_checkpoint_that_is_best_on_dev_is_kept_and_evaluated_too(finished, 
     assert "opcd, step 2, best on dev" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("select", ["accuracy", "--harm", "n"])
-def test_an_unknown_metric_to_select_by_is_refused_before_inputs_are_opened(select, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "open_inputs", None)
-    config = make_config(cache)
-    config.eval.select = select
-    with pytest.raises(ValueError, match=f"eval.select = '{select}' is not a metric; choose from .*, -harm, "):
-        run_once(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+UNKNOWN, OF_THIS_TASK = "is not a metric; choose from .*, -harm, ", "is not a metric of this task; choose from .*-harm"
 
 
-@pytest.mark.parametrize("select", ["turns_x", "random_moves"])
-def test_a_metric_that_the_task_never_has_is_refused_before_the_base_is_evaluated(select, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_evaluate_untrained", None)
+@pytest.mark.parametrize(
+    ("select", "stage", "message"),
+    [
+        *((select, "open_inputs", UNKNOWN) for select in ("accuracy", "--harm", "n")),
+        *((select, "_evaluate_untrained", OF_THIS_TASK) for select in ("turns_x", "random_moves")),
+    ],
+)
+def test_a_metric_to_select_by_that_the_run_never_has_is_refused_early(
+    select, stage, message, cache, tmp_path, monkeypatch
+):
+    """``stage``: what has not begun by then."""
+    monkeypatch.setattr(run, stage, None)
     config = make_config(cache)
     config.eval.select = select
-    with pytest.raises(ValueError, match=f"eval.select = '{select}' is not a metric of this task; choose from .*-harm"):
+    with pytest.raises(ValueError, match=f"eval.select = '{select}' {message}"):
         run_once(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -29,7 +29,7 @@ class Metric:
     needs       what ``compute`` takes, by name (see ``compute_metrics``); without one of them the metric is left out
     compute     returns a Rate (KEY and KEY_ci in results.json), another value, or None if the metric is not defined
     better      "higher", "lower" or None
-    responses   ONE or SEVERAL if it has a value only with so many responses to a question (``eval.samples``)
+    responses   ONE or SEVERAL: the responses to a question (``eval.samples``) that it needs; None: any number
     table       which table has its column: "results" (console, model card, page) or "checks" (page)
     compare     for a metric of two arms, instead of ``compute``: takes the outcomes by view of an arm and of the first
                 arm, and a number of resamples; returns [difference, low, high] or None, low and high may be None. Its
@@ -287,8 +287,7 @@ def compute_metrics(measured: Mapping[str, Any], resamples: int) -> dict[str, An
     the default answers, and "ignored" graded as if they were under the other contexts; "comparison" is the Comparison
     of the bare and the context view; "distill" the held-out distillation loss in nats per token; "trace_gap" and
     "drift" the meters of these names; "learning" an arm's Learning; "boards" what the boards of a game are worth
-    (data.boards.measure_boards). ``resamples``: of bootstrap
-    intervals.
+    (data.boards.measure_boards). ``resamples``: of bootstrap intervals.
     """
     result, measured = {}, {**measured, "resamples": resamples}
     for metric in METRICS:

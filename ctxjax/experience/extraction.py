@@ -91,7 +91,8 @@ class Extractor:
     ):
         self._config, self._task, self._folder, self._journal, self._first = config, task, folder, journal, first
         self._batch, self._key = config.eval.batch_size, jax.random.key(config.extract.seed)
-        # With and without lessons the model is asked alike: what a teacher alone is told would be taken for their gain.
+        # The model is asked in the same way with lessons and without. The teacher's own settings are for prompts with
+        # a context only, so their effect would look like that of the lessons.
         self._prompt = dataclasses.replace(config.prompt, teacher_thinking=None, teacher_keywords=())
         self._reader = Player(_OneTurn(), folder, self._prompt, self._batch, mesh)
         self._player = self._reader
@@ -139,8 +140,10 @@ class Extractor:
         tokens of a response."""
         rows = [row._replace(context=None) for row in self._task.rows(split)]
         longest = longest_turns(self._task, rows)
-        full = self._encode([row._replace(context=context) for row in longest])
-        views = {"bare": self._encode(longest), "context": [ids[:1] * lessons + ids for ids in full]}
+        bare = full = self._encode(longest)
+        if context is not None:
+            full = self._encode([row._replace(context=context) for row in longest])
+        views = {"bare": bare, "context": [ids[:1] * lessons + ids for ids in full]}
         try:
             kept = prompts_lib.keep_fitting_rows(rows, views, self._prompt)
             self._folder.check_prompts([views["context"][index] for index in kept], most)

@@ -80,11 +80,11 @@ class SelfStudy(FileTask):
             earlier = _read_earlier(reader, record) if reference else None
             if earlier is not None:
                 row = Row("", texts[0], None, reference, earlier=earlier)
-                split, context = assign_split(row), _find_context(contexts, record)
+                row_id, split, context = make_id(row), assign_split(row), _find_context(contexts, record)
                 if split:
-                    self._about[make_id(row)] = str(record.value.get("about") or "")
+                    self._about[row_id] = str(record.value.get("about") or "")
                     new = graders.find_new_words(reference, row.question)
-                    yield split, make_id(row), Question(row.conversation, row.question, new, context, earlier)
+                    yield split, row_id, Question(row.conversation, row.question, new, context, earlier)
 
     def rows_under(self, row: Row, context: str) -> list[Row]:
         """Return the conversation's first question under another context, which has not been obeyed in a reply yet."""
@@ -119,8 +119,8 @@ def name_context(text: str) -> str:
 
 
 def _find_context(contexts: dict[str, str], record: Record) -> str | None:
-    """Return the one of several contexts that the question was written for; None if it does not say so, or if there are
-    no several."""
+    """Return the one of several contexts that the question was written for; None if it does not say so, or if there is
+    at most one."""
     name = record.value.get("context")
     if name is None or len(contexts) < 2:
         return None
