@@ -40,6 +40,20 @@ def test_a_limit_that_no_row_reaches_pads_no_evaluation(tokenizer, world, mesh):
     assert limited.columns == free.columns and max(free.columns.values()) < 24
 
 
+def test_long_contexts_do_not_pad_the_prompts_without_one(tokenizer, world, mesh, monkeypatch):
+    def columns(repeats: int) -> tuple[int, int]:
+        monkeypatch.setattr(world, "other_contexts", lambda split: [table * repeats, swapped * repeats])
+        found = Split.of(config, world, "dev", SimpleNamespace(tokenizer=tokenizer, pad_id=0), mesh).columns
+        return found["empty"], found["other"]
+
+    config = config_lib.experiment(tiny.get_config(), 1)
+    table, swapped = "a>b;b>c;c>d;d>e;e>f;f>a;", "a>c;b>a;c>b;d>f;e>d;f>e;"
+    empty, other = columns(1)
+    assert empty == other  # short: one program serves both
+    empty, other = columns(20)
+    assert empty < other / 2  # not one length, of which most is padding in the view without a context
+
+
 def test_lengths_are_rounded_up_to_one_of_eight_between_powers_of_two():
     rounded = {n: shapes.round_columns(n) for n in range(1, 5000)}
     assert [rounded[n] for n in (1, 10, 18, 33, 67, 1000, 3998)] == [1, 10, 18, 36, 72, 1024, 4096]

@@ -16,6 +16,7 @@ from ctxjax.inputs.model_folder import ModelFolder
 # Two splits are padded to the same shapes if that costs the smaller at most 25 %: one compiled program serves both,
 # and compiling takes longer than reading a few more columns or rows.
 SLACK = 1.25
+SHORT = 64  # columns that are read faster than another program is compiled, whatever share of them is padding
 
 
 class Split(NamedTuple):
@@ -59,9 +60,11 @@ class Split(NamedTuple):
         further = {} if longest is tokens else longest
         prefixes = {v: prompts_lib.choose_shared_prefix(lists + further.get(v, [])) for v, lists in tokens.items()}
         columns = {view: shape.columns for view, shape in shapes_lib.find_shapes(longest, prefixes).items()}
-        # Views with a context block and no shared prefix get one length: one compiled program decodes them all.
+        # Views with a context block and no shared prefix get one length if that costs little: one compiled program
+        # decodes them all.
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
-        columns |= dict.fromkeys(blocks, max((columns[view] for view in blocks), default=0))
+        most = max((columns[view] for view in blocks), default=0)
+        columns |= {view: most if most <= SHORT else _raise_if_near(columns[view], most) for view in blocks}
         batch = decoding.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
         return cls(task, rows, tokens, prefixes, columns, opened, batch, encoded.dropped, longest, name)
 
