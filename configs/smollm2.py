@@ -16,15 +16,16 @@ from ml_collections import ConfigDict
 from ctxjax.configs import base
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-STEPS = 90  # about 15 s each on two cores
+STEPS = 60  # about 15 s each on two cores
 # Ways to get facts in, and to keep the document readable meanwhile; run_arms chooses. ``warm``: the first half of the
-# steps on the teacher's samples, since a student seldom says what it does not know yet.
-WARM = {"off_policy_steps": STEPS // 2}
+# steps by the forward KL on the teacher's samples, since a student seldom says what it does not know yet.
+WARM = {"off_policy_steps": STEPS // 2, "off_policy_divergence": "forward_kl"}
 ARMS = {
     "opcd_warm": WARM | {"beta": 0.0, "mu": 0.0},
     "opcd_warm_anchored": WARM | {"beta": 0.5, "mu": 0.0},
     "opcd_warm_handover": WARM | {"beta": 0.5, "mu": 0.0, "anchor": "handover"},
     "opcd_warm_retained": WARM | {"beta": 0.5, "mu": 1.0, "anchor": "handover"},
+    "opcd_warm_retention_alone": WARM | {"beta": 0.0, "mu": 1.0},
     "opcd_mixed": {"on_policy_fraction": 0.5},
     "opcd_forward": {"divergence": "forward_kl"},
 }

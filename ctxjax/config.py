@@ -188,9 +188,11 @@ def _make_arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
 
 
 def _check_loss(arm: str, loss: LossConfig, config: ConfigDict) -> None:
+    of_samples = loss.of_off_policy_steps
     names = {
-        "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS,
-        "gate": GATES, "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
+        "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "off_policy_divergence": {"", *DIVERGENCES, CROSS_ENTROPY},
+        "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS, "gate": GATES, "teacher": ("frozen", "ema"),
+        "averaging": ("token_mean", "sequence_mean"),
     }  # fmt: skip
     for field, known in names.items():
         one_of(f"loss.{field}", getattr(loss, field), known)
@@ -200,10 +202,16 @@ def _check_loss(arm: str, loss: LossConfig, config: ConfigDict) -> None:
             f"loss.divergence = {loss.divergence!r} is taken on the teacher's samples; set loss.on_policy_fraction = 0 "
             f"(here {loss.on_policy_fraction}) and loss.support = full (here {loss.support})"
         )
-    if config.teacher.get("reasoning") == "cut" and loss.needs_teacher and not loss.is_on_policy:
+    if not of_samples.needs_teacher and loss.support != "full":
+        raise ValueError(
+            f"loss.off_policy_divergence = {of_samples.divergence!r} compares no distributions, and loss.support = "
+            f"{loss.support} is of these; set loss.support = full"
+        )
+    if config.teacher.get("reasoning") == "cut" and of_samples.needs_teacher and not loss.is_on_policy:
         raise ValueError(
             f"teacher.reasoning = 'cut', and arm {arm!r} compares with the teacher's distributions after its reasoning "
-            f"(loss.divergence = {loss.divergence!r}); take arms with cross_entropy, such as sft, or leave it at 'keep'"
+            f"({of_samples.divergence!r}); take arms with cross_entropy on the teacher's samples, such as sft, or "
+            "leave it at 'keep'"
         )
     most = config.rollout.max_tokens
     require(loss.skip_first < most, "loss.skip_first", loss.skip_first, f"below rollout.max_tokens = {most}")

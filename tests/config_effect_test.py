@@ -26,6 +26,7 @@ VALUES = {
     "prompt.teacher_thinking": True, "prompt.keywords": ("effort=low",), "prompt.teacher_keywords": ("effort=high",),
     "teacher.reasoning": "cut",
     "rollout.weights": "stored", "rollout.top_p": 0.9, "teacher.top_p": 0.8, "eval.top_p": 0.7,
+    "loss.off_policy_divergence": "jsd",
     "loss.divergence": "jsd", "loss.support": "union_top_k", "loss.remainder": "tail", "loss.anchor": "teacher_bare",
     "loss.gate": "token", "loss.masked_ids": (5, 6), "loss.teacher": "ema", "loss.averaging": "sequence_mean",
     "optim.schedule": "cosine", "train.batch_size": 64, "train.retention_rows": 32, "train.micro_batches": 2,

@@ -84,6 +84,14 @@ def weights(config, step) -> dict[str, float]:
     return {term.name: float(term.weight(jnp.int32(step))) for term in objective.terms(config)}
 
 
+def test_steps_on_the_teachers_samples_have_their_own_divergence_if_one_is_named():
+    same = LossConfig(divergence="jsd", mu=1.0)
+    own = LossConfig(off_policy_divergence="forward_kl", beta=0.5, anchor_every=2)
+    assert [loss_at(same, 0, off).divergence for off in (False, True)] == ["jsd", "jsd"]
+    assert [loss_at(own, 1, off).divergence for off in (False, True)] == ["reverse_kl", "forward_kl"]
+    assert [loss_at(own, step, True).beta for step in (0, 1)] == [0, 0.5] and loss_at(same, 0, True) == same
+
+
 @pytest.mark.parametrize("ramp, expected", [(0, [0.5] * 5), (4, [0.125, 0.25, 0.375, 0.5, 0.5]), (1, [0.5] * 5)])
 def test_weights_rise_over_their_first_steps(ramp, expected):
     for field, name in (("beta", "anchor"), ("mu", "retain")):

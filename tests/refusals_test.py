@@ -113,6 +113,10 @@ CASES = {
         setting(teacher__reasoning="cut", loss__off_policy_steps=1),
         "compares with the teacher's distributions",
     ),
+    "tokens that a loss without distributions cannot sum over": (
+        setting(loss__off_policy_divergence="cross_entropy", loss__support="student_top_k"),
+        "off_policy_divergence = 'cross_entropy' compares no distributions, and loss.support = student_top_k",
+    ),
     "an adapter and all weights trained": (setting(lora__init="/adapter"), "lora.init = '/adapter' and lora.rank = 0"),
     "no adapter": (setting(lora__init="/adapter", lora__rank=2), "/adapter has no adapter_config.json; give a folder"),
     "drift of style": (

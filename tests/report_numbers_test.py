@@ -214,6 +214,20 @@ def test_the_model_card_says_whose_responses_the_arm_learned_from(changes, words
     assert words in model_card(tmp_path, "arm", 20, "org/name", config, False, "float32")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "L_distill (jsd) "),
+        ({"off_policy_steps": 19}, "L_distill (jsd; on the teacher's responses forward_kl) "),
+        ({"on_policy_fraction": 0.0}, "L_distill (forward_kl) "),
+    ],
+)
+def test_the_model_card_names_both_divergences_of_an_arm_that_began_on_its_teachers_responses(changes, words, tmp_path):
+    loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
+    config = {"loss": loss | {"off_policy_divergence": "forward_kl"}, "arms": {"arm": changes}}
+    assert words in model_card(tmp_path, "arm", 20, "org/name", config, False, "float32")
+
+
 def test_the_model_card_names_the_prompts_fields_that_are_not_the_defaults(tmp_path):
     loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
     prompt = json.loads(base.get_config().prompt.to_json())

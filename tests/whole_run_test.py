@@ -66,8 +66,8 @@ def weights_settings(folder: Path):
     config.teacher.temperature, config.teacher.top_k, config.teacher.top_p = 0.5, 30, 0.9
     config.train.steps, config.train.micro_batches, config.train.retention_rows = 4, 2, 4
     config.arms.omega = {
-        "divergence": "forward_kl", "off_policy_steps": 1, "beta": 0.3, "gate": "token", "reference": 0.2,
-        "averaging": "sequence_mean", "masked_ids": (9, 30), "drop_truncated": True,
+        "divergence": "forward_kl", "off_policy_steps": 1, "off_policy_divergence": "reverse_kl", "beta": 0.3,
+        "gate": "token", "reference": 0.2, "averaging": "sequence_mean", "masked_ids": (9, 30), "drop_truncated": True,
     }  # fmt: skip
     config.arms.alpha = {
         "beta": 0.6, "beta_ramp": 3, "anchor": "ema", "ema_decay": 0.8, "mu": 0.9, "mu_ramp": 2, "clip": 4.0,
@@ -566,7 +566,8 @@ class Objective:
         tokens, loss = [], self.loss
         for row, fixed, y in zip(self.rows, self.fixed, self.y):
             q_x, f = self._score(student, *row["bare"]), fixed["f"]
-            distill = kl(f, q_x) if loss["divergence"] == "forward_kl" else kl(q_x, f)
+            divergence = self.is_teachers and loss["off_policy_divergence"] or loss["divergence"]
+            distill = kl(f, q_x) if divergence == "forward_kl" else kl(q_x, f)
             agrees = fixed["q_x"].argmax(-1) == f.argmax(-1)
             own = {
                 "distill": np.minimum(distill, loss["clip"] or np.inf), "top1_agreement": agrees,

@@ -106,10 +106,12 @@ def _response_gate(config: LossConfig) -> Callable[[Measure, jax.Array], jax.Arr
     return gate
 
 
-def loss_at(config: LossConfig, step: int) -> LossConfig:
-    """The objective of ``step`` (the first is 0): ``config``, or ``config`` without the anchor.
+def loss_at(config: LossConfig, step: int, off_policy: bool = False) -> LossConfig:
+    """The objective of ``step`` (the first is 0): ``config``, with or without the anchor, and with its divergence.
 
-    The anchor is taken in the last of every ``anchor_every`` steps.
+    The anchor is taken in the last of every ``anchor_every`` steps. ``off_policy``: it is a step on the teacher's
+    samples.
     """
+    config = config.of_off_policy_steps if off_policy else config
     is_due = (step + 1) % config.anchor_every == 0
     return config if is_due else dataclasses.replace(config, beta=0.0)

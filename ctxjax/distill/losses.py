@@ -42,6 +42,8 @@ class LossConfig:
 
     divergence, alpha   of L_distill: a name in divergences.DIVERGENCES, and its parameter if it has one; or
                         "cross_entropy" of the response's own tokens
+    off_policy_divergence   that of the off-policy steps, or "", the same: the reverse KL hardly moves tokens that the
+                        student gives no mass, which only the teacher samples; the forward KL does
     support, top_k, remainder   the tokens that L_distill sums over: divergences.Support
     anchor              what L_anchor holds q_c to: a name in anchors.ANCHORS
     gate, gate_threshold   where the anchor is taken: a name in anchors.GATES, and the share of agreeing tokens that
@@ -67,6 +69,7 @@ class LossConfig:
     """
 
     divergence: str = "reverse_kl"
+    off_policy_divergence: str = ""
     alpha: float = 0.5
     support: str = "full"
     top_k: int = 256
@@ -96,6 +99,11 @@ class LossConfig:
     def needs_teacher(self) -> bool:
         """Whether L_distill compares distributions; "cross_entropy" needs the response's tokens only."""
         return self.divergence != CROSS_ENTROPY
+
+    @property
+    def of_off_policy_steps(self) -> LossConfig:
+        """The objective of the steps that learn from the teacher's samples."""
+        return dataclasses.replace(self, divergence=self.off_policy_divergence or self.divergence)
 
     @property
     def is_on_policy(self) -> bool:

@@ -53,7 +53,8 @@ def model_card(
         "",
         f"{'A low-rank adapter for ' if adapter else ''}`{shown}`, trained by {_describe_training(loss, step)} "
         f"(ctxjax): without a context in its prompt it is to answer as its {_name_teacher(config)} answers with it. "
-        f"The loss is L_distill ({loss['divergence']}) + {loss['beta']:g} L_anchor + {loss['mu']:g} L_retain.",
+        f"The loss is L_distill ({_name_divergence(loss, step)}) + {loss['beta']:g} L_anchor + {loss['mu']:g} "
+        "L_retain.",
         "",
         "```python",
         (_OPEN_ADAPTER.format(base=given) if adapter else _OPEN_MODEL).rstrip(),
@@ -82,6 +83,16 @@ def _describe_training(loss: dict, step: int) -> str:
     if loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0:
         return "on-policy context distillation"
     return "context distillation, on its own responses and its teacher's"
+
+
+def _name_divergence(loss: dict, step: int) -> str:
+    """Name the divergence of ``step`` steps, and that of the steps on the teacher's responses if it was another one."""
+    own, of_teacher = loss["divergence"], loss.get("off_policy_divergence") or loss["divergence"]
+    if own == of_teacher or (loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0):
+        return own
+    if loss["on_policy_fraction"] == 0 or loss["off_policy_steps"] >= step:
+        return of_teacher
+    return f"{own}; on the teacher's responses {of_teacher}"
 
 
 def _name_teacher(config: dict) -> str:

@@ -82,6 +82,7 @@ class Arm:
         config, student, teacher = shared.config, shared.inputs.student, shared.inputs.teacher
         self._shared, self._config, self._student, self._name, self._folder = shared, config, student, name, folder
         self._step_config = make_step_config(config, name, config.arms[name], shared.inputs)
+        self._off_policy = frozenset(steps_with_samples(config, name))
         self._frozen = Frozen(teacher.params, student.params if config.lora else None, shared.teacher_prefix)
         # taken -> the dev metric that chooses checkpoints (config.eval.select); higher is better.
         self._scores: dict[int, float] = {}
@@ -151,8 +152,10 @@ class Arm:
             except StopRun as stop:
                 if stop.alarm != "not_finite":
                     raise
-                config, tokenizer = self._step_config, self._student.tokenizer
-                path = nonfinite.save_rows(self._folder, state, self._frozen, inputs, config, stop.step - 1, tokenizer)
+                last = stop.step - 1
+                config = dataclasses.replace(self._step_config, loss=self._find_kind(last, inputs).loss)
+                tokenizer = self._student.tokenizer
+                path = nonfinite.save_rows(self._folder, state, self._frozen, inputs, config, last, tokenizer)
                 raise StopRun(f"{stop}. The rows of this step are in {path}", stop.alarm, stop.step) from None
             finally:
                 writer.end_bar()
@@ -203,7 +206,7 @@ class Arm:
         if isinstance(self._shared.inputs.task, GameTask):
             retains = self._step_config.loss.mu > 0
             return GameEpisodes.of_run(self._config, self._shared.inputs, retains, self._join_student, mesh, note)
-        own = {step: samples[step] for step in steps_with_samples(self._config, self._name)}
+        own = {step: samples[step] for step in self._off_policy}
         return TeacherSamples(Questions(self._make_batches(first, note), mesh), own, mesh)
 
     def _make_batches(self, first: int, note: Callable[[int, Drawn], None]) -> Iterator[Batch]:
@@ -249,7 +252,8 @@ class Arm:
 
     def _find_kind(self, step: int, inputs: StepInputs) -> StepKind:
         leaves, structure = jax.tree.flatten(inputs)
-        return StepKind(loss_at(self._step_config.loss, step), structure, tuple(leaf.shape for leaf in leaves))
+        loss = loss_at(self._step_config.loss, step, step in self._off_policy)
+        return StepKind(loss, structure, tuple(leaf.shape for leaf in leaves))
 
     def _is_evaluation_due(self, taken: int) -> bool:
         every = self._config.eval.every
