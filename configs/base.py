@@ -119,14 +119,15 @@ def get_config() -> ConfigDict:
     config.teacher.top_k = config.rollout.get_oneway_ref("top_k")  # 0: off
     config.teacher.top_p = config.rollout.get_oneway_ref("top_p")  # 1: off
     # The reasoning in these responses: "keep", or "cut" up to </think>, so that the student learns the answer alone,
-    # which needs loss.divergence=cross_entropy.
+    # which needs cross_entropy on these samples.
     config.teacher.reasoning = "keep"
 
     config.loss = ConfigDict()  # the objective; ctxjax/distill/losses.py has the equations
     # Divergence of L_distill; or "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl".
-    # "cross_entropy": on the tokens of the teacher's samples, without its distributions (needs on_policy_fraction 0).
+    # "cross_entropy": on the tokens of the teacher's samples, without its distributions; for on_policy_fraction 0.
     config.loss.divergence = "reverse_kl"
-    # Divergence of the steps on the teacher's samples; "": the same. Facts go in much faster by "forward_kl" there.
+    # Divergence of the steps on the teacher's samples in an arm that has others, too, with "cross_entropy" as well; "":
+    # the same. What the student never says goes in by "forward_kl", and hardly by "reverse_kl".
     config.loss.off_policy_divergence = ""
     config.loss.alpha = 0.5  # of jsd (the teacher's weight) and of the skewed ones (the share that is not mixed)
     config.loss.support = "full"  # tokens that L_distill sums over; or "teacher_top_k", "student_top_k", "union_top_k"

@@ -190,19 +190,20 @@ def _make_arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
 def _check_loss(arm: str, loss: LossConfig, config: ConfigDict) -> None:
     of_samples = loss.of_off_policy_steps
     names = {
-        "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "off_policy_divergence": {"", *DIVERGENCES, CROSS_ENTROPY},
-        "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS, "gate": GATES, "teacher": ("frozen", "ema"),
-        "averaging": ("token_mean", "sequence_mean"),
+        "divergence": {*DIVERGENCES, CROSS_ENTROPY}, "support": SUPPORTS, "remainder": REMAINDERS, "anchor": ANCHORS,
+        "gate": GATES, "teacher": ("frozen", "ema"), "averaging": ("token_mean", "sequence_mean"),
     }  # fmt: skip
     for field, known in names.items():
         one_of(f"loss.{field}", getattr(loss, field), known)
+    if loss.off_policy_divergence:
+        one_of("loss.off_policy_divergence", loss.off_policy_divergence, names["divergence"])
     require(loss.alpha < 1, "loss.alpha", loss.alpha, "below 1")
     if not loss.needs_teacher and (loss.on_policy_fraction > 0 or loss.support != "full"):
         raise ValueError(
             f"loss.divergence = {loss.divergence!r} is taken on the teacher's samples; set loss.on_policy_fraction = 0 "
             f"(here {loss.on_policy_fraction}) and loss.support = full (here {loss.support})"
         )
-    if not of_samples.needs_teacher and loss.support != "full":
+    if not (loss.is_on_policy or of_samples.needs_teacher or loss.support == "full"):
         raise ValueError(
             f"loss.off_policy_divergence = {of_samples.divergence!r} compares no distributions, and loss.support = "
             f"{loss.support} is of these; set loss.support = full"

@@ -46,6 +46,7 @@ VALUES |= GRADED | LISTS
 # What a field needs besides, to be legal or to have an effect.
 NEEDED = {
     "teacher.reasoning": {"arms.off_policy.divergence": "cross_entropy"},
+    "loss.off_policy_divergence": {"loss.off_policy_steps": 1},
     "model.param_dtype": {"lora.rank": 4}, "lora.alpha": {"lora.rank": 4}, "lora.rslora": {"lora.rank": 4},
     "lora.init": {"lora.rank": 4}, "lora.targets": {"lora.rank": 4},
     "eval.samples": {"eval.temperature": 0.5}, "mesh.slices": {"mesh.data": -1, "mesh.fsdp": 1},

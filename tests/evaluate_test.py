@@ -18,7 +18,7 @@ from ctxjax.data import prompts
 from ctxjax.data.tasks.qa_jsonl import QaJsonl
 from ctxjax.evaluation import views
 from ctxjax.evaluation.evaluator import Evaluator
-from ctxjax.evaluation.split import Split, share_shapes
+from ctxjax.evaluation.split import Split, level, share_shapes
 from ctxjax.host import workdir as workdir_lib
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import open_folder
@@ -175,6 +175,13 @@ def test_other_contexts_with_their_own_questions_are_the_control_of_the_same_que
     texts = model.tokenizer.batch_decode(prompts.unpad(control))
     assert len(texts) == len(bare) and all("Note " in text and "Under" not in text for text in texts)
     assert all(row.question in text for row, text in zip(bare, texts))
+
+
+def test_views_of_one_split_get_one_length_where_that_costs_little():
+    assert level({"empty": 24, "paraphrase": 40}) == {"empty": 40, "paraphrase": 40}
+    assert level({"empty": 24, "paraphrase": 270, "other": 330}) == {"empty": 24, "paraphrase": 330, "other": 330}
+    assert level({"empty": 24, "paraphrase": 40, "other": 330}) == {"empty": 40, "paraphrase": 40, "other": 330}
+    assert level({"unrelated": 100, "other": 330}) == {"unrelated": 100, "other": 330} and level({}) == {}
 
 
 def split(batch: int, **columns: int) -> Split:

@@ -89,6 +89,8 @@ def test_steps_on_the_teachers_samples_have_their_own_divergence_if_one_is_named
     own = LossConfig(off_policy_divergence="forward_kl", beta=0.5, anchor_every=2)
     assert [loss_at(same, 0, off).divergence for off in (False, True)] == ["jsd", "jsd"]
     assert [loss_at(own, 1, off).divergence for off in (False, True)] == ["reverse_kl", "forward_kl"]
+    sft = LossConfig(divergence="cross_entropy", on_policy_fraction=0.0, off_policy_divergence="forward_kl")
+    assert loss_at(sft, 0, True) == sft  # an arm without other steps keeps its own
     assert [loss_at(own, step, True).beta for step in (0, 1)] == [0, 0.5] and loss_at(same, 0, True) == same
 
 

@@ -114,7 +114,7 @@ CASES = {
         "compares with the teacher's distributions",
     ),
     "tokens that a loss without distributions cannot sum over": (
-        setting(loss__off_policy_divergence="cross_entropy", loss__support="student_top_k"),
+        setting(loss__off_policy_divergence="cross_entropy", loss__off_policy_steps=1, loss__support="student_top_k"),
         "off_policy_divergence = 'cross_entropy' compares no distributions, and loss.support = student_top_k",
     ),
     "an adapter and all weights trained": (setting(lora__init="/adapter"), "lora.init = '/adapter' and lora.rank = 0"),

@@ -219,7 +219,8 @@ def test_the_model_card_says_whose_responses_the_arm_learned_from(changes, words
     [
         ({}, "L_distill (jsd) "),
         ({"off_policy_steps": 19}, "L_distill (jsd; on the teacher's responses forward_kl) "),
-        ({"on_policy_fraction": 0.0}, "L_distill (forward_kl) "),
+        ({"off_policy_steps": 20}, "L_distill (forward_kl) "),
+        ({"on_policy_fraction": 0.0}, "L_distill (jsd) "),
     ],
 )
 def test_the_model_card_names_both_divergences_of_an_arm_that_began_on_its_teachers_responses(changes, words, tmp_path):

@@ -42,8 +42,9 @@ class LossConfig:
 
     divergence, alpha   of L_distill: a name in divergences.DIVERGENCES, and its parameter if it has one; or
                         "cross_entropy" of the response's own tokens
-    off_policy_divergence   that of the off-policy steps, or "", the same: the reverse KL hardly moves tokens that the
-                        student gives no mass, which only the teacher samples; the forward KL does
+    off_policy_divergence   that of the off-policy steps, in an arm that has others, too; or "", the same. The
+                        reverse KL hardly moves tokens that the teacher samples and the student never would; the
+                        forward KL does
     support, top_k, remainder   the tokens that L_distill sums over: divergences.Support
     anchor              what L_anchor holds q_c to: a name in anchors.ANCHORS
     gate, gate_threshold   where the anchor is taken: a name in anchors.GATES, and the share of agreeing tokens that
@@ -103,7 +104,8 @@ class LossConfig:
     @property
     def of_off_policy_steps(self) -> LossConfig:
         """The objective of the steps that learn from the teacher's samples."""
-        return dataclasses.replace(self, divergence=self.off_policy_divergence or self.divergence)
+        own = self.on_policy_fraction > 0 and self.off_policy_divergence
+        return dataclasses.replace(self, divergence=own or self.divergence)
 
     @property
     def is_on_policy(self) -> bool:

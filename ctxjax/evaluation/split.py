@@ -60,13 +60,18 @@ class Split(NamedTuple):
         further = {} if longest is tokens else longest
         prefixes = {v: prompts_lib.choose_shared_prefix(lists + further.get(v, [])) for v, lists in tokens.items()}
         columns = {view: shape.columns for view, shape in shapes_lib.find_shapes(longest, prefixes).items()}
-        # Views with a context block and no shared prefix get one length if that costs little: one compiled program
-        # decodes them all.
+        # Views with a context block and no shared prefix: one compiled program decodes all that have one length.
         blocks = [view for view in tokens if view != "bare" and not prefixes[view]]
-        most = max((columns[view] for view in blocks), default=0)
-        columns |= {view: most if most <= SHORT else _raise_if_near(columns[view], most) for view in blocks}
+        columns |= level({view: columns[view] for view in blocks})
         batch = decoding.batch_size(len(encoded.rows), config.eval.batch_size, mesh)
         return cls(task, rows, tokens, prefixes, columns, opened, batch, encoded.dropped, longest, name)
+
+
+def level(columns: dict[str, int]) -> dict[str, int]:
+    """Raise the columns of views to the largest if they are near it, and short ones to the largest short one."""
+    most = max(columns.values(), default=0)
+    short = max((size for size in columns.values() if size <= SHORT), default=0)
+    return {view: max(short, _raise_if_near(size, most)) for view, size in columns.items()}
 
 
 def share_shapes(splits: list[Split]) -> list[Split]:

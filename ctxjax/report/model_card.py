@@ -88,9 +88,10 @@ def _describe_training(loss: dict, step: int) -> str:
 def _name_divergence(loss: dict, step: int) -> str:
     """Name the divergence of ``step`` steps, and that of the steps on the teacher's responses if it was another one."""
     own, of_teacher = loss["divergence"], loss.get("off_policy_divergence") or loss["divergence"]
-    if own == of_teacher or (loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0):
+    is_on_policy = loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0
+    if own == of_teacher or is_on_policy or loss["on_policy_fraction"] == 0:
         return own
-    if loss["on_policy_fraction"] == 0 or loss["off_policy_steps"] >= step:
+    if loss["off_policy_steps"] >= step:
         return of_teacher
     return f"{own}; on the teacher's responses {of_teacher}"
 

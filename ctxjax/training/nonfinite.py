@@ -43,8 +43,9 @@ def save_rows(
     rollout, other_rollout = sample_again(state, frozen, batch, config, inputs.rollout, inputs.other_rollout)
     rows = _make_rows("bare", batch.bare, batch.context, rollout, state, frozen, batch, config, tokenizer)
     if batch.other is not None:
-        # Retention is held to the frozen teacher, whatever the target of distillation is.
-        held = dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher="frozen"))
+        # Retention is the forward KL from the frozen teacher, whatever distillation is.
+        loss = dataclasses.replace(config.loss, teacher="frozen", divergence="forward_kl", support="full")
+        held = dataclasses.replace(config, loss=loss)
         rows += _make_rows("other", batch.other, batch.other, other_rollout, state, frozen, batch, held, tokenizer)
     rows.sort(key=lambda row: row["loss"] is not None)
     path = folder / f"not_finite_step_{step + 1}.jsonl"
