@@ -15,7 +15,10 @@ from pathlib import Path
 
 from benchmarks.tiny_worlds import run_once
 
-ARMS = ("opcd", "off_policy", "opcd_warm", "opcd_warm_anchored", "opcd_warm_handover", "opcd_warm_retained")
+ARMS = (
+    "opcd", "off_policy", "opcd_warm", "opcd_warm_anchored", "opcd_warm_handover", "opcd_warm_retained",
+    "opcd_warm_retention_alone",
+)  # fmt: skip
 METRICS = ("acc_x", "acc_xc", "harm", "obedience", "acc_unrelated", "lowest_acc_xc", "dlen", "view_kl", "distill")
 QUICK = ("train.steps=2", "train.batch_size=4", "handbook.test_questions=8", "handbook.dev_questions=4", "eval.every=0")
 

@@ -7,7 +7,8 @@ The questions are kept, and their file is printed: read it. Accuracy is agreemen
 prompt; ``distill`` and ``trace_gap`` (held out, nats per token) fall if the prompt goes in, and ``drift`` rises if
 the model changes without the prompt, too. The rates are for models of billions of
 parameters with all weights trained; for small ones (SmolLM2-135M) set optim.lr=2e-4, for an adapter lora.rank=16 and
-optim.lr=1e-3.
+optim.lr=1e-3. A prompt with facts that the model cannot guess: loss.off_policy_steps=40 and
+loss.off_policy_divergence=forward_kl.
 With questions of your own: ``--config.task=qa_jsonl`` (docs/data.md).
 """
 
