@@ -76,24 +76,32 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def _find_sources(loss: dict, step: int) -> tuple[bool, bool]:
+    """Return whether ``step`` steps with this ``config.loss`` have learned from the student's responses, and from the
+    teacher's."""
+    from_student = loss["on_policy_fraction"] > 0 and loss["off_policy_steps"] < step
+    return from_student, loss["on_policy_fraction"] < 1 or loss["off_policy_steps"] > 0
+
+
 def _describe_training(loss: dict, step: int) -> str:
     """Say whose responses ``step`` steps with this ``config.loss`` have learned from."""
-    if loss["on_policy_fraction"] == 0 or loss["off_policy_steps"] >= step:
+    from_student, from_teacher = _find_sources(loss, step)
+    if not from_student:
         return "off-policy context distillation, on its teacher's responses"
-    if loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0:
+    if not from_teacher:
         return "on-policy context distillation"
     return "context distillation, on its own responses and its teacher's"
 
 
 def _name_divergence(loss: dict, step: int) -> str:
     """Name the divergence of ``step`` steps, and that of the steps on the teacher's responses if it was another one."""
-    own, of_teacher = loss["divergence"], loss.get("off_policy_divergence") or loss["divergence"]
-    is_on_policy = loss["on_policy_fraction"] == 1 and loss["off_policy_steps"] == 0
-    if own == of_teacher or is_on_policy or loss["on_policy_fraction"] == 0:
+    from_student, from_teacher = _find_sources(loss, step)
+    own = of_teacher = loss["divergence"]
+    if loss["on_policy_fraction"] > 0:  # as LossConfig.of_off_policy_steps; older runs lack the field
+        of_teacher = loss.get("off_policy_divergence") or own
+    if own == of_teacher or not from_teacher:
         return own
-    if loss["off_policy_steps"] >= step:
-        return of_teacher
-    return f"{own}; on the teacher's responses {of_teacher}"
+    return f"{own}; on the teacher's responses {of_teacher}" if from_student else of_teacher
 
 
 def _name_teacher(config: dict) -> str:
