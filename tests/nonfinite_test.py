@@ -83,17 +83,21 @@ def test_rows_are_compared_with_the_teacher_of_the_step(teacher, tiny_model, mak
     assert found[0]["w"][0] == (2 if teacher == "ema" else 3)
 
 
-def test_rows_of_retention_are_compared_with_the_frozen_teacher(tiny_model, make_prompts, tmp_path, monkeypatch):
+def test_rows_of_retention_are_judged_as_retention_is_whatever_distillation_is(
+    tiny_model, make_prompts, tmp_path, monkeypatch
+):
     found = {}
 
     def make_rows(view, *given):
-        found[view] = given[-2].loss.teacher
+        loss = given[-2].loss
+        found[view] = loss.teacher, loss.divergence, loss.support
         return []
 
     monkeypatch.setattr(nonfinite, "_make_rows", make_rows)
     monkeypatch.setattr(nonfinite, "rollout_step", lambda state, frozen, batch, config, *rollouts: rollouts)
     batch = Batch(make_prompts(0, 4, 5), make_prompts(1, 4, 8), make_prompts(2, 2, 6), np.arange(4, dtype=np.int32))
-    config = StepConfig(tiny_model, tiny_model, None, LossConfig(teacher="ema", mu=1.0), None)
+    loss = LossConfig(teacher="ema", divergence="jsd", support="student_top_k", mu=1.0)
+    config = StepConfig(tiny_model, tiny_model, None, loss, None)
     state = TrainState(np.int32(9), {"w": np.ones(2)}, (), jax.random.key(0), {"w": np.ones(2)})
     nonfinite.save_rows(tmp_path, state, Frozen({}, None, None), StepInputs(batch, None, None), config, 3, None)
-    assert found == {"bare": "ema", "other": "frozen"}
+    assert found == {"bare": ("ema", "jsd", "student_top_k"), "other": ("frozen", "forward_kl", "full")}
