@@ -7,7 +7,10 @@ correlation, and a number of samples. An interval of ``statistics.clustered_inte
 Wilson's for the true design effect 1 + (samples - 1) correlation, which a run does not know. ``width`` is the quotient
 of the mean widths. ``least`` is that quotient for an interval that knows the design effect except in runs without any
 event (or without any other outcome), which say nothing about it: there the interval has to allow for equal samples.
-The obedience cells have few clusters of many questions, as other contexts are. Prints one JSON object as the last line.
+The obedience cells have few clusters of many questions, as other contexts are. ``crossed``: outcomes share facts, in
+several wordings each, and contexts, in rotation; ``coverage_by_context`` is that of contexts alone. ``differences``: of
+the harm of two arms on the same facts and wordings, each arm right on its own 80 %; ``width`` is relative to 1.96
+standard deviations of the difference on both sides. Prints one JSON object as the last line.
 Then intervals of means over seeds (``over_seeds.mean_rate``): each seed has its own rate, from a beta distribution, and
 many questions. ``coverage_of_two_thirds`` is that of an interval of two thirds of the width around the same value; if
 it were 95 %, the interval would be half wider than needed. Recorded numbers: benchmarks/README.md.
@@ -18,6 +21,7 @@ import itertools
 import json
 
 import numpy as np
+from scipy import stats
 
 from ctxjax.evaluation import over_seeds, statistics
 
@@ -30,6 +34,20 @@ SEEDS = [
     (3, 512, 0.02, 0.0), (3, 512, 0.02, 0.01), (3, 512, 0.5, 0.3), (5, 512, 0.98, 0.01), (10, 128, 0.3, 0.1),
 ]  # fmt: skip
 SKEWED = [(3, 512, 0.15, 0.3), (3, 512, 0.02, 0.05), (5, 512, 0.98, 0.05), (10, 512, 0.02, 0.05)]
+# Facts, wordings of each, contexts, mean, and the shares of variance that facts and contexts have.
+CROSSED = [
+    (*shape, p, *shares)
+    for shape in ((12, 16, 24), (12, 16, 12), (40, 4, 8))
+    for p in (0.02, 0.3, 0.75)
+    for shares in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.9, 0.0), (0.0, 0.9), (0.4, 0.4))
+]  # fmt: skip
+# Facts, wordings of each, the share of variance that facts have, harm of both arms, correlation of the arms.
+DIFFERENCES = [
+    (*shape, *harms, shared)
+    for shape in ((12, 16, 0.5), (12, 16, 1.0), (60, 8, 0.3), (24, 1, 0.0), (192, 1, 0.0), (512, 1, 0.0))
+    for harms in ((0.01, 0.0), (0.01, 0.01), (0.1, 0.1), (0.3, 0.05), (0.5, 0.5), (0.9, 0.1))
+    for shared in (0.0, 0.5, 0.9)
+]  # fmt: skip
 QUICK = [(0.01, 20, 8, 1.0), (0.05, 50, 2, 0.5), (0.3, 20, 4, 0.2), (0.3, 50, 8, 0.0)]
 
 
@@ -77,6 +95,56 @@ def simulate_seeds(seeds: int, questions: int, p: float, correlation: float, run
     }  # fmt: skip
 
 
+def simulate_crossed(
+    facts: int, wordings: int, contexts: int, p: float, of_facts: float, of_contexts: float, runs: int
+) -> dict:
+    """Return coverage and relative width of one cell, whose outcomes share facts and contexts."""
+    rng = np.random.default_rng([facts, contexts, *(round(100 * share) for share in (p, of_facts, of_contexts))])
+    n, found = facts * wordings, []
+    fact_n, context_n = np.arange(n) % facts, rng.permutation(n) % contexts
+    for _ in range(runs):
+        chance_n = np.sqrt(of_facts) * rng.standard_normal(facts)[fact_n]
+        chance_n += np.sqrt(of_contexts) * rng.standard_normal(contexts)[context_n]
+        chance_n += np.sqrt(1 - of_facts - of_contexts) * rng.standard_normal(n)
+        outcomes = chance_n < stats.norm.ppf(p)
+        value, (low, high) = statistics.rate(outcomes, np.stack([context_n, fact_n]))
+        by_context = statistics.rate(outcomes, context_n).interval
+        found.append((low <= p <= high, by_context[0] <= p <= by_context[1], high - low, value))
+    covered, by_context, width, _ = np.mean(found, axis=0)
+    return {
+        "facts": facts, "wordings": wordings, "contexts": contexts, "p": p, "of_facts": of_facts,
+        "of_contexts": of_contexts, "coverage": round(covered, 4), "coverage_by_context": round(by_context, 4),
+        "width": round(width / (2 * statistics.Z * np.std([value for *_, value in found])), 2),
+    }  # fmt: skip
+
+
+def simulate_difference(
+    facts: int, wordings: int, of_facts: float, harm: float, first: float, shared: float, runs: int
+) -> dict:
+    """Return coverage and relative width of one cell: harm of an arm minus harm of the first one."""
+    rng = np.random.default_rng([facts, wordings, *(round(100 * share) for share in (of_facts, harm, first, shared))])
+
+    def draw_pair() -> list[np.ndarray]:
+        """Standard normal variables [runs, facts, wordings] of both arms."""
+        parts = []
+        for size, share in ((1, of_facts), (wordings, 1 - of_facts)):
+            both, *own = rng.standard_normal((3, runs, facts, size))
+            parts.append([np.sqrt(share) * (np.sqrt(shared) * both + np.sqrt(1 - shared) * x) for x in own])
+        return [sum(arm) for arm in zip(*parts)]
+
+    sums = []
+    for harmed, right, rate in zip(draw_pair(), draw_pair(), (harm, first), strict=True):
+        is_right = right < stats.norm.ppf(0.8)
+        sums += [np.sum((harmed < stats.norm.ppf(rate)) & is_right, axis=-1), np.sum(is_right, axis=-1)]
+    low, high = statistics.difference_interval(*sums)
+    spread = np.std(statistics.share(*sums[:2]) - statistics.share(*sums[2:]))
+    return {
+        "facts": facts, "wordings": wordings, "of_facts": of_facts, "harm": harm, "first": first, "shared": shared,
+        "coverage": round(float(np.mean((low <= harm - first) & (harm - first <= high))), 4),
+        "width": round(float(np.mean(high - low) / (2 * statistics.Z * spread)), 2),
+    }  # fmt: skip
+
+
 def summarise(cells: list[tuple], runs: int) -> dict:
     found = [simulate(*cell, runs) for cell in cells]
     return {
@@ -104,8 +172,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         result = {"questions": summarise(QUICK, 300), "seeds": [simulate_seeds(*SEEDS[0], 50)]}
+        result["crossed"] = [simulate_crossed(*CROSSED[9], 100)]
+        result["differences"] = [simulate_difference(*DIFFERENCES[0], 300)]
     else:
         result = {"questions": summarise(QUESTIONS, 4000), "obedience": summarise(OBEDIENCE, 4000)}
+        result["crossed"] = [simulate_crossed(*cell, 1000) for cell in CROSSED]
+        result["differences"] = [simulate_difference(*cell, 4000) for cell in DIFFERENCES]
         result["seeds"] = [simulate_seeds(*cell, 4000) for cell in (*SEEDS, *SKEWED)]
     print(json.dumps({"benchmark": "intervals", **result, "versions": {"numpy": np.__version__}}))
 

@@ -192,7 +192,7 @@ def get_config() -> ConfigDict:
     config.eval.samples = 1
     config.eval.top_k = 0  # 0: off
     config.eval.top_p = 1.0  # 1: off
-    config.eval.bootstrap = 2000  # resamples of a bootstrap interval (of differences; rates have Wilson intervals)
+    config.eval.bootstrap = 2000  # resamples of a bootstrap interval (harm above its floor; rates have Wilson's)
     # Dev metric that selects the best checkpoint, which is kept and evaluated on the test split, as the last step is.
     # Higher is better; with a minus sign ("-distill") lower is better. Of equal steps the later one is taken.
     config.eval.select = "both_correct"

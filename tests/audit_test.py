@@ -603,15 +603,15 @@ def test_the_second_implementation_computes_the_same_numbers(seed, groups, sampl
     check.expect("all", found, json.loads(json.dumps(metrics.compute_metrics(outcomes, 50))))
     assert not check.wrong
     first = make_items(seed + 10, samples, groups=groups)
-    expected = harm_difference(outcomes, evaluator.collect_outcomes(first), 50)
-    assert numbers.harm_difference(items, first, 50) == pytest.approx(expected)
+    expected = harm_difference(outcomes, evaluator.collect_outcomes(first))
+    assert numbers.harm_difference(items, first) == pytest.approx(expected)
 
 
 def test_without_right_answers_there_is_no_harm_in_either_implementation():
     items = [item | {"correct": False, "lenient": None} for item in make_items(0, 1)]
     found = numbers.recompute(items, [False] * 12, resamples=50)
     assert found["harm"] is None and found["harm_ci"] is None and "acc_x_lenient" not in found
-    assert found["acc_default"] == 0.0 and numbers.harm_difference(items, items, 50) is None
+    assert found["acc_default"] == 0.0 and numbers.harm_difference(items, items) is None
 
 
 @pytest.mark.parametrize(("base", "lost"), [(0.25, 0.0), (0.75, 0.25)])
@@ -642,7 +642,7 @@ def test_a_difference_of_two_arms_with_the_wrong_sign_is_found(copied):
         path.write_text("".join(json.dumps(item) + "\n" for item in items))
         outcomes[arm] = evaluator.collect_outcomes(items)
         results[arm] |= metrics.compute_metrics(outcomes[arm], 20)
-    results[ARM] |= metrics.compare_arms(outcomes[ARM], outcomes[FIRST], FIRST, 20)
+    results[ARM] |= metrics.compare_arms(outcomes[ARM], outcomes[FIRST], FIRST)
     (copied / "results.json").write_text(json.dumps(results))
     check = Check.run("results", lambda check: evaluations.check_results(Folder.open(copied), check))
     assert not check.wrong and results[ARM][f"harm_minus_{FIRST}"][0] != 0

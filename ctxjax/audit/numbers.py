@@ -40,10 +40,12 @@ def recompute(
             result |= _rate(f"acc_{view}", [item["correct"] for item in views[view]], _clusters(views[view], samples))
     if "other" in views:
         contexts = [item["context"] for item in views["other"]]
-        right = [item["correct"] for item in views["other"]]
-        result |= _rate("obedience", right, _number(contexts))
+        right, clusters = [item["correct"] for item in views["other"]], _number(contexts)
+        if "group" in views["other"][0]:
+            clusters = np.stack([clusters, _number([item["group"] for item in views["other"]])])
+        result |= _rate("obedience", right, clusters)
         if ignored is not None:
-            result |= _rate("obedience_floor", ignored, _number(contexts))
+            result |= _rate("obedience_floor", ignored, clusters)
         if len(set(contexts)) <= MOST_CONTEXTS:
             result["obedience_by_context"] = {
                 context: [_mean([r for r, c in zip(right, contexts) if c == context]), contexts.count(context)]
@@ -107,24 +109,19 @@ def _floor(x: list[bool], xc: list[bool], bare: list[dict], samples: int, resamp
     return result
 
 
-def harm_difference(arm: list[dict], first: list[dict], resamples: int) -> list | None:
+def harm_difference(arm: list[dict], first: list[dict]) -> list[float] | None:
     """Return [harm of the arm - harm of the first arm, low, high] from their items; the interval is the library's."""
-    parts, harms = [], []
+    sums, harms = [], []
     for items in (arm, first):
         x, xc = ([bool(i["correct"]) for i in items if i["view"] == view] for view in ("bare", "context"))
         samples = 1 + max(item["sample"] for item in items)
         harmed = [a and not b for a, b in zip(x, xc)]
         bare = [item for item in items if item["view"] == "bare"]
-        parts += [_by_cluster(harmed, bare, samples), _by_cluster(x, bare, samples)]
+        sums += [_sum_by(_clusters(bare, samples), np.array(values, float)) for values in (harmed, x)]
         harms.append(sum(harmed) / sum(x) if any(x) else None)
     if None in harms:
         return None
-
-    def difference(a, b, c, d, axis=-1):
-        return statistics.share(a, b, axis) - statistics.share(c, d, axis)
-
-    interval = statistics.paired_bootstrap(difference, tuple(parts), resamples)
-    return [harms[0] - harms[1], *(interval or (None, None))]
+    return [harms[0] - harms[1], *_list(statistics.difference_interval(*sums))]
 
 
 def _rate(key: str, successes: list, clusters: np.ndarray, among: list[bool] | None = None) -> dict:

@@ -32,8 +32,8 @@ class Metric:
     responses   ONE or SEVERAL: the responses to a question (``eval.samples``) that it needs; None: any number
     table       which table has its column: "results" (console, model card, page) or "checks" (page)
     compare     for a metric of two arms, instead of ``compute``: takes the outcomes by view of an arm and of the first
-                arm, and a number of resamples; returns [difference, low, high] or None, low and high may be None. Its
-                key in results.json is KEY_ARM, and "{arm}" in its header becomes ARM, the first arm's name.
+                arm; returns [difference, low, high] or None. Its key in results.json is KEY_ARM, and "{arm}" in its
+                header becomes ARM, the first arm's name.
     """
 
     key: str
@@ -45,7 +45,7 @@ class Metric:
     better: str | None = None
     responses: str | None = None
     table: str = "results"
-    compare: Callable[..., list[float | None] | None] | None = None
+    compare: Callable[..., list[float] | None] | None = None
 
     @property
     def is_selectable(self) -> bool:
@@ -273,7 +273,7 @@ METRICS = (
     ),
     Metric(
         "harm_minus", "harm minus {arm}", "points",
-        "Harm minus the harm of the first arm, with a paired bootstrap interval over the questions.",
+        "Harm minus the harm of the first arm, over the same questions.",
         better="lower", table="checks", compare=outcomes.harm_difference,
     ),
 )  # fmt: skip
@@ -302,7 +302,7 @@ def compute_metrics(measured: Mapping[str, Any], resamples: int) -> dict[str, An
 
 
 def compare_arms(
-    arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], name: str, resamples: int
-) -> dict[str, list[float | None] | None]:
+    arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], name: str
+) -> dict[str, list[float] | None]:
     """Return the metrics of an arm against the first arm, which is called ``name``; both are outcomes by view."""
-    return {f"{m.key}_{name}": m.compare(arm, first, resamples) for m in METRICS if m.compare is not None}
+    return {f"{m.key}_{name}": m.compare(arm, first) for m in METRICS if m.compare is not None}

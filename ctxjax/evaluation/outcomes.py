@@ -12,9 +12,9 @@ import numpy as np
 from ctxjax.evaluation.statistics import (
     Rate,
     bootstrap_ratio,
+    difference_interval,
     mcnemar,
     mean_by_question,
-    paired_bootstrap,
     rate,
     share,
     sign_flip_p,
@@ -45,11 +45,22 @@ class Outcomes:
 
     @property
     def clusters(self) -> np.ndarray:
-        """The number of each outcome's cluster, as statistics.rate takes it: of its context, group or question."""
+        """The number of each outcome's cluster, [N]: of its context, group or question."""
         shared = self.groups if self.contexts is None else self.contexts
         if shared is None:
             return np.arange(len(self.correct)) // self.samples
         return np.unique(shared, return_inverse=True)[1]
+
+    @property
+    def crossed_clusters(self) -> np.ndarray:
+        """``clusters`` or, if outcomes share both contexts and groups, the numbers of both, [2, N]."""
+        if self.contexts is None or self.groups is None:
+            return self.clusters
+        return np.stack([self.clusters, np.unique(self.groups, return_inverse=True)[1]])
+
+    def sum_outcomes(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums [K] of a value of each outcome over the clusters."""
+        return np.bincount(self.clusters, values)
 
     def sum_clusters(self, values_n: np.ndarray) -> np.ndarray:
         """Return the sums [K] of a value of each question [n] over the clusters."""
@@ -82,7 +93,7 @@ def count_questions(view: Outcomes) -> int:
 
 
 def accuracy(view: Outcomes) -> Rate:
-    return rate(view.correct, view.clusters)
+    return rate(view.correct, view.crossed_clusters)
 
 
 def accuracy_by_context(view: Outcomes) -> dict[str, list[float]] | None:
@@ -97,7 +108,7 @@ def accuracy_by_context(view: Outcomes) -> dict[str, list[float]] | None:
 
 
 def lenient_accuracy(view: Outcomes) -> Rate | None:
-    return None if view.lenient is None else rate(view.lenient, view.clusters)
+    return None if view.lenient is None else rate(view.lenient, view.crossed_clusters)
 
 
 def mean_length(view: Outcomes) -> float:
@@ -273,24 +284,17 @@ def context_loss(learning: Learning) -> float | None:
     return max(learning.base - min(learning.accuracies), 0.0) if learning.accuracies else None
 
 
-def harm_difference(
-    arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes], resamples: int
-) -> list[float | None] | None:
-    """Return [harm(arm) - harm(first), low, high] by paired bootstrap over questions, or over groups of them.
+def harm_difference(arm: Mapping[str, Outcomes], first: Mapping[str, Outcomes]) -> list[float] | None:
+    """Return [harm(arm) - harm(first), low, high], both over the same questions, or groups of them.
 
     It is None if either has no harm. The denominators differ: each arm is right without the context on its own set of
-    questions. ``low`` and ``high`` are None if the bootstrap cannot tell them, as for two arms without a harmed
-    question.
+    questions (statistics.difference_interval).
     """
-
-    def difference(arm_harmed, arm_right, first_harmed, first_right, axis=-1):
-        return share(arm_harmed, arm_right, axis) - share(first_harmed, first_right, axis)
-
-    pairs = [(views["bare"].correct, views["context"].correct) for views in (arm, first)]
-    samples = arm["bare"].samples
-    by_question = (mean_by_question(values, samples) for x, xc in pairs for values in (x & ~xc, x))
-    parts = tuple(map(arm["bare"].sum_clusters, by_question))
-    value = float(difference(*parts))
-    if not np.isfinite(value):
-        return None
-    return [value, *(paired_bootstrap(difference, parts, resamples) or (None, None))]
+    sums = []
+    for views in (arm, first):
+        bare, context = views["bare"], views["context"]
+        if not bare.correct.any():
+            return None
+        sums += [bare.sum_outcomes(bare.correct & ~context.correct), bare.sum_outcomes(bare.correct)]
+    value = share(sums[0], sums[1]) - share(sums[2], sums[3])
+    return [float(value), *map(float, difference_interval(*sums))]

@@ -38,15 +38,20 @@ def rate(successes: np.ndarray, clusters: np.ndarray, among: np.ndarray | None =
     """Return the share of ``successes`` [N] bool in ``among`` (all by default).
 
     ``clusters``: the number of each outcome's cluster, [N] int. If each outcome is a cluster of its own, the interval
-    is the binomial one.
+    is the binomial one. [2, N]: of two kinds that cross, as contexts and facts do.
     """
     among = np.ones_like(successes) if among is None else among
     if not among.any():
         return Rate(None, None)
-    whole = np.bincount(clusters, among)
-    part = np.bincount(clusters, successes & among, len(whole))
-    low, high = clustered_interval(part, whole)
-    return Rate(float(share(part, whole)), (float(low), float(high)))
+    n, hits, effects, most = np.sum(among), np.sum(successes & among), [], 1.0
+    for of_kind in np.atleast_2d(clusters):
+        whole = np.bincount(of_kind, among)
+        effects.append(design_effect(np.bincount(of_kind, successes & among, len(whole)), whole))
+        most = max(most, np.sum(whole**2) / n)
+    # The variances by each kind add up, and that of independent outcomes is in each (Cameron, Gelbach and Miller 2011).
+    deff = min(sum(effects) - (len(effects) - 1), most)
+    low, high = binomial_interval(hits / deff, n / deff)
+    return Rate(float(hits / n), (float(low), float(high)))
 
 
 def clustered_interval(part: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +68,7 @@ def design_effect(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     The estimate is the variance of the ratio between clusters over that of independent outcomes, times the squared
     quotient of Student's t and the normal quantile (Korn and Graubard 1998). It is at least 1 and at most ``most``, the
     effect if the outcomes of each cluster are equal. If few clusters have events there is little to estimate from, so
-    it is shrunk to ``most``, which it is if there are no events.
+    it is shrunk to ``most``, which it is if there are no events, and if there is one cluster.
     """
     count, n = np.sum(whole > 0, axis=-1), np.sum(whole, axis=-1)
     most = np.sum(whole**2, axis=-1) / n
@@ -74,8 +79,38 @@ def design_effect(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     independent = p * (1 - p)
     raw = np.where(independent > 0, between / np.where(independent > 0, independent, 1), most) * (t / Z) ** 2
     events = np.minimum(np.sum(part > 0, axis=-1), np.sum(part < whole, axis=-1))
-    weight = events / (events + PRIOR_CLUSTERS)
+    weight = np.where(count > 1, events / (events + PRIOR_CLUSTERS), 0)
     return np.clip(raw, 1, most) ** weight * most ** (1 - weight)
+
+
+def difference_interval(
+    part_a: np.ndarray, whole_a: np.ndarray, part_b: np.ndarray, whole_b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 95 % interval [...] of sum(part_a) / sum(whole_a) - sum(part_b) / sum(whole_b), over the same clusters
+    [..., K].
+
+    Each share's own interval says how far it may be off, and these distances add up as standard deviations do, with the
+    correlation of both shares (Newcombe 1998; Zou and Donner 2008). A bootstrap, in which a share of one outcome or of
+    no event never varies, takes it for exactly known.
+    """
+    a, b, r = share(part_a, whole_a), share(part_b, whole_b), _correlation(part_a, whole_a, part_b, whole_b)
+    (low_a, high_a), (low_b, high_b) = clustered_interval(part_a, whole_a), clustered_interval(part_b, whole_b)
+
+    def add(x, y):
+        return np.sqrt(np.maximum(x**2 + y**2 - 2 * r * x * y, 0.0))
+
+    return a - b - add(a - low_a, high_b - b), a - b + add(high_a - a, b - low_b)
+
+
+def _correlation(part_a: np.ndarray, whole_a: np.ndarray, part_b: np.ndarray, whole_b: np.ndarray) -> np.ndarray:
+    """Return the correlation of two shares over the same clusters [..., K], shrunk to 0 if few clusters differ."""
+    of_a, of_b = (
+        part - share(part, whole)[..., None] * whole for part, whole in ((part_a, whole_a), (part_b, whole_b))
+    )
+    scale = np.sqrt(np.sum(of_a**2, axis=-1) * np.sum(of_b**2, axis=-1))
+    r = np.where(scale > 0, np.sum(of_a * of_b, axis=-1) / np.where(scale > 0, scale, 1), 0.0)
+    differ = np.sum((part_a != part_b) | (whole_a != whole_b), axis=-1)
+    return r * differ / (differ + PRIOR_CLUSTERS)
 
 
 def binomial_interval(successes: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

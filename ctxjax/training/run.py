@@ -198,7 +198,7 @@ def _collect_results(
     first, *others = arms
     for name in others:
         pair = arms[name].evaluation.outcomes, arms[first].evaluation.outcomes
-        results[name] |= metrics_lib.compare_arms(*pair, first, config.eval.bootstrap)
+        results[name] |= metrics_lib.compare_arms(*pair, first)
     for name, arm in arms.items():
         results[name] |= metrics_lib.compute_metrics({"learning": arm.learning}, config.eval.bootstrap) | arm.alarms
         if arm.selected is not None:
