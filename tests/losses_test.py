@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ctxjax.distill import losses, objective
-from ctxjax.distill.anchors import ANCHORS, anchor_term, loss_at
+from ctxjax.distill.anchors import ANCHORS, anchor_term, handover_target, loss_at
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.terms import token_values
 from ctxjax.models.transformer import ModelConfig
@@ -91,7 +91,16 @@ def test_steps_on_the_teachers_samples_have_their_own_divergence_if_one_is_named
     assert [loss_at(own, 1, off).divergence for off in (False, True)] == ["reverse_kl", "forward_kl"]
     sft = LossConfig(divergence="cross_entropy", on_policy_fraction=0.0, off_policy_divergence="forward_kl")
     assert loss_at(sft, 0, True) == sft  # an arm without other steps keeps its own
-    assert [loss_at(own, step, True).beta for step in (0, 1)] == [0, 0.5] and loss_at(same, 0, True) == same
+    assert [loss_at(own, step, True).beta for step in (0, 1)] == [0, 0.5] and loss_at(same, 0, True).mu == 1.0
+
+
+def test_a_step_of_an_arm_with_a_warm_up_is_on_policy_or_it_is_not():
+    """So that on-policy steps check that sampling and scoring agree, and are the same program as in other arms."""
+    config = LossConfig(off_policy_steps=2, on_policy_fraction=0.5)
+    assert [loss_at(config, step, off).is_on_policy for step, off in ((0, True), (2, False), (3, True))] == [
+        False, True, False,
+    ]  # fmt: skip
+    assert loss_at(config, 2, False) == LossConfig()
 
 
 @pytest.mark.parametrize("ramp, expected", [(0, [0.5] * 5), (4, [0.125, 0.25, 0.375, 0.5, 0.5]), (1, [0.5] * 5)])
@@ -179,6 +188,16 @@ def test_each_anchor_compares_q_c_with_its_view_and_moves_only_what_it_may(ancho
     assert ANCHORS[anchor].targets == targets
     if value == KL_P_Q:
         np.testing.assert_allclose(gradients["q_c"], [0.25 - 0.5, 0.75 - 0.5], atol=ROUNDING)  # q_c - target
+
+
+def test_the_handover_target_is_finite_where_rounded_probabilities_add_up_to_more_than_one():
+    """Where both agree but for a token that is far likelier to one of them: w of 1.0000001 made log m of it NaN."""
+    q_x = 8 * jax.random.normal(jax.random.key(0), (64, 20_000))
+    assert float(jnp.max(jnp.sum(jax.nn.softmax(q_x), axis=-1))) > 1
+    q_x, f = q_x.at[:, 0].set(-60.0), q_x.at[:, 0].set(-10.0)
+    target = handover_target({"q_x": q_x, "f": f})
+    assert not np.isnan(target).any()
+    np.testing.assert_allclose(np.exp(target[:, 1:]), jax.nn.softmax(q_x)[:, 1:], rtol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.optim import OptimConfig
 from ctxjax.distill.sampling import SamplingConfig, sample
 from ctxjax.distill.train_step import StepConfig, init_state, train_step
+from ctxjax.models import attention, transformer
 from ctxjax.models.lora import LoraConfig, merged
 from ctxjax.sharding import put_batch
 from ctxjax.types import Batch, Frozen
@@ -85,3 +86,37 @@ def test_a_sampler_has_the_precision_of_the_training(dtype, expected, tiny_model
 def test_an_adapter_is_added_in_full_precision(tiny_model):
     layers = {"q": jnp.ones((2, 4, 4), jnp.bfloat16), "q_lora_a": jnp.ones((2, 4, 1)), "q_lora_b": jnp.ones((2, 1, 4))}
     assert find_products(merged, {"layers": layers}) == [({"float32"}, FULL)]
+
+
+def test_trained_scales_of_norms_are_decoded_as_they_are_scored(tiny_model, make_params, mesh):
+    """A scale of 1.003 is 1 in bfloat16: sampling would not see what training has changed."""
+    model = dataclasses.replace(tiny_model, dtype="bfloat16")
+    params = make_params(model, 0, mesh)
+    read = transformer.prepare_for_decoding(params, model)
+    layers = jax.tree.map(lambda *parts: np.stack(parts), *read["layers"])  # decoding is unrolled here
+    for name in ("attention_norm", "mlp_norm"):
+        np.testing.assert_array_equal(layers[name], params["layers"][name])
+    assert layers["q"].dtype == jnp.bfloat16
+    assert read["embedding"].dtype == jnp.bfloat16
+
+
+def test_gradients_of_keys_do_not_lose_precision_if_queries_come_in_many_chunks(mesh, monkeypatch):
+    """Each chunk adds to the gradient of all keys; in bfloat16, of 256 such numbers the last ones would be lost."""
+    shape = (2, 4, 256, 8)
+    q, k, v, out = (jax.random.normal(jax.random.key(i), shape if i in (0, 3) else (2, 2, 256, 8)) for i in range(4))
+    real = jnp.ones((2, 256), bool)
+
+    def gradients(dtype):
+        def total(k, v):
+            read = attention.self_attention("reference", q.astype(dtype), k, v, real, None)
+            return jnp.sum(read.astype(jnp.float32) * out)
+
+        return jax.grad(total, (0, 1))(k.astype(dtype), v.astype(dtype))
+
+    def error(found):
+        return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(found, exact, strict=True))
+
+    exact = gradients(jnp.float32)
+    whole = error(gradients(jnp.bfloat16))
+    monkeypatch.setattr("ctxjax.models.attention.CHUNK_SCORES", {"cpu": 1})  # a chunk for each query
+    assert error(gradients(jnp.bfloat16)) < 1.2 * whole < 0.02

@@ -47,7 +47,8 @@ class Anchor(NamedTuple):
 def handover_target(logits: Logits) -> jax.Array:
     """log m, m = w q_x + (1 - w) f, with w in [0, 1] the overlap of the two: 1 minus their total variation."""
     q_x, f = jax.nn.softmax(logits["q_x"]), jax.nn.softmax(logits["f"])
-    w = jnp.sum(jnp.minimum(q_x, f), axis=-1, keepdims=True)
+    # Rounded probabilities may add up to a little over 1, and 1 - w must not be negative: m would be, for some tokens.
+    w = jnp.minimum(jnp.sum(jnp.minimum(q_x, f), axis=-1, keepdims=True), 1.0)
     return jnp.log(w * q_x + (1 - w) * f)
 
 
@@ -110,8 +111,9 @@ def loss_at(config: LossConfig, step: int, off_policy: bool = False) -> LossConf
     """The objective of ``step`` (the first is 0): ``config``, with or without the anchor, and with its divergence.
 
     The anchor is taken in the last of every ``anchor_every`` steps. ``off_policy``: it is a step on the teacher's
-    samples.
+    samples, and the objective returned is that of a run with such steps only; else of one without them.
     """
     config = config.of_off_policy_steps if off_policy else config
+    config = dataclasses.replace(config, on_policy_fraction=0.0 if off_policy else 1.0, off_policy_steps=0)
     is_due = (step + 1) % config.anchor_every == 0
     return config if is_due else dataclasses.replace(config, beta=0.0)

@@ -154,11 +154,18 @@ def attention(
         x = jnp.pad(x, padding)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
 
+    # The chunks' gradients of keys and values add up in the type in which the scan gets them.
+    wide = [s._replace(keys=s.keys.astype(jnp.float32), values=s.values.astype(jnp.float32)) for s in sources]
+
+    def narrow(source: Source) -> Source:
+        dtype = q_BxHxLxDh.dtype
+        return source._replace(keys=source.keys.astype(dtype), values=source.values.astype(dtype))
+
     @jax.checkpoint
     def chunk(_, queries_and_columns):
         q, columns = queries_and_columns
-        read = [source._replace(columns_BxL=c) for source, c in zip(sources, columns)]
-        return None, _attend(q, [_take_window(source, size) for source in read])
+        read = [source._replace(columns_BxL=c) for source, c in zip(wide, columns)]
+        return None, _attend(q, [narrow(_take_window(source, size)) for source in read])
 
     columns = [None if source.columns_BxL is None else split(source.columns_BxL, 1) for source in sources]
     _, out = lax.scan(chunk, None, (split(q_BxHxLxDh, 2), columns))

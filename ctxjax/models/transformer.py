@@ -264,10 +264,16 @@ def _decoding_segments(config: ModelConfig) -> list[Segment]:
 def prepare_for_decoding(params: Params, config: ModelConfig, rules: str = "gathered") -> Params:
     """Cast and reshard the weights for ``decode_step`` by sharding.DECODE_RULES[rules].
 
-    Call it before the decode loop: inside, it would run for every token.
+    Call it before the decode loop: inside, it would run for every token. The scales of norms are not cast, as they are
+    not in scoring: bfloat16 has no number between 1 and 1.0078, and a scale would be decoded as before its training.
     """
+
+    def prepare(path, w):
+        is_scale = path[-1].key.endswith("norm")
+        return reshard_for_decoding(w if is_scale else w.astype(config.dtype), rules)
+
     read = {name: params[name] for name in ("embedding", "layers")}
-    read = jax.tree.map(lambda w: reshard_for_decoding(w.astype(config.dtype), rules), read)
+    read = jax.tree.map_with_path(prepare, read)
     if _is_decoding_unrolled(config):
         read["layers"] = tuple(jax.tree.map(lambda w: w[i], read["layers"]) for i in range(config.layers))  # noqa: B023
     return read | {"final_norm": params["final_norm"]}
