@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
     config.seeds = (10, 11, 12)  # seeds of the second phase: of the world, its base and the run
     # The metrics on dev that choose an arm's rate, the second one only if the first ones are equal; with a minus sign
     # the lower the better. All arms are to answer without the context, so this chooses the rates. If answers with the
-    # context chose them, plain OPCD would get a rate at which it learns nothing, and so does no harm.
+    # context chose them, plain OPCD would be chosen by its harm.
     config.select = ("acc_x", "-distill")
 
     # Changes to the fields of all runs. No alarm stops a run, since its other arms are to go on.

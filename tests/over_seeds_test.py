@@ -9,7 +9,7 @@ from scipy import stats
 from benchmarks import intervals
 from ctxjax.evaluation import over_seeds
 from ctxjax.evaluation.over_seeds import Sums
-from ctxjax.evaluation.statistics import mcnemar, share
+from ctxjax.evaluation.statistics import binomial_interval, mcnemar, share
 from ctxjax.study import results
 
 
@@ -57,6 +57,13 @@ def test_a_thousand_questions_of_three_seeds_are_not_three_thousand_questions():
     undefined = Sums(np.zeros(4), np.zeros(4))
     assert over_seeds.mean_rate([undefined, *runs_of(0.5)], 50) == (0.5, None)
     assert over_seeds.mean_rate([undefined], 50) == (None, None)
+
+
+def test_runs_of_few_questions_widen_an_interval_as_they_count():
+    """None of 20, 512 and 512 is as little as none of 167 if each run is a third of the mean."""
+    runs = [*runs_of(0.0, n=20), *runs_of(0.0, 0.0, n=512)]
+    expected = binomial_interval(np.array(0.0), np.array(9 / (1 / 20 + 2 / 512)))
+    assert over_seeds.mean_rate(runs, 50).interval == pytest.approx(expected)
 
 
 def test_every_run_counts_once_however_many_questions_it_has():

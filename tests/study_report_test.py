@@ -52,6 +52,7 @@ def write_run(run, arms, seed) -> None:
     rows = {
         arm: {"cosine_by_layer": [1.0, 0.9, 0.7 + 0.01 * seed], "obedience_by_context": {"a": [1, 2]}} for arm in arms
     }
+    rows["opcd"]["lowest_acc_xc"] = 0.5
     rows["opcd"]["alarms"] = {"harm": 4, "context_use": 2}
     (run / "results.json").write_text(json.dumps(rows))
     (run / "run.json").write_text(json.dumps({"commit": "abc", "device": "cpu", "seconds": {"total": 60.0}}))
@@ -153,7 +154,7 @@ def test_a_point_that_has_not_learnt_its_context_is_hollow(folder):
     found = results.read_results(folder)["one"]
 
     def draw(models, arms):
-        return report.draw_harm_and_obedience(list(results.list_metrics({"one": models})), arms)
+        return report.draw_harm_and_obedience({"one": models}, arms)
 
     assert "#ffffff" not in draw(found, tuple(RIGHT))
     known = {"base": found["retained"], "opcd": [run._replace(sums=run.sums | {"acc_x": poor}) for run, poor in zip(
@@ -297,6 +298,31 @@ def test_what_is_not_done_has_the_facts_of_its_run(folder, tmp_path):
     assert find(rows, configuration="one", seed=0)["commit"] is None
     done = find(list(results.list_runs(folder)), configuration="one", seed=0)
     assert done["commit"] == "abc" and done["alarms"] == "opcd: harm, context_use"
+    quiet = Cell("one", FINAL, 0)
+    shutil.copytree(folder.of(quiet), made.of(quiet), ignore=shutil.ignore_patterns("record.json"))
+    path = made.run_of(quiet) / "results.json"
+    path.write_text(json.dumps({arm: {} for arm in json.loads(path.read_text())}))
+    assert find(list(results.list_runs(made)), configuration="one", seed=0)["alarms"] == "not evaluated on dev"
+
+
+def test_the_figure_has_harm_and_obedience_of_the_same_seeds(folder):
+    """Harm needs right answers, which only one of three runs has; the others obey less."""
+    found = results.read_results(folder)["one"]["retained"]
+    poor = [run._replace(sums={k: v for k, v in run.sums.items() if k != "harm"}) for run in found[1:]]
+    deaf = Sums(np.zeros(12), np.full(12, 10.0))
+    runs = [found[0], *(run._replace(sums=run.sums | {"obedience": deaf}) for run in poor)]
+    alone, three = (
+        report.draw_harm_and_obedience({"one": {"retained": own}}, ("retained",)) for own in (runs[:1], runs)
+    )
+    assert alone == three
+    whole = [*found[:1], *(run._replace(sums=run.sums | {"obedience": deaf}) for run in found[1:])]
+    assert report.draw_harm_and_obedience({"one": {"retained": whole}}, ("retained",)) != three
+
+
+def test_intervals_of_cosines_end_at_one(folder):
+    runs = [results.RunResult(seed, {}, {"cosine_by_layer": value}) for seed, value in enumerate((0.7, 0.9, 0.99))]
+    mean, (low, high) = results.mean_over_seeds(runs, "cosine_by_layer")
+    assert mean == pytest.approx(0.8633, abs=1e-4) and low < 0.6 and high == 1.0
 
 
 def test_a_record_that_is_broken_is_named(folder, tmp_path):

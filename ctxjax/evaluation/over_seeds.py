@@ -47,6 +47,8 @@ def mean_rate(runs: Sequence[Sums], resamples: int) -> Rate:
     """Return the mean over runs of a rate, each run counted once, and its 95 % interval for other seeds.
 
     The interval is that of a binomial rate for as many independent outcomes as have the variance of ``mean_variance``.
+    They are at most as many as the clusters of these runs say of a mean in which each run counts once. If nothing
+    varies, as when all runs have no event, they are that many: the interval then knows nothing of other seeds.
     Runs without a denominator are left out. The interval is None for fewer than two runs.
     """
     runs = [run for run in runs if run.whole.sum() > 0]
@@ -57,7 +59,7 @@ def mean_rate(runs: Sequence[Sums], resamples: int) -> Rate:
     mean = float(values.mean())
     if variance is None:
         return Rate(mean, None)
-    most = sum(np.count_nonzero(run.whole) for run in runs)
+    most = len(runs) ** 2 / sum(1 / np.count_nonzero(run.whole) for run in runs)
     n = min(mean * (1 - mean) / variance, most) if variance > 0 else most
     low, high = binomial_interval(np.array(mean * n), np.array(float(n)))
     return Rate(mean, (float(low), float(high)))

@@ -22,8 +22,11 @@ from ctxjax.report.run_files import read_run
 RECORD = "record.json"
 FACTS = ("commit", "device", "started")  # of run.json
 LARGE = ("obedience_by_context",)  # what is not kept of a row of results.json: the outcomes have it
-# Means over layers, one value of a run: its questions are not kept.
-VALUES = ("cosine_by_layer", "cosine_control_by_layer", "cka_by_layer", "cka_control_by_layer")
+# Means over layers, one value of a run, and what it may be: its questions are not kept.
+VALUES = {
+    "cosine_by_layer": (-1.0, 1.0), "cosine_control_by_layer": (-1.0, 1.0),
+    "cka_by_layer": (0.0, 1.0), "cka_control_by_layer": (0.0, 1.0),
+}  # fmt: skip
 _BITS = ("correct", "parsed", "truncated")
 
 

@@ -11,13 +11,12 @@ import jinja2
 from markupsafe import Markup
 
 from ctxjax.evaluation.metrics import METRICS
-from ctxjax.evaluation.statistics import Rate
 from ctxjax.host.workdir import write_text
 from ctxjax.report import plots
 from ctxjax.report.formatting import DASH, decimals, interval, p_value, percent, signed_percent
 from ctxjax.study import results as results_lib, worker
 from ctxjax.study.record import VALUES
-from ctxjax.study.results import HEADERS, UNITS
+from ctxjax.study.results import HEADERS, UNITS, Results
 from ctxjax.study.worker import Folder
 
 Row = Sequence[str]
@@ -49,7 +48,7 @@ def write_report(folder: Folder) -> Path:
     for name, (header, lines) in shown.items():
         write_text(place / f"{name}.tex", format_latex(header, lines))
     shown["arms"] = arms_table(folder)
-    figure = draw_harm_and_obedience(metrics, folder.study.run_arms)
+    figure = draw_harm_and_obedience(results, folder.study.run_arms)
     write_text(place / "harm_obedience.svg", plots.standalone(figure))
     definitions = [(HEADERS[metric.key], metric.definition) for metric in METRICS if metric.key in HEADERS]
     commits = sorted({row["commit"][:9] for row in tables["runs"] if row["commit"]})
@@ -175,27 +174,24 @@ def signs_table(rows: list[dict]) -> tuple[Row, list[Row]]:
     return header, body
 
 
-def draw_harm_and_obedience(metrics: list[dict], arms: Sequence[str]) -> str:
+def draw_harm_and_obedience(results: Results, arms: Sequence[str]) -> str:
     """Draw harm against obedience: a point with intervals for each configuration and each of ``arms``.
 
-    ``metrics``: rows of results.list_metrics. A point is hollow if the arm has not internalized the context
-    (LEARNT_SHARE).
+    Both are means over the same runs, those that have a harm. A point is hollow if the arm has not internalized the
+    context in them (LEARNT_SHARE).
     """
-    rows = {(row["configuration"], row["arm"], row["metric"]): row for row in metrics}
     points: dict[str, list] = {}
     for arm in arms:
-        for configuration in dict.fromkeys(row["configuration"] for row in metrics):
-            pair = [rows.get((configuration, arm, key)) for key in ("harm", "obedience")]
-            if None not in pair:
-                known = rows.get((configuration, "base", "acc_xc"))
-                is_hollow = known and rows[configuration, arm, "acc_x"]["mean"] < LEARNT_SHARE * known["mean"]
-                points.setdefault(arm, []).append((*map(_as_rate, pair), bool(is_hollow)))
+        for models in results.values():
+            runs = results_lib.runs_with(results_lib.runs_with(models.get(arm, ()), "harm"), "obedience")
+            if not runs:
+                continue
+            harm, obedience, learnt = (results_lib.mean_over_seeds(runs, key) for key in ("harm", "obedience", "acc_x"))
+            known = results_lib.mean_over_seeds(models.get("base", ()), "acc_xc").value
+            is_hollow = known is not None and learnt.value < LEARNT_SHARE * known
+            points.setdefault(arm, []).append((harm, obedience, is_hollow))
     label = "Harm against obedience, a point for each configuration and arm, with 95 % intervals over seeds"
     return plots.rate_scatter(points, (HEADERS["harm"], HEADERS["obedience"]), label)
-
-
-def _as_rate(row: dict) -> Rate:
-    return Rate(row["mean"], None if row["low"] is None else (row["low"], row["high"]))
 
 
 def _is_shown(row: dict) -> bool:

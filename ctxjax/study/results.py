@@ -96,7 +96,8 @@ def _reduce(seed: int, record: ModelRecord) -> RunResult:
     return RunResult(seed, sums, record.values)
 
 
-def _runs_with(runs: Sequence[RunResult], key: str) -> list[RunResult]:
+def runs_with(runs: Sequence[RunResult], key: str) -> list[RunResult]:
+    """Return the runs that have a measure or value."""
     return [run for run in runs if key in run.sums or key in run.values]
 
 
@@ -106,9 +107,9 @@ def _value(run: RunResult, key: str) -> float:
 
 def mean_over_seeds(runs: Sequence[RunResult], key: str) -> Rate:
     """Return the mean of a measure over the runs, and its interval for other seeds."""
-    runs = _runs_with(runs, key)
+    runs = runs_with(runs, key)
     if key not in MEASURES:
-        return over_seeds.mean_value([run.values[key] for run in runs], [0.0] * len(runs))
+        return over_seeds.mean_value([run.values[key] for run in runs], [0.0] * len(runs), VALUES[key])
     sums = [run.sums[key] for run in runs]
     mean = over_seeds.mean_rate if MEASURES[key].is_rate else over_seeds.mean_ratio
     return mean(sums, RESAMPLES)
@@ -119,7 +120,7 @@ def list_metrics(results: Results) -> Iterator[dict]:
     for configuration, models in results.items():
         for model, runs in models.items():
             for key in HEADERS:
-                found = [value for run in _runs_with(runs, key) if np.isfinite(value := _value(run, key))]
+                found = [value for run in runs_with(runs, key) if np.isfinite(value := _value(run, key))]
                 if found:
                     mean, interval = mean_over_seeds(runs, key)
                     low, high = interval or (None, None)
@@ -193,15 +194,22 @@ def _by_arm_and_metric(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def list_runs(folder: Folder) -> Iterator[dict]:
-    """Yield a row for each cell: what became of it, and what code and machine its run had."""
+    """Yield a row for each cell: what became of it, what code and machine its run had, and the alarms of its arms.
+
+    A run that is not evaluated on dev while it trains says so: the alarms that read these evaluations, as
+    ``context_use``, cannot be raised in it.
+    """
     for cell in folder.costs:
         state = folder.state(cell)
         record = folder.record(cell) if state == DONE else None
         facts = record.facts if record else read_facts(folder.run_of(cell))
-        alarms = {name: model.row.get("alarms") for name, model in record.models.items()} if record else {}
+        rows = {name: model.row for name, model in record.models.items()} if record else {}
+        alarms = [f"{name}: {', '.join(row['alarms'])}" for name, row in rows.items() if row.get("alarms")]
+        if rows and not any("lowest_acc_xc" in row for row in rows.values()):
+            alarms.append("not evaluated on dev")
         yield {
             "configuration": cell.configuration, "phase": cell.phase, "seed": cell.seed, "state": state, **facts,
-            "alarms": "; ".join(f"{name}: {', '.join(raised)}" for name, raised in alarms.items() if raised),
+            "alarms": "; ".join(alarms),
         }  # fmt: skip
 
 
