@@ -182,9 +182,22 @@ def _make_arms(config: ConfigDict, temperature: float) -> dict[str, LossConfig]:
         changes = {field: value for field, value in config.arms[name].items() if field != "lr"}
         arms[name] = LossConfig(temperature=temperature, **{**config.loss, **changes})
         _check_loss(name, arms[name], config)
+    _check_loss_is_used(config)
     for taken in {"base", "teacher"} & arms.keys():
         raise ValueError(f'run_arms: "{taken}" is the name of an untrained model in the results; rename the arm')
     return arms
+
+
+def _check_loss_is_used(config: ConfigDict) -> None:
+    """Raise ValueError for a field of config.loss that was set, and that every arm of the run sets in its own way."""
+    usual = LossConfig()
+    for field, value in config.loss.items():
+        if value != getattr(usual, field) and all(field in config.arms[name] for name in config.run_arms):
+            own = ", ".join(f"arms.{name}.{field} = {config.arms[name][field]!r}" for name in config.run_arms)
+            raise ValueError(
+                f"loss.{field} = {value!r} has no effect: every arm of run_arms has a value of its own ({own}); set "
+                "these instead"
+            )
 
 
 def _check_loss(arm: str, loss: LossConfig, config: ConfigDict) -> None:

@@ -83,6 +83,9 @@ def evaluate(config: ConfigDict, split: str):
     from ctxjax.inputs.run_inputs import open_student
 
     processes.check_alone("ctxjax evaluate")
+    config = config.copy_and_resolve_references()
+    # The model is its own base here, and has not drifted from itself.
+    config.eval.meters = tuple(name for name in config.eval.meters if name != "drift")
     experiment = config_lib.experiment(config, jax.device_count(), trains=False)
     task_config = experiment.task_config
     if hasattr(task_config, "required"):
@@ -92,6 +95,12 @@ def evaluate(config: ConfigDict, split: str):
         splits.check_splits(task, (split,))
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     with jax.set_mesh(mesh):
+        if experiment.model.param_dtype != "float32":
+            print(
+                f"note: weights are read as model.param_dtype = {experiment.model.param_dtype}, which rounds small "
+                "updates of a merged adapter away; --config.model.param_dtype=float32 keeps them",
+                flush=True,
+            )
         folder = open_student(experiment, experiment.model.path, mesh, {})
         (evaluator,) = Evaluator.of_splits(experiment, task, (split,), folder, folder, mesh)
         quoted = prompts_lib.describe_quoted_control_tokens(folder.tokenizer, task.rows(split))

@@ -8,7 +8,7 @@ import pytest
 from ctxjax.data import prompts
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.training import batch_text
-from ctxjax.training.batch_text import Formatter
+from ctxjax.training.batch_text import Formatter, Sampled
 from ctxjax.types import Batch, Rollout
 
 PAD, BEGIN, END, SYSTEM, USER, ASSISTANT = 0, 2, 3, 4, 5, 6
@@ -38,7 +38,10 @@ def make_rollout(*rows) -> Rollout:
 
 
 def format_page(tokenizer, batch, responses, other=None, width=100, colour=False) -> str:
-    return batch_text.format_batch(Formatter(tokenizer, width, colour), batch, (END,), responses, other)
+    own, other = (
+        rollout and Sampled("the student for opcd", rollout, rollout.mask_BxT) for rollout in (responses, other)
+    )
+    return batch_text.format_batch(Formatter(tokenizer, width, colour), batch, (END,), [own], other)
 
 
 ENDED, CUT = ([A, END, PAD, PAD, PAD], 2), ([B] * 5, 5)
@@ -65,6 +68,16 @@ def test_the_mask_shows_which_tokens_are_trained_on(tokenizer):
     assert second == ("b│b│b│b│b", "8│8│8│8│8", "1│1│1│1│1")
     assert "2 of 5 columns are trained on, to the end token" in text
     assert "5 of 5 columns are trained on, cut at the limit" in text
+
+
+def test_arms_that_learn_from_others_responses_or_from_fewer_tokens_have_their_own_lines(tokenizer):
+    own, given = make_rollout(ENDED), make_rollout(CUT)
+    later = Sampled("the teacher for opcd_warm", given, given.mask_BxT & (np.arange(5) >= 2))
+    own = Sampled("the student for opcd", own, own.mask_BxT)
+    text = batch_text.format_batch(Formatter(tokenizer, 100, False), make_batch([A]), (END,), [own, later], None)
+    assert "response, sampled from the student for opcd: 2 of 5 columns are trained on, to the end token" in text
+    _, teachers = text.split("response, sampled from the teacher for opcd_warm: 3 of 5 columns are trained on, cut")
+    assert "    mask   0│0│1│1│1" in teachers
 
 
 def test_a_response_with_its_end_token_in_the_last_column_is_not_cut(tokenizer):

@@ -128,6 +128,16 @@ def test_an_adapter_to_start_from_is_evaluated_too(folder, questions, tmp_path):
     assert [item["text"] for item in adapted.items] != [item["text"] for item in plain.items]
 
 
+def test_a_model_has_no_drift_from_itself_and_weights_that_are_rounded_are_named(folder, questions, capsys):
+    config = settings(folder, questions)
+    config.eval.meters = ("drift",)
+    metrics = evaluate.evaluate(config, "test")[0].metrics
+    assert "acc_x" in metrics and "drift" not in metrics and "note: weights" not in capsys.readouterr().out
+    config.model.param_dtype = "bfloat16"
+    evaluate.evaluate(config, "test")
+    assert "note: weights are read as model.param_dtype = bfloat16" in capsys.readouterr().out
+
+
 def test_a_runs_adapter_to_start_from_is_not_added_to_another_model():
     config = base.get_config()
     config.model.path = "base"

@@ -165,6 +165,10 @@ CASES = {
     "unknown alarm": (setting(alarms__stop=("fire",)), "alarms.stop = 'fire' is not known"),
     "unknown kind of row": (setting(records__skip=("odd",)), "records.skip = 'odd' is not known"),
     "evaluation off the mesh": (setting(eval__batch_size=7), "eval.batch_size = 7 is not divisible"),
+    "loss of no arm": (
+        setting(loss__beta=0.3),
+        r"loss.beta = 0.3 has no effect: every arm of run_arms .*\(arms.opcd.beta = 0.0, .*; set these instead",
+    ),
     "negative seed": (setting(seed=-1), "seed = -1 must be 0 or more"),
     "large seed": (setting(seed=2**40), "seed = 1099511627776 must be at most"),
     "no model": (setting(model__path=""), "model.path is empty; give the folder or the Hub id"),
@@ -179,6 +183,16 @@ CASES = {
     "torn last line": (calls("rows", GOOD + b'{"question": "x'), "line 19: not valid JSON: .*is it complete?"),
     "not UTF-8": (calls("rows", GOOD + b'{"question": "\xff", "answer": "1"}\n'), "line 19: not UTF-8 text"),
     "half a surrogate": (calls("rows", rb'{"question": "\ud800", "answer": "1"}' + b"\n"), "line 1: .* valid Unicode"),
+    "half a surrogate in a chat": (
+        lambda scene: (
+            scene.rows(
+                rb'{"chat": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "a"}, '
+                rb'{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}' + b"\n"
+            ),
+            setting(qa_jsonl__messages="chat")(scene),
+        ),
+        "line 1: no message in column 'chat' that is valid Unicode",
+    ),
     "null": (calls("rows", GOOD + b'{"question": null, "answer": "1"}\n'), "line 19: no text in column 'question'"),
     "no column": (calls("rows", b'{"q": "x", "answer": "1"}\n'), r"its columns are \['answer', 'q'\]"),
     "a number": (calls("rows", b'{"question": 1, "answer": "x"}\n'), "no text in column 'question', but int 1"),

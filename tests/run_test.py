@@ -20,7 +20,7 @@ from ctxjax.audit import audit
 from ctxjax.configs import tiny
 from ctxjax.data import prompts
 from ctxjax.data.worlds import rules
-from ctxjax.distill.train_step import StepConfig, init_state, rollout_step
+from ctxjax.distill.train_step import StepConfig, init_state, rollout_step, teacher_rollout
 from ctxjax.evaluation import metrics, statistics
 from ctxjax.evaluation.evaluator import Evaluation, Evaluator
 from ctxjax.host import workdir as workdir_lib
@@ -509,7 +509,9 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
     config.train.retention_rows = 4
     experiment = config_lib.experiment(config, jax.device_count())
     monkeypatch.setattr(batch_text, "format_batch", lambda formatter, *shown: shown)
-    batch, stop_ids, *previewed = preview.format_first_batch(experiment, width=100, colour=False)
+    batch, stop_ids, sampled, other = preview.format_first_batch(experiment, width=100, colour=False)
+    assert [arms.source for arms in sampled] == [f"the student for {', '.join(experiment.arms)}"]
+    previewed = [sampled[0].rollout, other.rollout]
     assert [len(view.mask_BxP) for view in (batch.bare, batch.context, batch.other)] == [8, 8, 4]
     assert {view.prefix_C for view in (batch.bare, batch.context, batch.other)} == {None}
     begins = [{tuple(ids[:2]) for ids in prompts.unpad(view)} for view in (batch.bare, batch.context)]
@@ -528,6 +530,30 @@ def test_the_previewed_responses_are_those_of_the_first_step(shortest, cache, mo
         np.testing.assert_array_equal(shown.tokens_BxT, all_rows.tokens_BxT[: preview.ROWS])
         np.testing.assert_array_equal(shown.mask_BxT, all_rows.mask_BxT[: preview.ROWS])
     assert stop_ids == (3,)
+
+
+def test_the_preview_of_an_arm_that_begins_with_the_teachers_samples_shows_them(cache, monkeypatch):
+    config = make_config(cache)
+    config.run_arms = ("opcd", "off_policy", "sft")
+    config.arms.sft.skip_first = 1
+    experiment = config_lib.experiment(config, jax.device_count())
+    monkeypatch.setattr(batch_text, "format_batch", lambda formatter, *shown: shown)
+    batch, stop_ids, sampled, other = preview.format_first_batch(experiment, width=100, colour=False)
+    whose = {"the student for opcd": 0, "the teacher for off_policy": 1, "the teacher for sft": 2}
+    own, given, skipped = (sampled[place] for place in whose.values())
+    assert [arms.source for arms in sampled] == list(whose) and other is None
+    with jax.set_mesh(mesh := sharding.make_mesh(fsdp=2)):
+        world = rules.Rules(experiment.task_config)
+        folder = open_folder(base_model.find_base_folder(experiment.base, experiment.task, world), mesh)
+        sampling = run_inputs.make_sampling_config(experiment.teacher.decode, folder)
+        key, rows = jax.random.key(experiment.seed), sharding.put_batch(batch, mesh)
+        drawn = jax.device_get(teacher_rollout(folder.params, rows, key, 0, folder.config, sampling))
+    np.testing.assert_array_equal(given.rollout.mask_BxT, drawn.mask_BxT[: preview.ROWS])
+    shown, real = (np.where(r.mask_BxT, r.tokens_BxT, 0) for r in (given.rollout, drawn))
+    np.testing.assert_array_equal(shown, real[: preview.ROWS])
+    np.testing.assert_array_equal(given.trained_BxT, given.rollout.mask_BxT)
+    assert not skipped.trained_BxT[:, 0].any() and skipped.trained_BxT[:, 1].any()
+    assert not np.array_equal(own.rollout.tokens_BxT, given.rollout.tokens_BxT)
 
 
 def test_dump_batch_prints_the_first_batch_and_creates_no_workdir(cache, tmp_path):

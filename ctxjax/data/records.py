@@ -92,7 +92,7 @@ class Reader:
         found = []
         for column in columns:
             value = _look_up(record.value, column)
-            if not self._is_usable(value, record.where, f"no text in column {column!r}", record.value):
+            if not self.is_usable(value, record.where, f"no text in column {column!r}", record.value):
                 return None
             found.append(value)
         return found
@@ -104,7 +104,7 @@ class Reader:
         left out. A value that ``read`` refuses (ValueError) is a bad "label". ``what``: its name in messages."""
         value = _look_up(record.value, column)
         is_text = value is None or isinstance(value, (str, list, dict))
-        if is_text and not self._is_usable(value, record.where, f"no {what} in column {column!r}", record.value):
+        if is_text and not self.is_usable(value, record.where, f"no {what} in column {column!r}", record.value):
             return None
         try:
             return read(value)
@@ -114,7 +114,7 @@ class Reader:
 
     def get_text(self, record: Record) -> str | None:
         """Return the row if it is itself a text; None if it was left out."""
-        return record.value if self._is_usable(record.value, record.where, "not a text") else None
+        return record.value if self.is_usable(record.value, record.where, "not a text") else None
 
     def is_new(self, record: Record, seen: dict[str, tuple[str, Any]], key: str, content: Any = None) -> bool:
         """Whether no earlier row had ``key``. ``seen`` stores the keys; start with an empty dict.
@@ -148,7 +148,7 @@ class Reader:
                 f"records.max_skipped = {self.config.max_skipped}; fix them, or raise the limit"
             )
 
-    def _is_usable(self, value, where: str, complaint: str, row: dict | None = None) -> bool:
+    def is_usable(self, value, where: str, complaint: str, row: dict | None = None) -> bool:
         """Whether a value is a usable text; if not, reject its row. ``complaint`` begins the message."""
         if value is None or (isinstance(value, str) and not value.strip()):
             is_there = row is None or value is not None

@@ -116,6 +116,20 @@ def find_starts(config: Experiment, teacher: ModelFolder, rows: list[Row], said:
     return [responses.find_answer(teacher.tokenizer, ids, teacher.stop_ids, o) for ids, o in zip(said, opened)]
 
 
+def cut_reasoning(config: Experiment, teacher: ModelFolder, rows: list[Row], said: Rollout) -> Rollout:
+    """Return the teacher's responses to ``rows`` without what is not learned from (``find_starts``), on the host."""
+    texts = [tokens[mask].tolist() for tokens, mask in zip(said.tokens_BxT, said.mask_BxT)]
+    pairs = list(zip(texts, find_starts(config, teacher, rows, texts)))
+    T = said.tokens_BxT.shape[1]
+    lengths_B = np.array([len(ids) - start for ids, start in pairs])
+    tokens = [ids[start:] + [teacher.pad_id] * (T - len(ids) + start) for ids, start in pairs]
+    logprobs = [
+        np.pad(values[mask][start:], (0, T - len(ids) + start))
+        for values, mask, (ids, start) in zip(said.logprobs_BxT, said.mask_BxT, pairs)
+    ]
+    return Rollout(np.array(tokens, np.int32), np.arange(T) < lengths_B[:, None], np.array(logprobs, np.float32))
+
+
 def _read(path: Path) -> dict[int, list[tuple[list[int], list[float]]]]:
     """Return the tokens and log-probabilities of the file's responses by step; {} if there is no file."""
     by_step: dict[int, list] = {}

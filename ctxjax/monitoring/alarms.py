@@ -244,7 +244,7 @@ ALARMS = {
         "dev/acc_xc_fall",
         "accuracy with the context has fallen to {dev/acc_xc:.0%}, by {dev/acc_xc_fall:.0%} from its best: the student "
         "no longer uses the context, or is harmed by it. Let the anchor wait (loss.beta_ramp, loss.gate, "
-        "loss.anchor=handover), or add retention (loss.mu)",
+        "loss.anchor=handover), or add retention (the arm opcd_retained)",
         at_once=True,
     ),
 }

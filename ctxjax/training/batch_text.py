@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
+from typing import NamedTuple
+
+import numpy as np
 
 from ctxjax.data import responses
 from ctxjax.data.prompts import find_common_prefix, unpad
@@ -85,12 +89,21 @@ def _wrap(widths: list[int], breaks: list[bool], room: int) -> list[list[int]]:
     return [line for line in lines if line]
 
 
+class Sampled(NamedTuple):
+    """The responses of the first rows. ``source``: who has said them, and the arms that are trained on them.
+    ``trained_BxT``: the tokens that are trained on, which may be fewer than those of the responses."""
+
+    source: str
+    rollout: Rollout
+    trained_BxT: np.ndarray
+
+
 def format_batch(
     formatter: Formatter,
     batch: Batch,
     stop_ids: tuple[int, ...],
-    responses: Rollout,
-    other_responses: Rollout | None,
+    responses: Sequence[Sampled],
+    other_responses: Sampled | None,
 ) -> str:
     """Return the batch's shapes, the shared context prefix, and the first rows: one for each row of ``responses``.
 
@@ -103,15 +116,16 @@ def format_batch(
     title, label, prompt = formatter.format_title, formatter.format_label, formatter.format_prompt
     lines = [title("First training batch"), *_format_overview(formatter, batch, stop_ids), ""]
     lines += [title(f"Shared context prefix: {shared}"), *prompt(prefix)]
-    for row in range(len(responses.tokens_BxT)):
+    for row in range(len(responses[0].rollout.tokens_BxT)):
         hidden = len(prefix) if len(context[row]) > len(prefix) else 0
         lines += ["", title(f"Row {row + 1}")]
         lines += [label("bare view", f"read by the student: {_format_sizes(batch.bare, row)}"), *prompt(bare[row])]
         lines += [label("context view", f"read by the teacher: {_format_sizes(batch.context, row)}")]
         lines += [INDENT + formatter.add_style(f"[the shared prefix, {hidden} tokens]", "dim")] * (hidden > 0)
         lines += [*prompt(context[row][hidden:]), _format_difference(formatter, bare[row], context[row])]
-        lines += _format_response(formatter, responses, row, stop_ids)
-        if other_responses is not None and row < len(other_responses.tokens_BxT):
+        for sampled in responses:
+            lines += _format_response(formatter, sampled, row, stop_ids)
+        if other_responses is not None and row < len(other_responses.rollout.tokens_BxT):
             lines += [label("retention", f"another context, read by both: {_format_sizes(batch.other, row)}")]
             lines += [*prompt(unpad(batch.other)[row]), *_format_response(formatter, other_responses, row, stop_ids)]
     return "\n".join(lines)
@@ -145,12 +159,12 @@ def _format_difference(formatter: Formatter, bare: list[int], context: list[int]
     )
 
 
-def _format_response(formatter: Formatter, responses: Rollout, row: int, stop_ids: tuple[int, ...]) -> list[str]:
-    tokens, mask = responses.tokens_BxT[row], responses.mask_BxT[row]
-    trained = int(mask.sum())
-    end = "to the end token" if tokens[trained - 1] in stop_ids else "cut at the limit"
-    shown = slice(trained + UNTRAINED)
-    facts = f"sampled from the student: {trained} of {len(mask)} columns are trained on, {end}"
+def _format_response(formatter: Formatter, sampled: Sampled, row: int, stop_ids: tuple[int, ...]) -> list[str]:
+    tokens, mask = sampled.rollout.tokens_BxT[row], sampled.trained_BxT[row]
+    length = int(sampled.rollout.mask_BxT[row].sum())
+    end = "to the end token" if length and tokens[length - 1] in stop_ids else "cut at the limit"
+    shown = slice(length + UNTRAINED)
+    facts = f"sampled from {sampled.source}: {int(mask.sum())} of {len(mask)} columns are trained on, {end}"
     return [
         formatter.format_label("response", facts),
         *formatter.format_response(tokens[shown].tolist(), mask[shown].tolist()),

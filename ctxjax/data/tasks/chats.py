@@ -68,6 +68,8 @@ def _read_messages(reader: Reader, record: Record, column: str) -> list[tuple[st
     if why:
         reader.reject("not_text", record.where, f"column {column!r}: {why}")
         return None
+    if not all(reader.is_usable(text, record.where, f"no message in column {column!r}") for text in texts):
+        return None
     return list(zip(roles, texts))
 
 

@@ -140,6 +140,8 @@ def _read_earlier(reader: Reader, record: Record) -> tuple[tuple[str, str], ...]
         why = "earlier must be a list of turns, [what the user said, the reply] each, which are texts"
         reader.reject("not_text", record.where, why)
         return None
+    if not all(reader.is_usable(text, record.where, "no text in earlier") for turn in turns for text in turn):
+        return None
     return tuple((said, reply) for said, reply in turns)
 
 
