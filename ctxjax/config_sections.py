@@ -161,6 +161,11 @@ class Experiment:
         return dataclasses.replace(self.optim, lr=self.rates.get(arm, self.optim.lr))
 
     @property
+    def has_retention(self) -> bool:
+        """Whether an arm also trains on rows under other contexts."""
+        return any(loss.mu > 0 for loss in self.arms.values())
+
+    @property
     def has_teacher(self) -> bool:
         """Whether the teacher is another model; otherwise the student's initial weights are the teacher."""
         return bool(self.teacher.path or self.teacher_base.steps)

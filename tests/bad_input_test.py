@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ctxjax import config as config_lib, sharding
-from ctxjax.configs import tiny, tiny_grid
+from ctxjax.configs import base, tiny, tiny_grid
 from ctxjax.data import prompts
-from ctxjax.data.pipeline import RetentionRows, encode_rows
+from ctxjax.data.pipeline import encode_rows
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.tasks.qa_jsonl import QaConfig, QaJsonl
 from ctxjax.data.worlds import rules, word_tokenizer
@@ -366,10 +366,12 @@ def test_or_it_is_dropped_and_counted_but_never_cut(tokenizer, world):
 
 
 def test_retention_without_other_contexts_is_refused(tokenizer, questions):
-    task = qa(questions)
-    encoded = encode_rows(tokenizer, task.rows("train"), PromptConfig())
-    with pytest.raises(ValueError, match="needs other contexts to retain"):
-        RetentionRows.build(tokenizer, task, encoded, PromptConfig())
+    config = base.get_config()
+    config.task, config.model.path, config.run_arms = "qa_jsonl", "/no/model", ("opcd_retained",)
+    config.qa_jsonl.path, config.qa_jsonl.context, config.qa_jsonl.other_contexts_file = str(questions), "Think.", ""
+    message = "needs other contexts .* task qa_jsonl has none; set qa_jsonl.other_contexts_file or qa_jsonl.other_rows"
+    with pytest.raises(ValueError, match=message):
+        run_inputs.encode_training_rows(config_lib.experiment(config, 1), qa(questions), tokenizer)
 
 
 def test_a_context_index_outside_the_world_is_refused():

@@ -499,6 +499,34 @@ def test_a_number_that_leaves_nothing_for_dev_is_refused_before_anything_is_writ
     assert not fake.batches
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("other_contexts_file", "", "needs other contexts .* set self_study.other_contexts_file, or leave out"),
+        ("other_contexts_file", "missing.jsonl", "missing.jsonl' does not exist; set self_study.other_contexts_file"),
+        ("other_contexts_file", "unchecked.jsonl", "other_contexts_file: the context 'Other 3.' has no check"),
+        ("check", "polite", "self_study.check = 'polite'"),
+        ("cache", "unchecked.jsonl/cache", "of self_study.cache, cannot be written"),
+    ],
+)
+def test_settings_that_are_wrong_without_any_question_are_refused_before_one_is_written(
+    tmp_path, monkeypatch, tokenizer, mesh, setting, value, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unchecked.jsonl").write_text("".join(f'"Other {n}."\n' for n in range(8)))
+    fake, changes = Fake(monkeypatch, tokenizer, DRAFTS), SMALL | {f"self_study.{setting}": value}
+    with pytest.raises((ValueError, OSError), match=message):
+        question_writer.ensure_questions(make(tmp_path, **changes), mesh)
+    assert not fake.batches
+
+
+def test_arms_without_retention_need_no_other_contexts(tmp_path, monkeypatch, tokenizer, mesh):
+    Fake(monkeypatch, tokenizer, DRAFTS)
+    config = make(tmp_path, **SMALL | {"self_study.other_contexts_file": "", "run_arms": ("opcd",)})
+    question_writer.ensure_questions(config, mesh)
+    assert find_questions_file(config.task_config).exists()
+
+
 def test_cut_drafts_and_cut_replies_are_thrown_away(tmp_path, monkeypatch, tokenizer, mesh):
     Fake(monkeypatch, tokenizer, [f"What is number {i}?" for i in range(400)])
     config = make(tmp_path, **SMALL | {"self_study.longest_question": 2})

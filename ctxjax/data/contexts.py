@@ -22,6 +22,7 @@ from ctxjax.types import bounded
 BUILT_IN = "builtin"
 # Further sources that some tasks have: how each row's context is made of its columns.
 FROM_ROWS = ("context_template", "teacher_messages")
+POOLS = ("other_contexts_file", "other_rows")  # the fields that give other contexts, of the sections that have them
 BUILT_IN_FILE = Path(__file__).with_name("other_contexts.jsonl")
 
 
@@ -204,6 +205,20 @@ def _split_contexts(train: list[str], held_out: list[str]) -> dict[str, list[str
     """Return the contexts by split; every third of ``held_out`` is for dev, the others are for test."""
     dev = held_out[1::3]
     return {"train": train, "dev": dev, "test": [text for text in held_out if text not in dev]}
+
+
+def check_retention(contexts: list[str], section: str, config) -> None:
+    """Raise ValueError if there are no other contexts to train on, which an arm with retention needs.
+
+    ``config``: the section of the task; ``section``: its name.
+    """
+    if contexts:
+        return
+    fields = " or ".join(f"{section}.{field}" for field in POOLS if hasattr(config, field))
+    raise ValueError(
+        f"loss.mu > 0 needs other contexts to retain, and task {section} has none; "
+        f"{f'set {fields}, or ' if fields else ''}leave out the arms with retention (run_arms)"
+    )
 
 
 def has_context_per_row(rows: list[Row]) -> bool:

@@ -111,13 +111,9 @@ class RetentionRows:
 
     @classmethod
     def build(cls, tokenizer, task: Task, encoded: EncodedRows, config: PromptConfig) -> RetentionRows:
-        """Collect the contexts that fit. Raises ValueError if the task has no training contexts, or if none fits."""
+        """Collect the contexts that fit, of a task that has some (contexts.check_retention). Raises ValueError if none
+        fits."""
         contexts = task.other_contexts("train")
-        if not contexts:
-            raise ValueError(
-                "loss.mu > 0 needs other contexts to retain, and this task has none; give a file of them "
-                "(qa_jsonl.other_contexts_file or other_rows), or leave out the arms with retention (run_arms)"
-            )
         longest = encoded.rows[int(np.argmax([len(tokens) for tokens in encoded.bare]))]
         asked = [row for context in contexts for row in task.rows_under(longest, context)]
         asked = longest_turns(task, asked)

@@ -23,10 +23,17 @@ import numpy as np
 from ctxjax import rng
 from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses, splits
-from ctxjax.data.contexts import Contexts
+from ctxjax.data.contexts import Contexts, check_retention
 from ctxjax.data.grading.graders import read_short, strip_reasoning
 from ctxjax.data.task import Row, describe_earlier
-from ctxjax.data.tasks.self_study import SelfStudyConfig, assign_split, find_questions_file, make_id, name_context
+from ctxjax.data.tasks.self_study import (
+    SelfStudyConfig,
+    assign_split,
+    check_without_questions,
+    find_questions_file,
+    make_id,
+    name_context,
+)
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import processes, progress, workdir as workdir_lib
 from ctxjax.host.checksum import hash_file
@@ -76,25 +83,20 @@ class Asked(NamedTuple):
 def ensure_questions(config: Experiment, mesh: Mesh) -> None:
     """Write the questions of task self_study if their file does not exist; for other tasks, nothing.
 
-    Raises ValueError if the model writes too few, or if only some of several processes see the file.
+    Raises ValueError if the model writes too few, or if only some of several processes see the file. Settings that do
+    not depend on the questions are checked before any is written: ValueError, FileNotFoundError or OSError.
     """
     task = config.task_config
     if not isinstance(task, SelfStudyConfig) or task.path:
         return
     path = find_questions_file(task)
-    first = task.questions - _count_follow_ups(task)
-    if first < LEAST_QUESTIONS:
-        raise ValueError(
-            f"self_study.questions = {task.questions} with follow_up_share = {task.follow_up_share} has {first} first "
-            "questions, too few for dev, which gets a tenth of them; write more, so that there are at least "
-            f"{LEAST_QUESTIONS}"
-        )
+    _check_settings(config)
     if processes.ask_all(not path.exists()):
+        workdir_lib.ensure_writable(path.parent, "self_study.cache")
         print(f"{task.writer} writes questions about the context", flush=True)
         with jax.set_mesh(mesh):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in write_questions(config, path, mesh))
         if processes.is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
             workdir_lib.write_text(path, text)
             _find_drafts(path).unlink(missing_ok=True)
         processes.wait("questions")
@@ -103,6 +105,21 @@ def ensure_questions(config: Experiment, mesh: Mesh) -> None:
             f"{path} exists on some hosts only; copy it to all, or set self_study.cache to a shared folder"
         )
     print(f"questions: {path}; edit a copy and give it as self_study.path to use others", flush=True)
+
+
+def _check_settings(config: Experiment) -> None:
+    """Raise ValueError or FileNotFoundError for settings that would else be refused once the questions are written."""
+    task = config.task_config
+    first = task.questions - _count_follow_ups(task)
+    if first < LEAST_QUESTIONS:
+        raise ValueError(
+            f"self_study.questions = {task.questions} with follow_up_share = {task.follow_up_share} has {first} first "
+            "questions, too few for dev, which gets a tenth of them; write more, so that there are at least "
+            f"{LEAST_QUESTIONS}"
+        )
+    pool = check_without_questions(task)
+    if config.has_retention:
+        check_retention(pool.select("train"), config.task, task)
 
 
 def _count_follow_ups(task: SelfStudyConfig) -> int:
@@ -278,7 +295,6 @@ class _Writer:
                 texts = _decode(self._folder, rows, sampling, key, size, self._mesh)
                 stored.append(json.dumps(texts))
                 if processes.is_first():
-                    self._drafts.parent.mkdir(parents=True, exist_ok=True)
                     workdir_lib.write_text(self._drafts, "".join(line + "\n" for line in stored))
             start, self._batches, self.drafted = start + len(texts), self._batches + 1, self.drafted + len(texts)
             yield texts

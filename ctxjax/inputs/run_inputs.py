@@ -124,11 +124,12 @@ def describe_outliers(rows: EncodedRows, retention: RetentionRows | None) -> str
 
 def encode_training_rows(config: Experiment, task: Task, tokenizer) -> tuple[EncodedRows, RetentionRows | None]:
     """Encode the training rows and, if an arm needs them, prepare those under other contexts."""
+    if config.has_retention:
+        contexts_lib.check_retention(task.other_contexts("train"), config.task, config.task_config)
     questions = task.rows("train")
     rows = encode_rows(tokenizer, questions, config.prompt, longest_turns(task, questions))
-    if not any(loss.mu > 0 for loss in config.arms.values()):
-        return rows, None
-    return rows, RetentionRows.build(tokenizer, task, rows, config.prompt)
+    retention = RetentionRows.build(tokenizer, task, rows, config.prompt) if config.has_retention else None
+    return rows, retention
 
 
 def _prepare_teacher_path(config: Experiment, task: Task, mesh, seconds: dict[str, float]) -> str:

@@ -185,12 +185,11 @@ def _make_views(config: Experiment, lengths: Lengths) -> Views:
     if prefix < 0 or question < 1:
         raise ValueError(f"--prefix={prefix} --question={question}: give 0 or more and 1 or more tokens")
     shared = prefix if _is_context_shared(config) and prefix >= SHORTEST_PREFIX else 0
-    has_other = any(loss.mu > 0 for loss in config.arms.values())
     notes = ["prompts have the lengths of --prefix and --question; no data was read", _describe_turns(turns)]
     return Views(
         make_shape(question, 0),
         make_shape(prefix + question, shared),
-        make_shape(prefix + question, 0) if has_other else None,
+        make_shape(prefix + question, 0) if config.has_retention else None,
         "; ".join(filter(None, notes)),
         turns,
     )

@@ -97,8 +97,7 @@ def _mark(rollout: Rollout, speaker: str, names: list[str], config: Experiment, 
 
 def _play_first_step(config: Experiment, inputs: Inputs, mesh: Mesh) -> tuple[Batch, Rollout, Rollout | None]:
     """Play the first step's episodes. Return its batch and the first responses; places without one come last."""
-    retains = any(loss.mu > 0 for loss in config.arms.values())
-    source = GameEpisodes.of_run(config, inputs, retains, lambda params: params, mesh)
+    source = GameEpisodes.of_run(config, inputs, config.has_retention, lambda params: params, mesh)
     batch, rollout, other = sharding.to_host(source.next(inputs.student.params, 0))
 
     def order(tree, responses: Rollout | None):

@@ -22,7 +22,7 @@ import json
 from pathlib import Path
 
 from ctxjax.data import splits
-from ctxjax.data.contexts import ContextConfig, Contexts
+from ctxjax.data.contexts import ContextConfig, Contexts, OtherContexts
 from ctxjax.data.grading import graders
 from ctxjax.data.grading.grade import Grade
 from ctxjax.data.grading.response_checks import grade_check, read_check
@@ -64,7 +64,9 @@ class SelfStudy(FileTask):
         self._check = read_check(config.check, "self_study.check")
         self._about: dict[str, str] = {}
         super().__init__(config, "self_study", Contexts(config, "self_study"))
-        self.pool.require_checks("self_study.other_contexts_file")
+
+    def open_pool(self, reader: Reader, internalized: list[str]) -> OtherContexts:
+        return _open_pool(self.config, reader, internalized)
 
     def read_questions(self, reader: Reader) -> Iterator[tuple[str, str, Question]]:
         path = find_questions_file(self.config)
@@ -100,6 +102,22 @@ class SelfStudy(FileTask):
 
     def grade(self, response: str, reference: str) -> Grade:
         return grade_check(self._check, response) if self._check else graders.grade_new_words(response, reference)
+
+
+def check_without_questions(config: SelfStudyConfig) -> OtherContexts:
+    """Check what does not depend on the questions, and return the other contexts.
+
+    Raises ValueError or FileNotFoundError for the context, ``check`` or ``other_contexts_file``, as ``SelfStudy`` does.
+    """
+    read_check(config.check, "self_study.check")
+    contexts = Contexts(config, "self_study")
+    return _open_pool(config, Reader(config.records), list(contexts.texts.values()))
+
+
+def _open_pool(config: SelfStudyConfig, reader: Reader, internalized: list[str]) -> OtherContexts:
+    pool = OtherContexts(config, "self_study", reader, internalized)
+    pool.require_checks("self_study.other_contexts_file")
+    return pool
 
 
 def assign_split(row: Row) -> str | None:
