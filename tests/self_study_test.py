@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 import dataclasses
 import json
 
@@ -216,7 +217,7 @@ def mesh():
 
 SMALL = {
     "self_study.questions": 48, "self_study.longest_question": 400, "self_study.longest_reference": 400,
-    "self_study.follow_up_share": 0.0,
+    "self_study.follow_up_share": 0.0, "self_study.unrelated_share": 0.0,
 }  # fmt: skip
 
 
@@ -251,7 +252,7 @@ def test_a_question_keeps_the_context_that_it_was_written_for(tmp_path, monkeypa
     for name, text in contexts.items():
         (tmp_path / f"{name}.txt").write_text(text)
     files = tuple(str(tmp_path / f"{name}.txt") for name in contexts)
-    changes = {"self_study.context": "", "self_study.context_files": files, "self_study.unrelated_share": 0.0}
+    changes = {"self_study.context": "", "self_study.context_files": files}
     config = make(tmp_path, **SMALL, **changes)
     Fake(monkeypatch, tokenizer, DRAFTS)
     question_writer.ensure_questions(config, mesh)
@@ -335,9 +336,9 @@ def test_some_conversations_go_on_with_a_question_after_the_reply(tmp_path, monk
     assert [row["earlier"] for row in second] == [[[row["question"], row["reference"]]] for row in followed]
     assert [row["about"] for row in second] == [row["about"] for row in followed]
     assert len({row["id"] for row in rows}) == 64
-    requests, replied = asked[2], asked[3]
-    assert {request.question for request in requests} == {question_writer.FOLLOW_UP} and len(requests) == len(trained)
-    assert [request.earlier for request in requests] == [((row["question"], row["reference"]),) for row in trained]
+    replied = asked[-1]
+    requests = [row.earlier for rows in asked for row in rows if row.question == question_writer.FOLLOW_UP]
+    assert list(dict.fromkeys(requests)) == [((row["question"], row["reference"]),) for row in trained]
     assert all(row.context == CONTEXT for row in replied) and [row.earlier for row in replied] == [
         ((row["question"], row["reference"]),) for row in followed
     ]
@@ -461,22 +462,92 @@ def test_a_check_is_a_name_and_its_argument(text, check):
     assert read_check(text, "") == check
 
 
-def test_drafts_go_on_with_the_next_request_if_the_batches_have_another_size(tmp_path, monkeypatch, tokenizer, mesh):
+@pytest.fixture
+def echo(monkeypatch, tokenizer):
+    """The batches that a writer decodes, (prompts, key) each. Every prompt is answered with its own token ids, and any
+    draft is a question."""
     Fake(monkeypatch, tokenizer, DRAFTS)
-    config, drafts, keys, given = make(tmp_path, **SMALL, **{"eval.batch_size": 16}), tmp_path / "a.drafts", [], []
-    drafts.write_text(2 * (json.dumps([QUESTION] * 8) + "\n"))
+    batches = []
 
     def decode(folder, padded, sampling, key, size, mesh):
-        given.extend(prompts.unpad(padded))
-        keys.append(str(jax.random.key_data(key)))
-        return [""] * len(padded.tokens_BxP)
+        batches.append((padded, str(jax.random.key_data(key))))
+        return [str(ids) for ids in prompts.unpad(padded)]
 
     monkeypatch.setattr(question_writer, "_decode", decode)
+    monkeypatch.setattr(question_writer, "clean_question", lambda text, request: f"{request.row.id}: {text}")
+    return batches
+
+
+def ask(config, drafts, mesh, requests, wanted):
+    """Return the questions; those of ``echo`` have the number of the request and the token ids of its prompt."""
+    asked = question_writer._Writer(config, drafts, mesh).ask(requests, wanted, Counter())
+    return [one.row.question for one in asked]
+
+
+def number_prompts(tokenizer, config, requests):
+    encoded = prompts.encode(tokenizer, [request.row for request in requests], config.prompt)
+    return [f"{request.row.id}: {ids}" for request, ids in zip(requests, encoded)]
+
+
+def test_requests_with_the_context_share_it_in_batches_of_their_own(tmp_path, echo, tokenizer, mesh):
+    config = make(tmp_path, **{"self_study.unrelated_share": 0.2})
+    requests = list_requests(config.task_config)[:100]
+    assert ask(config, tmp_path / "a.drafts", mesh, requests, 100) == number_prompts(tokenizer, config, requests)
+    shapes = {True: Counter(), False: Counter()}
+    for padded, _ in echo:
+        read = [np.zeros(0, int) if padded.prefix_C is None else padded.prefix_C, *padded.tokens_BxP]
+        texts = ["".join(tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in read]
+        is_shared = CONTEXT.strip() in texts[0]
+        assert not any(CONTEXT.strip() in text for text in texts[is_shared:])
+        shapes[is_shared][len(read[0]), padded.tokens_BxP.shape[1]] += len(padded.tokens_BxP)
+    related = sum(request.row.context is not None for request in requests)
+    assert 70 < related < 90
+    assert [list(counts.values()) for counts in shapes.values()] == [[related], [100 - related]]  # a program each
+
+
+def test_prompts_with_a_long_context_are_encoded_when_their_batch_is_decoded(
+    tmp_path, monkeypatch, echo, tokenizer, mesh
+):
+    config, counts, encode = make(tmp_path), [], prompts.encode
+
+    def count(tokenizer, rows, *rest):
+        counts.append(sum(row.context is not None for row in rows))
+        return encode(tokenizer, rows, *rest)
+
+    monkeypatch.setattr(prompts, "encode", count)
     requests = list_requests(config.task_config)
-    drafted = list(question_writer._Writer(config, drafts, mesh)._draft(requests))
-    assert given == prompts.encode(tokenizer, [request.row for request in requests[16:]], config.prompt)
-    assert [len(texts) for texts in drafted] == [8, 8] + [16] * 47 and len(set(keys)) == 47
-    assert [json.loads(line) for line in drafts.read_text().splitlines()] == drafted
+    assert len(ask(config, tmp_path / "a.drafts", mesh, requests, 20)) == 20 and len(requests) > 4000
+    assert max(counts) <= 8 and sum(counts) <= 3 * 8 + 3
+
+
+def test_a_prompt_that_is_too_long_is_found_before_any_is_decoded(tmp_path, echo, tokenizer, mesh):
+    config = make(tmp_path, **{"self_study.unrelated_share": 0.0})
+    requests = list_requests(config.task_config)[:40]
+    longest = max(prompts.encode(tokenizer, [request.row for request in requests], config.prompt), key=len)
+    writer, checked = question_writer._Writer(config, tmp_path / "a.drafts", mesh), []
+    writer._folder.check_prompts = lambda tokens, *rest: checked.append((len(echo), max(map(len, tokens))))
+    writer.ask(requests, 40, Counter())
+    assert checked[0] == (0, len(longest))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_drafts_go_on_with_the_requests_that_have_none(tmp_path, echo, tokenizer, mesh, size):
+    config, drafts = make(tmp_path, **{"self_study.unrelated_share": 0.3}), tmp_path / "a.drafts"
+    requests = list_requests(config.task_config)[:100]
+    expected = number_prompts(tokenizer, config, requests)
+    assert ask(config, drafts, mesh, requests, 100) == expected
+    whole, lines = echo.copy(), drafts.read_text().splitlines(keepends=True)
+    assert len(whole) == len(lines) == len({key for _, key in whole}) > 12
+    drafts.write_text("".join(lines[:5]))
+    del echo[:]
+    again = make(tmp_path, **{"self_study.unrelated_share": 0.3, "eval.batch_size": size})
+    assert ask(again, drafts, mesh, requests, 100) == expected
+    assert sum(len(padded.tokens_BxP) for padded, _ in echo) == 100 - 5 * 8
+    assert [key for _, key in echo] == [key for _, key in whole[5:]][: len(echo)]
+    if size == 8:  # as if nothing had happened
+        assert drafts.read_text() == "".join(lines)
+        for (padded, _), (first, _) in zip(echo, whole[5:]):
+            jax.tree.map(np.testing.assert_array_equal, padded, first)
 
 
 def test_too_few_questions_are_an_error_that_says_what_helps(tmp_path, monkeypatch, tokenizer, mesh):

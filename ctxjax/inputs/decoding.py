@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 
 import jax
@@ -21,10 +22,14 @@ def _decode(params, model: ModelConfig, sampling: SamplingConfig, prompts: Promp
     return sharding.replicate(sample(params, model, sampling, prompts, rng.row_keys(key, row_number_B)))
 
 
-def pad_prompts(token_lists: list[list[int]], pad_id: int) -> Prompts:
-    """Pad prompts to the columns of the longest; what all of them start with is stored once."""
-    prefix = prompts_lib.choose_shared_prefix(token_lists)
-    columns = shapes_lib.make_shape(max(map(len, token_lists)), len(prefix)).columns
+def pad_prompts(token_lists: list[list[int]], pad_id: int, others: Sequence[list[int]] = ()) -> Prompts:
+    """Pad prompts to the columns of the longest; what all of them start with is stored once.
+
+    ``others``: further prompts that count for both, so that batches which are padded one by one have the same shape.
+    """
+    counted = [*token_lists, *others]
+    prefix = prompts_lib.choose_shared_prefix(counted)
+    columns = shapes_lib.make_shape(max(map(len, counted)), len(prefix)).columns
     return prompts_lib.left_pad(token_lists, columns, pad_id, prefix)
 
 

@@ -226,12 +226,13 @@ def clean_question(text: str, request: Request) -> str | None:
 
 
 class _Writer:
-    """The model that writes. ``drafted``: how many requests it has answered."""
+    """The model that writes. ``drafted``: how many drafts have been read."""
 
     def __init__(self, config: Experiment, drafts: Path, mesh: Mesh):
         self._config, self._task, self._drafts, self._mesh = config, config.task_config, drafts, mesh
         dtype, frozen = config.model.dtype, config.teacher.param_dtype
         self._folder = open_folder(self._task.writer, mesh, dtype, frozen, attention=config.model.attention)
+        self._stored = drafts.read_text(encoding="utf-8").splitlines() if drafts.exists() else []
         self.drafted, self._batches = 0, 0
         # Else processes would decode different batches, and wait for each other.
         processes.check_same_facts({str(drafts): hash_file(drafts) if drafts.exists() else None})
@@ -242,8 +243,8 @@ class _Writer:
         if not wanted or not requests:
             return []
         with progress.Bar("writing questions", wanted, "question", compiles=True) as bar:
-            drafts = itertools.chain.from_iterable(self._draft(requests))
-            for request, text in zip(requests, drafts):
+            for request, text in zip(requests, self._draft(requests)):
+                self.drafted += 1
                 question = clean_question(text, request)
                 row = request.row._replace(question=question or "", context=request.context)
                 key = splits.normalize(row.conversation)
@@ -266,7 +267,9 @@ class _Writer:
         if not asked:
             return []
         sampling = SamplingConfig(self._task.longest_reference, self._folder.stop_ids, self._folder.pad_id, 0.0)
-        prompts = self._encode([row for row, _ in asked], "longest_reference")
+        prompts = decoding.pad_prompts(
+            self._encode([row for row, _ in asked], "longest_reference"), self._folder.pad_id
+        )
         key = rng.key_for(jax.random.key(self._task.seed), 0, "evaluation")
         texts = _decode(
             self._folder, prompts, sampling, key, self._config.eval.batch_size, self._mesh, "answering them"
@@ -276,34 +279,56 @@ class _Writer:
         left_out["replies without a word"] += sum(bool(reply) and not _has_words(reply) for reply in replies)
         return [(one, reply) for one, reply in zip(asked, replies) if reply and _has_words(reply)]
 
-    def _draft(self, requests: list[Request]) -> Iterator[list[str]]:
-        """Yield drafts batch by batch, in the order of ``requests``; those of an earlier start from their file.
+    def _draft(self, requests: list[Request]) -> Iterator[str]:
+        """Yield the draft of each request, in order; "" for one that is cut at ``longest_question`` tokens.
 
-        A draft that is cut at ``longest_question`` tokens is "".
+        Requests with a context are drafted in batches without others, so that the context is read once per batch.
+        """
+        rows = [request.row for request in requests]
+        shown, alone = (
+            itertools.chain.from_iterable(self._draft_alike([row for row in rows if (row.context is None) == is_alone]))
+            for is_alone in (False, True)
+        )
+        for row in rows:
+            yield next(alone if row.context is None else shown)
+
+    def _draft_alike(self, rows: list[Row]) -> Iterator[list[str]]:
+        """Yield drafts batch by batch, in the order of ``rows``; those of an earlier start from their file.
+
+        A batch is encoded when it is decoded: all prompts together would hold a long context once for each.
         """
         task, size = self._task, self._config.eval.batch_size
-        stored = self._drafts.read_text(encoding="utf-8").splitlines() if self._drafts.exists() else []
         sampling = SamplingConfig(task.longest_question, self._folder.stop_ids, self._folder.pad_id, task.temperature)
-        prompts = self._encode([request.row for request in requests], "longest_question")
-        start = 0
-        while start < len(requests):
-            if self._batches < len(stored):
-                texts = json.loads(stored[self._batches])  # an earlier start may have had another size
+        start, extremes = 0, None
+        while start < len(rows):
+            if self._batches < len(self._stored):
+                texts = json.loads(self._stored[self._batches])  # an earlier start may have had another size
             else:
+                extremes = extremes or self._encode(self._choose_extremes(rows), "longest_question")
+                tokens = self._encode(rows[start : start + size], "longest_question")
+                prompts = decoding.pad_prompts(tokens, self._folder.pad_id, extremes)
                 key = rng.key_for(jax.random.key(task.seed), self._batches, "rollout")
-                rows = decoding.take_rows(prompts, slice(start, start + size))
-                texts = _decode(self._folder, rows, sampling, key, size, self._mesh)
-                stored.append(json.dumps(texts))
-                if processes.is_first():
-                    workdir_lib.write_text(self._drafts, "".join(line + "\n" for line in stored))
-            start, self._batches, self.drafted = start + len(texts), self._batches + 1, self.drafted + len(texts)
+                texts = _decode(self._folder, prompts, sampling, key, size, self._mesh)
+                self._stored.append(json.dumps(texts))
+                workdir_lib.write_text(self._drafts, "".join(f"{line}\n" for line in self._stored))
+            start, self._batches = start + len(texts), self._batches + 1
             yield texts
 
-    def _encode(self, rows: list[Row], limit: str) -> Prompts:
-        """Return the prompts with room for the tokens that the field ``limit`` of the section allows."""
+    def _choose_extremes(self, rows: list[Row]) -> list[Row]:
+        """Return rows whose prompts say what all prompts start with and how long they get: in the order of their tokens
+        the first and the last, and the longest. All are encoded for this, but without the context, so they are short.
+        """
+        different = list(dict.fromkeys(row._replace(id="") for row in rows))
+        bare = [row._replace(context=None) for row in different]
+        own = dict(zip(different, prompts_lib.encode(self._folder.tokenizer, bare, self._config.prompt)))
+        ends = [choose(different, key=lambda row: (row.context or "", own[row])) for choose in (min, max)]
+        return [*ends, max(different, key=lambda row: (len(row.context or ""), len(own[row])))]
+
+    def _encode(self, rows: list[Row], limit: str) -> list[list[int]]:
+        """Return the prompts, which leave room for the tokens that the field ``limit`` of the section allows."""
         tokens = prompts_lib.encode(self._folder.tokenizer, rows, self._config.prompt)
         self._folder.check_prompts(tokens, getattr(self._task, limit), f"self_study.{limit}")
-        return decoding.pad_prompts(tokens, self._folder.pad_id)
+        return tokens
 
 
 def _decode(

@@ -32,8 +32,8 @@ from ctxjax.data.task import Row
 from ctxjax.data.tasks.file_task import FileTask, FileTaskConfig, Question
 from ctxjax.types import bounded
 
-# Part of a file's name: increase it when the requests or the filter change.
-RECIPE = 6
+# Part of a file's name: increase it when the requests, their batches or the filter change.
+RECIPE = 7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
