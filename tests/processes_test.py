@@ -16,7 +16,7 @@ import pytest
 from ctxjax import api
 from ctxjax.audit import audit
 from ctxjax.configs import tiny
-from ctxjax.host import command, processes
+from ctxjax.host import command, processes, workdir
 from ctxjax.inputs import run_inputs
 from ctxjax.training import run as run_lib
 from ctxjax.training.checkpoint import saved_steps
@@ -201,6 +201,33 @@ def test_processes_with_other_data_or_weights_are_refused_before_the_first_commo
     with pytest.raises(ValueError, match=r"different inputs(.|\n)*files(.|\n)*  rows.train: 'bb' in 0; 'dd' in 1$"):
         run_lib._open(None, tmp_path / "run", {}, None, None, 0.0)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_least_number_of_all_processes_is_found(monkeypatch):
+    assert processes.find_least(5) == 5
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_all_gather", lambda number: np.stack([number, number - 2]))
+    assert processes.find_least(5) == 3
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_every_host_gets_a_text_which_is_written_once_on_a_shared_disk(tmp_path, monkeypatch, is_first, is_shared):
+    path, written, waits = tmp_path / "a.txt", [], []
+
+    def wait(place):  # the other processes write
+        waits.append(place)
+        if is_shared and not is_first:
+            path.write_text("new")
+
+    write = workdir._write_whole
+    monkeypatch.setattr(processes, "is_first", lambda: is_first)
+    monkeypatch.setattr(processes, "wait", wait)
+    monkeypatch.setattr(workdir, "_write_whole", lambda *given: written.append(given) or write(*given))
+    path.write_text("old")
+    workdir.write_text_on_every_host(path, "new")
+    assert path.read_text() == "new" and len(waits) == 2
+    assert len(written) == (is_first or not is_shared) and not list(tmp_path.glob("*.partial*"))
 
 
 def test_invalid_flags_of_several_processes_are_refused():

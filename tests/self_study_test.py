@@ -17,6 +17,7 @@ from ctxjax.data.grading.graders import find_new_words, grade_new_words, grade_o
 from ctxjax.data.grading.response_checks import Check, read_check
 from ctxjax.data.task import Row, grade_response
 from ctxjax.data.tasks.self_study import SelfStudy, find_questions_file
+from ctxjax.host import processes
 from ctxjax.inputs import decoding, question_writer
 from ctxjax.inputs.question_writer import Request, clean_question, list_requests, split_parts
 from ctxjax.types import Rollout
@@ -548,6 +549,31 @@ def test_drafts_go_on_with_the_requests_that_have_none(tmp_path, echo, tokenizer
         assert drafts.read_text() == "".join(lines)
         for (padded, _), (first, _) in zip(echo, whole[5:]):
             jax.tree.map(np.testing.assert_array_equal, padded, first)
+
+
+def test_a_host_with_a_disk_of_its_own_keeps_drafts_and_questions_too(tmp_path, monkeypatch, tokenizer, mesh):
+    fake, config = Fake(monkeypatch, tokenizer, DRAFTS), make(tmp_path, **SMALL)
+    path = find_questions_file(config.task_config)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(question_writer._Writer, "reply", lambda *given: 1 / 0)
+        question_writer.ensure_questions(config, mesh)
+    drafts = path.with_suffix(".drafts")
+    assert len(drafts.read_text().splitlines()) == len(fake.batches) == 7
+    question_writer.ensure_questions(config, mesh)
+    assert len(fake.batches) == 8 and len(path.read_text().splitlines()) == 48 and not drafts.exists()
+
+
+def test_hosts_go_on_from_the_drafts_that_all_of_them_have(tmp_path, monkeypatch, echo, tokenizer, mesh):
+    """As if one was killed before it had stored its last batch."""
+    config, drafts = make(tmp_path), tmp_path / "a.drafts"
+    requests = list_requests(config.task_config)[:40]
+    expected = ask(config, drafts, mesh, requests, 40)
+    stored, whole = drafts.read_text(), echo.copy()
+    del echo[:]
+    monkeypatch.setattr(processes, "find_least", lambda number: number - 1)
+    assert ask(config, drafts, mesh, requests, 40) == expected and drafts.read_text() == stored
+    assert [key for _, key in echo] == [whole[-1][1]]
 
 
 def test_too_few_questions_are_an_error_that_says_what_helps(tmp_path, monkeypatch, tokenizer, mesh):

@@ -1,7 +1,7 @@
 """The processes that train together, usually one per host: connect them, compare their inputs, end them.
 
 All processes run the same command on the same files. Only the first one prints and writes files, except checkpoints,
-which all processes write: they must share the workdir.
+which all processes write: they must share the workdir. Bases and questions, in a cache, are written on every host.
 """
 
 from __future__ import annotations
@@ -134,6 +134,11 @@ def ask_first(answer: bool) -> bool:
 def ask_all(answer: bool) -> bool:
     """Return whether the answer is True in all processes. All must call it."""
     return answer if jax.process_count() == 1 else bool(_all_gather(np.array([answer])).all())
+
+
+def find_least(number: int) -> int:
+    """Return the smallest of all processes' numbers. All must call it."""
+    return number if jax.process_count() == 1 else int(_all_gather(np.array([number], np.int32)).min())
 
 
 def is_lost_process(error: BaseException | None) -> bool:

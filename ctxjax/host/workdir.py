@@ -257,8 +257,22 @@ def write_json(path: Path, value) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file that appears under its name only when it is complete. Only the first process writes."""
-    if not processes.is_first():
-        return
+    if processes.is_first():
+        _write_whole(path, text)
+
+
+def write_text_on_every_host(path: Path, text: str) -> None:
+    """Write a text file as ``write_text`` does: first by the first process, then by those that do not share its disk.
+
+    All processes must call it.
+    """
+    for is_writer in (processes.is_first(), not processes.is_first()):
+        if is_writer and not (path.exists() and path.read_bytes() == text.encode()):
+            _write_whole(path, text)
+        processes.wait("text written")
+
+
+def _write_whole(path: Path, text: str) -> None:
     partial = _name_partial(path)
     try:
         partial.write_text(text, encoding="utf-8")

@@ -36,7 +36,7 @@ from ctxjax.data.tasks.self_study import (
 )
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import processes, progress, workdir as workdir_lib
-from ctxjax.host.checksum import hash_file
+from ctxjax.host.checksum import compute_digest
 from ctxjax.inputs import decoding
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
 from ctxjax.types import Prompts
@@ -96,10 +96,8 @@ def ensure_questions(config: Experiment, mesh: Mesh) -> None:
         print(f"{task.writer} writes questions about the context", flush=True)
         with jax.set_mesh(mesh):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in write_questions(config, path, mesh))
-        if processes.is_first():
-            workdir_lib.write_text(path, text)
-            _find_drafts(path).unlink(missing_ok=True)
-        processes.wait("questions")
+        workdir_lib.write_text_on_every_host(path, text)
+        _find_drafts(path).unlink(missing_ok=True)
     if not processes.ask_all(path.exists()):
         raise ValueError(
             f"{path} exists on some hosts only; copy it to all, or set self_study.cache to a shared folder"
@@ -232,10 +230,8 @@ class _Writer:
         self._config, self._task, self._drafts, self._mesh = config, config.task_config, drafts, mesh
         dtype, frozen = config.model.dtype, config.teacher.param_dtype
         self._folder = open_folder(self._task.writer, mesh, dtype, frozen, attention=config.model.attention)
-        self._stored = drafts.read_text(encoding="utf-8").splitlines() if drafts.exists() else []
+        self._stored = _read_common_lines(drafts)
         self.drafted, self._batches = 0, 0
-        # Else processes would decode different batches, and wait for each other.
-        processes.check_same_facts({str(drafts): hash_file(drafts) if drafts.exists() else None})
 
     def ask(self, requests: list[Request], wanted: int, left_out: Counter) -> list[Asked]:
         """Return at most ``wanted`` questions that differ, in the order of ``requests``; count the others by cause."""
@@ -310,7 +306,7 @@ class _Writer:
                 key = rng.key_for(jax.random.key(task.seed), self._batches, "rollout")
                 texts = _decode(self._folder, prompts, sampling, key, size, self._mesh)
                 self._stored.append(json.dumps(texts))
-                workdir_lib.write_text(self._drafts, "".join(f"{line}\n" for line in self._stored))
+                workdir_lib.write_text_on_every_host(self._drafts, "".join(f"{line}\n" for line in self._stored))
             start, self._batches = start + len(texts), self._batches + 1
             yield texts
 
@@ -329,6 +325,17 @@ class _Writer:
         tokens = prompts_lib.encode(self._folder.tokenizer, rows, self._config.prompt)
         self._folder.check_prompts(tokens, getattr(self._task, limit), f"self_study.{limit}")
         return tokens
+
+
+def _read_common_lines(path: Path) -> list[str]:
+    """Return the lines that the file has on every host: one that was killed may lack the last, and a new one all.
+
+    Raises ValueError if they differ: processes would decode different batches, and wait for each other.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = lines[: processes.find_least(len(lines))]
+    processes.check_same_facts({path.name: compute_digest(lines)})
+    return lines
 
 
 def _decode(
