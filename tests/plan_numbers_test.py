@@ -366,11 +366,32 @@ def test_each_kind_sends_its_share_of_800_bytes_among_four(kind, sent):
     [
         ("bf16[8,4]{1,0}", 64), ("f16[5]", 10), ("f32[3]", 12), ("s32[]", 4), ("u32[2]", 8), ("pred[9]", 9),
         ("s8[2,3]", 6), ("u8[7]", 7), ("s16[2]", 4), ("u16[2]", 4), ("f64[2]", 16), ("s64[2]", 16), ("u64[2]", 16),
-        ("f8e4m3fn[6]", 6), ("(f32[10]{0}, bf16[40]{0})", 80), ("()", 0), ("f32[0,4]", 0),
+        ("f8e4m3fn[6]", 6), ("(f32[10]{0}, bf16[40]{0})", 40 + 80), ("()", 0), ("f32[0,4]", 0),
     ],
 )  # fmt: skip
-def test_bytes_of_an_array_in_a_programs_text(text, size):
+def test_bytes_of_a_type_in_a_programs_text(text, size):
     assert hlo._measure_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind", "size"),
+    [
+        # Arrays that the compiler has combined into one collective: all of them are sent.
+        ("(f32[64]{0}, f32[32]{0}) all-reduce(%a, %b)", "all-reduce", 384),
+        ("(f32[64]{0}, f32[32]{0}) all-reduce-start(%a, %b)", "all-reduce", 384),
+        ("(s8[1], s8[2], s8[4], s8[8], s8[16], /*index=5*/s8[32]{0:T(4)}) all-to-all(%a)", "all-to-all", 63),
+        ("(bf16[8]{0}, f32[8]{0}) all-gather(%a, %b)", "all-gather", 48),
+        # Asynchronous ones of these kinds: inputs, results, and what the compiler adds.
+        ("(f32[8,2]{1,0:T(8,128)S(1)}, f32[8,8]{1,0:T(8,128)}) all-gather-start(%a)", "all-gather", 256),
+        ("((f32[2]{0}, s8[1]{0}), (f32[8]{0}, s8[4]{0})) all-gather-start(%a, %b)", "all-gather", 36),
+        ("(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a)", "collective-permute", 32),
+        ("((f32[8]{0}), f32[2]{0}, u32[]) reduce-scatter-start(%a)", "reduce-scatter", 8),
+        ("f32[8]{0} all-gather-start(%a)", "all-gather", 32),
+    ],
+)
+def test_a_collective_has_the_bytes_of_its_results(operation, kind, size):
+    text = f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  %x = {operation}, replica_groups={{{{0,1,2,3}}}}\n}}\n"
+    assert hlo.count_traffic(text, 1) == {kind: hlo.Traffic(1, hlo.compute_sent_bytes(kind, size, 4))}
 
 
 NESTED = """

@@ -59,10 +59,10 @@ def test_collectives_in_loops_count_as_often_as_the_loops_run():
     assert {kind: one.count for kind, one in found.items()} == {
         "all-reduce": 1, "all-gather": 32, "reduce-scatter": 32, "collective-permute": 19 + 3,
     }  # fmt: skip
-    # Each of 8 lacks 7/8 of 64 * 4 bfloat16; an all-reduce of 10 float32 over 2 sends 2 * 40 / 2; reduce-scatter of
-    # 64 * 4 float32 over 4 sends 3/4 of them; a permutation all 8 * 4 bfloat16.
+    # Each of 8 lacks 7/8 of 64 * 4 bfloat16; an all-reduce of two times 10 float32 over 2 sends 2 * 80 / 2;
+    # reduce-scatter of 64 * 4 float32 over 4 sends 3/4 of them; a permutation all 8 * 4 bfloat16.
     assert found["all-gather"].sent == 32 * 512 * 7 / 8
-    assert found["all-reduce"].sent == 40
+    assert found["all-reduce"].sent == 80
     assert found["reduce-scatter"].sent == 32 * 1024 * 3 / 4
     assert found["collective-permute"].sent == 22 * 64
 

@@ -15,7 +15,9 @@ from ctxjax.distill.sampling import DECODE_TO, FEWER_ROWS
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _OPS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({_OPS})(?:-start)?\(")
+_COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({_OPS})(-start)?\(")
+_COMMENT = re.compile(r"/\*index=\d+\*/")  # every fifth element of a tuple has one
+_LAYOUT = re.compile(r"\{[^{}]*\}")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -43,11 +45,10 @@ def count_traffic(text: str, head_chunks: int) -> dict[str, Traffic]:
         for line in computations.get(name, ()):
             match = _COLLECTIVE.search(line)
             if match:
-                kind = match[2]
+                kind, is_start = match[2], bool(match[3])
+                size = _measure_bytes(_find_results(match[1], kind, is_start))
                 if kind == "all-reduce" and "all-reduce-scatter" in inside:  # a TPU's reduce-scatter
-                    kind, size = "reduce-scatter", _measure_bytes(match[1]) / _find_group_size(line)
-                else:
-                    size = _measure_bytes(match[1])
+                    kind, size = "reduce-scatter", size / _find_group_size(line)
                 total = totals.setdefault(kind, Traffic())
                 total.count += times
                 total.sent += times * compute_sent_bytes(kind, size, _find_group_size(line))
@@ -82,7 +83,7 @@ def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif line.startswith("}"):
             lines = None
         elif lines is not None:
-            lines.append(line)
+            lines.append(_COMMENT.sub("", line))
     return found, entry
 
 
@@ -115,13 +116,30 @@ def _count_trips(computations: dict[str, list[str]], head_chunks: int) -> dict[s
     return found | {line: stop - before[stop] for stop, line in decode}
 
 
+def _find_results(shapes: str, kind: str, is_start: bool) -> str:
+    """Return the part of a collective's type that is its results.
+
+    The type of an asynchronous one is (inputs, results, ...), each an array or a tuple of arrays; that of an all-reduce
+    is always its results alone.
+    """
+    if not is_start or kind == "all-reduce" or not shapes.startswith("("):
+        return shapes
+    parts, depth = [""], 0
+    for letter in _LAYOUT.sub("", shapes)[1:-1]:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts[1]
+
+
 def _measure_bytes(shapes: str) -> int:
-    """Return the bytes of the largest array of a type: an asynchronous collective's type also contains its input."""
-    sizes = [
+    """Return the bytes of all arrays of a type."""
+    return sum(
         BYTES.get(kind, 1 if kind.startswith("f8") else 4) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, dims in _SHAPE.findall(shapes)
-    ]
-    return max(sizes, default=0)
+    )
 
 
 def _find_group_size(line: str) -> int:
