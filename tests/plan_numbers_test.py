@@ -1,6 +1,7 @@
 """The numbers of a plan, against numbers that are written out by hand. Nothing is compiled."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -17,11 +18,13 @@ from ctxjax.distill import flops
 from ctxjax.distill.losses import LossConfig
 from ctxjax.distill.sampling import sample
 from ctxjax.inputs.batch_shapes import BatchShapes
+from ctxjax.models import cudnn
 from ctxjax.models.transformer import LayerKind, ModelConfig
 from ctxjax.plan import chips, hlo, remedies, report, run, step as plan_step
 from ctxjax.plan.remedies import Remedy
 from ctxjax.plan.step import Plan
 from ctxjax.sharding import MeshConfig, put_batch
+from ctxjax.types import PrefixKV
 
 GIB = 2**30
 STUDENT = ModelConfig(
@@ -344,6 +347,24 @@ def test_products_of_batches_gradients_and_kernels():
         out_specs=pl.BlockSpec((8, 8), lambda i, j: (i, j)),
     )  # fmt: skip
     assert count(tiled, jnp.ones((16, 8)), jnp.ones((8, 24))) == 2 * 16 * 8 * 24
+
+
+@pytest.mark.parametrize("prefix", [0, 41])
+def test_products_of_cudnns_attention(prefix, monkeypatch):
+    """No GPU computes here: the library checks its arguments, and the trace has its primitives, whose products are not
+    in it. One call reads a row's own columns, another the prefix, padded to an even number of columns like the rows."""
+    monkeypatch.setattr(cudnn.library, "check_cudnn_version", lambda: 91200)
+    q, k, v = (jnp.ones((3, heads, 33, 16), jnp.bfloat16) for heads in (4, 2, 2))
+    shared = PrefixKV(*[jnp.ones((2, prefix, 16), jnp.bfloat16)] * 2) if prefix else None
+    attend = functools.partial(cudnn.attend, real_BxL=jnp.ones((3, 33), bool), prefix=shared)
+
+    def count(function):
+        return flops.count_matmul_flops(jax.make_jaxpr(function)(q, k, v).jaxpr)
+
+    # Two products forward; five backward, one of which computes the scores again.
+    once = 2 * (3 * 4 * 34 * 16) * (34 + (prefix and prefix + 1))
+    assert count(attend) == 2 * once
+    assert count(jax.grad(lambda *operands: jnp.sum(attend(*operands)), (0, 1, 2))) == (2 + 5) * once
 
 
 # --- Collectives ---

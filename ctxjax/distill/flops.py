@@ -13,6 +13,10 @@ from jax.extend.core import jaxprs_in_params
 from ctxjax.distill.sampling import FEWER_ROWS
 from ctxjax.distill.train_step import StepConfig
 
+# cuDNN's attention (models/cudnn.py) has no inner program. By primitive: its matrix products, each of queries x keys x
+# head_dim; the backward pass computes the scores again.
+ATTENTION_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 # From a ``while`` equation to the number of times that its body runs.
 Trips = Callable[..., int]
 
@@ -29,6 +33,10 @@ def count_matmul_flops(jaxpr, trips: Trips = lambda equation: 1) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+            continue
+        if name in ATTENTION_PRODUCTS:
+            queries_BxLxHxDh, keys_BxMxKxDh = (operand.aval.shape for operand in equation.invars[:2])
+            total += 2 * ATTENTION_PRODUCTS[name] * math.prod(queries_BxLxHxDh) * keys_BxMxKxDh[1]
             continue
         parts = [count_matmul_flops(getattr(part, "jaxpr", part), trips) for part in inner]
         if name == "cond":
