@@ -62,38 +62,43 @@ def test_the_memory_floor_is_what_is_read_and_written(mesh8):
     step = make_step()[1]
     buffers = {"trained weights": 10_000_000, "optimiser moments": 300_000_000, "teacher": 7, "batch": 5}
 
-    def floor(loss=ALL_TERMS, shapes=SHAPES, **changes):
+    def floor(loss=ALL_TERMS, shapes=SHAPES, more=None, **changes):
         changed = dataclasses.replace(step, loss=loss, **changes)
-        return plan_step._compute_hbm_floor(changed, buffers, shapes, mesh8)
+        return plan_step._compute_hbm_floor(changed, buffers | (more or {}), shapes, mesh8)
 
     # Two bytes of a scalar, over two chips of ``tensor``: one byte of each scalar.
     own = STUDENT_MATRICES + STUDENT_NORMS + 40 * 32
     theirs = TEACHER_MATRICES + TEACHER_NORMS + 40 * 64
-    cache = (2 * 2 * 2 * 8) * (3 + 16 // 4 * (10 + 10))  # keys and values; the bare prefix once, half of 21 responses
-    decode = 20 * (own + cache)
+    column = 2 * 2 * 2 * 8  # keys and values of two layers
+    # The bare prefix once, and half of 21 responses. Retention has a rollout of its own, of 8 rows.
+    decode = 20 * (own + column * (3 + 16 // 4 * (10 + 10)))
+    retained = 20 * (own + column * 8 // 4 * (70 + 10))
     # Read and write weights and moments, and read the gradient.
     optimiser = 2 * (10_000_000 + 300_000_000) + 10_000_000
     # Three forward and three backward passes of the student, two forward passes of the teacher, of two micro-batches.
-    assert floor() == decode + 2 * (6 * own + 2 * theirs) + optimiser
+    assert floor() == decode + retained + 2 * (6 * own + 2 * theirs) + optimiser
     assert floor(LossConfig(beta=0.5)) == decode + 2 * (4 * own + theirs) + optimiser
-    assert floor(LossConfig(mu=0.5)) == decode + 2 * (4 * own + 2 * theirs) + optimiser
+    assert floor(LossConfig(mu=0.5)) == decode + retained + 2 * (4 * own + 2 * theirs) + optimiser
     assert floor(LossConfig()) == decode + 2 * (2 * own + theirs) + optimiser
     assert floor(LossConfig(reference=0.5)) == decode + 2 * (2 * own + 2 * theirs) + optimiser
+    average = {"moving average": 10_000_000}  # is read and written
     moving = LossConfig(reference=0.5, mu=0.5, teacher="ema")
-    assert floor(moving) == decode + 2 * (4 * own + 3 * theirs) + optimiser
-    assert floor(LossConfig(beta=0.5, anchor="ema")) == decode + 2 * (5 * own + theirs) + optimiser
+    assert floor(moving, more=average) == decode + retained + 2 * (4 * own + 3 * theirs) + optimiser + 20_000_000
+    anchored = LossConfig(beta=0.5, anchor="ema")
+    assert floor(anchored, more=average) == decode + 2 * (5 * own + theirs) + optimiser + 20_000_000
     assert floor(LossConfig(divergence="cross_entropy")) == decode + 2 * 2 * own + optimiser  # runs no teacher
-    assert floor(micro_batches=1) == decode + 6 * own + 2 * theirs + optimiser
+    assert floor(micro_batches=1) == decode + retained + 6 * own + 2 * theirs + optimiser
     assert floor(shapes=SHAPES._replace(rows=32)) - floor() == 20 * 64 * 4 * 20
-    # One of two layers reads 12 of 20 columns, or 2 of them and of the prefix's 3.
+    assert floor(shapes=SHAPES._replace(retention_rows=16)) - floor() == 20 * 64 * 2 * 80
+    # One of two layers reads 12 of 20 columns, or 2 of them and of the prefix's 3; and as many of retention's 80.
     windows = dataclasses.replace(STUDENT, layer_kinds=(LayerKind(window=12), LayerKind()))
-    assert floor() - floor(model=windows) == 20 * 32 * 4 * 8
+    assert floor() - floor(model=windows) == 20 * 32 * (4 * 8 + 2 * 68)
     narrow = dataclasses.replace(STUDENT, layer_kinds=(LayerKind(window=2), LayerKind()))
-    assert floor() - floor(model=narrow) == 20 * 32 * (1 + 4 * 18)
+    assert floor() - floor(model=narrow) == 20 * 32 * (1 + 4 * 18 + 2 * 78)
 
 
 def test_the_parts_of_the_temporaries(mesh8):
-    step = make_step()[1]
+    step = make_step(LossConfig(beta=0.5))[1]
     parts = plan_step._compute_temporary_parts(step, SHAPES, mesh8)
     assert parts == {
         # keys and values, 2 layers, one of 2 heads on a chip, 8 wide, bfloat16, 4 of 16 rows, 10 + 21 columns
@@ -104,6 +109,9 @@ def test_the_parts_of_the_temporaries(mesh8):
     windows = dataclasses.replace(step.model, layer_kinds=(LayerKind(window=12), LayerKind()))
     found = plan_step._compute_temporary_parts(dataclasses.replace(step, model=windows), SHAPES, mesh8)
     assert found == parts | {"cache of the responses": 2 * 1 * 8 * 2 * 4 * (12 + 31)}
+    # With retention, its own cache is the larger one: 2 of 8 rows, 70 + 21 columns. The first has been freed by then.
+    found = plan_step._compute_temporary_parts(dataclasses.replace(step, loss=ALL_TERMS), SHAPES, mesh8)
+    assert found == parts | {"cache of the responses": 2 * 2 * 1 * 8 * 2 * 2 * 91}
     whole = dataclasses.replace(step, micro_batches=1, sampling=dataclasses.replace(step.sampling, weights="stored"))
     parts = plan_step._compute_temporary_parts(whole, SHAPES, mesh8)
     assert parts["gradients"] == 4 * STUDENT_CHIP

@@ -183,16 +183,31 @@ def _count_cache_columns(model: ModelConfig, columns: int) -> int:
     return sum(min(columns, kind.window or columns) for kind in model.kinds)
 
 
+def _list_rollouts(step: StepConfig, shapes: BatchShapes) -> list[tuple[int, ViewShape]]:
+    """Return the rows and the prompts of each rollout that the step's program samples, one after the other."""
+    rollouts = [(shapes.rows, shapes.bare)]
+    return rollouts + [(shapes.retention_rows, shapes.other)] if step.loss.mu > 0 else rollouts
+
+
+def _compute_column_bytes(model: ModelConfig, mesh: Mesh) -> int:
+    """Return a chip's bytes of one column of one layer's cache, keys and values."""
+    return 2 * model.kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize // _count_devices(mesh, "tensor")
+
+
 def _compute_temporary_parts(step: StepConfig, shapes: BatchShapes, mesh: Mesh) -> dict[str, int]:
-    """Return the parts of the temporaries that follow from shapes, in bytes per chip."""
-    model, kind = step.model, jnp.dtype(step.model.dtype).itemsize
-    rows = shapes.rows // _count_devices(mesh, "data", "fsdp")
-    columns = _count_cache_columns(model, shapes.bare.columns + step.sampling.max_tokens)
-    cache = 2 * rows * columns * model.kv_heads * model.head_dim * kind // _count_devices(mesh, "tensor")
-    trained = transformer.param_specs(model) if step.lora is None else lora.specs(model, step.lora)
+    """Return the parts of the temporaries that follow from shapes, in bytes per chip.
+
+    Of several rollouts the largest cache counts: one has ended before the next begins.
+    """
+    tokens, ways = step.sampling.max_tokens, sharding.batch_ways(mesh)
+    columns = max(
+        rows // ways * _count_cache_columns(step.model, view.columns + tokens)
+        for rows, view in _list_rollouts(step, shapes)
+    )
+    trained = transformer.param_specs(step.model) if step.lora is None else lora.specs(step.model, step.lora)
     gradients = count_chip_bytes(params_lib.abstract(trained, mesh)) * (2 if step.micro_batches > 1 else 1)
     return {
-        "cache of the responses": cache,
+        "cache of the responses": columns * _compute_column_bytes(step.model, mesh),
         "gradients": gradients,
         "weights for decoding": _compute_decoding_bytes(step, mesh),
     }
@@ -212,8 +227,8 @@ def _compute_decoding_bytes(step: StepConfig, mesh: Mesh) -> int:
 def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchShapes, mesh: Mesh) -> int:
     """Return the least number of bytes that a chip reads and writes in a step.
 
-    Every decoded token reads the weights and the filled cache. Every forward pass and every backward pass reads the
-    weights once. The optimiser reads and writes its state.
+    Every decoded token of a rollout reads the weights and the filled cache. Every forward pass and every backward pass
+    reads the weights once. The optimiser reads and writes its state, and the moving average if there is one.
     """
     tensor = _count_devices(mesh, "tensor")
 
@@ -223,17 +238,21 @@ def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchS
     model, kind = step.model, jnp.dtype(step.model.dtype).itemsize
     own, theirs = (count_scalars(one) * kind // tensor for one in (model, step.teacher_model))
     tokens = step.sampling.max_tokens
-    rows = shapes.rows // _count_devices(mesh, "data", "fsdp")
-    prefix, own_columns = (
-        _count_cache_columns(model, n) for n in (shapes.bare.prefix, shapes.bare.columns + tokens // 2)
+
+    def count_read_columns(rows: int, view: ViewShape) -> int:  # on average over a response's tokens
+        prefix, columns = (_count_cache_columns(model, n) for n in (view.prefix, view.columns + tokens // 2))
+        return prefix + rows // sharding.batch_ways(mesh) * columns
+
+    column = _compute_column_bytes(model, mesh)
+    decode = sum(
+        (tokens - 1) * (own + column * count_read_columns(rows, view)) for rows, view in _list_rollouts(step, shapes)
     )
-    cache = 2 * model.kv_heads * model.head_dim * kind // tensor * (prefix + rows * own_columns)
-    decode = (tokens - 1) * (own + cache)
     count = count_passes(step.loss)
     of_teacher = count["teacher"] + count["frozen"]
     passes = step.micro_batches * ((2 * count["student"] + count["ema"]) * own + of_teacher * theirs)
-    weights, moments = buffers["trained weights"], buffers["optimiser moments"]
-    return decode + passes + 2 * (weights + moments) + weights
+    weights = buffers["trained weights"]
+    state = weights + buffers["optimiser moments"] + buffers.get("moving average", 0)
+    return decode + passes + 2 * state + weights
 
 
 def _parse_refusal(message: str) -> tuple[str, int]:
