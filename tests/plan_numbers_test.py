@@ -24,7 +24,7 @@ from ctxjax.plan import chips, hlo, remedies, report, run, step as plan_step
 from ctxjax.plan.remedies import Remedy
 from ctxjax.plan.step import Plan
 from ctxjax.sharding import MeshConfig, put_batch
-from ctxjax.types import PrefixKV
+from ctxjax.types import PrefixKV, Rollout
 
 GIB = 2**30
 STUDENT = ModelConfig(
@@ -62,9 +62,10 @@ def test_the_memory_floor_is_what_is_read_and_written(mesh8):
     step = make_step()[1]
     buffers = {"trained weights": 10_000_000, "optimiser moments": 300_000_000, "teacher": 7, "batch": 5}
 
-    def floor(loss=ALL_TERMS, shapes=SHAPES, more=None, **changes):
+    def floor(loss=ALL_TERMS, shapes=SHAPES, more=None, has_samples=False, **changes):
         changed = dataclasses.replace(step, loss=loss, **changes)
-        return plan_step._compute_hbm_floor(changed, buffers | (more or {}), shapes, mesh8)
+        rollouts = plan_step._list_rollouts(changed, shapes, has_samples)
+        return plan_step._compute_hbm_floor(changed, buffers | (more or {}), rollouts, mesh8)
 
     # Two bytes of a scalar, over two chips of ``tensor``: one byte of each scalar.
     own = STUDENT_MATRICES + STUDENT_NORMS + 40 * 32
@@ -87,6 +88,9 @@ def test_the_memory_floor_is_what_is_read_and_written(mesh8):
     anchored = LossConfig(beta=0.5, anchor="ema")
     assert floor(anchored, more=average) == decode + 2 * (5 * own + theirs) + optimiser + 20_000_000
     assert floor(LossConfig(divergence="cross_entropy")) == decode + 2 * 2 * own + optimiser  # runs no teacher
+    # On the teacher's samples, which are given, only retention has a rollout.
+    assert floor(LossConfig(), has_samples=True) == 2 * (2 * own + theirs) + optimiser
+    assert floor(LossConfig(mu=0.5), has_samples=True) == retained + 2 * (4 * own + 2 * theirs) + optimiser
     assert floor(micro_batches=1) == decode + retained + 6 * own + 2 * theirs + optimiser
     assert floor(shapes=SHAPES._replace(rows=32)) - floor() == 20 * 64 * 4 * 20
     assert floor(shapes=SHAPES._replace(retention_rows=16)) - floor() == 20 * 64 * 2 * 80
@@ -99,7 +103,12 @@ def test_the_memory_floor_is_what_is_read_and_written(mesh8):
 
 def test_the_parts_of_the_temporaries(mesh8):
     step = make_step(LossConfig(beta=0.5))[1]
-    parts = plan_step._compute_temporary_parts(step, SHAPES, mesh8)
+
+    def find_parts(step, has_samples=False):
+        rollouts = plan_step._list_rollouts(step, SHAPES, has_samples)
+        return plan_step._compute_temporary_parts(step, rollouts, mesh8)
+
+    parts = find_parts(step)
     assert parts == {
         # keys and values, 2 layers, one of 2 heads on a chip, 8 wide, bfloat16, 4 of 16 rows, 10 + 21 columns
         "cache of the responses": 2 * 2 * 1 * 8 * 2 * 4 * 31,
@@ -107,17 +116,18 @@ def test_the_parts_of_the_temporaries(mesh8):
         "weights for decoding": 2 * (STUDENT_MATRICES + STUDENT_NORMS) // 2,
     }
     windows = dataclasses.replace(step.model, layer_kinds=(LayerKind(window=12), LayerKind()))
-    found = plan_step._compute_temporary_parts(dataclasses.replace(step, model=windows), SHAPES, mesh8)
+    found = find_parts(dataclasses.replace(step, model=windows))
     assert found == parts | {"cache of the responses": 2 * 1 * 8 * 2 * 4 * (12 + 31)}
     # With retention, its own cache is the larger one: 2 of 8 rows, 70 + 21 columns. The first has been freed by then.
-    found = plan_step._compute_temporary_parts(dataclasses.replace(step, loss=ALL_TERMS), SHAPES, mesh8)
-    assert found == parts | {"cache of the responses": 2 * 2 * 1 * 8 * 2 * 2 * 91}
+    retained = dataclasses.replace(step, loss=ALL_TERMS)
+    assert find_parts(retained) == parts | {"cache of the responses": 2 * 2 * 1 * 8 * 2 * 2 * 91}
+    assert find_parts(retained, has_samples=True) == find_parts(retained)
+    assert find_parts(step, has_samples=True) == parts | {"cache of the responses": 0, "weights for decoding": 0}
     whole = dataclasses.replace(step, micro_batches=1, sampling=dataclasses.replace(step.sampling, weights="stored"))
-    parts = plan_step._compute_temporary_parts(whole, SHAPES, mesh8)
-    assert parts["gradients"] == 4 * STUDENT_CHIP
-    assert parts["weights for decoding"] == 2 * (STUDENT_MATRICES + STUDENT_NORMS) // 4
+    assert find_parts(whole)["gradients"] == 4 * STUDENT_CHIP
+    assert find_parts(whole)["weights for decoding"] == 2 * (STUDENT_MATRICES + STUDENT_NORMS) // 4
     adapted = make_step(lora__rank=4, lora__targets=("q", "down"))[1]
-    assert plan_step._compute_temporary_parts(adapted, SHAPES, mesh8)["gradients"] == 2 * 4 * ADAPTER_CHIP
+    assert find_parts(adapted)["gradients"] == 2 * 4 * ADAPTER_CHIP
 
 
 # --- Buffers ---
@@ -178,7 +188,8 @@ class Fake:
     def __init__(self, memory=None, error=None):
         self.memory, self.error = memory, error
 
-    def trace(self, *_, **__):
+    def trace(self, *_, **given):
+        self.given = given
         self.jaxpr = jax.make_jaxpr(lambda a, b: a @ b)(jnp.ones((2, 3)), jnp.ones((3, 5)))
         return self
 
@@ -202,10 +213,10 @@ class Fake:
         return "ENTRY %main (a: f32[8]) -> f32[8] {\n  %b = f32[8]{0} all-reduce(%a), replica_groups={{0,1}}\n}\n"
 
 
-def plan_with(monkeypatch, fake, effort="full") -> Plan:
+def plan_with(monkeypatch, fake, effort="full", teacher=TEACHER, has_samples=False, **fields) -> Plan:
     monkeypatch.setattr(plan_step, "train_step", fake)
-    experiment, _ = make_step()
-    return plan_step.make_plan(experiment, ALL_TERMS, STUDENT, TEACHER, SHAPES, jax.devices(), effort)
+    experiment, _ = make_step(**fields)
+    return plan_step.make_plan(experiment, ALL_TERMS, STUDENT, teacher, SHAPES, jax.devices(), effort, has_samples)
 
 
 def test_a_plan_adds_up_what_the_compiler_says(monkeypatch):
@@ -215,6 +226,38 @@ def test_a_plan_adds_up_what_the_compiler_says(monkeypatch):
     assert made.total == sum(made.buffers.values()) + 1240
     assert made.traffic == {"all-reduce": hlo.Traffic(1, 32.0)}
     assert made.buffers["student's initial weights"] == 4 * STUDENT_CHIP  # the teacher is another model
+
+
+def test_a_step_on_the_teachers_samples_is_traced_with_them(monkeypatch, mesh8):
+    made = plan_with(monkeypatch, fake := Fake((0, 0, 0, 0)), has_samples=True)
+    empty = Rollout(np.zeros((16, 21), np.int32), np.zeros((16, 21), bool), np.zeros((16, 21), np.float32))
+    planned, run = (
+        jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), rollout)
+        for rollout in (fake.given["rollout"], put_batch(empty, mesh8))
+    )
+    assert planned == run
+    assert made.buffers["teacher's samples"] == 4 * 21 * (4 + 1 + 4)
+    made = plan_with(monkeypatch, fake := Fake((0, 0, 0, 0)))
+    assert fake.given["rollout"] is None and "teacher's samples" not in made.buffers
+
+
+def test_a_teacher_of_its_own_decodes_before_training(monkeypatch):
+    made = plan_with(monkeypatch, Fake((10**6, 0, 0, 0)))
+    assert made.teacher_stage == {
+        "teacher": 4 * TEACHER_CHIP,
+        "student's initial weights": 4 * STUDENT_CHIP,
+        "teacher's prefix": PREFIX,
+        "weights for decoding": 2 * (TEACHER_MATRICES + TEACHER_NORMS) // 2,
+    }
+    assert made.peak == made.total
+    large = dataclasses.replace(TEACHER, mlp_width=8000)
+    made = plan_with(monkeypatch, Fake((10**6, 0, 0, 0)), teacher=large)
+    assert made.peak == sum(made.teacher_stage.values()) > made.total
+    assert plan_with(monkeypatch, Fake((10**6, 0, 0, 0)), teacher=None).teacher_stage == {}
+    for sharding in ("gathered", "stored"):  # weights in the type that decoding reads, which has no other sharding
+        fields = {"teacher__param_dtype": "bfloat16", "rollout__weights": sharding}
+        made = plan_with(monkeypatch, Fake((10**6, 0, 0, 0)), **fields)
+        assert ("weights for decoding" in made.teacher_stage) == (sharding == "gathered")
 
 
 def test_a_refused_step_needs_what_the_compilers_error_says_less_its_arguments(monkeypatch):
@@ -499,8 +542,11 @@ PARTS = {"cache of the responses": 300, "gradients": 1000, "weights for decoding
 BUFFERS = {"trained weights": 500, "optimiser moments": 1100, "moving average": 60, "teacher": 70, "batch": 9}
 
 
-def make_plan(temporaries=5000, parts=PARTS, seconds=100.0, traffic=None, refused="", effort="full", buffers=BUFFERS):
-    return Plan(4, buffers, temporaries, parts, 8 * 10**14, 3 * 10**9, seconds, traffic, refused, effort)
+def make_plan(
+    temporaries=5000, parts=PARTS, seconds=100.0, traffic=None, refused="", effort="full", buffers=BUFFERS, stage=None
+):
+    flops, floor = 8 * 10**14, 3 * 10**9
+    return Plan(4, buffers, temporaries, parts, flops, floor, seconds, traffic, refused, effort, stage or {})
 
 
 FOUR = MeshConfig(data=1, fsdp=4, tensor=1)
@@ -528,6 +574,20 @@ def test_estimates_of_remedies():
     small = estimate(make_plan(temporaries=600))  # no activations
     assert small["train.micro_batches=4"] == small["model.remat=full"] == total - 4400
     assert estimate(make_plan(buffers={"trained weights": 1}, temporaries=10))["lora.rank=16"] == 0
+
+
+def test_what_helps_training_does_not_help_a_teacher_that_decodes_before():
+    total = 5000 + 500 + 1100 + 60 + 70 + 9
+    assert estimate(make_plan(stage={"teacher": 4000, "weights for decoding": 8000})) == {
+        "train.micro_batches=4": 12000,
+        "model.remat=full": 12000,
+        "rollout.weights=stored": total - 300,  # the teacher's copy is of a quarter of its size, and 6,000 are less
+        "lora.rank=16": 12000,
+        "--topology=v5e:4x4": 3000,
+    }
+    tried = make_plan(0, buffers={"x": 99}, stage={"teacher": 120})
+    given = [Remedy("a", 100, False)]
+    assert remedies.choose_remedies(make_plan(seconds=1.0), given, 100, {"a": tried}.get) == [Remedy("a", 120, True)]
 
 
 def test_weights_as_stored_are_shared_by_the_devices_along_fsdp_alone():
@@ -561,6 +621,26 @@ def test_the_verdict_at_its_limits():
     judged = [(bytes_, report.judge(make_plan(0, buffers={"x": bytes_}), 100)) for bytes_ in
               (92 * GIB, 92 * GIB + 1, 100 * GIB, 100 * GIB + 1)]  # fmt: skip
     assert [verdict for _, verdict in judged] == ["fits", "tight", "tight", "does not fit"]
+    teacher = make_plan(0, buffers={"x": 1}, stage={"teacher": 60 * GIB, "weights for decoding": 41 * GIB})
+    assert report.judge(teacher, 100) == "does not fit" and report.judge(teacher, 110) == "fits"
+
+
+def test_the_report_of_a_teacher_that_decodes_before_training():
+    stage = {"teacher": 9 * GIB, "weights for decoding": 9 * GIB}
+    result = report.as_json(make_plan(8 * GIB, buffers={}, stage=stage), {}, "v5e", [])
+    assert result["teacher_stage"] == stage and result["share_of_hbm"] == 1.125
+    lines = report.as_text(result).splitlines()
+    assert "     8.00 GiB  in total, 50 % of 16.00 GiB" in lines
+    assert (
+        "    18.00 GiB  at least before training, while the teacher decodes (weights alone, no cache), 112 % of "
+        "16.00 GiB: does not fit" in lines
+    )
+    small = report.as_json(make_plan(8 * GIB, buffers={}, stage={"teacher": GIB}), {}, "v5e", [])
+    lines = report.as_text(small).splitlines()
+    assert "     8.00 GiB  in total, 50 % of 16.00 GiB: fits" in lines
+    assert any(line.startswith("     1.00 GiB  at least before training") and line.endswith("GiB") for line in lines)
+    local = report.as_text(report.as_json(make_plan(stage=stage), {}, None, []))
+    assert "    18.00 GiB  at least before training, while the teacher decodes (weights alone, no cache)\n" in local
 
 
 def test_the_report_of_a_v5e():
@@ -572,7 +652,7 @@ def test_the_report_of_a_v5e():
     assert result == {
         "model": "m", "chips": 4, "bytes": held | {"temporaries": 2 * GIB},
         "inside_temporaries": PARTS | {"gradients": GIB}, "total_bytes": total, "flops": 8 * 10**14,
-        "compile_seconds": 3.1, "refused": "", "effort": "full",
+        "compile_seconds": 3.1, "refused": "", "effort": "full", "teacher_stage": {},
         "collectives": {
             "all-gather": {"count": 1234, "sent_bytes": 6_500_000_000},
             "all-reduce": {"count": 5, "sent_bytes": 4_000_000_000},
@@ -619,9 +699,9 @@ def planned(monkeypatch):
     """planned(config, *arguments): plan with plans of fixed bytes. The arguments of the made plans are in ``made``."""
     made = []
 
-    def make(config, loss, model, teacher, shapes, devices, effort):
+    def make(config, loss, model, teacher, shapes, devices, effort, has_samples):
         made.append(types.SimpleNamespace(config=config, loss=loss, model=model, teacher=teacher, shapes=shapes,
-                                          devices=len(devices), effort=effort))  # fmt: skip
+                                          devices=len(devices), effort=effort, has_samples=has_samples))  # fmt: skip
         parts = {name: size * 2**20 for name, size in PARTS.items()}
         buffers = {name: size * 2**20 for name, size in BUFFERS.items()}
         temporaries = (14000, 13000, 13500, 4000, 5000, None)[len(made) - 1]
@@ -641,6 +721,7 @@ def planned(monkeypatch):
         (("opcd_retained", "opcd_anchored", "opcd"), "opcd_retained"),
         (("opcd_anchored", "opcd"), "opcd_anchored"),
         (("opcd", "opcd_anchored", "only_retained"), "only_retained"),
+        (("off_policy", "opcd"), "opcd"),  # as many passes, and the student's rollout
     ],
 )
 def test_the_arm_with_the_most_passes_is_planned(arms, chosen, planned):
@@ -650,6 +731,36 @@ def test_the_arm_with_the_most_passes_is_planned(arms, chosen, planned):
     assert planned.plan(config, None, 8, lengths=SHORT)["arm"] == chosen
     assert planned.made[-1].loss == config_lib.experiment(config, 8).arms[chosen]
     assert planned.plan(config, None, 8, arms[0], lengths=SHORT)["arm"] == arms[0]
+
+
+def test_an_arm_of_the_teachers_samples_alone_is_planned_without_a_rollout(monkeypatch):
+    monkeypatch.setattr(plan_step, "train_step", fake := Fake((0, 0, 0, 0)))
+    config = tiny.get_config()
+    config.arms.warm = {"off_policy_steps": 3, "off_policy_divergence": "forward_kl"}
+    config.arms.long_warm = {"off_policy_steps": config.train.steps, "off_policy_divergence": "forward_kl"}
+    config.run_arms = ("opcd", "off_policy", "warm", "long_warm")
+    found = {}
+    for arm in config.run_arms:
+        notes = run.plan(config, None, 8, arm, lengths=SHORT)["notes"]
+        is_given = fake.given.get("rollout") is not None
+        found[arm] = is_given, fake.given["config"].loss.divergence
+        assert ("all steps learn from the teacher's samples, which are drawn before training" in notes) == is_given
+    assert found == {
+        "opcd": (False, "reverse_kl"), "off_policy": (True, "forward_kl"),
+        "warm": (False, "reverse_kl"), "long_warm": (True, "forward_kl"),
+    }  # fmt: skip
+
+
+def test_a_teacher_that_is_too_large_to_decode_does_not_fit(monkeypatch):
+    monkeypatch.setattr(plan_step, "train_step", Fake((0, 0, 0, 0)))
+    monkeypatch.setattr(chips, "make_tpu_devices", lambda topology: jax.devices()[: chips.count_chips(topology)])
+    config = tiny.get_config()
+    config.mesh.data, config.mesh.fsdp = 1, 4
+    config.teacher_base.steps, config.teacher_base.width = 1, 1024
+    config.teacher_base.layers, config.teacher_base.mlp_width = 20, 65536  # 4 billion scalars
+    assert run.plan(config, "v5e:2x2", None, lengths=SHORT)["verdict"] == "does not fit"
+    config.rollout.weights = "stored"
+    assert run.plan(config, "v5e:2x2", None, lengths=SHORT)["verdict"] == "fits"
 
 
 def test_a_step_without_a_reserve_is_planned_again_with_one_change_each(planned):

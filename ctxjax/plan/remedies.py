@@ -68,17 +68,21 @@ def estimate_remedies(
     )
     activations = plan.temporaries - kept
     trained = plan.buffers.get("optimiser moments", 0) + plan.buffers.get("trained weights", 0)
+    copies = [parts.get("weights for decoding", 0) for parts in (plan.temporary_parts, plan.teacher_stage)]
+    of_step, of_teacher = (size * (mesh.fsdp - 1) // mesh.fsdp for size in copies)
     saved = {
         "train.micro_batches": activations // 2,
         "model.remat": activations * 3 // 4,
-        "rollout.weights": plan.temporary_parts["weights for decoding"] * (mesh.fsdp - 1) // mesh.fsdp,
+        "rollout.weights": of_step,
         "lora.rank": min(trained + plan.temporary_parts["gradients"], plan.total),
     }
     for flag in list_flags(config, mesh.data * mesh.fsdp):
-        yield Remedy(flag, plan.total - saved[_name_field(flag)], False)
+        name = _name_field(flag)
+        before = sum(plan.teacher_stage.values()) - of_teacher * (name == "rollout.weights")
+        yield Remedy(flag, max(plan.total - saved[name], before), False)
     if larger:
         share = plan.chips / larger_chips
-        yield Remedy(f"--topology={larger}", int(plan.total * share), False)
+        yield Remedy(f"--topology={larger}", int(plan.peak * share), False)
 
 
 def choose_remedies(
@@ -92,5 +96,5 @@ def choose_remedies(
     found = []
     for remedy in estimates:
         tried = compile_with(remedy.flag) if plan.compile_seconds < CHEAP else None
-        found.append(remedy if tried is None else Remedy(remedy.flag, tried.total, True))
+        found.append(remedy if tried is None else Remedy(remedy.flag, tried.peak, True))
     return [remedy for remedy in found if remedy.total_bytes <= limit] or found

@@ -11,9 +11,9 @@ GIB = 2**30
 
 def judge(plan: Plan, hbm_gib: float) -> str:
     """Return "fits", "tight" (more than USABLE of the memory) or "does not fit"."""
-    if plan.refused or plan.total > hbm_gib * GIB:
+    if plan.refused or plan.peak > hbm_gib * GIB:
         return "does not fit"
-    return "fits" if plan.total <= USABLE * hbm_gib * GIB else "tight"
+    return "fits" if plan.peak <= USABLE * hbm_gib * GIB else "tight"
 
 
 def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Remedy]) -> dict:
@@ -27,6 +27,7 @@ def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Reme
         "bytes": plan.buffers | {"temporaries": plan.temporaries},
         "inside_temporaries": plan.temporary_parts,
         "total_bytes": plan.total,
+        "teacher_stage": plan.teacher_stage,
         "flops": plan.flops,
         "compile_seconds": round(plan.compile_seconds, 1),
         "collectives": None
@@ -38,7 +39,7 @@ def as_json(plan: Plan, facts: dict, generation: str | None, remedies: list[Reme
     if chip:
         result |= {
             "hbm_bytes": int(chip.hbm_gib * GIB),
-            "share_of_hbm": round(plan.total / (chip.hbm_gib * GIB), 4),
+            "share_of_hbm": round(plan.peak / (chip.hbm_gib * GIB), 4),
             "verdict": judge(plan, chip.hbm_gib),
             "floor_seconds": {name: float(f"{value:.4g}") for name, value in plan.compute_floors(chip).items()},
             "remedies": [remedy._asdict() for remedy in remedies],
@@ -54,10 +55,7 @@ def as_text(result: dict) -> str:
     lines += [f"  {_size(size)}  {name}" for name, size in result["bytes"].items()]
     parts = ", ".join(f"{name} {_size(size).strip()}" for name, size in result["inside_temporaries"].items())
     lines.append(f"               (parts of the temporaries, which need not exist at the same time: {parts})")
-    total = f"  {_size(result['total_bytes'])}  in total"
-    if "verdict" in result:
-        total += f", {100 * result['share_of_hbm']:.0f} % of {_size(result['hbm_bytes']).strip()}: {result['verdict']}"
-    lines.append(total)
+    lines += _describe_totals(result)
     if result["refused"]:
         lines.append(f"  the compiler: {result['refused']}")
     lines += ["", f"arithmetic: {result['flops']:.3g} FLOPs per step, with responses of full length"]
@@ -87,6 +85,22 @@ def as_text(result: dict) -> str:
             how = "compiled" if one["compiled"] else "estimate"
             lines.append(f"  {_size(one['total_bytes'])}  {one['flag']}  ({how})")
     return "\n".join(lines)
+
+
+def _describe_totals(result: dict) -> list[str]:
+    """Return a line for the step and, if there is a teacher's stage, one for this; the larger one has the verdict."""
+    sizes = {"in total": result["total_bytes"]}
+    if result["teacher_stage"]:
+        what = "at least before training, while the teacher decodes (weights alone, no cache)"
+        sizes[what] = sum(result["teacher_stage"].values())
+    lines = []
+    for what, size in sizes.items():
+        line = f"  {_size(size)}  {what}"
+        if "verdict" in result:
+            line += f", {100 * size / result['hbm_bytes']:.0f} % of {_size(result['hbm_bytes']).strip()}"
+            line += f": {result['verdict']}" * (size == max(sizes.values()))
+        lines.append(line)
+    return lines
 
 
 def _size(size: int) -> str:

@@ -23,6 +23,7 @@ from ctxjax.inputs.base_model import make_model_config
 from ctxjax.inputs.batch_shapes import BatchShapes, make_batch_shapes
 from ctxjax.inputs.model_folder import load_tokenizer
 from ctxjax.inputs.run_inputs import describe_outliers, encode_training_rows
+from ctxjax.inputs.teacher_samples import steps_with_samples
 from ctxjax.models.attention import choose_kind
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import chips
@@ -106,7 +107,9 @@ def _plan_with_flag(
 
 def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, views: Views) -> tuple[Plan, dict]:
     experiment = config_lib.experiment(config, len(devices))
-    loss_name = arm or max(experiment.arms, key=lambda name: _count_passes(experiment.arms[name]))
+    steps = {name: _find_largest_step(experiment, name) for name in experiment.arms}
+    # Of arms with as many passes, one that samples responses is the larger one.
+    loss_name = arm or max(steps, key=lambda name: (_count_passes(steps[name][0]), not steps[name][1]))
     if loss_name not in experiment.arms:
         raise ValueError(f"--arm={arm} is not known; choose from run_arms: {', '.join(experiment.arms)}")
     dtype = experiment.model.dtype
@@ -136,8 +139,10 @@ def _plan_step(config: ConfigDict, devices: list, arm: str | None, effort: str, 
     facts["batch"] = shapes.describe()
     facts["step"] = f"{model.arithmetic}, {trained}, remat {experiment.model.remat}"
     offloaded = "teacher.offload: the teacher is counted as if it stayed on the device" * experiment.teacher.offload
-    facts["notes"] = "; ".join(filter(None, [views.note, offloaded]))
-    return make_plan(experiment, experiment.arms[loss_name], model, teacher, shapes, devices, effort), facts
+    loss, has_samples = steps[loss_name]
+    given = "all steps learn from the teacher's samples, which are drawn before training" * has_samples
+    facts["notes"] = "; ".join(filter(None, [views.note, given, offloaded]))
+    return make_plan(experiment, loss, model, teacher, shapes, devices, effort, has_samples), facts
 
 
 def find_views(config: Experiment, lengths: Lengths | None) -> Views:
@@ -209,6 +214,17 @@ def _check_positions(model: ModelConfig, shapes: BatchShapes) -> None:
             f"model's {model.max_positions} positions (max_position_embeddings in its config.json); lower them, or "
             "take a model for longer texts"
         )
+
+
+def _find_largest_step(config: Experiment, arm: str) -> tuple[LossConfig, bool]:
+    """Return the objective of the arm's largest step, and whether that step is given the teacher's samples.
+
+    It is if all steps of the arm are off-policy. Otherwise a step that samples responses is larger.
+    """
+    loss = config.arms[arm]
+    if len(steps_with_samples(config, arm)) < config.train.steps:
+        return loss, False
+    return loss.of_off_policy_steps, True
 
 
 def _count_passes(loss: LossConfig) -> int:

@@ -26,7 +26,7 @@ from ctxjax.models import lora, mesh_check, params as params_lib, transformer
 from ctxjax.models.transformer import ModelConfig
 from ctxjax.plan import hlo
 from ctxjax.plan.chips import Chip
-from ctxjax.types import Batch, Frozen, Prompts, TrainState
+from ctxjax.types import Batch, Frozen, Prompts, Rollout, TrainState
 
 # How far to compile: compiler options. "memory": with almost no memory allowed, the TPU compiler ends after it has
 # placed all buffers, and its error gives their size; it may have recomputed more than necessary to save memory.
@@ -44,7 +44,9 @@ class Plan:
 
     ``buffers``: bytes of what stays in memory, by item. ``temporary_parts``: bytes of parts of the temporaries,
     computed from shapes; they need not exist at the same time. ``refused``: the compiler's message if the step does not
-    fit. ``traffic``: None if the step was refused or ``effort`` is "memory".
+    fit. ``traffic``: None if the step was refused or ``effort`` is "memory". ``teacher_stage``: bytes, by item, of what
+    is in memory while a teacher that is another model decodes before training, for its evaluation and its samples;
+    without caches. {} if the student's initial weights are the teacher.
     """
 
     chips: int
@@ -57,10 +59,17 @@ class Plan:
     traffic: dict[str, hlo.Traffic] | None
     refused: str = ""
     effort: str = "full"
+    teacher_stage: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
+        """Bytes of the step."""
         return sum(self.buffers.values()) + self.temporaries
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the larger one: the step, or what is before it."""
+        return max(self.total, sum(self.teacher_stage.values()))
 
     def compute_floors(self, chip: Chip) -> dict[str, float]:
         """Return lower bounds of a step's time, in seconds: by arithmetic, memory traffic and collectives alone."""
@@ -80,10 +89,12 @@ def make_plan(
     shapes: BatchShapes,
     devices: list,
     effort: str = "full",
+    has_samples: bool = False,
 ) -> Plan:
     """Compile the step of one arm.
 
-    ``teacher``: None if the student's initial weights are the teacher. ``effort``: a key of EFFORTS, for TPUs. Raises
+    ``teacher``: None if the student's initial weights are the teacher. ``effort``: a key of EFFORTS, for TPUs.
+    ``has_samples``: whether the step is given the teacher's samples and does not sample responses itself. Raises
     ValueError if the configuration does not fit the devices, or if compilation fails for another reason than memory.
     """
     mesh = sharding.make_mesh(devices=devices, **dataclasses.asdict(config.mesh))
@@ -92,12 +103,18 @@ def make_plan(
     with jax.set_mesh(mesh):
         step = make_step_config(config, loss, model, teacher or model)
         state, frozen, batch, buffers = make_arguments(config, step, teacher is not None, shapes, mesh)
+        rollout = None
+        if has_samples:
+            rollout = make_abstract_rollout(shapes, mesh)
+            buffers["teacher's samples"] = count_chip_bytes(rollout)
         clock = time.monotonic()
-        traced = train_step.trace(state, frozen, batch, config=step)
+        traced = train_step.trace(state, frozen, batch, config=step, rollout=rollout)
         arithmetic = count_step_flops(traced.jaxpr.jaxpr, step)
         lowered = traced.lower(lowering_platforms=(devices[0].platform,))
-        parts = _compute_temporary_parts(step, shapes, mesh)
-        floor = _compute_hbm_floor(step, buffers, shapes, mesh)
+        rollouts = _list_rollouts(step, shapes, has_samples)
+        parts = _compute_temporary_parts(step, rollouts, mesh)
+        floor = _compute_hbm_floor(step, buffers, rollouts, mesh)
+        stage = {} if teacher is None else _compute_teacher_stage(config, step, buffers, mesh)
         refused, used, sent = "", 0, None
         try:
             what = f"compiling the step for {len(devices)} x {devices[0].device_kind}"
@@ -109,10 +126,10 @@ def make_plan(
             sent = hlo.count_traffic(compiled.as_text(), count_head_chunks(step))
         except jax.errors.JaxRuntimeError as error:
             refused, used = _parse_refusal(str(error))
-            used -= count_chip_bytes((state, frozen, batch))
+            used -= count_chip_bytes((state, frozen, batch, rollout))
             refused = "" if effort == "memory" else refused
         seconds = time.monotonic() - clock
-    return Plan(len(devices), buffers, used, parts, arithmetic, floor, seconds, sent, refused, effort)
+    return Plan(len(devices), buffers, used, parts, arithmetic, floor, seconds, sent, refused, effort, stage)
 
 
 def make_step_config(config: Experiment, loss: LossConfig, model: ModelConfig, teacher: ModelConfig) -> StepConfig:
@@ -162,6 +179,12 @@ def make_abstract_batch(step: StepConfig, shapes: BatchShapes, mesh: Mesh) -> Ba
     return Batch(prompts(shapes.rows, shapes.bare), prompts(shapes.rows, shapes.context), other, ids)
 
 
+def make_abstract_rollout(shapes: BatchShapes, mesh: Mesh) -> Rollout:
+    """Return the teacher's samples of a batch, as an off-policy step gets them."""
+    shape, rows = (shapes.rows, shapes.responses), NamedSharding(mesh, P(sharding.BATCH))
+    return Rollout(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (jnp.int32, bool, jnp.float32)))
+
+
 def count_chip_bytes(tree) -> int:
     """Return the bytes of one chip's shards of all arrays."""
 
@@ -183,10 +206,10 @@ def _count_cache_columns(model: ModelConfig, columns: int) -> int:
     return sum(min(columns, kind.window or columns) for kind in model.kinds)
 
 
-def _list_rollouts(step: StepConfig, shapes: BatchShapes) -> list[tuple[int, ViewShape]]:
+def _list_rollouts(step: StepConfig, shapes: BatchShapes, has_samples: bool) -> list[tuple[int, ViewShape]]:
     """Return the rows and the prompts of each rollout that the step's program samples, one after the other."""
-    rollouts = [(shapes.rows, shapes.bare)]
-    return rollouts + [(shapes.retention_rows, shapes.other)] if step.loss.mu > 0 else rollouts
+    own = [] if has_samples else [(shapes.rows, shapes.bare)]
+    return own + [(shapes.retention_rows, shapes.other)] * (step.loss.mu > 0)
 
 
 def _compute_column_bytes(model: ModelConfig, mesh: Mesh) -> int:
@@ -194,37 +217,45 @@ def _compute_column_bytes(model: ModelConfig, mesh: Mesh) -> int:
     return 2 * model.kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize // _count_devices(mesh, "tensor")
 
 
-def _compute_temporary_parts(step: StepConfig, shapes: BatchShapes, mesh: Mesh) -> dict[str, int]:
+def _compute_temporary_parts(step: StepConfig, rollouts: list[tuple[int, ViewShape]], mesh: Mesh) -> dict[str, int]:
     """Return the parts of the temporaries that follow from shapes, in bytes per chip.
 
-    Of several rollouts the largest cache counts: one has ended before the next begins.
+    Of several ``rollouts`` the largest cache counts: one has ended before the next begins.
     """
     tokens, ways = step.sampling.max_tokens, sharding.batch_ways(mesh)
-    columns = max(
-        rows // ways * _count_cache_columns(step.model, view.columns + tokens)
-        for rows, view in _list_rollouts(step, shapes)
-    )
+    columns = [rows // ways * _count_cache_columns(step.model, view.columns + tokens) for rows, view in rollouts]
     trained = transformer.param_specs(step.model) if step.lora is None else lora.specs(step.model, step.lora)
     gradients = count_chip_bytes(params_lib.abstract(trained, mesh)) * (2 if step.micro_batches > 1 else 1)
     return {
-        "cache of the responses": columns * _compute_column_bytes(step.model, mesh),
+        "cache of the responses": max(columns, default=0) * _compute_column_bytes(step.model, mesh),
         "gradients": gradients,
-        "weights for decoding": _compute_decoding_bytes(step, mesh),
+        "weights for decoding": _compute_decoding_bytes(step.model, step.sampling, mesh) if rollouts else 0,
     }
 
 
-def _compute_decoding_bytes(step: StepConfig, mesh: Mesh) -> int:
+def _compute_teacher_stage(config: Experiment, step: StepConfig, buffers: dict[str, int], mesh: Mesh) -> dict[str, int]:
+    """Return Plan.teacher_stage of a run whose teacher is another model.
+
+    Decoding reads a copy of the weights, unless they are stored in the type and the sharding in which it reads them.
+    """
+    kept = ("teacher", "student's initial weights", "teacher's prefix")
+    model, sampling = step.teacher_model, step.sampling
+    is_sharded_so = sampling.weights == "stored" or mesh.shape["fsdp"] == 1
+    is_read_as_stored = config.teacher.param_dtype == model.dtype and is_sharded_so
+    copy = {} if is_read_as_stored else {"weights for decoding": _compute_decoding_bytes(model, sampling, mesh)}
+    return {name: buffers[name] for name in kept if name in buffers} | copy
+
+
+def _compute_decoding_bytes(model: ModelConfig, sampling: SamplingConfig, mesh: Mesh) -> int:
     """Return the bytes per chip of the copy of the layers' weights that decoding reads."""
-    layers = params_lib.count(transformer.param_specs(step.model)["layers"])
-    gathered = step.sampling.weights == "gathered"
-    return (
-        layers
-        * jnp.dtype(step.model.dtype).itemsize
-        // _count_devices(mesh, *(("tensor",) if gathered else ("fsdp", "tensor")))
-    )
+    layers = params_lib.count(transformer.param_specs(model)["layers"])
+    axes = ("tensor",) if sampling.weights == "gathered" else ("fsdp", "tensor")
+    return layers * jnp.dtype(model.dtype).itemsize // _count_devices(mesh, *axes)
 
 
-def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchShapes, mesh: Mesh) -> int:
+def _compute_hbm_floor(
+    step: StepConfig, buffers: dict[str, int], rollouts: list[tuple[int, ViewShape]], mesh: Mesh
+) -> int:
     """Return the least number of bytes that a chip reads and writes in a step.
 
     Every decoded token of a rollout reads the weights and the filled cache. Every forward pass and every backward pass
@@ -244,9 +275,7 @@ def _compute_hbm_floor(step: StepConfig, buffers: dict[str, int], shapes: BatchS
         return prefix + rows // sharding.batch_ways(mesh) * columns
 
     column = _compute_column_bytes(model, mesh)
-    decode = sum(
-        (tokens - 1) * (own + column * count_read_columns(rows, view)) for rows, view in _list_rollouts(step, shapes)
-    )
+    decode = sum((tokens - 1) * (own + column * count_read_columns(rows, view)) for rows, view in rollouts)
     count = count_passes(step.loss)
     of_teacher = count["teacher"] + count["frozen"]
     passes = step.micro_batches * ((2 * count["student"] + count["ema"]) * own + of_teacher * theirs)
