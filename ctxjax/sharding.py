@@ -55,7 +55,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | Non
     """Make a mesh of data x fsdp x tensor devices, in explicit mode.
 
     ``slices``: groups of devices with fast links inside and a slower network between them; only ``data`` is spread
-    over several. 0: take the slices that the devices name; if they name none, every process is one.
+    over several. 0: take the slices that the devices name; if they name none, all are in one. If they name none or one,
+    ``slices`` may be the number of processes: then every process is one.
     Raises ValueError if the sizes do not fit the devices, naming sizes that work.
     """
     devices = jax.devices() if devices is None else devices

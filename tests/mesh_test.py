@@ -195,6 +195,15 @@ def test_rows_alone_are_spread_over_slices():
         assert device.slice_index == place[0] // 2, place
 
 
+def test_devices_that_name_no_slices_are_in_one_or_in_one_per_process():
+    devices = devices_of(2, 4)
+    for device in devices:
+        device.slice_index = None
+    assert sharding.arrange_devices(devices, (1, 8, 1)).shape == (1, 8, 1)  # two slices would not take data = 1
+    for place, device in np.ndenumerate(sharding.arrange_devices(devices, (4, 2, 1), slices=2)):
+        assert device.process_index == place[0] // 2, place
+
+
 def test_slices_that_do_not_fit_are_named_with_what_would():
     with pytest.raises(ValueError, match="mesh.data = 1 is not divisible by mesh.slices = 2; use 2"):
         sharding.arrange_devices(devices_of(2, 4), (1, 8, 1))
