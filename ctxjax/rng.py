@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 STREAMS = {
     "init": 0, "rollout": 1, "retention": 2, "evaluation": 3, "pretraining": 4, "adapter": 5, "policy": 6,
-    "experience": 7,
+    "experience": 7, "questions": 8,
 }  # fmt: skip
 
 

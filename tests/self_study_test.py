@@ -238,7 +238,7 @@ def test_the_file_has_different_questions_with_replies_and_the_task_reads_it(tmp
     assert len({row["id"] for row in rows}) == 48 and all(row["about"] for row in rows)
     assert [sampling.temperature for sampling, _ in fake.batches] == [0.8] * 7 + [0.0]
     root = jax.random.key(config.task_config.seed)
-    drawn = [rng.key_for(root, batch, "rollout") for batch in range(7)]  # no batch repeats the drafts of another
+    drawn = [rng.key_for(root, batch, "questions") for batch in range(7)]  # no batch repeats the drafts of another
     assert fake.keys == [jax.random.key_data(key).tolist() for key in (*drawn, rng.key_for(root, 0, "evaluation"))]
     task = SelfStudy(config.task_config)
     read = [row for split in ("train", "dev", "test") for row in task.rows(split)]

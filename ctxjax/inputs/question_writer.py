@@ -303,7 +303,7 @@ class _Writer:
                 extremes = extremes or self._encode(self._choose_extremes(rows), "longest_question")
                 tokens = self._encode(rows[start : start + size], "longest_question")
                 prompts = decoding.pad_prompts(tokens, self._folder.pad_id, extremes)
-                key = rng.key_for(jax.random.key(task.seed), self._batches, "rollout")
+                key = rng.key_for(jax.random.key(task.seed), self._batches, "questions")
                 texts = _decode(self._folder, prompts, sampling, key, size, self._mesh)
                 self._stored.append(json.dumps(texts))
                 workdir_lib.write_text_on_every_host(self._drafts, "".join(f"{line}\n" for line in self._stored))
