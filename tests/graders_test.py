@@ -237,6 +237,19 @@ MATH = [
     ("so it is 3/4", "0.75", False, True, NO_PLACE),
     ("- **Answer**: 42", "42", True, True, "42"),
     ("* Final answer: 42", "42", True, True, "42"),
+    # A heading is no answer, and what comes last counts.
+    ("#### Step 1: Add\n\n#### Step 2: Double it\n\nAnswer: 42", "42", True, True, "42"),
+    ("#### 41\nI forgot one.\nAnswer: 42", "42", True, True, "42"),
+    ("Answer: 41\nI forgot one.\n#### 42", "42", True, True, "42"),
+    ("### Answer: 42", "42", True, True, "42"),
+    ("#### Answer: 42", "42", True, True, "42"),
+    # A letter at the end is a variable, and no unit.
+    (r"\boxed{\pi r^2}", r"\pi r^2 h", False, False, None),
+    (r"\boxed{\pi r^2 h}", r"\pi r^2 h", True, True, None),
+    (r"\boxed{2}", "2t", False, False, None),
+    (r"\boxed{a^2 + 2}", "a^2 + 2ab", False, False, None),
+    # A loop of digits is no number, and no error.
+    (f"Answer: 1e{'1' * 22}", "42", False, False, NO_VALUE),
 ]  # fmt: skip
 
 
@@ -409,6 +422,17 @@ def test_the_ninth_letter_may_be_a_pronoun(response, lenient):
     assert graders.GRADERS["letter_of_ten"].grade(response, "I").lenient == lenient
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("D-dimer", None), ("C-reactive protein", None), ("B - the spleen", "B"), ("b-", "B"), ("A -- both", "A")],
+)
+def test_the_text_of_an_option_that_begins_with_a_letter_is_no_letter(text, letter):
+    assert graders.grade_letter(f"<answer>{text}</answer>", "D").parsed == letter
+    if letter is None:
+        with pytest.raises(ValueError, match="cannot be a reference"):
+            graders.read_letter(text)
+
+
 def test_ten_options_have_ten_letters():
     grade = graders.GRADERS["letter_of_ten"].grade
     assert grade("<answer>J</answer>", "J").correct and not graders.grade_letter("<answer>J</answer>", "J").correct
@@ -449,6 +473,10 @@ def test_every_gsm8k_reference_parses_to_itself():
         ("in room 12A", "room 12A", True), ("at 11:30", "10:30", False), ("at 10:30", "10:30", True),
         ("on May 5,2024", "May 5, 2024", True), ("rooms 1,2 and 3", "rooms 1, 2 and 3", True),
         ("rooms 1,2 and 4", "rooms 1, 2 and 3", False), ("10,00,000 kg", "1000000 kg", True),
+        ("It is vitamin C.", "Vitamin A", False), ("Vitamin A is needed.", "vitamin A", True),
+        ("Plan B", "Plan A", False), ("C#", "C++", False), ("I use c++.", "C++", True), ("C", "C++", False),
+        ("a B-", "B+", False), ("a B+.", "B+", True),
+        (f"1e{'1' * 22}", "7", False), (f"7, then 1e{'1' * 22}", "7", True),
         ("on 3/4/2024", "3/4/2024", True), ("on 4/3/2024", "3/4/2024", False), ("$50", "$5", False),
     ],
 )  # fmt: skip

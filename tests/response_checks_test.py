@@ -179,3 +179,8 @@ def test_the_built_in_pool_is_installed_with_the_package():
     assert (
         contexts.BUILT_IN_FILE.is_file() and "*.jsonl" in (contexts.BUILT_IN_FILE.parents[2] / "setup.py").read_text()
     )
+
+
+@pytest.mark.parametrize("text", ['{"answer": ' + "[" * 100_000, '{"answer": ' + "1" * 5000 + "}"])
+def test_json_that_cannot_be_read_is_none_and_no_error(text):
+    assert not response_checks.grade_check(response_checks.Check("json_with", "answer"), text).correct

@@ -149,6 +149,18 @@ def test_a_response_agrees_if_it_has_most_of_what_the_reply_adds():
     assert grade_new_words("It is Anna Fisher, since 1840.", "anna fisher 1840 life").correct
     assert not grade_new_words("I have no idea.", "no it has no airport").correct
     assert grade_new_words("It has no airport.", "no it has no airport").correct
+    for reply, others in {
+        "Yes, it has an airport.": ("No, it has no airport.", "It does not have an airport.", "It hasn't an airport."),
+        "No, it has no airport.": ("Yes, it has an airport.", "It has an airport."),
+        "Dogs are allowed.": ("Dogs are not allowed.", "Dogs aren't allowed."),
+        "The shop opens at 9 am.": ("The shop opens at 8 am.", "It opens at noon, in the am."),
+        "It costs 1,240 dollars.": ("It costs 1,990 dollars.",),
+    }.items():
+        reference = find_new_words(reply, "Tell me?")
+        assert grade_new_words(reply, reference).correct
+        assert not [other for other in others if grade_new_words(other, reference).correct]
+    assert grade_new_words("45200 people", find_new_words("It has 45,200 people.", "How many live there?")).correct
+    assert grade_new_words("It is Ironstone, not Oldtown.", "ironstone").correct  # what it denies comes after
     assert grade_new_words("", "ironstone").reason and grade_new_words("?", "ironstone").parsed is None
 
 

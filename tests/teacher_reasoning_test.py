@@ -9,10 +9,22 @@ import pytest
 from ctxjax import config as config_lib
 from ctxjax.configs import tiny
 from ctxjax.data import responses
+from ctxjax.data.grading import graders
 from ctxjax.data.worlds import word_tokenizer
 from ctxjax.inputs import teacher_samples
 
 END = 2
+
+
+def test_the_reasoning_of_a_family_with_tags_of_its_own_is_reasoning():
+    """Seed-OSS writes <seed:think>; grading and cutting know <think>."""
+    made = word_tokenizer.build(["<seed:think>", "</seed:think>", *"ab"], r"</?seed:think>|[ab]")
+    tokens = made("<seed:think>a</seed:think>b", add_special_tokens=False)["input_ids"]
+    (text,) = responses.decode(made, [tokens], [])
+    assert "".join(text.split()) == "<think>a</think>b" and graders.grade_short(text, "b").correct
+    assert not graders.grade_short(text, "a").correct
+    place = responses.find_answer(made, tokens, [], opened=False)
+    assert tokens[place:] == made("b", add_special_tokens=False)["input_ids"]
 
 
 @pytest.fixture(scope="module")

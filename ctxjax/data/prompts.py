@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ctxjax.data import chat_template, control_tokens
-from ctxjax.data.grading.graders import OPEN_REASONING, READ_TAGS, is_reasoning_open
+from ctxjax.data.grading.graders import OPEN_REASONING, READ_TAGS, is_reasoning_open, rename_reasoning
 from ctxjax.data.task import Row, read_chat_context
 from ctxjax.types import Prompts, bounded
 
@@ -171,11 +171,14 @@ def encode(tokenizer, rows: list[Row], config: PromptConfig) -> list[list[int]]:
 
 def opens_reasoning(tokenizer, row: Row, config: PromptConfig) -> bool:
     """Whether the template ends the prompt inside <think>, so that the response begins inside the reasoning."""
-    if OPEN_REASONING not in tokenizer.get_chat_template():
+    if OPEN_REASONING not in rename_reasoning(tokenizer.get_chat_template()):
         return False
     chat = build_messages(row, config.placement)
     has_context = row.context is not None
-    asked, text = (_apply_template(tokenizer, chat, config, has_context, opens_turn) for opens_turn in (False, True))
+    asked, text = (
+        rename_reasoning(_apply_template(tokenizer, chat, config, has_context, opens_turn))
+        for opens_turn in (False, True)
+    )
     if text.startswith(asked) and text != asked:
         return is_reasoning_open(text[len(asked) :])  # what follows the chat: a user may write such tags too
     return text.rstrip().endswith(OPEN_REASONING)

@@ -6,18 +6,20 @@ import bisect
 from collections.abc import Iterable, Sequence
 
 from ctxjax.data import prompts
-from ctxjax.data.grading.graders import CLOSE_REASONING, OPEN_REASONING, READ_TAGS
+from ctxjax.data.grading.graders import CLOSE_REASONING, OPEN_REASONING, READ_TAGS, rename_reasoning
 
 
 def decode(tokenizer, token_lists: Iterable[Sequence[int]], stop_ids: Iterable[int]) -> list[str]:
     """Decode responses without their end tokens and without control tokens (prompts.find_control_tokens).
 
-    Other special tokens are part of the text: some tokenizers declare <answer> special, and a grader looks for it.
+    Other special tokens are part of the text: some tokenizers declare <answer> special, and a grader looks for it. The
+    tags of the reasoning are <think> and </think> in every family.
     """
     tags = {index for token, index in tokenizer.get_added_vocab().items() if token in READ_TAGS}
     hidden = {*stop_ids, *prompts.find_control_tokens(tokenizer).values()} - tags
     kept = [[int(token) for token in tokens if int(token) not in hidden] for tokens in token_lists]
-    return tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [rename_reasoning(text) for text in texts]
 
 
 def find_answer(tokenizer, tokens: Sequence[int], stop_ids: Iterable[int], opened: bool) -> int:

@@ -32,7 +32,8 @@ ONLY_REASONING, ENDLESS_REASONING = "answer only in the reasoning", "reasoning i
 NO_YES_NO, NO_WORDS = "neither yes nor no", "no words"
 NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a number or an expression"
 OPEN_REASONING, CLOSE_REASONING = "<think>", "</think>"
-READ_TAGS = (OPEN_REASONING, CLOSE_REASONING, "<answer>", "</answer>")
+OTHER_REASONING = {"<seed:think>": OPEN_REASONING, "</seed:think>": CLOSE_REASONING}  # of Seed-OSS
+READ_TAGS = (OPEN_REASONING, CLOSE_REASONING, *OTHER_REASONING, "<answer>", "</answer>")
 # Words that say nothing by themselves; "not" and "no" do.
 GRAMMAR = {
     "and", "are", "as", "at", "be", "been", "by", "can", "do", "does", "for", "from", "had", "has", "have",
@@ -40,8 +41,16 @@ GRAMMAR = {
     "to", "was", "we", "were", "which", "who", "will", "with", "would", "you", "your",
 }  # fmt: skip
 BEFORE_WORD = r" (?!(?:and|as|because|but|since|which)\b)[a-z]"  # after an article or a pronoun, not after an option
+NEGATIONS = {"no", "not", "never", "none", "neither"}
 LEAST_F1 = 0.5  # of a response that agrees with a reply
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
+
+
+def rename_reasoning(text: str) -> str:
+    """Return the text with the reasoning of every family between <think> and </think>."""
+    for tag, usual in OTHER_REASONING.items():
+        text = text.replace(tag, usual)
+    return text
 
 
 def is_reasoning_open(text: str) -> bool:
@@ -103,8 +112,8 @@ def grade_yes_no(response: str, reference: str) -> Grade:
 
 
 def _match_letter(text: str, letters: str) -> str | None:
-    """Return the letter of "b", "(B)", "**B**" or "B. its text", or None."""
-    match = re.fullmatch(rf"(?is)[(*\s]*([{letters}])[)*\s]*(?:[.:)-].*)?", text)
+    """Return the letter of "b", "(B)", "**B**", "B. its text" or "B - its text", or None: "D-dimer" is no letter."""
+    match = re.fullmatch(rf"(?is)[(*\s]*([{letters}])[)*\s]*(?:(?:[.:)]|(?<![^\W_])-|-(?![^\W_])).*)?", text)
     return match and match[1].upper()
 
 
@@ -148,12 +157,12 @@ def grade_short(response: str, reference: str) -> Grade:
     """Grade an answer of a few words, alone or in a sentence: "It is the Blue Heron." against "blue heron".
 
     A reference "yes" or "no" is compared with the first of these two words. A number must occur, in any notation, and
-    the words and numbers of any other reference one after the other; case, punctuation and articles do not count.
+    the words and numbers of any other reference one after the other; case, punctuation and articles do not count, but
+    for an article at the reference's end, which is a name ("vitamin A"), and for the "+" and "#" of "C++" and "C#".
     """
     said, reason = strip_reasoning(normalize_powers(response))
-    words, wanted = (
-        find_numbers_and_words(_drop_case_and_articles(normalize_powers(text))) for text in (said, reference)
-    )
+    drop = str.casefold if re.search(r"(?i)(?<!\w)(?:an?|the)\W*$", reference) else _drop_case_and_articles
+    words, wanted = (find_numbers_and_words(drop(normalize_powers(text))) for text in (said, reference))
     if wanted in (["yes"], ["no"]):
         parsed = next((word for word in words if word in ("yes", "no")), None)
         return Grade(parsed, [parsed] == wanted, reason or (None if parsed else NO_YES_NO))
@@ -163,6 +172,9 @@ def grade_short(response: str, reference: str) -> Grade:
         return Grade(", ".join(numbers) or None, found, reason or (None if numbers else NO_NUMBER))
     parsed = said.strip() if words else None
     found = f" {' '.join(wanted)} " in f" {' '.join(words)} "
+    if re.search(r"\w[+#]", reference):
+        whole, text = (" ".join(normalize_powers(text).casefold().split()) for text in (reference, said))
+        found = re.search(rf"(?<!\w){re.escape(whole.rstrip('.'))}(?![\w+#])", text) is not None
     return Grade(parsed, bool(wanted) and found, reason or (None if parsed else NO_WORDS))
 
 
@@ -172,30 +184,38 @@ def grade_overlap(response: str, reference: str) -> Grade:
 
     F1 is 2 * shared / (words of the response + words of the reference), repeated words counted as often as they occur.
     """
-    return _grade_words(
-        response, reference, lambda shared, words, wanted: 2 * shared >= LEAST_F1 * max(words + wanted, 1)
-    )
+    said, reason = strip_reasoning(normalize_width(response))
+    words, wanted = (Counter(_find_answer_words(text)) for text in (said, reference))
+    correct = 2 * (words & wanted).total() >= LEAST_F1 * max(words.total() + wanted.total(), 1)
+    return Grade(said.strip() if words else None, correct, reason or (None if words else NO_WORDS))
 
 
 def find_new_words(reply: str, question: str) -> str:
-    """Return what a reply adds to its question: its words that the question does not have and that are more than
-    grammar, in lower case and in order; all of its words if these say yes or no at most."""
-    words, asked = _find_answer_words(reply), {*_find_answer_words(question), *GRAMMAR}
+    """Return what a reply adds to its question: its words and numbers that the question does not have and that are more
+    than grammar, in lower case and in order; all of its words if these say yes or no at most."""
+    words, asked = _find_said(reply), {*_find_said(question), *GRAMMAR}
     new = [word for word in words if word not in asked]
     return " ".join(new if {*new} - {"yes", "no", "not"} else words)
 
 
 def grade_new_words(response: str, reference: str) -> Grade:
-    """Grade whether a response has more than half of the words of ``find_new_words``, repeated ones as often."""
-    return _grade_words(response, reference, lambda shared, words, wanted: 2 * shared > wanted)
-
-
-def _grade_words(response: str, reference: str, agrees: Callable[[int, int, int], bool]) -> Grade:
-    """Grade by ``agrees``: numbers of words (shared, in the response, in the reference) -> whether it is correct."""
-    said, reason = strip_reasoning(normalize_width(response))
-    words, wanted = (Counter(_find_answer_words(text)) for text in (said, reference))
-    correct = agrees((words & wanted).total(), words.total(), wanted.total())
+    """Grade whether a response says what ``find_new_words`` has: more than half of its words, repeated ones as often,
+    all of its numbers, and no denial of it, or a denial as it is one.
+    """
+    said, reason = strip_reasoning(response)
+    words, wanted = _find_said(said), _find_said(reference)
+    shared, numbers = Counter(words) & Counter(wanted), {word for word in wanted if is_number(word)}
+    last = max((place for place, word in enumerate(words) if word in shared), default=-1)
+    denies, is_denied = (not NEGATIONS.isdisjoint(part) for part in (words[: last + 1], wanted))
+    correct = 2 * shared.total() > len(wanted) and numbers <= {*words} and denies == is_denied
     return Grade(said.strip() if words else None, correct, reason or (None if words else NO_WORDS))
+
+
+def _find_said(text: str) -> list[str]:
+    """Return the words and numbers of a text, in order; "isn't" is two words, of which one is "not"."""
+    text = re.sub(r"(?i)\b(ca|wo)n['\u2019]t\b", r"\1 not", normalize_powers(text))
+    text = re.sub(r"(?i)n['\u2019]t\b|(?<=can)not\b", " not", text)
+    return find_numbers_and_words(_drop_case_and_articles(text))
 
 
 def _find_answer_words(text: str) -> list[str]:

@@ -6,11 +6,14 @@ are compared member by member. This module finds the answer and removes units, c
 
 from __future__ import annotations
 
+import dataclasses
 from decimal import Decimal, localcontext
 import functools
 import re
 import threading
 from typing import NamedTuple
+
+from ctxjax.data.grading.numbers import find_last_number
 
 NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 # Names of values and functions. A text with any other word of three or more letters has no value.
@@ -26,16 +29,19 @@ SECONDS = 5  # time limit of one parse or comparison: some expressions are too l
 
 
 def find_answers(text: str) -> list[str]:
-    r"""Return the answers as text: all ``\boxed{}`` in the line of the last one; else the text after the last ``####``;
-    else the text after the last "Answer:" at the beginning of a line."""
+    r"""Return the answers as text: all ``\boxed{}`` in the line of the last one; else the text after the last ``####``
+    or the last "Answer:" at the beginning of a line, whichever is later."""
     boxes = _find_boxes(text)
     if boxes:
         last_line = text.rfind("\n", 0, boxes[-1][0]) + 1
         return [content for start, content in boxes if start >= last_line]
-    after = re.findall(r"####[ \t]*(.+)", text) or re.findall(
-        r"(?im)^[-*_\s>]*(?:final )?answer[*_]*:[*_]*[ \t]*(.+)", text
+    # "#### Step 2: ..." is a heading.
+    after = re.findall(
+        r"(?im)####[ \t]*(?:(?:final )?answer[*_]*:[*_]*[ \t]*)?(?![ \t]*step\b)(.+)"
+        r"|^[-*_#\s>]*(?:final )?answer[*_]*:[*_]*[ \t]*(.+)",
+        text,
     )
-    return [after[-1].strip()] if after else []
+    return ["".join(after[-1]).strip()] if after else []
 
 
 def _find_boxes(text: str) -> list[tuple[int, str]]:
@@ -95,7 +101,7 @@ def parse_value(answer: str):
     if not re.search(r"\w", text) or words - NAMES:
         return None
     if re.fullmatch(rf"{NUMBER}", text) and "," not in text:
-        return text  # a plain number needs no parser
+        return text if find_last_number(text) else None  # a plain number needs no parser
     return _parse(text)
 
 
@@ -108,7 +114,12 @@ def _timeout() -> int | None:
 def _parse(text: str):
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse  # sympy takes seconds to import
 
-    configs = [LatexExtractionConfig(), ExprExtractionConfig()]
+    usual = LatexExtractionConfig()
+    # Its units are single letters, too: the "h" of \pi r^2 h. ``strip_units`` has removed those after a number.
+    configs = [
+        dataclasses.replace(usual, normalization_config=dataclasses.replace(usual.normalization_config, units=False)),
+        ExprExtractionConfig(),
+    ]
     found = parse(f"${text}$", configs, fallback_mode="no_fallback", parsing_timeout=_timeout())
     return tuple(found) or None
 

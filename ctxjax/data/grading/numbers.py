@@ -6,7 +6,7 @@ is 25. A hyphen after a letter, a digit or a bracket is no sign: the numbers of 
 
 from __future__ import annotations
 
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 import re
 import unicodedata
@@ -85,7 +85,7 @@ def find_separate_number(text: str) -> str | None:
     last, read = matches[-1], _read(matches[-1])
     before, groups = text[: last.start()], re.findall(r"\d[\d,]*\d", last[0])
     is_spaced = re.match(r"\d{3}(?!\d)", last[0]) and re.search(r"(?<![\d.])\d{1,3} $", before)  # 1 000
-    is_part = len(read) > 1 or is_spaced or _PART_BEFORE.search(before) or _PART_AFTER.match(text, last.end())
+    is_part = len(read) != 1 or is_spaced or _PART_BEFORE.search(before) or _PART_AFTER.match(text, last.end())
     is_list = len(matches) > 1 and _NO_WORDS.fullmatch(text)
     is_grouped = all("," not in group or _THOUSANDS.fullmatch(group) for group in groups)
     return read[0] if is_grouped and not is_part and not is_list else None
@@ -117,7 +117,10 @@ def _read(match: re.Match) -> list[str]:
             return [_format_fraction(_compute(**found) * (-1 if sign else 1))]
         except (ZeroDivisionError, OverflowError):
             pass
-    return [format_number(Decimal(part)) for part in (sign + parts[0], *parts[1:])]
+    try:
+        return [format_number(Decimal(part)) for part in (sign + parts[0], *parts[1:])]
+    except InvalidOperation:  # an exponent of 19 digits and more: no number that can be held
+        return []
 
 
 def _compute(

@@ -55,7 +55,7 @@ def _parse_json(text: str):
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)```\s*", text, re.DOTALL)
     try:
         return json.loads(fenced.group(1) if fenced else text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # broken, a number of thousands of digits, or nested a thousand deep
         return None
 
 
