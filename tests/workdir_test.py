@@ -94,6 +94,41 @@ def test_no_other_field_may_change(tmp_path, facts):
     }  # fmt: skip
 
 
+def test_a_field_that_newer_code_has_added_has_its_default_in_an_older_run(tmp_path, facts):
+    """What is set to anything else, or was stored and is no more, is a difference."""
+    old = json.loads(json.dumps(facts["config"]))
+    old["seed"], facts["config"]["seed"] = 7, 7
+    facts["config"]["handbook"]["seed"] = 7  # its default is the run's
+    del old["loss"]["off_policy_divergence"], old["arms"]["opcd_handover"], old["handbook"], old["eval"]["meters"]
+    workdir.claim(tmp_path, facts | {"config": old}, {})
+    config = json.loads(json.dumps(facts["config"]))
+    workdir.check_workdir(tmp_path, config)
+    config["arms"]["of_a_newer_file"] = {"beta": 0.3}  # and not trained
+    workdir.check_workdir(tmp_path, config)
+    config["loss"]["off_policy_divergence"], config["handbook"]["style"] = "forward_kl", "rules"
+    config["run_arms"] = [*config["run_arms"], "of_a_newer_file"]
+    config["arms"]["opcd_anchored"]["chunk"] = 16
+    with pytest.raises(ValueError, match="another configuration") as refusal:
+        workdir.check_workdir(tmp_path, config)
+    assert str(refusal.value).split("\n  ")[1:] == [
+        "arms.of_a_newer_file: None -> {'beta': 0.3}",
+        "arms.opcd_anchored.chunk: None -> 16",
+        "handbook.style: 'list' -> 'rules'",
+        "loss.off_policy_divergence: '' -> 'forward_kl'",
+    ]
+    workdir.write_json(tmp_path / "config.json", old | {"sieve": {"mesh": 2}})
+    with pytest.raises(ValueError, match=r"Stored, and now:\n  sieve: {'mesh': 2} -> None$"):
+        workdir.check_workdir(tmp_path, facts["config"])
+
+
+@pytest.mark.parametrize("damaged", [[], {"optim": 3}, {"arms": None}])
+def test_a_stored_configuration_that_is_none_is_refused(damaged, tmp_path, facts):
+    workdir.claim(tmp_path, facts, {})
+    workdir.write_json(tmp_path / "config.json", damaged)
+    with pytest.raises(ValueError, match=r"config.json is no configuration|another configuration"):
+        workdir.check_workdir(tmp_path, facts["config"])
+
+
 @pytest.mark.parametrize(
     ("schedule", "steps", "reason"),
     [

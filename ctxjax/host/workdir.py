@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import errno
 import fcntl
-import functools
 import importlib.metadata
 import json
 import os
@@ -25,16 +24,10 @@ import uuid
 import jax
 from ml_collections import ConfigDict
 
-from ctxjax.host import preemption, processes, redact
+from ctxjax.host import changes, preemption, processes, redact
 from ctxjax.host.checksum import compute_digest
 
 PACKAGES = ("ctxjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# Fields that may change when a run is resumed: where it computes, with which kernels, in how much memory, how often it
-# saves, which arms it trains and when it warns or stops, not what an arm computes.
-CHANGEABLE = (
-    "mesh", "cpu_devices", "compile_cache", "model.remat", "model.attention", "rollout.weights", "train.micro_batches",
-    "train.save_every", "train.keep", "logging", "run_arms", "alarms",
-)  # fmt: skip
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what flock says on file systems that have none
 RESUME = ("auto", "never", "must")  # see check_workdir
 # All that a run can have left that was killed before config.json was complete.
@@ -44,8 +37,8 @@ FIRST_FILES = re.compile(r"lock|config\.json\.partial.*")
 def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
     """Raise ValueError if the folder holds another run, with the fields that differ, or anything that is not a run.
 
-    ``resume``: a run with the same configuration is resumed ("auto"), refused ("never") or required ("must"). It may
-    have more steps than before if the learning rate is constant: nothing else of a step depends on their number.
+    ``resume``: a run with the same configuration is resumed ("auto"), refused ("never") or required ("must"). What may
+    differ all the same: changes.describe_changes.
     """
     if resume not in RESUME:
         raise ValueError(f"resume = {resume!r} is not known; choose from {', '.join(RESUME)}")
@@ -62,8 +55,10 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
         before = json.loads(stored.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{stored} is not valid JSON ({error}); choose another --workdir") from None
-    different = _list_differences(_without_changeable(before), _without_changeable(config))
-    different = [line for line in map(functools.partial(_judge_steps, before, config), different) if line]
+    try:
+        different = changes.describe_changes(before, config)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{stored} is no configuration ({error}); choose another --workdir") from None
     if different:
         raise ValueError(
             f"{workdir} holds a run with another configuration; choose another --workdir. Stored, and now:\n  "
@@ -73,29 +68,6 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
 
 def _is_first_file(path: Path) -> bool:
     return FIRST_FILES.fullmatch(path.name) is not None
-
-
-def _judge_steps(before: dict, now: dict, difference: str) -> str:
-    """Return the line of ``difference``; "" if it is that of more steps in a run whose first steps do not depend on
-    their number, and with the reason if they do."""
-    if not difference.startswith("train.steps: "):
-        return difference
-    schedule = before.get("optim", {}).get("schedule")
-    if now["train"]["steps"] < before["train"]["steps"]:
-        return f"{difference} (a run can be made longer, not shorter)"
-    if schedule != "constant":
-        rule = "only a run with optim.schedule = 'constant' can be made longer"
-        return f"{difference} (the rate of optim.schedule = {schedule!r} depends on it; {rule})"
-    return ""
-
-
-def _without_changeable(config: dict, prefix: str = "") -> dict:
-    """Return the configuration without the fields of CHANGEABLE."""
-    return {
-        name: _without_changeable(value, f"{prefix}{name}.") if isinstance(value, dict) else value
-        for name, value in config.items()
-        if f"{prefix}{name}" not in CHANGEABLE
-    }
 
 
 def read_config(workdir: Path) -> dict:
@@ -148,11 +120,11 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
     manifest = facts | {"inputs": inputs, "earlier_starts": []}
     if (workdir / "config.json").exists() and (workdir / "run.json").exists():
         before = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
-        different = _list_differences(before.get("inputs"), inputs, "inputs")
+        different = changes.list_differences(before.get("inputs"), inputs, "inputs")
         if different:
             raise ValueError(
                 f"the run in {workdir} began with other inputs; bring them back, or choose another --workdir. Digests "
-                "then, and now:\n  " + "\n  ".join(different)
+                "then, and now:\n  " + "\n  ".join(map(str, different))
             )
         kept = ("started", "command", "device", "commit", "versions", "resumed", "record")
         start = {name: before.get(name) for name in kept}
@@ -285,13 +257,6 @@ def _write_whole(path: Path, text: str) -> None:
 def _name_partial(path: Path) -> Path:
     """Return a new name for an incomplete file or folder: two processes may write the same one, in a shared cache."""
     return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-
-
-def _list_differences(before, now, name: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [line for k in keys for line in _list_differences(before.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
-    return [] if before == now else [f"{name}: {before!r} -> {now!r}"]
 
 
 def collect_facts(config: ConfigDict) -> dict:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from ctxjax.host.workdir import CHANGEABLE
+from ctxjax.host.changes import CHANGEABLE
 from ctxjax.plan.step import Plan
 from ctxjax.sharding import MeshConfig
 
