@@ -1,5 +1,6 @@
 """The scripts that make, use and give back TPU slices: the exact cloud commands, and going on after a preemption."""
 
+import json
 import os
 from pathlib import Path
 import shutil
@@ -16,7 +17,7 @@ WHERE = "--project=p --zone=z"
 
 # A cloud of its own: notes each command, keeps the slice's state in a file, and ends the run as the test wants.
 CLOUD = """#!/usr/bin/env bash
-echo "$*" >> "$CLOUD/calls"
+echo "${*//$'\\n'/;}" >> "$CLOUD/calls"
 case "$*" in
   *"queued-resources create"*) echo READY > "$CLOUD/state" ;;
   *"tpu-vm describe"*)
@@ -142,6 +143,54 @@ def test_a_host_that_cannot_get_the_new_code_is_not_set_up_with_the_old(failing,
     assert failing in calls[-1] if failing != "nothing" else calls[-1].startswith("python -c")
 
 
+@pytest.fixture
+def host(tmp_path):
+    """host(arguments, BRANCH): sets up a host as setup.sh does, with a real clone; returns its commit.
+    ``host.old`` has the tag v1, ``host.new`` is the newest."""
+    repository, home = tmp_path / "repository", tmp_path / "home"
+
+    def git(folder: Path, *arguments: str) -> str:
+        line = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
+    repository.mkdir()
+    git(repository, "init", "-q", "--initial-branch=main")
+    commits = []
+    for number in range(2):
+        git(repository, "commit", "-q", "--allow-empty", "-m", str(number))
+        git(repository, "tag", f"v{number + 1}")
+        commits.append(git(repository, "rev-parse", "HEAD"))
+    for name in ("bin/python3", ".local/bin/uv", "venv/bin/python"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(f'#!/usr/bin/env bash\n[ "$1" = -c ] || exit 0\nexec {sys.executable} "$@"\n')
+        (home / name).chmod(0o755)
+    (home / "venv/bin/python").write_text("#!/usr/bin/env bash\n")
+
+    def set_up(*arguments: str, branch: str = "main") -> str:
+        done = script("setup.sh", *arguments, DRY_RUN="1", BRANCH=branch, REPOSITORY=str(repository))
+        environment = {"PATH": f"{home / 'bin'}:{os.environ['PATH']}", "HOME": str(home)}
+        subprocess.run(["bash", "-c", get_remote_command(done.stdout)], cwd=home, env=environment, check=True)
+        return git(home / "ctxjax", "rev-parse", "HEAD")
+
+    set_up.old, set_up.new = commits
+    return set_up
+
+
+def test_a_tag_is_set_up_again_and_a_branch_is_updated(host):
+    assert [host(branch=name) for name in ("v1", "v1", "main", "v1", "main")] == [
+        host.old, host.old, host.new, host.old, host.new,
+    ]  # fmt: skip
+
+
+def test_a_run_that_goes_on_elsewhere_has_the_code_of_its_last_start(host, tmp_path):
+    workdir = tmp_path / "a run"
+    workdir.mkdir()
+    assert host(f"--workdir={workdir}") == host.new  # it has computed nothing yet
+    (workdir / "run.json").write_text(json.dumps({"commit": f"{host.old} with changes 12ab", "earlier_starts": []}))
+    assert host(f"--workdir={workdir}") == host.old
+    assert host() == host.new
+
+
 @pytest.mark.parametrize("is_ssh_lost", [False, True])
 def test_a_host_that_shuts_down_lets_the_run_save_and_its_log_is_whole(is_ssh_lost, tmp_path):
     """A shutdown sends SIGTERM and SIGHUP to all processes of the ssh session, at once."""
@@ -196,6 +245,7 @@ def test_a_slice_that_was_taken_away_is_asked_for_again_and_the_run_goes_on(clou
     assert done.returncode == 0, done.stderr
     kinds = [kind for call in calls for kind in ("delete", "create", "device_count", "ctxjax.main") if kind in call]
     assert kinds == ["ctxjax.main", "delete", "create", "device_count", "ctxjax.main"]
+    assert "-f w/run.json" in next(call for call in calls if "device_count" in call)
 
 
 UNAVAILABLE = "UNAVAILABLE: 503: The service is currently unavailable."
@@ -229,6 +279,7 @@ def test_a_run_that_fails_is_not_repeated(cloud):
         ("create.sh", (), {"TYPE": "v9-8"}, "TYPE=v9-8 is not known"),
         ("create.sh", ("--now",), {"SLICES": "2"}, "--now makes one slice"),
         ("create.sh", ("--later",), {}, "unknown argument --later"),
+        ("setup.sh", ("v1",), {}, "unknown argument v1; tpu/setup.sh [--workdir=DIR]"),
         ("run.sh", ("--config=c",), {}, "--workdir is missing"),
         ("run.sh", ("--config=c", "--workdir=gs://b/r"), {}, "--workdir is a folder, not an address: set BUCKET"),
         ("run.sh", (), {}, "nothing to run"),

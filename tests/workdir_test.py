@@ -176,6 +176,14 @@ def test_the_manifest_says_what_ran_and_keeps_the_earlier_starts(tmp_path, facts
     ]
 
 
+def test_a_run_that_goes_on_with_other_code_warns(tmp_path, facts, capsys):
+    for commit in ("aa", "aa", "bb"):
+        assert not capsys.readouterr().out
+        workdir.claim(tmp_path, facts | {"commit": commit}, {})
+    said = f"warning: the run in {tmp_path} goes on with other code: commit aa then, bb now\n"
+    assert capsys.readouterr().out == said
+
+
 def test_a_run_that_was_killed_at_its_very_begin_can_be_started_again(tmp_path, facts):
     with Lock(tmp_path) as lock:
         lock.take()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run one command on every host of every slice. All output goes to LOGS/NAME.log here and to ~/run.log on the hosts.
 #   tpu/run.sh [--resume] --config=configs/llama3.py:medical --workdir=/mnt/bucket/runs/medical [--config.field=value ...]
-# With --resume: after a preemption, request new slices if they are gone, set them up, and repeat the same command, which
-# resumes from the latest checkpoint. This goes on until the command ends by itself.
+# With --resume: after a preemption, request new slices if they are gone, set them up with the run's own code, and repeat
+# the same command, which resumes from the latest checkpoint. This goes on until the command ends by itself.
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 need PROJECT ZONE NAME
@@ -14,7 +14,11 @@ here=$(dirname "$0")
 resume=0
 if [ "${1:-}" = "--resume" ]; then resume=1; shift; fi
 [ $# -gt 0 ] || fail "nothing to run: tpu/run.sh --config=FILE --workdir=DIR"
-case " $* " in *" --workdir="*) ;; *) fail "--workdir is missing; give a folder that all hosts share" ;; esac
+workdir=""
+for argument in "$@"; do
+  case "$argument" in --workdir=*) workdir=$argument ;; esac
+done
+[ -n "$workdir" ] || fail "--workdir is missing; give a folder that all hosts share"
 
 case " $* " in *" --workdir="*://*) fail "--workdir is a folder, not an address: set BUCKET, repeat tpu/setup.sh, and use --workdir=$MOUNT/..." ;; esac
 
@@ -86,6 +90,6 @@ while true; do
     "$here/delete.sh" || true
     "$here/create.sh"
     until all_ready; do sleep "$WAIT"; done
-    "$here/setup.sh"
+    "$here/setup.sh" "$workdir"
   fi
 done

@@ -1,22 +1,19 @@
 #!/usr/bin/env bash
 # Install ctxjax on every host of every slice, and mount BUCKET there. Safe to repeat: it updates an installation.
-#   tpu/setup.sh
+#   tpu/setup.sh [--workdir=DIR]
+# With --workdir: the code of the last start of the run in this folder, not the newest of BRANCH.
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 need PROJECT ZONE NAME REPOSITORY
 
-printf -v from '%q' "$REPOSITORY"
-printf -v at '%q' "$BRANCH"
-install="set -e
-if [ -d ctxjax ]; then
-  git -C ctxjax fetch -q origin
-  git -C ctxjax checkout -q $at
-  git -C ctxjax pull -q
-else git clone -q --branch $at $from ctxjax; fi
-python3 -m pip install -q --user uv
-[ -d venv ] || ~/.local/bin/uv venv -q --python 3.12 venv
-~/.local/bin/uv pip install -q --python venv/bin/python -e './ctxjax[tpu]'
-venv/bin/python -c 'import jax; print(jax.local_device_count(), jax.local_devices()[0].device_kind)'"
+workdir=""
+case "${1:-}" in
+  --workdir=*) workdir=${1#--workdir=} ;;
+  "") ;;
+  *) fail "unknown argument $1; tpu/setup.sh [--workdir=DIR]" ;;
+esac
+
+install="set -e"
 if [ -n "$BUCKET" ]; then
   # Checkpoints are completed by renaming folders, which gcsfuse does up to a limit. Without a metadata cache all hosts
   # see at once what one host has written.
@@ -32,6 +29,29 @@ fi
 sudo mkdir -p $mount && sudo chown \$(id -u) $mount
 mountpoint -q $mount || gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 $bucket $mount"
 fi
+printf -v from '%q' "$REPOSITORY"
+printf -v at '%q' "$BRANCH"
+install="$install
+at=$at"
+if [ -n "$workdir" ]; then
+  # A run that has not claimed its folder yet has computed nothing: any code will do. "commit" may have a remark on
+  # changes after it, which no clone has.
+  printf -v manifest '%q' "$workdir/run.json"
+  install="$install
+if [ -f $manifest ]; then
+  at=\$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[\"commit\"].split()[0])' $manifest)
+fi"
+fi
+# A tag or a commit is no branch, and there is nothing to pull.
+install="$install
+[ -d ctxjax ] || git clone -q $from ctxjax
+git -C ctxjax fetch -q --tags --force origin
+git -C ctxjax checkout -q \"\$at\"
+if git -C ctxjax symbolic-ref -q HEAD > /dev/null; then git -C ctxjax pull -q; fi
+python3 -m pip install -q --user uv
+[ -d venv ] || ~/.local/bin/uv venv -q --python 3.12 venv
+~/.local/bin/uv pip install -q --python venv/bin/python -e './ctxjax[tpu]'
+venv/bin/python -c 'import jax; print(jax.local_device_count(), jax.local_devices()[0].device_kind)'"
 nodes | while read -r node; do
   on_workers "$node" "$install" < /dev/null
 done

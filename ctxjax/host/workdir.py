@@ -126,6 +126,9 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
                 f"the run in {workdir} began with other inputs; bring them back, or choose another --workdir. Digests "
                 "then, and now:\n  " + "\n  ".join(map(str, different))
             )
+        if before.get("commit") != facts["commit"]:
+            codes = f"commit {before.get('commit')} then, {facts['commit']} now"
+            print(f"warning: the run in {workdir} goes on with other code: {codes}", flush=True)
         kept = ("started", "command", "device", "commit", "versions", "resumed", "record")
         start = {name: before.get(name) for name in kept}
         start |= {name: before["config"].get(name) for name in ("run_arms", "alarms")}
