@@ -242,7 +242,8 @@ def get_config() -> ConfigDict:
     config.arms.opcd_anchored = ConfigDict({"beta": 0.5, "mu": 0.0})
     config.arms.opcd_handover = ConfigDict({"beta": 0.5, "mu": 0.0, "anchor": "handover"})
     config.arms.opcd_retained = ConfigDict({"beta": 0.5, "mu": 1.0})
-    config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")  # the arms to run, in this order
+    # The arms to run, in this order. A later start in the same workdir may add arms; those that are finished stay.
+    config.run_arms = ("opcd", "opcd_anchored", "opcd_retained")
 
     config.rules = ConfigDict()  # task rules: the built-in world of substitution tables
     config.policy = ConfigDict()  # task policy: a world of contexts of four rules, of which a question needs one or two

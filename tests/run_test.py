@@ -449,14 +449,26 @@ def test_a_finished_run_that_is_made_longer_is_the_run_of_all_steps(cache, tmp_p
     assert [row["step"] for row in written if "loss" in row] == [1, 2, 3]
 
 
-def test_arms_can_be_added_and_left_out_when_a_run_goes_on(sampled, cache, tmp_path):
+def test_arms_can_be_added_and_those_that_are_not_finished_left_out_when_a_run_goes_on(sampled, cache, tmp_path):
     config, whole = make_off_policy_config(cache), json.loads((sampled / "results.json").read_text())
     for arms in (("opcd",), ("sft", "opcd"), ("opcd",)):
         config.run_arms, config.alarms.stop = arms, ()
+        if len(arms) == 1:  # as if an alarm had ended this arm
+            (tmp_path / "run" / "sft" / "evaluation.json").unlink(missing_ok=True)
         results = json.loads(json.dumps(run_once(config, tmp_path / "run")))
         assert results.keys() == {"base", *arms}
         assert results["opcd"] == {name: whole["opcd"][name] for name in results["opcd"]}
         assert not [wrong for check in audit.check_folder(tmp_path / "run") for wrong in check.wrong]
+
+
+def test_a_finished_arm_is_not_left_out_and_no_file_changes(sampled, cache):
+    files = {path: path.read_bytes() for path in sampled.rglob("*") if path.is_file()}
+    config = make_off_policy_config(cache)
+    config.run_arms = ("opcd_anchored", "opcd")
+    every = r"\('sft', 'opcd', 'opcd_anchored'\)"
+    with pytest.raises(ValueError, match=rf'leaves out sft, which .* has finished: .* --config.run_arms="{every}" '):
+        run_once(config, sampled)
+    assert files == {path: path.read_bytes() for path in sampled.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

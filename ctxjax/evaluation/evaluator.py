@@ -55,6 +55,11 @@ class Evaluation(NamedTuple):
         record = {"decoding": self.decoding, "weights": self.weights, "items": compute_digest(lines)}
         write_json(folder / "evaluation.json", {"of": identity, "metrics": self.metrics} | record)
 
+    @staticmethod
+    def is_saved(folder: Path) -> bool:
+        """Whether ``save`` has written to the folder."""
+        return (folder / "evaluation.json").exists()
+
     @classmethod
     def load(cls, folder: Path, identity: dict) -> Evaluation | None:
         """Read what ``save`` wrote; None if a file is missing or cut off, or of another ``identity``."""

@@ -39,6 +39,7 @@ def run(config: Experiment, workdir: Path, facts: dict) -> dict[str, dict]:
     interrupted resumes: each arm from its latest checkpoint, and finished evaluations are not repeated.
     """
     check_settings(config)
+    _check_finished_arms_stay(config, workdir)
     started = time.monotonic()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     print(
@@ -63,6 +64,22 @@ def check_settings(config: Experiment) -> None:
     if warning := select_lib.describe_wrong_sign(config.eval.select):
         print(f"warning: {warning}", flush=True)
     trackers.check_installed(config.logging)
+
+
+def _check_finished_arms_stay(config: Experiment, workdir: Path) -> None:
+    """Raise ValueError if an arm that the run in this folder has finished would be left out of its results."""
+    if not (workdir / "config.json").exists():
+        return
+    before = workdir_lib.read_config(workdir)["run_arms"]
+    finished = [name for name in before if Evaluation.is_saved(workdir / name)]
+    if lost := [name for name in finished if name not in config.arms]:
+        kept = [name for name in before if name in config.arms or name in finished]
+        every = tuple(dict.fromkeys([*kept, *config.arms]))
+        raise ValueError(
+            f"run_arms = {tuple(config.arms)} leaves out {', '.join(lost)}, which the run in {workdir} has finished: "
+            f'its results, report and exports would lose them; give all of them, --config.run_arms="{every}" (what is '
+            "finished is not repeated), or choose another --workdir"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
