@@ -88,7 +88,8 @@ def export(
         else:
             if config.lora is not None:
                 base = hf_load.load(source, model, mesh, config.model.param_dtype)
-                stored_arms.check_source(workdir, config, base, mesh)
+                base = stored_arms.join_first_adapter(config, base, mesh)  # run.json has the digest of both together
+                stored_arms.check_source(workdir, config, base)
                 trained = lora.join(base, trained, lora_config)
             hf_save.save_weights(partial, trained, model, family, dtype or kind, max_shard_bytes)
             fields = hf_save.set_dtype(fields, dtype or kind)

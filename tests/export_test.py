@@ -160,6 +160,31 @@ def test_in_a_chat_the_trained_student_answers_or_the_base(kind, trained):
 
 
 @pytest.mark.slow
+def test_the_base_of_a_run_that_began_with_an_adapter_has_it(trained, tmp_path):
+    run, folder = trained("lora"), shutil.copytree(trained("lora").workdir, tmp_path / "run")
+    config, random = stored_arms.read_experiment(folder), np.random.default_rng(0)
+    specs = lora.specs(run.model, config.lora)["layers"]
+    adapter = {"layers": {name: np.float32(random.normal(size=spec.shape)) for name, spec in specs.items()}}
+    (tmp_path / "adapter").mkdir()
+    hf_save.save_adapter(
+        tmp_path / "adapter", adapter, run.model, config.lora, hf_load.FAMILIES["llama"], str(run.source)
+    )
+    fields = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", lora=fields["lora"] | {"init": str(tmp_path / "adapter")})
+    base = lora.join(run.base, adapter, config.lora)
+    edit(folder / "run.json", inputs={"model": compute_fingerprint(base), "stop_ids": [2]})
+    speaker = open_run(folder)
+    for params in (run.student, base, run.student):
+        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6), speaker.params, params)
+        speaker.switch("base" if speaker.arm == "opcd" else "opcd")
+    export.export(folder, tmp_path / "exported")
+    assert (
+        load_file(tmp_path / "exported" / "model.safetensors").keys()
+        == load_file(run.source / "model.safetensors").keys()
+    )
+
+
+@pytest.mark.slow
 def test_peft_puts_the_adapter_onto_the_base_and_gets_the_merged_models_logits(trained, tmp_path):
     peft = pytest.importorskip("peft", reason="parity needs peft")
     from transformers import AutoModelForCausalLM

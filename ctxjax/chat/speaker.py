@@ -82,11 +82,12 @@ def open_run(workdir: Path, placement: str | None = None) -> Speaker:
         stored_arms.find_source(config), mesh, model.dtype, model.param_dtype, attention=model.attention
     )
     with jax.set_mesh(mesh):
-        stored_arms.check_source(workdir, config, folder.params, mesh)
-    folder = dataclasses.replace(folder, stop_ids=stop_ids)
+        base = stored_arms.join_first_adapter(config, folder.params, mesh)
+        stored_arms.check_source(workdir, config, base)
+    folder = dataclasses.replace(folder, params=base, stop_ids=stop_ids)
     prompt = dataclasses.replace(config.prompt, placement=placement or config.prompt.placement)
     run = Run(workdir, config, steps)
-    speaker = Speaker(folder, mesh, prompt, config.rollout.weights, folder.params, run)
+    speaker = Speaker(folder, mesh, prompt, config.rollout.weights, base, run)
     speaker.switch(next(iter(steps), BASE))
     return speaker
 

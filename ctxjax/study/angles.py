@@ -57,7 +57,7 @@ def measure_angles(workdir: Path, arm: str | None, step: int | None, batches: in
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, mesh, {})
-        stored_arms.check_source(workdir, config, inputs.student.params, mesh)
+        stored_arms.check_source(workdir, config, inputs.student.params)
         if isinstance(inputs.task, GameTask):
             raise ValueError(f"task {config.task!r} is a game, and the angles are measured for questions only")
         loss = _with_all_terms(config.arms[arm], inputs)

@@ -39,7 +39,7 @@ def measure_doses(workdir: Path, arm: str | None, step: int | None, scales: list
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         task, student, teacher, _, _ = open_inputs(config, mesh, {})
-        stored_arms.check_source(workdir, config, student.params, mesh)
+        stored_arms.check_source(workdir, config, student.params)
         trained = stored_arms.read_trained(workdir, config, student.config, arm, step, mesh)
         if config.lora is not None:
             trained = lora.merged(lora.join(student.params, trained, config.lora))

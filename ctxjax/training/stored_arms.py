@@ -41,15 +41,19 @@ def find_source(config: Experiment) -> str:
     return str(base_model.find_base_folder(config.base, config.task, task))
 
 
-def check_source(workdir: Path, config: Experiment, params: Params, mesh: Mesh) -> None:
-    """Check that ``params``, the weights of ``find_source``, are those that the run began with.
+def join_first_adapter(config: Experiment, params: Params, mesh: Mesh) -> Params:
+    """Return the model that the run's arms started from: ``params``, the weights of ``find_source``, and the adapter of
+    lora.init, if there is one."""
+    adapter = read_first_adapter(config, find_source(config), mesh)
+    return params if adapter is None else lora.join(params, adapter, config.lora)
+
+
+def check_source(workdir: Path, config: Experiment, params: Params) -> None:
+    """Check that ``params``, the model that the run's arms start from, is the one that the run began with.
 
     A Hub id can move, a folder be written anew. Raises ValueError that names the model and the remedy.
     """
     source = find_source(config)
-    adapter = read_first_adapter(config, source, mesh)
-    if adapter is not None:  # run.json has the digest of both together
-        params = lora.join(params, adapter, config.lora)
     with progress.Bar("computing the digest of the base"):
         before, now = workdir_lib.read_model_digest(workdir), compute_fingerprint(sharding.bring_to_device(params))
     if before != now:
