@@ -20,7 +20,7 @@ from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import command, processes, workdir as workdir_lib
-from ctxjax.inputs import decoding
+from ctxjax.inputs import decoding, run_inputs
 from ctxjax.inputs.model_folder import ModelFolder, open_folder
 from ctxjax.models import transformer
 from ctxjax.models.transformer import ModelConfig
@@ -56,7 +56,7 @@ def start_run(config: ConfigDict, workdir: Path, resume: str, **facts) -> dict[s
         processes.check_same_facts({name: facts[name] for name in ("config", "versions", "commit")})
         processes.silence_others()
     experiment = config_lib.experiment(config, jax.device_count())
-    workdir_lib.check_workdir(workdir, facts["config"], resume)
+    workdir_lib.check_workdir(workdir, facts["config"], resume, run_inputs.MOVABLE)
     return run.run(experiment, workdir, facts)
 
 

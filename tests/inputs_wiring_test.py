@@ -2,6 +2,7 @@
 models are opened, decoded, trained and saved. Stages are replaced by recorders, so almost nothing is compiled."""
 
 import collections
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -467,6 +468,20 @@ def test_the_digests_of_inputs_tell_what_has_changed(folder, mesh):
         return SimpleNamespace(rows=rows, other_contexts=inputs.task.other_contexts, rows_under=inputs.task.rows_under)
 
     rows, student = inputs.rows, inputs.student
+    stretched = dataclasses.replace(student.config, rope_theta=77.0)
+    as_computed = dataclasses.replace(student.config, remat="full", attention="splash", dtype="bfloat16")
+    tokenizer = copy.deepcopy(student.tokenizer)
+    tokenizer.chat_template += " "
+    for field, value, changed in (
+        ("config", stretched, {"architectures"}),
+        ("config", as_computed, set()),
+        ("tokenizer", tokenizer, {"tokenizer"}),
+    ):
+        another = dataclasses.replace(student, **{field: value})
+        assert differ(student=another, teacher=another) == changed
+    grouped = inputs.task.__class__.__new__(type("Grouped", (type(inputs.task),), {"group": lambda self, row: "one"}))
+    grouped.__dict__.update(inputs.task.__dict__)
+    assert differ(task=grouped) == {"groups"}
     for view in ("bare", "context"):
         ids = [*getattr(rows, view)[1:], [1, 2, 3]]
         assert differ(rows=dataclasses.replace(rows, **{view: ids})) == {"prompts"}
@@ -476,7 +491,8 @@ def test_the_digests_of_inputs_tell_what_has_changed(folder, mesh):
         assert "rows" in differ(task=with_rows(split)) and before["rows"].keys() == {"train", "dev", "test"}
     one = student.params | {"final_norm": student.params["final_norm"].at[0].set(7.0)}
     another = dataclasses.replace(student, params=one)
-    assert differ(student=another, teacher=another) == {"model"} and differ(teacher=another) == {"teacher"}
+    assert differ(student=another, teacher=another) == {"model"}
+    assert differ(teacher=another) == {"teacher", "architectures"}
     other = dataclasses.replace(student, stop_ids=(3, 9))
     assert differ(student=other, teacher=other) == {"stop_ids"} and before["stop_ids"] == [3]
 

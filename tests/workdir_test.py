@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from ctxjax import api
 from ctxjax.configs import tiny
 from ctxjax.host import command, workdir
 from ctxjax.host.workdir import Lock
+from ctxjax.inputs import run_inputs
+from ctxjax.training import run
 
 
 @pytest.fixture
@@ -127,6 +130,43 @@ def test_a_stored_configuration_that_is_none_is_refused(damaged, tmp_path, facts
     workdir.write_json(tmp_path / "config.json", damaged)
     with pytest.raises(ValueError, match=r"config.json is no configuration|another configuration"):
         workdir.check_workdir(tmp_path, facts["config"])
+
+
+def test_a_place_may_change_where_the_contents_are_compared(tmp_path, facts):
+    """And may not be set or emptied, which changes what a run does."""
+
+    def place(text: str) -> dict:
+        config = json.loads(json.dumps(facts["config"]))
+        for name in run_inputs.MOVABLE:
+            section, field = name.split(".")
+            assert isinstance(config[section][field], (str, list)), name
+            is_list = isinstance(config[section][field], list)
+            config[section][field] = ([text] if text else []) if is_list else text
+        return config
+
+    workdir.claim(tmp_path, facts | {"config": place("/old/file")}, {})
+    workdir.check_workdir(tmp_path, place("/new/file"), movable=run_inputs.MOVABLE)
+    for config, movable in ((place("/new/file"), ()), (place(""), run_inputs.MOVABLE)):
+        with pytest.raises(ValueError, match="another configuration") as refusal:
+            workdir.check_workdir(tmp_path, config, movable=movable)
+        lines = str(refusal.value).split("\n  ")[1:]
+        assert {line.split(":")[0] for line in lines} == run_inputs.MOVABLE
+
+
+def test_training_goes_on_where_its_files_have_moved(tmp_path, monkeypatch):
+    config, done = tiny.get_config(), []
+    workdir.claim(tmp_path, workdir.collect_facts(config), {})
+    monkeypatch.setattr(run, "run", lambda *given: done.append(given))
+    config.base.cache = "/elsewhere"
+    api.start_run(config, tmp_path, "must")
+    assert done
+
+
+def test_a_digest_that_newer_code_computes_is_not_compared(tmp_path, facts):
+    workdir.claim(tmp_path, facts, {"model": "aa"})
+    assert workdir.claim(tmp_path, facts, {"model": "aa", "tokenizer": "bb"})["inputs"] == {"model": "aa"}
+    with pytest.raises(ValueError, match=r"  inputs.model: 'aa' -> None$"):
+        workdir.claim(tmp_path, facts, {"tokenizer": "bb"})
 
 
 @pytest.mark.parametrize(

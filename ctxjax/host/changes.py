@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 import json
 from typing import Any, NamedTuple
 
@@ -28,14 +29,16 @@ class Difference(NamedTuple):
         return f"{self.name}: {self.before!r} -> {self.now!r}"
 
 
-def describe_changes(before: dict, now: dict) -> list[str]:
+def describe_changes(before: dict, now: dict, movable: Collection[str] = ()) -> list[str]:
     """Return a line for each field that a run may not change, and has.
+
+    ``movable``: further fields that may change, which name a file or a folder; they may not be set or emptied.
 
     ``before`` is what an older version of the code may have stored: a field that it lacks has its default. A run may
     have more steps than before if the learning rate is constant: nothing else of a step depends on their number.
     """
     before, now = _fill(before), _fill(now)
-    found = [change for change in list_differences(before, now) if not _is_free(change, now)]
+    found = [change for change in list_differences(before, now) if not _is_free(change, now, movable)]
     lines = (_judge_steps(change, before) if change.name == "train.steps" else str(change) for change in found)
     return list(filter(None, lines))
 
@@ -61,11 +64,13 @@ def _fill(config: dict) -> dict:
     return json.loads(filled.to_json())
 
 
-def _is_free(change: Difference, now: dict) -> bool:
-    """Whether a run may change this: a field of CHANGEABLE, or an arm that is new and not trained."""
+def _is_free(change: Difference, now: dict, movable: Collection[str]) -> bool:
+    """Whether a run may change this: a field of CHANGEABLE, a place, or an arm that is new and not trained."""
     section, _, field = change.name.partition(".")
     if section == "arms" and "." not in field and change.before is None:
         return field not in now["run_arms"]
+    if change.name in movable:
+        return bool(change.before) == bool(change.now)
     return section in CHANGEABLE or change.name in CHANGEABLE
 
 

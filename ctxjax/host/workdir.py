@@ -3,7 +3,7 @@ folders and files that appear under their names only when they are complete."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import contextlib
 import datetime
 import errno
@@ -34,11 +34,12 @@ RESUME = ("auto", "never", "must")  # see check_workdir
 FIRST_FILES = re.compile(r"lock|config\.json\.partial.*")
 
 
-def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
+def check_workdir(workdir: Path, config: dict, resume: str = "auto", movable: Collection[str] = ()) -> None:
     """Raise ValueError if the folder holds another run, with the fields that differ, or anything that is not a run.
 
     ``resume``: a run with the same configuration is resumed ("auto"), refused ("never") or required ("must"). What may
-    differ all the same: changes.describe_changes.
+    differ all the same: changes.describe_changes. ``movable``: fields that name files or folders, if ``claim`` gets
+    digests of their contents.
     """
     if resume not in RESUME:
         raise ValueError(f"resume = {resume!r} is not known; choose from {', '.join(RESUME)}")
@@ -56,7 +57,7 @@ def check_workdir(workdir: Path, config: dict, resume: str = "auto") -> None:
     except json.JSONDecodeError as error:
         raise ValueError(f"{stored} is not valid JSON ({error}); choose another --workdir") from None
     try:
-        different = changes.describe_changes(before, config)
+        different = changes.describe_changes(before, config, movable)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{stored} is no configuration ({error}); choose another --workdir") from None
     if different:
@@ -115,12 +116,15 @@ def claim(workdir: Path, facts: dict, inputs: dict) -> dict:
     """Create the workdir and write config.json and run.json. Return the manifest, the content of run.json.
 
     Call it when all input has been read, so that a run that cannot start leaves nothing behind. ``inputs``: digests of
-    what was read, by name. Raises ValueError if the run in this folder began with other inputs.
+    what was read, by name; those that an older version of the code did not compute are left out. Raises ValueError if
+    the run in this folder began with other inputs.
     """
     manifest = facts | {"inputs": inputs, "earlier_starts": []}
     if (workdir / "config.json").exists() and (workdir / "run.json").exists():
         before = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
-        different = changes.list_differences(before.get("inputs"), inputs, "inputs")
+        known = before.get("inputs") or {}
+        manifest["inputs"] = {name: value for name, value in inputs.items() if name in known}
+        different = changes.list_differences(known, manifest["inputs"], "inputs")
         if different:
             raise ValueError(
                 f"the run in {workdir} began with other inputs; bring them back, or choose another --workdir. Digests "

@@ -14,7 +14,7 @@ from ctxjax import sharding
 from ctxjax.config_sections import DecodeConfig, Experiment
 from ctxjax.data import contexts as contexts_lib, prompts as prompts_lib, splits
 from ctxjax.data.pipeline import EncodedRows, RetentionRows, encode_rows
-from ctxjax.data.task import GameTask, Row, Task, longest_turns
+from ctxjax.data.task import GameTask, GroupedTask, Row, Task, longest_turns
 from ctxjax.data.tasks import TASKS
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.host import progress
@@ -25,7 +25,23 @@ from ctxjax.inputs.batch_shapes import find_batch_shapes
 from ctxjax.inputs.model_folder import ModelFolder, load_tokenizer, open_folder, read_folder
 from ctxjax.models import lora, transformer
 from ctxjax.models.hf import adapters
+from ctxjax.models.hf.family import OURS
 from ctxjax.types import Params, PrefixKV
+
+# Fields that name files and folders whose contents ``compute_digests`` covers, so that a run goes on elsewhere.
+MOVABLE = frozenset((
+    "model.path", "teacher.path", "lora.init", "base.cache", "teacher_base.cache",
+    "self_study.cache", "self_study.path", "self_study.writer", "safety.path", "tiny_safety.path",
+    "tiny_grid.context_file", "qa_jsonl.other_rows",
+    *(f"{task}.path" for task in ("qa_jsonl", "medical", "math", "hints")),
+    *(f"{task}.test_path" for task in ("medical", "math", "hints")),
+    *(
+        f"{task}.{field}"
+        for task in ("qa_jsonl", "medical", "safety", "math", "self_study", "text_game")
+        for field in ("context_file", "context_files", "other_contexts_file")
+    ),
+    *(f"{task}.other_contexts_file" for task in ("hints", "style")),
+))  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -216,10 +232,12 @@ def _list_other_rows(task: Task, split: str) -> list[Row]:
 def compute_digests(inputs: Inputs) -> dict:
     """Return digests of all inputs by name; a run is resumed only with the same inputs.
 
-    They are computed from values, not from file names: the models' weights, the questions with contexts and references,
-    and (``prompts``) the token ids of the training rows. ``stop_ids``: the ids that end a response, themselves.
+    They are computed from values, not from file names: the models' weights and architectures, the tokenizer, the
+    questions with contexts and references, their groups, and (``prompts``) the token ids of the training rows.
+    ``stop_ids``: the ids that end a response, themselves.
     """
-    task, rows = inputs.task, inputs.rows
+    task, rows, tokenizer = inputs.task, inputs.rows, inputs.student.tokenizer
+    every = [row for split in ("train", "dev", "test") for row in task.rows(split)]
     models = {"model": inputs.student} | ({} if inputs.teacher is inputs.student else {"teacher": inputs.teacher})
     return {
         **{name: compute_fingerprint(sharding.bring_to_device(folder.params)) for name, folder in models.items()},
@@ -228,7 +246,18 @@ def compute_digests(inputs: Inputs) -> dict:
         "other_contexts": compute_digest([_list_other_rows(task, split) for split in ("train", "dev", "test")]),
         "prompts": compute_digest([rows.bare, rows.context]),
         "stop_ids": list(inputs.student.stop_ids),
+        "architectures": {name: compute_digest(_describe_architecture(folder)) for name, folder in models.items()},
+        "tokenizer": compute_digest([tokenizer.get_vocab(), tokenizer.chat_template]),
+        "groups": compute_digest([task.group(row) for row in every] if isinstance(task, GroupedTask) else []),
     }
+
+
+def _describe_architecture(folder: ModelFolder) -> dict[str, str]:
+    """Return what a model computes besides its weights: the fields of its config.json, without those at their defaults,
+    so that a field that is added later changes nothing."""
+    fields = (field for field in dataclasses.fields(folder.config) if field.name not in OURS)
+    values = {field.name: (getattr(folder.config, field.name), field.default) for field in fields}
+    return {name: repr(value) for name, (value, default) in values.items() if value != default}
 
 
 def make_sampling_config(decode: DecodeConfig, folder: ModelFolder, samples: int = 1) -> SamplingConfig:
