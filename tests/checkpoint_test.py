@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import jax
 from jax.experimental import multihost_utils
@@ -12,7 +13,7 @@ import pytest
 import tenacity
 
 from ctxjax.host.checksum import compute_checksums
-from ctxjax.training.checkpoint import Checkpoints, best_step, saved_steps
+from ctxjax.training.checkpoint import Checkpoints, best_step, read_params, saved_steps
 from ctxjax.types import TrainState
 
 REPLICATED = P()
@@ -148,6 +149,17 @@ def test_values_with_another_checksum_are_damage(saved, monkeypatch, capsys):
     _, record = restore(folder, mesh)
     assert record["data_position"] == 1
     assert "the checksums of 1 arrays differ from the saved ones, first params/layers/q" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_those_that_were_saved_are_not_read_for_an_export(saved):
+    """The weights of step 1 under the name of step 2: each can be read, and only the checksums tell."""
+    folder, mesh = saved
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, make_state(mesh, 2).params)
+    assert are_equal(read_params(folder, 2, like), make_state(mesh, 2).params)
+    shutil.rmtree(folder / "2" / "state")
+    shutil.copytree(folder / "1" / "state", folder / "2" / "state")
+    with pytest.raises(ValueError, match="step 2 in .* is damaged: the checksums of .* take another step"):
+        read_params(folder, 2, like)
 
 
 TENSORSTORE = ValueError("UNKNOWN: Error reading local file \"d/0\": Input/output error [os_error_code='5']")

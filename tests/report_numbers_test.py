@@ -229,6 +229,22 @@ def test_the_model_card_names_both_divergences_of_an_arm_that_began_on_its_teach
     assert words in model_card(tmp_path, "arm", 20, "org/name", config, False, "float32")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "it is to answer as its base answers with it. The loss is L_distill (jsd) + 0 L_anchor + 0 L_retain."),
+        ({"teacher": {"path": "org/large"}}, "it is to answer as its teacher answers with it."),
+        ({"lora": {"init": "first"}}, "as its base, with the adapter that training began with, answers with it."),
+        ({"loss": {"teacher": "ema"}}, "it is to answer as the moving average of its own weights answers with it."),
+        ({"loss": {"reference": 0.1}}, "0 L_retain + 0.1 KL(student || teacher, both without a context)."),
+    ],
+)
+def test_the_model_card_names_the_teacher_and_every_term(changes, words, tmp_path):
+    loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
+    config = {"arms": {"arm": {}}, **changes, "loss": loss | changes.get("loss", {})}
+    assert words in model_card(tmp_path, "arm", 20, "org/name", config, False, "float32")
+
+
 def test_the_model_card_names_the_prompts_fields_that_are_not_the_defaults(tmp_path):
     loss = {"divergence": "jsd", "beta": 0.0, "mu": 0.0, "on_policy_fraction": 1.0, "off_policy_steps": 0}
     prompt = json.loads(base.get_config().prompt.to_json())

@@ -136,7 +136,7 @@ class Weights:
             check.unchecked.append("the model card: results.json was written anew since the export")
             return
         results = self._folder.json("results.json")
-        text = results_table({name: results[name] for name in ("base", arm) if name in results})
+        text = results_table({name: results[name] for name in ("base", "teacher", arm) if name in results})
         said = (place / "README.md").read_text(encoding="utf-8")
         table, card = ([line for line in one.splitlines() if line.startswith("|")] for one in (text, said))
         if not card:

@@ -52,9 +52,9 @@ def model_card(
         f"# {Path(base).name}, {arm}, step {step}",
         "",
         f"{'A low-rank adapter for ' if adapter else ''}`{shown}`, trained by {_describe_training(loss, step)} "
-        f"(ctxjax): without a context in its prompt it is to answer as its {_name_teacher(config)} answers with it. "
-        f"The loss is L_distill ({_name_divergence(loss, step)}) + {loss['beta']:g} L_anchor + {loss['mu']:g} "
-        "L_retain.",
+        f"(ctxjax): without a context in its prompt it is to answer as {_name_teacher(config, loss)} answers with it. "
+        f"The loss is L_distill ({_name_divergence(loss, step)}) + {loss['beta']:g} L_anchor + {loss['mu']:g} L_retain"
+        f"{_name_reference(loss)}.",
         "",
         "```python",
         (_OPEN_ADAPTER.format(base=given) if adapter else _OPEN_MODEL).rstrip(),
@@ -104,9 +104,18 @@ def _name_divergence(loss: dict, step: int) -> str:
     return f"{own}; on the teacher's responses {of_teacher}" if from_student else of_teacher
 
 
-def _name_teacher(config: dict) -> str:
-    is_other = config.get("teacher", {}).get("path") or config.get("teacher_base", {}).get("steps")
-    return "teacher" if is_other else "base"
+def _name_teacher(config: dict, loss: dict) -> str:
+    """Name what L_distill compares with."""
+    if loss.get("teacher", "frozen") == "ema":
+        return "the moving average of its own weights"
+    if config.get("teacher", {}).get("path") or config.get("teacher_base", {}).get("steps"):
+        return "its teacher"
+    return "its base, with the adapter that training began with," if config.get("lora", {}).get("init") else "its base"
+
+
+def _name_reference(loss: dict) -> str:
+    weight = loss.get("reference", 0.0)
+    return f" + {weight:g} KL(student || teacher, both without a context)" if weight else ""
 
 
 def _describe_prompts(prompt: dict) -> list[str]:

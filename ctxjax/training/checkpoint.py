@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 import shutil
@@ -123,10 +124,8 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
         found = self._manager.restore(taken, args=items)
         state, record = found["state"], dict(found["run"])
-        read, saved = compute_checksums(state), record.pop("checksums")
-        wrong = sorted(name for name in read.keys() | saved.keys() if read.get(name) != saved.get(name))
-        if wrong:
-            raise ValueError(f"the checksums of {len(wrong)} arrays differ from the saved ones, first {wrong[0]}")
+        if wrong := _find_differences(compute_checksums(state), record.pop("checksums")):
+            raise ValueError(wrong)
         return state.replace(key=jax.random.wrap_key_data(state.key)), record
 
     def _put_aside(self, taken: int, error: Exception, used: int) -> None:
@@ -181,7 +180,8 @@ def saved_steps(folder: Path) -> list[int]:
 def read_params(folder: Path, taken: int, like: Params) -> Params:
     """Read the trained parameters of one checkpoint, in the shapes, types and shardings of ``like``.
 
-    The optimiser state is not read. Raises ValueError if the checkpoint holds other parameters.
+    The optimiser state is not read. Raises ValueError if the checkpoint holds other parameters, or others than were
+    saved.
     """
     wanted = {"params": like}
     request = ocp.args.PyTreeRestore(
@@ -195,7 +195,17 @@ def read_params(folder: Path, taken: int, like: Params) -> Params:
             raise ValueError(f"the checkpoint of step {taken} in {folder} does not fit the model: {error}") from None
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"the checkpoint of step {taken} in {folder} lacks parameters of the model")
+    record = json.loads((folder / str(taken) / "run" / "metadata").read_text(encoding="utf-8"))
+    saved = {name: value for name, value in record["checksums"].items() if name.startswith("params/")}
+    if wrong := _find_differences(compute_checksums({"params": params}), saved):
+        raise ValueError(f"the checkpoint of step {taken} in {folder} is damaged: {wrong}; take another step")
     return params
+
+
+def _find_differences(read: dict[str, int], saved: dict[str, int]) -> str:
+    """Say which checksums differ; "" if none does."""
+    wrong = sorted(name for name in read.keys() | saved.keys() if read.get(name) != saved.get(name))
+    return f"the checksums of {len(wrong)} arrays differ from the saved ones, first {wrong[0]}" if wrong else ""
 
 
 def _make_storable(state: TrainState) -> TrainState:
