@@ -155,7 +155,7 @@ def test_weights_that_are_not_those_that_were_saved_are_not_read_for_an_export(s
     """The weights of step 1 under the name of step 2: each can be read, and only the checksums tell."""
     folder, mesh = saved
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, make_state(mesh, 2).params)
-    assert are_equal(read_params(folder, 2, like), make_state(mesh, 2).params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, read_params(folder, 2, like), make_state(mesh, 2).params))
     shutil.rmtree(folder / "2" / "state")
     shutil.copytree(folder / "1" / "state", folder / "2" / "state")
     with pytest.raises(ValueError, match="step 2 in .* is damaged: the checksums of .* take another step"):

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ctxjax.data import prompts
 from ctxjax.data.grading import graders
-from ctxjax.data.grading.graders import ENDLESS_REASONING
+from ctxjax.data.grading.reasoning import ENDLESS_REASONING
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import Row
 from ctxjax.evaluation.episodes import Episode, grade_episodes

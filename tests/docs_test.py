@@ -158,8 +158,11 @@ def test_the_reference_of_fields_is_that_of_the_configuration():
 
 
 def test_a_field_without_a_comment_is_refused():
-    source = Path(base.__file__).read_text().replace("  # the arms to run, in this order", "")
-    with pytest.raises(ValueError, match="run_arms"):
+    comment = "  # optimiser steps, each on one rollout batch"
+    source = Path(base.__file__).read_text()
+    assert comment in source
+    source = source.replace(comment, "")
+    with pytest.raises(ValueError, match="train.steps"):
         write_configuration.write_page(source, base.get_config())
 
 

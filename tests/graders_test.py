@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 
 from ctxjax.data.grading import graders, math_answers, numbers
-from ctxjax.data.grading.graders import (  # fmt: skip
-    EMPTY,
-    ENDLESS_REASONING,
-    NO_NUMBER,
-    NO_PLACE,
-    NO_TAGS,
-    NO_VALUE,
-    NOT_CLOSED,
-    ONLY_REASONING,
-    TWO,
-)
+from ctxjax.data.grading.graders import NO_NUMBER, NO_PLACE, NO_TAGS, NO_VALUE, NOT_CLOSED, TWO
+from ctxjax.data.grading.reasoning import EMPTY, ENDLESS_REASONING, ONLY_REASONING
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
 NOT_YES_NO, NOT_LETTER = "not yes or no", "not one of ABCD"
@@ -484,7 +475,7 @@ def test_short_answers(response, reference, right):
     grade = graders.grade_short(response, graders.read_short(reference))
     assert grade.correct == right
     if not response:
-        assert grade.parsed is None and grade.reason == graders.EMPTY
+        assert grade.parsed is None and grade.reason == EMPTY
 
 
 def test_a_short_answer_that_is_not_there_has_its_reason():

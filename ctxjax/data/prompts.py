@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ctxjax.data import chat_template, control_tokens
-from ctxjax.data.grading.graders import OPEN_REASONING, READ_TAGS, is_reasoning_open, rename_reasoning
+from ctxjax.data.grading.graders import READ_TAGS
+from ctxjax.data.grading.reasoning import OPEN_REASONING, is_reasoning_open, rename_reasoning
 from ctxjax.data.task import Row, read_chat_context
 from ctxjax.types import Prompts, bounded
 

@@ -6,7 +6,8 @@ import bisect
 from collections.abc import Iterable, Sequence
 
 from ctxjax.data import prompts
-from ctxjax.data.grading.graders import CLOSE_REASONING, OPEN_REASONING, READ_TAGS, rename_reasoning
+from ctxjax.data.grading.graders import READ_TAGS
+from ctxjax.data.grading.reasoning import CLOSE_REASONING, OPEN_REASONING, rename_reasoning
 
 
 def decode(tokenizer, token_lists: Iterable[Sequence[int]], stop_ids: Iterable[int]) -> list[str]:

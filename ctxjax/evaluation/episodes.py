@@ -12,7 +12,7 @@ import numpy as np
 
 from ctxjax.data import responses
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.grading.graders import OPEN_REASONING
+from ctxjax.data.grading.reasoning import OPEN_REASONING
 from ctxjax.data.task import GameTask, GroupedTask, Row, Task, describe_earlier, grade_response
 from ctxjax.types import Rollout
 

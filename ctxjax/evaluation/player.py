@@ -17,7 +17,7 @@ import numpy as np
 
 from ctxjax import sharding
 from ctxjax.data import prompts as prompts_lib, responses
-from ctxjax.data.grading.graders import OPEN_REASONING
+from ctxjax.data.grading.reasoning import OPEN_REASONING
 from ctxjax.data.prompts import PromptConfig
 from ctxjax.data.task import GameTask, Row
 from ctxjax.distill.sampling import SamplingConfig

@@ -21,7 +21,7 @@ from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses
 from ctxjax.data.contexts import FROM_ROWS
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.grading.graders import OPEN_REASONING
+from ctxjax.data.grading.reasoning import OPEN_REASONING
 from ctxjax.data.task import LESSON, GameTask, Row, Task, longest_turns
 from ctxjax.distill.sampling import SamplingConfig
 from ctxjax.evaluation.episodes import grade_turns

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import itertools
 import re
 
-from ctxjax.data.grading.graders import strip_reasoning
+from ctxjax.data.grading.reasoning import strip_reasoning
 from ctxjax.data.task import LESSON
 
 SIMILAR = 0.8  # texts whose similarity is at least this are near-duplicates

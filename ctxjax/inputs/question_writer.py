@@ -24,7 +24,8 @@ from ctxjax import rng
 from ctxjax.config_sections import Experiment
 from ctxjax.data import prompts as prompts_lib, responses, splits
 from ctxjax.data.contexts import Contexts, check_retention
-from ctxjax.data.grading.graders import read_short, strip_reasoning
+from ctxjax.data.grading.graders import read_short
+from ctxjax.data.grading.reasoning import strip_reasoning
 from ctxjax.data.task import Row, describe_earlier
 from ctxjax.data.tasks.self_study import (
     SelfStudyConfig,

@@ -26,13 +26,17 @@ from ctxjax.data.grading.numbers import (
     normalize_powers,
     normalize_width,
 )
+from ctxjax.data.grading.reasoning import (
+    CLOSE_REASONING,
+    ONLY_REASONING,
+    OPEN_REASONING,
+    OTHER_REASONING,
+    strip_reasoning,
+)
 
-EMPTY, NO_TAGS, NOT_CLOSED, TWO = "empty", "no <answer> tags", "<answer> is not closed", "two different answers"
-ONLY_REASONING, ENDLESS_REASONING = "answer only in the reasoning", "reasoning is not closed"
+NO_TAGS, NOT_CLOSED, TWO = "no <answer> tags", "<answer> is not closed", "two different answers"
 NO_YES_NO, NO_WORDS = "neither yes nor no", "no words"
 NO_NUMBER, NO_PLACE, NO_VALUE = "no number", "no boxed, #### or Answer:", "not a number or an expression"
-OPEN_REASONING, CLOSE_REASONING = "<think>", "</think>"
-OTHER_REASONING = {"<seed:think>": OPEN_REASONING, "</seed:think>": CLOSE_REASONING}  # of Seed-OSS
 READ_TAGS = (OPEN_REASONING, CLOSE_REASONING, *OTHER_REASONING, "<answer>", "</answer>")
 # Words that say nothing by themselves; "not" and "no" do.
 GRAMMAR = {
@@ -44,31 +48,6 @@ BEFORE_WORD = r" (?!(?:and|as|because|but|since|which)\b)[a-z]"  # after an arti
 NEGATIONS = {"no", "not", "never", "none", "neither"}
 LEAST_F1 = 0.5  # of a response that agrees with a reply
 TAGS = re.compile(r"(?is)<answer>(.*?)</answer>")
-
-
-def rename_reasoning(text: str) -> str:
-    """Return the text with the reasoning of every family between <think> and </think>."""
-    for tag, usual in OTHER_REASONING.items():
-        text = text.replace(tag, usual)
-    return text
-
-
-def is_reasoning_open(text: str) -> bool:
-    """Whether the text ends inside of its reasoning."""
-    return OPEN_REASONING in text.rpartition(CLOSE_REASONING)[2]
-
-
-def strip_reasoning(response: str) -> tuple[str, str | None]:
-    """Return (the text outside of the reasoning, the reason if there is none).
-
-    The answer follows the last </think>, and what a later <think> opens and nothing closes is none.
-    """
-    said, opened, _ = response.rpartition(CLOSE_REASONING)[2].partition(OPEN_REASONING)
-    if said.strip():
-        return said, None
-    if opened:
-        return "", ENDLESS_REASONING
-    return "", ONLY_REASONING if response.strip() else EMPTY
 
 
 def read_tags(response: str) -> tuple[list[str], str, str | None]:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import unicodedata
 
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.grading.graders import NO_WORDS, strip_reasoning
+from ctxjax.data.grading.graders import NO_WORDS
+from ctxjax.data.grading.reasoning import strip_reasoning
 
 
 class Check(NamedTuple):

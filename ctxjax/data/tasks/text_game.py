@@ -19,7 +19,7 @@ import numpy as np
 from ctxjax.data.boards import grade_end, measure_boards, name_board
 from ctxjax.data.contexts import ContextConfig, Contexts
 from ctxjax.data.grading.grade import Grade
-from ctxjax.data.grading.graders import strip_reasoning
+from ctxjax.data.grading.reasoning import strip_reasoning
 from ctxjax.data.grading.response_checks import Check, grade_check
 from ctxjax.data.records import Reader, RecordsConfig
 from ctxjax.data.splits import SPLITS
