@@ -15,10 +15,11 @@ from ctxjax.audit import audit, evaluations, numbers
 from ctxjax.audit.__main__ import main
 from ctxjax.audit.check import Check, list_numbers
 from ctxjax.audit.folder import Folder
-from ctxjax.audit.weights import compute_checksum
+from ctxjax.audit.weights import Weights, compute_checksum
 from ctxjax.evaluation import evaluator, metrics
 from ctxjax.evaluation.outcomes import Outcomes, harm_difference
 from ctxjax.host.checksum import compute_checksums, compute_digest
+from ctxjax.report import model_card
 
 ARM, FIRST = "off_policy", "opcd_retained"
 
@@ -662,3 +663,14 @@ def test_checksums_in_numpy_are_those_of_the_checkpoints(dtype):
 def test_numbers_are_listed_in_short():
     assert list_numbers([3, 1, 2, 7]) == "1-3, 7" and list_numbers([]) == ""
     assert list_numbers(range(0, 40, 2)) == "0, 2, 4, 6, 8, ..."
+
+
+def test_the_card_of_a_run_with_a_teacher_of_its_own_has_its_row(tmp_path):
+    rows = {name: {"acc_x": value, "acc_xc": 0.5} for name, value in (("base", 0.1), ("teacher", 0.2), (ARM, 0.3))}
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    place = tmp_path / "export"
+    place.mkdir()
+    (place / "README.md").write_text(model_card._results(tmp_path, ARM, 3))
+    check, folder = Check("card"), SimpleNamespace(path=tmp_path, json=lambda name: rows, config={})
+    Weights(folder)._check_card(place, {"arm": ARM, "results": None}, check)
+    assert not check.wrong and "teacher with context" in (place / "README.md").read_text()
