@@ -403,7 +403,7 @@ def test_results_compare_every_arm_with_the_first_and_resample_as_configured(fol
     monkeypatch.setattr(metrics_lib, "compare_arms", lambda *given: compared.append(given) or {"harm_diff_one": 0.1})
     monkeypatch.setattr(metrics_lib, "compute_metrics", lambda *given: computed.append(given) or {"lowest": 0.3})
     results = run_lib._collect_results({"base": made["base"]}, arms, config)
-    assert compared == [({"of": name}, {"of": "one"}, "one", 77) for name in ("two", "three")]
+    assert compared == [({"of": name}, {"of": "one"}, "one") for name in ("two", "three")]
     assert computed == [({"learning": f"learning of {name}"}, 77) for name in arms]
     own = {"step": 12, "lowest": 0.3}
     assert results == {
