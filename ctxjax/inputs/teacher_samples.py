@@ -119,15 +119,10 @@ def find_starts(config: Experiment, teacher: ModelFolder, rows: list[Row], said:
 def cut_reasoning(config: Experiment, teacher: ModelFolder, rows: list[Row], said: Rollout) -> Rollout:
     """Return the teacher's responses to ``rows`` without what is not learned from (``find_starts``), on the host."""
     texts = [tokens[mask].tolist() for tokens, mask in zip(said.tokens_BxT, said.mask_BxT)]
-    pairs = list(zip(texts, find_starts(config, teacher, rows, texts)))
-    T = said.tokens_BxT.shape[1]
-    lengths_B = np.array([len(ids) - start for ids, start in pairs])
-    tokens = [ids[start:] + [teacher.pad_id] * (T - len(ids) + start) for ids, start in pairs]
-    logprobs = [
-        np.pad(values[mask][start:], (0, T - len(ids) + start))
-        for values, mask, (ids, start) in zip(said.logprobs_BxT, said.mask_BxT, pairs)
-    ]
-    return Rollout(np.array(tokens, np.int32), np.arange(T) < lengths_B[:, None], np.array(logprobs, np.float32))
+    logprobs = [values[mask] for values, mask in zip(said.logprobs_BxT, said.mask_BxT)]
+    starts = find_starts(config, teacher, rows, texts)
+    kept = [(ids[start:], values[start:]) for ids, values, start in zip(texts, logprobs, starts)]
+    return _pad(kept, said.tokens_BxT.shape, teacher.pad_id)
 
 
 def _read(path: Path) -> dict[int, list[tuple[list[int], list[float]]]]:
@@ -156,6 +151,11 @@ def _make_rollout(rows: list, step: int, path: Path, config: Experiment, pad_id:
             f"{path} does not hold {shape[0]} responses of at most {shape[1]} tokens for step {step + 1}; delete the "
             "file, so that it is sampled again"
         )
+    return _pad(rows, shape, pad_id)
+
+
+def _pad(rows: list, shape: tuple[int, int], pad_id: int) -> Rollout:
+    """Return a host rollout of (tokens, their log-probabilities) of each response."""
     tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
     logprobs = np.zeros(shape, np.float32)
     for row, (ids, values) in enumerate(rows):
